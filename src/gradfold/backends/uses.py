@@ -1,0 +1,111 @@
+"""Uses: gradients that are not computed yet, and can be computed a few rows at a time.
+
+A use writes rows ``[start, stop)`` of its gradient into a tile, or adds them to what the tile holds. Rows are the
+weight's first dimension; a tile is ``[stop - start, columns]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class MatmulUse:
+    """The gradient ``left.T @ right`` of a weight ``[R, C]``: for a Linear, left = dY and right = X."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self.left = _gemm_ready(left)  # [T, R]
+        self.right = _gemm_ready(right)  # [T, C]
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        pass
+
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        left = self.left[:, start:stop].t()
+        if tile.dtype == left.dtype:
+            torch.mm(left, self.right, out=tile)
+        else:  # autocast: the matmul runs in the low precision its operands have
+            tile.copy_(left @ self.right)
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        left = self.left[:, start:stop].t()
+        if tile.dtype == left.dtype:
+            tile.addmm_(left, self.right)
+        else:
+            tile.add_(left @ self.right)
+
+
+class GatherUse:
+    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` receives ``grad[t]``; ``padding_idx`` receives nothing."""
+
+    def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None):
+        self.ids = ids.reshape(-1)  # [T]
+        self.grad = grad.reshape(-1, grad.shape[-1])  # [T, H]
+        self.padding_idx = padding_idx
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        """Sort the tokens by id once, so that each row block finds its own without a search."""
+        self.sorted_ids, self.order = torch.sort(self.ids, stable=True)
+        edges = [*starts, rows]
+        if hasattr(self.ids, "fake_mode"):  # no values to look at: spread the tokens evenly
+            tokens = self.ids.numel()
+            bounds = [tokens * edge // rows for edge in edges]
+        else:
+            bounds = torch.searchsorted(self.sorted_ids, self.sorted_ids.new_tensor(edges)).tolist()
+        self.bounds = dict(zip(edges, bounds, strict=True))
+
+    def dtype(self) -> torch.dtype:
+        return self.grad.dtype
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.zero_()
+        self.add(tile, start, stop)
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        first, last = self.bounds[start], self.bounds[stop]
+        if first == last:
+            return
+        ids = self.sorted_ids[first:last]
+        grad = self.grad[self.order[first:last]].to(tile.dtype)  # a copy: indexing gathers
+        if self.padding_idx is not None:
+            grad.masked_fill_((ids == self.padding_idx)[:, None], 0)
+        tile.index_add_(0, ids - start, grad)
+
+
+class DenseUse:
+    """A gradient that plain autograd has already written out, of the weight's own shape."""
+
+    def __init__(self, grad: Tensor):
+        self.grad = grad
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        pass
+
+    def dtype(self) -> torch.dtype:
+        return self.grad.dtype
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        grad = self.grad if self.grad.dim() else self.grad.reshape(1)
+        return grad[start:stop]
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.copy_(self._rows(start, stop).reshape(tile.shape))
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.add_(self._rows(start, stop).reshape(tile.shape))
+
+
+Use = MatmulUse | GatherUse | DenseUse
+
+
+def _gemm_ready(x: Tensor) -> Tensor:
+    """``x`` with strides a GEMM reads in place, so that no row block copies it again.
+
+    ``loss.sum()`` hands down an expanded gradient whose strides are zero.
+    """
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

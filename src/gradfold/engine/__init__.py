@@ -1,0 +1,21 @@
+"""The engine: when a weight's last use in a backward completes, and the books of one step."""
+
+from .apply import allocate, apply
+from .ledger import Ledger, outside
+from .slot import Slot
+from .task import NO_TASK, Demand, current_task
+from .wrappers import refuse_replica, refuse_wrappers, wrapper_of
+
+__all__ = [
+    "NO_TASK",
+    "Demand",
+    "Ledger",
+    "Slot",
+    "allocate",
+    "apply",
+    "current_task",
+    "outside",
+    "refuse_replica",
+    "refuse_wrappers",
+    "wrapper_of",
+]

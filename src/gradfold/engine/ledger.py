@@ -1,0 +1,200 @@
+"""The account of one optimizer step: which parameters have stepped, and whether the step may close.
+
+A step opens with the first backward and closes in ``optimizer.step()``. In between every trainable parameter steps at
+most once; what the books cannot explain is an error that names the parameter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+from torch.nn import Parameter
+
+from ..backends import Backend
+from ..errors import FoldError
+from ..rules import Rule
+from .slot import Slot, second_backward
+from .task import Demand, at_task_end, demand
+from .wrappers import refuse_wrappers
+
+
+class Owner(Protocol):
+    """What the ledger needs of an optimizer."""
+
+    rule: Rule
+    state: Any
+    param_groups: list[dict[str, Any]]
+
+    _ledger: Any
+
+    def group_of(self, param: Parameter) -> dict[str, Any]: ...
+
+    def apply(self, param: Parameter) -> None: ...
+
+
+class Ledger:
+    """The slots of one model and one optimizer, and the state of the step that is open."""
+
+    def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend):
+        self.model = model
+        self.optimizer = optimizer
+        self.backend = backend
+        self.slots: dict[int, Slot] = {}  # id of the parameter -> its slot
+        self.names: set[str] = set()
+        self.paused = 0  # depth of nested pauses
+        self.outermost: int | None = None  # the backward that checkpoints' inner backwards run in
+        self.running: set[int] = set()  # backwards that have begun and not ended
+        self._entered: set[int] = set()
+        self._looked = False
+
+    def claim(self, name: str, param: Parameter) -> Slot:
+        """Give a parameter its slot; nothing is hooked or allocated before it is armed."""
+        slot = self.slots[id(param)] = Slot(param, name, self)
+        self.names.add(name)
+        return slot
+
+    def release(self) -> None:
+        """The optimizer is an ordinary one again."""
+        self.optimizer._ledger = None
+        self.slots.clear()
+
+    # during the step --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Once per step, as the forward begins: refuse what would go wrong before any weight moves."""
+        if self._looked:
+            return
+        self._looked = True
+        refuse_wrappers(self.model)
+        self._refuse_moved()
+        for name, param in self.model.named_parameters():
+            if id(param) not in self.slots and param.requires_grad and name not in self.names:
+                raise FoldError(outside(name))
+        for slot in self.slots.values():
+            slot.arm()
+
+    def enter(self, task: int) -> None:
+        """A backward has reached the fold. A second one through a stepped weight is refused before it moves anything."""
+        if task in self._entered:
+            return
+        if self.outermost in (None, task):
+            for slot in self.slots.values():
+                if (slot.stepped or slot.deferred) and demand(slot.param) is Demand.STEP:
+                    raise FoldError(second_backward(slot.name))
+            if not self.open:
+                self.running.clear()  # what a backward that raised before any step left behind
+        self._entered.add(task)
+        self.running.add(task)
+        at_task_end(lambda: self._leave(task))
+
+    def _leave(self, task: int) -> None:
+        self.running.discard(task)
+        if task == self.outermost:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.outermost = None
+        for slot in self.slots.values():
+            slot.flush()
+
+    @property
+    def open(self) -> bool:
+        """Whether some parameter has stepped and ``optimizer.step()`` has not yet closed the step."""
+        return any(slot.stepped or slot.deferred for slot in self.slots.values())
+
+    def require_closed(self, action: str) -> None:
+        if self.open:
+            raise FoldError(
+                f"{action} in the middle of a step: some weights have stepped and others have not; call "
+                "optimizer.step() first"
+            )
+
+    # its end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Audit the step and open the next.
+
+        Raises:
+            FoldError: a backward did not finish; a trainable parameter is not in the optimizer, or the other way
+                round; a parameter was replaced or moved; a gradient was left over.
+        """
+        if self.running:
+            raise FoldError(
+                "optimizer.step() after a backward that raised: some weights have stepped and others have not; call "
+                "optimizer.zero_grad() and run the batch again"
+            )
+        self._flush()
+        refuse_wrappers(self.model)
+        self._refuse_moved()
+        present = dict(self.model.named_parameters())
+        self._refuse_strangers(present)
+        late = list(self._unhooked_gradients())
+        for slot in late:  # unfrozen after the forward began: autograd wrote its gradient before the gate was there
+            self.optimizer.apply(slot.param)
+            slot.param.grad = None
+        for slot in self.slots.values():
+            slot.arm()
+        self.rearm()
+
+    def drop(self) -> None:
+        """``zero_grad``: drop what a failed backward left pending, and open the next step."""
+        if self.open and not self.running:
+            warnings.warn(
+                "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, so "
+                "there is no gradient to discard",
+                stacklevel=3,
+            )
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Forget the open step."""
+        self.outermost = None
+        self.running.clear()
+        self._entered.clear()
+        self._looked = False
+        for slot in self.slots.values():
+            slot.rearm()
+
+    def _refuse_moved(self) -> None:
+        for slot in self.slots.values():
+            if change := slot.moved():
+                raise FoldError(
+                    f"{slot.name}: {change} since it was folded, and its states did not; call fold.remove(), move the "
+                    "model, then make a new optimizer and fold again"
+                )
+
+    def _refuse_strangers(self, present: dict[str, Parameter]) -> None:
+        ids = {id(param) for param in present.values()}
+        for slot in self.slots.values():
+            if id(slot.param) not in ids:
+                reason = "was replaced by another Parameter" if slot.name in present else "is no longer in the model"
+                raise FoldError(
+                    f"{slot.name}: the parameter that was folded {reason} (load_state_dict(assign=True), "
+                    "resize_token_embeddings, pruning?); make a new optimizer and fold again"
+                )
+        for name, param in present.items():
+            if id(param) not in self.slots and param.requires_grad:
+                raise FoldError(outside(name))
+
+    def _unhooked_gradients(self) -> Iterator[Slot]:
+        for slot in self.slots.values():
+            if slot.param.grad is None or not slot.param.requires_grad:
+                continue
+            if slot.stepped or (slot.hook and slot.hook.attached()):
+                raise FoldError(
+                    f"{slot.name}: a .grad is left over that no backward of this fold produced (one inside "
+                    "fold.paused()?); step it there, or set it to None before optimizer.step()"
+                )
+            yield slot
+
+
+def outside(name: str) -> str:
+    return (
+        f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
+        "optimizer.add_param_group, or freeze it with requires_grad_(False)"
+    )
+
+

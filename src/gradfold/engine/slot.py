@@ -1,0 +1,192 @@
+"""A parameter's place in the fold, and its gate: the hook that steps it after its last use in a backward.
+
+Forward keeps no state. A folded module's backward hands its use to the slot; the weight's AccumulateGrad node, which
+autograd runs after the last of them, joins them and steps. Uses are kept by backward (graph task), so one that is
+interrupted or never reaches the weight cannot mix with another.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..backends import DenseUse, Use
+from ..errors import FoldError
+from .apply import allocate, apply
+from .task import NO_TASK, Demand, LeafHook, current_task, demand
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+
+
+class Slot:
+    """One parameter: its uses in the running backward, and whether it has stepped."""
+
+    def __init__(self, param: Parameter, name: str, ledger: Ledger):
+        self.param = param
+        self.name = name
+        self.ledger = ledger
+        self.folded = False  # a folded module hands it uses; otherwise its dense gradient is the only use
+        self.stepped = False
+        self.pending: dict[int, list[Use]] = {}  # graph task -> uses of a backward still under way
+        self.deferred: list[Use] = []  # waiting for the end of the outermost backward
+        self.dark_reads = 0  # reads without grad in training: perhaps a reentrant checkpoint's first pass
+        self.joins = 0
+        self.learned_reads = -1  # the most dark reads with which one join was known to be all
+        self.waiting: dict[str, Tensor] = {}
+        self.hook: LeafHook | None = None
+        self.placement = _placement(param)
+
+    # states and hook ------------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> dict:
+        return self.ledger.optimizer.group_of(self.param)
+
+    @property
+    def state(self) -> dict:
+        return self.ledger.optimizer.state[self.param]
+
+    def arm(self) -> None:
+        """Hook a trainable parameter and allocate its states; a frozen one waits until it is unfrozen."""
+        if not self.param.requires_grad or (self.hook and self.hook.attached()):
+            return
+        me = weakref.WeakMethod(self.join)
+        self.hook = LeafHook(self.param, lambda: (join := me()) and join())
+        self.allocate()
+        self.ledger.backend.reserve(self.param, self.ledger.optimizer.rule, self.group)
+
+    def allocate(self) -> None:
+        """Create the states a trainable parameter lacks, so that what fits is known before the first step."""
+        if self.param.requires_grad:
+            allocate(self.param, self.state, self.ledger.optimizer.rule, self.group, self.waiting)
+
+    def disarm(self) -> None:
+        if self.hook:
+            self.hook.remove()
+            self.hook = None
+
+    def moved(self) -> str | None:
+        """How the parameter's shape, dtype or device changed since it was folded, in words."""
+        now = _placement(self.param)
+        return None if now == self.placement else f"{self.placement} became {now}"
+
+    # backward ---------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> Demand:
+        """Called first in a folded module's backward: what that backward should do about this weight.
+
+        Raises:
+            FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never made.
+        """
+        wanted = demand(self.param)
+        if self.ledger.paused:  # the caller writes a dense gradient, as plain autograd would
+            return Demand.CAPTURE if wanted is Demand.STEP else wanted
+        if torch.is_grad_enabled():
+            raise FoldError(
+                f"{self.name}: create_graph=True runs through a folded weight, which steps once and keeps no gradient "
+                "to differentiate; run the forward and this backward inside fold.paused()"
+            )
+        if wanted is Demand.STEP:
+            self.ledger.enter(current_task())
+            self._refuse_second_step()
+            if self.hook is not None and self.hook.others():
+                raise FoldError(
+                    f"{self.name}: a hook registered on this tensor waits for a gradient that is never made; remove it, "
+                    "or run this backward inside fold.paused()"
+                )
+        return wanted
+
+    def hand(self, use: Use) -> None:
+        """Keep a use until the gate joins it."""
+        self.pending.setdefault(current_task(), []).append(use)
+
+    def join(self) -> None:
+        """The gate: every use of the weight in this backward is complete."""
+        ledger, task = self.ledger, current_task()
+        if ledger.paused:
+            return
+        uses = self.pending.pop(task, [])
+        grad, self.param.grad = self.param.grad, None
+        ledger.enter(task)
+        if grad is not None:
+            uses.append(DenseUse(self._checked(grad)))
+        if not uses:
+            return  # reached, but nothing flowed
+        self._refuse_second_step()
+        self.joins += 1
+        inner = ledger.outermost not in (None, task)
+        if (self.dark_reads or inner) and self.dark_reads > self.learned_reads:
+            self.deferred += uses
+            if ledger.outermost is None:
+                ledger.outermost = task
+            return
+        self.fire(uses)
+
+    def reread(self, task: int) -> None:
+        """A checkpoint reads the weight again inside ``task``'s backward."""
+        if self.stepped:
+            raise FoldError(
+                f"{self.name}: read again inside the backward that has already stepped it; with reentrant checkpointing "
+                "a weight must be read equally often in every step (use_reentrant=False has no such limit)"
+            )
+        if self.ledger.outermost is None:
+            self.ledger.enter(task)
+            self.ledger.outermost = task
+
+    def flush(self) -> None:
+        """End of the outermost backward: step what was waiting, and learn whether one join was all of it."""
+        uses, self.deferred = self.deferred, []
+        if not uses:
+            return
+        if self.joins == 1:
+            self.learned_reads = max(self.learned_reads, self.dark_reads)
+        self.fire(uses)
+
+    def fire(self, uses: list[Use]) -> None:
+        """Step."""
+        self.stepped = True
+        ledger = self.ledger
+        apply(self.param, uses, self.state, ledger.optimizer.rule, self.group, ledger.backend, self.waiting)
+
+    def rearm(self) -> None:
+        """Forget the step just closed, or the backward that failed."""
+        self.stepped = False
+        self.pending.clear()
+        self.deferred.clear()
+        self.dark_reads = self.joins = 0
+
+    def dark_read(self) -> None:
+        """A forward without grad in training mode read the weight."""
+        if current_task() == NO_TASK:
+            self.dark_reads += 1
+
+    def _refuse_second_step(self) -> None:
+        if self.stepped:
+            raise FoldError(second_backward(self.name))
+
+    def _checked(self, grad: Tensor) -> Tensor:
+        if grad.requires_grad:
+            raise FoldError(
+                f"{self.name}: create_graph=True gives a gradient that is itself differentiable, and the fold would "
+                "consume it; run this backward inside fold.paused()"
+            )
+        if grad.layout != torch.strided:
+            raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
+        return grad
+
+
+def second_backward(name: str) -> str:
+    return (
+        f"{name}: a second backward reached this weight before optimizer.step(), and it has already stepped; sum the "
+        "losses and call backward once, or call optimizer.step() after each backward (after a backward that raised: "
+        "optimizer.zero_grad(), then run the batch again)"
+    )
+
+
+def _placement(param: Tensor) -> str:
+    return f"{tuple(param.shape)} {param.dtype} on {param.device}"

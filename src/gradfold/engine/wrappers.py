@@ -1,0 +1,67 @@
+"""Wrappers that own gradients themselves, found before they can go wrong in silence."""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType
+
+import torch
+from torch import nn
+
+from ..errors import FoldError
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise if a data-parallel wrapper is around the model, or on the stack above the forward now running.
+
+    Such a wrapper reduces ``.grad``, which a folded backward never writes: replicas would drift apart without a word.
+    """
+    if found := wrapper_of(model) or _wrapper_on_stack():
+        raise FoldError(_around(found))
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise if this module is one of DataParallel's copies, which run in threads of their own."""
+    if vars(module).get("_is_replica"):
+        raise FoldError(_around("DataParallel"))
+
+
+def _around(wrapper: str) -> str:
+    return (
+        f"{wrapper} is around the folded model and would reduce gradients that are never written, so that replicas "
+        "drift apart; train the folded model on one device, or use the wrapper with an optimizer that is not folded"
+    )
+
+
+def wrapper_of(model: nn.Module) -> str | None:
+    """The name of the data-parallel wrapper this module is, holds or was turned into."""
+    kinds = _wrapper_classes()
+    for module in model.modules():
+        for kind in kinds:
+            if isinstance(module, kind):
+                return kind.__name__
+    return None
+
+
+def _wrapper_classes() -> tuple[type, ...]:
+    kinds: list[type] = [nn.DataParallel]
+    if torch.distributed.is_available():
+        kinds.append(nn.parallel.DistributedDataParallel)
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # importing it takes long, and who uses it has done so
+        kinds += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    return tuple(kinds)
+
+
+def _wrapper_forwards() -> dict[CodeType, str]:
+    forwards = {kind.__name__: getattr(kind, "forward", None) for kind in _wrapper_classes()}
+    return {forward.__code__: name for name, forward in forwards.items() if hasattr(forward, "__code__")}
+
+
+def _wrapper_on_stack() -> str | None:
+    forwards = _wrapper_forwards()
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (name := forwards.get(frame.f_code)) is not None:
+            return name
+        frame = frame.f_back
+    return None

@@ -1,0 +1,210 @@
+"""``fold``: train every weight and never store a gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .engine import Ledger, outside, wrapper_of
+from .errors import FoldError
+from .modules import restore, swap
+from .optim import RuleOptimizer
+
+# why a torch optimizer's update cannot run inside backward, for those that have no counterpart here
+_UNFOLDABLE = {
+    "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
+    "SparseAdam": "it needs sparse gradients",
+    "Adafactor": "it looks at whole rows and columns of a gradient, not at single elements",
+    "Muon": "it orthogonalises a whole gradient matrix, not single elements",
+    "ASGD": "gradfold has no rule for it yet",
+    "Adadelta": "gradfold has no rule for it yet",
+    "Adamax": "gradfold has no rule for it yet",
+    "Rprop": "gradfold has no rule for it yet",
+}
+
+
+def fold(
+    model: nn.Module,
+    optimizer: RuleOptimizer,
+    *,
+    backend: str | Backend = "auto",
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+) -> Fold:
+    """Fold the optimizer step into ``model``'s backward, in place.
+
+    Classes of foldable modules are swapped; names, parameters, ids and state_dict keys stay. Optimizer states are
+    allocated now. Afterwards train as usual: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``.
+
+    Args:
+        model: any module; its trainable parameters must be those of ``optimizer``.
+        optimizer: one of gradfold's.
+        backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
+        scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
+
+    Raises:
+        FoldError: the optimizer has no element-wise rule; a trainable parameter has no optimizer, or the other way
+            round; a module or parameter cannot be routed; a data-parallel wrapper is around the model. Nothing has
+            been changed then.
+    """
+    _check_optimizer(optimizer)
+    if wrapper := wrapper_of(model):
+        raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
+    named = dict(model.named_parameters())
+    in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, param in named.items():
+        if param.requires_grad and id(param) not in in_optimizer:
+            raise FoldError(outside(name))
+        _check_parameter(name, param)
+    in_model = {id(param) for param in named.values()}
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if id(param) not in in_model:
+                raise FoldError(
+                    f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
+                    "model, so no folded backward would step it; give it an optimizer of its own"
+                )
+    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes))
+    slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
+    modules = swap(model, slots)
+    for slot in slots.values():
+        slot.arm()
+    optimizer._ledger = ledger
+    return Fold(ledger, modules)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, RuleOptimizer):
+        if optimizer._ledger is not None:
+            raise FoldError("this optimizer is folded into a model already; call remove() on that fold first")
+        return
+    name = type(optimizer).__name__
+    if name in _UNFOLDABLE:
+        raise FoldError(f"{name} cannot be folded: {_UNFOLDABLE[name]}; use gradfold.AdamW or another of gradfold's")
+    raise FoldError(
+        f"optimizer={name} is not one of gradfold's; use gradfold.{name if name in _COUNTERPARTS else 'AdamW'} "
+        "(its load_state_dict takes torch's state_dict)"
+    )
+
+
+_COUNTERPARTS = {kind.__name__ for kind in RuleOptimizer.__subclasses__()} | {"AdamW"}
+
+
+def _check_parameter(name: str, param: nn.Parameter) -> None:
+    if not param.requires_grad:
+        return
+    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
+    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+        raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
+    if not param.is_floating_point():
+        raise FoldError(f"{name}: {param.dtype} parameters cannot be folded; freeze it or view it as real")
+    if param._backward_hooks or param._post_accumulate_grad_hooks:
+        raise FoldError(
+            f"{name}: a hook registered on this tensor waits for a gradient that is never made; remove it before "
+            "folding, or freeze the parameter"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter in ``Fold.report()``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    route: str  # folded, hooked or frozen
+    weight_bytes: int
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every parameter's route and bytes; printing it gives a table."""
+
+    rows: tuple[Row, ...]
+    backend: str
+    scratch_bytes: int
+
+    def __str__(self) -> str:
+        lines = [("parameter", "shape", "dtype", "route", "weight MiB", "states MiB")]
+        for row in self.rows:
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            sizes = (f"{row.weight_bytes / 2**20:.3f}", f"{row.state_bytes / 2**20:.3f}")
+            lines.append((row.name, shape, str(row.dtype).removeprefix("torch."), row.route, *sizes))
+        total = (sum(row.weight_bytes for row in self.rows), sum(row.state_bytes for row in self.rows))
+        lines.append(("total", "", "", "", *(f"{size / 2**20:.3f}" for size in total)))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(f"{c:<{w}}" if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+                for line in lines]
+        scratch = f"backend {self.backend}, scratch {self.scratch_bytes / 2**20:.3f} MiB, stored gradients 0"
+        return "\n".join([*text, scratch])
+
+
+class Fold:
+    """A folded model and optimizer."""
+
+    def __init__(self, ledger: Ledger, modules: list[nn.Module]):
+        self._ledger = ledger
+        self._modules = modules
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which backward and ``optimizer.step()`` behave like plain PyTorch: ``.grad`` is written and read.
+
+        Raises:
+            FoldError: entered in the middle of a step.
+        """
+        self._ledger.require_closed("fold.paused()")
+        self._ledger.paused += 1
+        try:
+            yield
+        finally:
+            self._ledger.paused -= 1
+
+    def remove(self) -> None:
+        """Plain modules and an ordinary optimizer again, with the states it has.
+
+        Raises:
+            FoldError: in the middle of a step.
+        """
+        self._ledger.require_closed("fold.remove()")
+        for slot in self._ledger.slots.values():
+            slot.disarm()
+        restore(self._modules)
+        self._modules = []
+        self._ledger.release()
+
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """The temporary memory the fold holds between steps."""
+        return self._ledger.backend.scratch_tensors()
+
+    def report(self) -> Report:
+        """Print and return every parameter's route and bytes."""
+        report = Report(
+            rows=tuple(self._row(name, param) for name, param in self._ledger.model.named_parameters()),
+            backend=self._ledger.backend.name,
+            scratch_bytes=sum(t.numel() * t.element_size() for t in self.scratch_tensors()),
+        )
+        print(report)
+        return report
+
+    def _row(self, name: str, param: nn.Parameter) -> Row:
+        slot = self._ledger.slots.get(id(param))
+        states: list[Tensor] = []
+        if slot is not None:
+            held = [*self._ledger.optimizer.state.get(param, {}).values(), *slot.waiting.values()]
+            states = [value for value in held if isinstance(value, Tensor)]
+        route = "frozen" if slot is None or not param.requires_grad else "folded" if slot.folded else "hooked"
+        return Row(
+            name=name,
+            shape=tuple(param.shape),
+            dtype=param.dtype,
+            route=route,
+            weight_bytes=param.numel() * param.element_size(),
+            state_bytes=sum(state.numel() * state.element_size() for state in states),
+        )

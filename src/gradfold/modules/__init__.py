@@ -1,0 +1,5 @@
+"""Foldable modules: each hands its (dY, X) to the weight's slot instead of writing a gradient."""
+
+from .swap import foldable, restore, swap
+
+__all__ = ["foldable", "restore", "swap"]

@@ -1,0 +1,49 @@
+"""Embeddings whose backward hands (token ids, dY) on instead of writing a [V, H] gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import GatherUse
+from ..engine import Demand, Slot
+from .live import Folded, live
+
+
+class FoldedLookup(torch.autograd.Function):
+    """Rows of a weight ``[V, H]`` by id."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, slot: Slot) -> Tensor:
+        # ids: [*] -> [*, H]
+        ctx.slot, ctx.padding_idx, ctx.rows = slot, padding_idx, weight.shape[0]
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dY,) = grads  # [*, H]
+        (ids,) = ctx.saved_tensors
+        dW = None
+        demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
+        if demand is Demand.STEP:
+            ctx.slot.hand(GatherUse(ids, dY, ctx.padding_idx))
+        elif demand is Demand.CAPTURE:
+            grad = dY.reshape(-1, dY.shape[-1])
+            if ctx.padding_idx is not None:
+                grad = grad.masked_fill((ids.reshape(-1) == ctx.padding_idx)[:, None], 0)
+            dW = grad.new_zeros(ctx.rows, grad.shape[-1]).index_add(0, ids.reshape(-1), grad)
+        return None, dW, None, None
+
+
+class FoldedEmbedding(Folded):
+    """``nn.Embedding`` whose weight steps in backward; every row takes the rule, as in torch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = live(self)  # type: ignore[arg-type]
+        if slot is None:
+            return super().forward(input)  # type: ignore[misc]
+        return FoldedLookup.apply(input, slot.param, self.padding_idx, slot)  # type: ignore[attr-defined]

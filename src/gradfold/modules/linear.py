@@ -1,0 +1,88 @@
+"""Linear layers and transformers' Conv1D: y = x W + b whose backward hands (dY, X) on instead of writing dW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import MatmulUse
+from ..engine import Demand, Slot
+from .live import Folded, live
+
+
+class FoldedMatmul(torch.autograd.Function):
+    """A matrix product with a weight ``[N, K]`` (Linear) or, ``transposed``, ``[K, N]`` (Conv1D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot, transposed: bool) -> Tensor:
+        # x: [*, K] -> [*, N]
+        ctx.slot, ctx.transposed = slot, transposed
+        if torch.is_autocast_enabled(x.device.type):
+            # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                x, w, b = (_autocast(t, dtype) for t in (x, weight, bias))
+                y = _affine(x, w, b, transposed)
+        else:
+            y = _affine(x, weight, bias, transposed)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dY,) = grads  # [*, N]
+        demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
+        x, weight = ctx.saved_tensors
+        if torch.is_autocast_enabled(dY.device.type):
+            with torch.autocast(dY.device.type, enabled=False):
+                return _backward(ctx, demand, dY, x, weight)
+        return _backward(ctx, demand, dY, x, weight)
+
+
+def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    dX = dW = db = None
+    if ctx.needs_input_grad[0]:  # before the step, with the weight forward used
+        w = weight.to(dY.dtype)
+        dX = dY @ (w.t() if ctx.transposed else w)  # [*, K]
+    if ctx.needs_input_grad[2]:
+        db = dY.reshape(-1, dY.shape[-1]).sum(0)  # [N]
+    if demand is not Demand.NOTHING:
+        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])  # [T, N], [T, K]
+        left, right = (x2, dY2) if ctx.transposed else (dY2, x2)
+        if demand is Demand.STEP:
+            ctx.slot.hand(MatmulUse(left, right))
+        else:
+            dW = left.t() @ right
+    return dX, dW, db, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return F.linear(x, weight.t() if transposed else weight, bias)
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autocast would cast: floating tensors except double."""
+    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+class FoldedLinear(Folded):
+    """``nn.Linear`` whose weight steps in backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = live(self)  # type: ignore[arg-type]
+        if slot is None:
+            return super().forward(input)  # type: ignore[misc]
+        return FoldedMatmul.apply(input, slot.param, self.bias, slot, False)  # type: ignore[attr-defined]
+
+
+class FoldedConv1D(Folded):
+    """``transformers.pytorch_utils.Conv1D`` (GPT-2's transposed Linear) whose weight steps in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slot = live(self)  # type: ignore[arg-type]
+        if slot is None:
+            return super().forward(x)  # type: ignore[misc]
+        return FoldedMatmul.apply(x, slot.param, self.bias, slot, True)  # type: ignore[attr-defined]

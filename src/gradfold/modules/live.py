@@ -1,0 +1,57 @@
+"""Whether a folded module's next call may fold. Every other path is the plain one, whose gradient meets the same gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from ..engine import NO_TASK, Slot, current_task, refuse_replica
+
+SLOT = "_gradfold_slot"
+
+
+def live(module: nn.Module) -> Slot | None:
+    """The slot of ``module.weight`` if this call can hand it a use; None for the plain path."""
+    if torch.compiler.is_compiling():
+        return None  # a compiled region writes its gradient out, and the gate takes it from there
+    slot: Slot | None = module.__dict__.get(SLOT)
+    if slot is None or slot.ledger.paused:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is not slot.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
+        refuse_replica(module)
+        slot.ledger.look()
+        return None
+    task = current_task()
+    if not weight.requires_grad:
+        return None
+    if task != NO_TASK:
+        slot.reread(task)
+    if not torch.is_grad_enabled():
+        if module.training and not torch.is_inference_mode_enabled():
+            slot.dark_read()
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    if task == NO_TASK:
+        slot.ledger.look()
+    return slot
+
+
+class Folded:
+    """What the folded classes share: copies and pickles of them are plain modules."""
+
+    plain_class: type  # set on each class that ``swap`` makes
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        state = self.__dict__.copy()  # type: ignore[attr-defined]
+        state.pop(SLOT, None)
+        # a class injected over ours (parametrize) stays; without a slot it takes the plain path
+        return _rebuild, (vars(type(self)).get("plain_class", type(self)),), state
+
+
+def _rebuild(kind: type) -> Any:
+    return kind.__new__(kind)

@@ -1,0 +1,96 @@
+"""Swap modules' classes in place, and back: names, ids and state_dict keys stay."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn import Parameter
+
+from ..engine import Slot
+from ..errors import FoldError
+from .embedding import FoldedEmbedding
+from .linear import FoldedConv1D, FoldedLinear
+from .live import SLOT, Folded
+
+
+def foldable(module: nn.Module) -> type[Folded] | None:
+    """The folded class for this module, or None for the hooked route.
+
+    Raises:
+        FoldError: an Embedding that rewrites its weight in forward (``max_norm``) or has sparse gradients.
+    """
+    if "forward" in vars(module):  # replaced on the instance: its own business
+        return None
+    for plain, folded in _table().items():
+        if isinstance(module, plain) and type(module).forward is plain.forward:
+            break
+    else:
+        return None
+    if "weight" not in module._parameters:  # parametrized or weight-normed: computed from other parameters
+        return None
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise FoldError(
+                f"Embedding(max_norm={module.max_norm}) rewrites its weight in every forward, which a step inside "
+                "backward cannot follow; set max_norm=None, or freeze its weight"
+            )
+        if module.sparse:
+            raise FoldError("Embedding(sparse=True) has sparse gradients; set sparse=False, or freeze its weight")
+        if module.scale_grad_by_freq:
+            return None
+    return folded
+
+
+def _table() -> Mapping[type[nn.Module], type[Folded]]:
+    table: dict[type[nn.Module], type[Folded]] = {nn.Linear: FoldedLinear, nn.Embedding: FoldedEmbedding}
+    if transformers := sys.modules.get("transformers.pytorch_utils"):  # a model that has one has imported it
+        table[transformers.Conv1D] = FoldedConv1D
+    return table
+
+
+@functools.cache
+def _folded_class(plain: type, folding: type[Folded]) -> type:
+    """``plain`` with ``folding``'s forward in front; it keeps its name, so that printing a model changes nothing."""
+    return type(plain.__name__, (folding, plain), {"plain_class": plain, "__doc__": folding.__doc__})
+
+
+def swap(model: nn.Module, slots: Mapping[int, Slot]) -> list[nn.Module]:
+    """Fold every module that can be; return them.
+
+    Raises:
+        FoldError: a module is folded already, or cannot be routed; no module has been changed then.
+    """
+    chosen: list[tuple[nn.Module, type[Folded], Slot]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Folded):
+            raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
+        weight = module._parameters.get("weight")
+        slot = slots.get(id(weight)) if isinstance(weight, Parameter) else None
+        if slot is None:
+            continue
+        try:
+            folding = foldable(module)
+        except FoldError as error:
+            if slot.param.requires_grad:
+                raise FoldError(f"{name}: {error}") from None
+            continue
+        if folding:
+            chosen.append((module, folding, slot))
+    for module, folding, slot in chosen:
+        module.__dict__[SLOT] = slot
+        module.__class__ = _folded_class(type(module), folding)
+        slot.folded = True
+    return [module for module, _, _ in chosen]
+
+
+def restore(modules: list[nn.Module]) -> None:
+    """Make them plain again."""
+    for module in modules:
+        slot = module.__dict__.pop(SLOT, None)
+        if slot is not None:
+            slot.folded = False
+        if "plain_class" in vars(type(module)):  # else a class injected over ours stays, on the plain path
+            module.__class__ = vars(type(module))["plain_class"]

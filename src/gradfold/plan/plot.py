@@ -1,0 +1,206 @@
+"""Draw where the memory of one training step goes: the plain step above, the folded one below, on one scale."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradfold.plan.step import PHASES, StepMemory
+from gradfold.plan.trace import CATEGORIES, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# One colour per category, told apart without colour vision by lightness too. Gradients are the loud one: they are what
+# folding takes away.
+COLORS = {
+    "weights": "#33475b",
+    "states": "#6f93b5",
+    "scratch": "#8e6bb0",
+    "gradients": "#e4572e",
+    "activations": "#f2c879",
+}
+STACK_ORDER = ("weights", "states", "scratch", "gradients", "activations")  # what stays lies at the bottom
+INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e7eb"
+MIN_PHASE_SHARE = 0.09  # of the width, so that every phase can carry its name
+BINS = 1600
+
+
+def draw_step_memory(
+    plain: StepMemory,
+    folded: StepMemory,
+    path: str | PathLike[str],
+    *,
+    title: str = "Memory over one training step",
+    budget_bytes: int | None = None,
+) -> None:
+    """Write a picture (PNG, SVG or PDF, by the ending of `path`) of two steps' live bytes, stacked by category.
+
+    Across: progress through the step, each operator as wide as the bytes it reads and writes. `budget_bytes` draws a line
+    at what the device holds. Raises ImportError if matplotlib is not installed (`pip install 'gradfold[plot]'`).
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'gradfold[plot]'") from error
+
+    steps = (plain, folded)
+    top_bytes = max(plain.peak_bytes, folded.peak_bytes, budget_bytes or 0) * 1.14
+    unit, unit_bytes = _unit(top_bytes)
+    figure = Figure(figsize=(10, 6.6), dpi=160, facecolor="white")  # no pyplot: no global state, no display
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 1, sharey=True)
+    figure.subplots_adjust(left=0.075, right=0.975, top=0.835, bottom=0.095, hspace=0.36)
+    for ax, step in zip(axes, steps, strict=True):
+        _draw_panel(ax, step, unit, unit_bytes, budget_bytes)
+        ax.set_ylim(0, top_bytes / unit_bytes)
+    axes[-1].set_xlabel("progress through the step", color=MUTED, fontsize=9, labelpad=20)
+
+    figure.text(0.075, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
+    figure.text(0.075, 0.915, _summary(plain, folded), fontsize=10.5, color=MUTED, va="center")
+    shown = [c for c in STACK_ORDER if any(_largest(step.timeline, c) for step in steps)]
+    figure.legend(
+        handles=[Patch(color=COLORS[c], label=c) for c in shown],
+        loc="upper right",
+        bbox_to_anchor=(0.98, 0.938),
+        ncols=len(shown),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+        handlelength=1.0,
+        handleheight=1.0,
+        handletextpad=0.5,
+        columnspacing=1.4,
+    )
+    figure.savefig(path)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Three figures and a binary unit: 1.25 GiB, 310 MiB."""
+    unit, unit_bytes = _unit(nbytes)
+    value = nbytes / unit_bytes
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def _unit(nbytes: float) -> tuple[str, int]:
+    for name, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << power:
+            return name, 1 << power
+    return "B", 1
+
+
+def _summary(plain: StepMemory, folded: StepMemory) -> str:
+    saved = 1 - folded.peak_bytes / plain.peak_bytes
+    change = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+    return f"peak {format_bytes(plain.peak_bytes)} → {format_bytes(folded.peak_bytes)}, {change}"
+
+
+def _largest(timeline: Timeline, category: str) -> int:
+    return int(timeline.live_bytes[:, CATEGORIES.index(category)].max(initial=0))
+
+
+def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_bytes: int | None) -> None:
+    x, live = _resampled(step.timeline)  # [B], [B, C]
+    stack = live[:, [CATEGORIES.index(c) for c in STACK_ORDER]].cumsum(axis=1) / unit_bytes
+    below = np.zeros(len(x))
+    for column, category in enumerate(STACK_ORDER):
+        ax.fill_between(x, below, stack[:, column], step="post", color=COLORS[category], linewidth=0)
+        below = stack[:, column]
+
+    ax.set_xlim(0, 1)
+    ax.set_xticks([])
+    ax.tick_params(axis="y", colors=MUTED, labelsize=9, length=0)
+    ax.set_ylabel(unit, color=MUTED, fontsize=9)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(MUTED)
+    ax.set_title(step.label, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+
+    edges = _phase_edges(step.timeline)
+    for name, start, end in zip(PHASES, edges[:-1], edges[1:], strict=True):
+        if start > 0:
+            ax.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            name,
+            ((start + end) / 2, 0.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -5),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9.5,
+            color=MUTED,
+        )
+
+    peak_x = x[int(live.sum(axis=1).argmax())]
+    peak = step.peak_bytes / unit_bytes
+    on_left = peak_x > 0.6
+    ax.plot([peak_x], [peak], marker="o", markersize=4.5, color=INK, clip_on=False, zorder=5)
+    ax.annotate(
+        f"peak {format_bytes(step.peak_bytes)}",
+        (peak_x, peak),
+        xytext=(-8 if on_left else 8, 3),
+        textcoords="offset points",
+        ha="right" if on_left else "left",
+        va="bottom",
+        fontsize=10,
+        fontweight="bold",
+        color=INK,
+    )
+    if budget_bytes is not None:
+        level = budget_bytes / unit_bytes
+        ax.axhline(level, color="#b3261e", linewidth=1.4)
+        ax.annotate(
+            f"budget {format_bytes(budget_bytes)}",
+            (0.004, level),
+            xytext=(0, 3),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=9,
+            color="#b3261e",
+        )
+
+
+def _phases(timeline: Timeline) -> list[tuple[int, int, int, int]]:
+    """(first event, last event + 1, touched bytes at the start, at the end) of each phase."""
+    marks = {moment.label: (moment.event, moment.touched_bytes) for moment in timeline.moments}
+    end = marks.get("end", (len(timeline.live_bytes), timeline.end_touched_bytes))
+    at = [*(marks[name] for name in PHASES), end]
+    return [(a[0], b[0], a[1], b[1]) for a, b in zip(at[:-1], at[1:], strict=True)]
+
+
+def _phase_edges(timeline: Timeline) -> np.ndarray:
+    """Where each phase begins and the last one ends, in 0..1: as long as the bytes it touches, with a floor."""
+    lengths = np.array([stop - start for _, _, start, stop in _phases(timeline)], dtype=np.float64)
+    shares = np.maximum(lengths / max(lengths.sum(), 1), MIN_PHASE_SHARE)
+    return np.concatenate([[0.0], (shares / shares.sum()).cumsum()])
+
+
+def _resampled(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
+    """x [B] and live bytes [B, C]: of all events that share a bin the one with the largest total, so no peak is lost."""
+    edges = _phase_edges(timeline)
+    phases = _phases(timeline)
+    first, last = phases[0][0], phases[-1][1]
+    x = np.concatenate(
+        [
+            left + (timeline.touched_bytes[a:b] - start) / max(stop - start, 1) * (right - left)
+            for (a, b, start, stop), left, right in zip(phases, edges[:-1], edges[1:], strict=True)
+        ]
+    )  # [E]
+    live = timeline.live_bytes[first:last]  # [E, C]
+    start_live = timeline.live_bytes[first - 1] if first > 0 else np.zeros(len(CATEGORIES), dtype=np.int64)
+    bins = (x * BINS).astype(np.int64).clip(0, BINS)
+    total = live.sum(axis=1)
+    order = np.lexsort((total, bins))  # by bin, then by total: the last of each bin is its largest
+    largest = order[np.flatnonzero(np.diff(bins[order], append=BINS + 1))]
+    latest = np.flatnonzero(np.diff(bins, append=BINS + 1))
+    # A bin shows its largest moment; what holds from there to the next bin with an event is its latest.
+    out_x = np.stack([bins[largest], bins[latest] + 1], axis=1).reshape(-1).clip(0, BINS) / BINS
+    out_live = np.stack([live[largest], live[latest]], axis=1).reshape(-1, live.shape[1])
+    return np.concatenate([[0.0], out_x, [1.0]]), np.concatenate([start_live[None], out_live, live[-1:]])

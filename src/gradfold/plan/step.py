@@ -1,0 +1,181 @@
+"""Where the memory of one training step goes: measured as it runs, or predicted on fake tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_map_only
+
+from gradfold.plan.trace import LiveBytes, Timeline
+
+PHASES = ("forward", "backward", "step")
+"""The moments of a step's timeline. `step` is `optimizer.step()` and `zero_grad()`."""
+
+FoldArgument = bool | Callable[[nn.Module, Any], Any]
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Live bytes over one training step. `resting_bytes` is what is there between steps: weights, states, scratch."""
+
+    label: str
+    timeline: Timeline
+    resting_bytes: int
+    peak_bytes: int
+    peak_phase: str
+    peak_op: str
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes per category at the peak."""
+        return self.timeline.at(self.timeline.peak_event)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a JSON report holds: every figure but the timeline."""
+        return {
+            "label": self.label,
+            "resting_bytes": self.resting_bytes,
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "peak_op": self.peak_op,
+            "at_peak_bytes": self.at_peak(),
+        }
+
+
+def step_memory(
+    model: Any,
+    optimizer: Callable[[Iterable[nn.Parameter]], Any],
+    batch: Any,
+    *,
+    fold: FoldArgument = True,
+    loss: LossFunction | None = None,
+    label: str | None = None,
+) -> StepMemory:
+    """Predict a training step's memory by running the real step on fake tensors. Touches no weight, allocates none.
+
+    `model`: a module (copied as fake tensors), a function that builds one, or a transformers config. `optimizer`: makes
+    the optimizer from the parameters, e.g. `lambda params: gradfold.AdamW(params, lr=1e-4)`. `batch`: keyword arguments
+    of the model as a mapping of tensors (anything else is given to `loss` only), real or fake; only shapes and dtypes are
+    read. `fold`: False for a plain step, True for `gradfold.fold(model, optimizer)`, or a function that does it.
+    `loss(model, batch)` defaults to `model(**batch).loss`. Raises what the model's own code raises on fake tensors,
+    above all `DataDependentOutputException` where it looks at values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_batch = tree_map_only(torch.Tensor, lambda t: _fake(t, mode), batch)
+    with mode:
+        fake_model = fake_copy(model, mode)
+        fake_optimizer = optimizer(fake_model.parameters())
+        return measure_step(fake_model, fake_optimizer, fake_batch, fold=fold, loss=loss, label=label)
+
+
+def measure_step(
+    model: nn.Module,
+    optimizer: Any,
+    batch: Any,
+    *,
+    fold: FoldArgument = False,
+    loss: LossFunction | None = None,
+    label: str | None = None,
+    warm_up_steps: int = 1,
+) -> StepMemory:
+    """Run training steps for real and count the last one's live bytes. **Trains the model** by `warm_up_steps` + 1 steps.
+
+    The warm-up lets lazily made states and scratch come into being. `fold`, `batch` and `loss` as in `step_memory`; leave
+    `fold=False` for a model that is folded already or whose hooks step it. A fold made here is removed again.
+    """
+    loss = loss or _loss_of_model
+    made_fold = None
+    if fold is True:
+        from gradfold.fold import fold as fold_model
+
+        made_fold = fold_model(model, optimizer)
+    elif callable(fold):
+        made_fold = fold(model, optimizer)
+    try:
+        for _ in range(warm_up_steps):
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
+        with LiveBytes() as live, _gradients_labelled(live, model):
+            live.track(model, optimizer, batch)
+            if made_fold is not None:
+                live.track(made_fold.scratch_tensors(), category="scratch")
+            resting_bytes = live.now_bytes
+            live.moment("forward")
+            value = loss(model, batch)
+            live.moment("backward")
+            value.backward()
+            del value
+            live.moment("step")
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    live.label(parameter.grad, "gradients")
+            optimizer.step()
+            optimizer.zero_grad()
+            if made_fold is not None:
+                live.track(made_fold.scratch_tensors(), category="scratch")
+            live.moment("end")
+        return StepMemory(
+            label=label or ("folded" if made_fold is not None else "plain"),
+            timeline=live.timeline(),
+            resting_bytes=resting_bytes,
+            peak_bytes=live.peak_bytes,
+            peak_phase=live.peak_moment,
+            peak_op=live.peak_op,
+        )
+    finally:
+        if made_fold is not None:
+            made_fold.remove()
+
+
+def fake_copy(model: Any, mode: FakeTensorMode) -> nn.Module:
+    """A model of fake tensors: a copy of a module, what a function builds, or a causal LM made from a transformers config.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(model, nn.Module):
+        with FakeCopyMode(mode):
+            return copy.deepcopy(model)
+    with mode:
+        if hasattr(model, "model_type"):
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_config(model).train()
+        if callable(model):
+            return model()
+    raise TypeError(f"model is a {type(model).__name__}: give a module, a function that builds one, or a transformers config")
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return tensor if getattr(tensor, "fake_mode", None) is mode else mode.from_tensor(tensor)
+
+
+def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def _gradients_labelled(live: LiveBytes, model: nn.Module) -> ExitStack:
+    """Label every gradient as autograd hands it to its parameter, also those that a hook consumes before backward ends."""
+
+    def hand_over(grads: tuple[torch.Tensor | None, ...]) -> None:
+        for grad in grads:
+            if grad is not None:
+                live.label(grad, "gradients")
+
+    stack = ExitStack()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            node = get_gradient_edge(parameter).node
+            stack.callback(node.register_prehook(hand_over).remove)
+            stack.callback(lambda node=node: None)  # the node lives only as long as someone holds it
+    return stack

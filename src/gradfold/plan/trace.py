@@ -1,0 +1,292 @@
+"""Count the bytes of live tensors while real code runs, on real or on fake tensors.
+
+`LiveBytes` is a dispatch mode. Each operator passes through it once, below autograd, so it sees what forward, backward,
+hooks, custom autograd Functions and optimizers allocate. What it counts is *storages*, each one once however many views
+share it, from the operator that returns it until the last reference dies (a weak reference on the storage tells).
+
+What it cannot see: buffers that a kernel allocates and frees inside one operator, and the allocator's rounding and
+fragmentation. It never keeps a tensor alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+CATEGORIES = ("weights", "states", "gradients", "activations", "scratch")
+"""What a byte is for. `activations` is also every temporary that nobody labelled."""
+
+_DEVICE_OF = torch.ops.prim.device.default
+
+
+class _Block:
+    """One storage: how many bytes it holds now and what they are for."""
+
+    __slots__ = ("category", "index", "nbytes", "ref")
+
+    def __init__(self, index: int, category: int):
+        self.index = index
+        self.category = category
+        self.nbytes = 0
+        self.ref: _StorageRef | None = None
+
+
+class _StorageRef(weakref.ref):
+    """A weak reference that knows which storage it was for, since its target is gone when the callback runs."""
+
+    __slots__ = ("key",)
+    key: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A mark on the timeline: the event it was set at, and the bytes that operators had touched by then."""
+
+    label: str
+    event: int
+    touched_bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes after each event (a storage born, freed or resized), by category.
+
+    `live_bytes`: int64 [E, C], C in the order of `CATEGORIES`. `touched_bytes`: int64 [E], the bytes all operators had
+    read or written by that event; a clock that runs as a memory-bound device would. `moments`: marks in order.
+    """
+
+    live_bytes: np.ndarray  # [E, C]
+    touched_bytes: np.ndarray  # [E]
+    moments: tuple[Moment, ...]
+    end_touched_bytes: int
+
+    @property
+    def peak_event(self) -> int:
+        """Index of the first event at which the total is largest (-1 if nothing was ever counted)."""
+        return int(self.live_bytes.sum(axis=1).argmax()) if len(self.live_bytes) else -1
+
+    def at(self, event: int) -> dict[str, int]:
+        """Bytes per category just after event number `event`."""
+        return {name: int(n) for name, n in zip(CATEGORIES, self.live_bytes[event], strict=True)}
+
+    def moment_of(self, event: int) -> str:
+        """Label of the moment that event number `event` belongs to ("" before the first mark)."""
+        label = ""
+        for moment in self.moments:
+            if moment.event > event:
+                break
+            label = moment.label
+        return label
+
+
+class LiveBytes(TorchDispatchMode):
+    """Dispatch mode that counts the bytes of live storages, their peak, and a timeline by category.
+
+    with LiveBytes() as live:
+        live.track(model, optimizer)
+        live.moment("forward"); loss = model(x).sum()
+        live.moment("backward"); loss.backward()
+    live.peak_bytes, live.timeline()
+
+    A storage is counted from the operator that returns it, while that operator's inputs are still alive. One that
+    existed before (and was not given to `track`) is counted when an operator first touches it. With fake tensors, enter
+    this mode inside `FakeTensorMode`. With `timeline=False` only `now_bytes` and `peak_bytes` are kept.
+    """
+
+    def __init__(self, timeline: bool = True):
+        super().__init__()
+        self.now_bytes = 0
+        self.peak_bytes = 0
+        self.peak_moment = ""
+        self.peak_op = ""
+        self._blocks: dict[int, _Block] = {}  # address of the live StorageImpl -> block
+        self._categories: list[int] | None = [] if timeline else None  # by block index; kept after death, so relabelling works
+        self._lock = threading.RLock()  # autograd runs one thread per device; a weakref callback may interrupt us
+        self._events_block = array("q")
+        self._events_delta = array("q")
+        self._events_touched = array("q")
+        self._touched_bytes = 0
+        self._moments: list[Moment] = []
+        self._op = ""
+        me = weakref.ref(self)
+
+        def on_free(ref: _StorageRef) -> None:
+            live = me()
+            if live is not None:
+                live._free(ref)
+
+        self._on_free = on_free
+
+    # ---- what the user calls ------------------------------------------------------------------------------------
+
+    def track(self, *things: Any, category: str | None = None) -> None:
+        """Count tensors that exist already: tensors, modules, optimizers, or containers of them.
+
+        By default parameters and buffers are `weights`, their `.grad` `gradients`, what an optimizer holds `states`,
+        any other tensor `activations`. Raises ValueError for an unknown category, TypeError for a thing with no tensors.
+        """
+        for thing in things:
+            for tensor, default in _tensors_of(thing):
+                self._see(tensor, _category_index(category or default), relabel=True)
+
+    def label(self, tensor: torch.Tensor, category: str) -> None:
+        """Say what a storage is for, for the whole of its life, also the part that has passed."""
+        self._see(tensor, _category_index(category), relabel=True)
+
+    def moment(self, label: str) -> None:
+        """Mark that a new phase begins here."""
+        self._recheck()
+        self._moments.append(Moment(label, len(self._events_delta), self._touched_bytes))
+        self._op = ""
+
+    def timeline(self) -> Timeline:
+        """What has been recorded so far, with the categories as they are labelled now. Needs `timeline=True`."""
+        if self._categories is None:
+            raise ValueError("LiveBytes(timeline=False) records no timeline; build it with timeline=True")
+        with self._lock:
+            blocks = np.array(self._events_block, dtype=np.int64)  # [E]
+            deltas = np.array(self._events_delta, dtype=np.int64)  # [E]
+            touched = np.array(self._events_touched, dtype=np.int64)  # [E]
+            categories = np.array(self._categories, dtype=np.int64)
+        by_category = np.zeros((len(deltas), len(CATEGORIES)), dtype=np.int64)  # [E, C]
+        by_category[np.arange(len(deltas)), categories[blocks]] = deltas
+        return Timeline(by_category.cumsum(axis=0), touched, tuple(self._moments), self._touched_bytes)
+
+    # ---- dispatch -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE_OF:  # a fake tensor asks for its device this way, more often than for all else together
+            return getattr(args[0], "fake_device", None) or func(*args)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        # Inputs too: in-place and out= results, storages that were swapped or resized outside of any operator, and
+        # tensors that were made outside of any operator (from_numpy). They are all still alive here.
+        self._op = str(func)
+        touched_bytes = 0
+        for tensor in _flat((args, kwargs, out)):
+            touched_bytes += tensor.numel() * tensor.element_size()  # .nbytes refuses sparse tensors
+            self._see(tensor)
+        self._touched_bytes += touched_bytes
+        return out
+
+    def _see(self, tensor: torch.Tensor, category: int = CATEGORIES.index("activations"), relabel: bool = False) -> None:
+        for storage in _storages(tensor):
+            with self._lock:
+                block = self._blocks.get(storage._cdata)
+                if block is None:
+                    block = self._born(storage, category)
+                elif relabel:
+                    block.category = category
+                    if self._categories is not None:
+                        self._categories[block.index] = category
+                nbytes = storage.nbytes()
+                if nbytes != block.nbytes:
+                    self._resize(block, nbytes)
+
+    def _born(self, storage: torch.UntypedStorage, category: int) -> _Block:
+        index = -1
+        if self._categories is not None:
+            index = len(self._categories)
+            self._categories.append(category)
+        block = _Block(index, category)
+        ref = _StorageRef(storage, self._on_free)
+        ref.key = storage._cdata
+        block.ref = ref
+        self._blocks[ref.key] = block
+        return block
+
+    def _resize(self, block: _Block, nbytes: int) -> None:
+        delta = nbytes - block.nbytes
+        block.nbytes = nbytes
+        self.now_bytes += delta
+        if self._categories is not None:
+            self._events_block.append(block.index)
+            self._events_delta.append(delta)
+            self._events_touched.append(self._touched_bytes)
+        if self.now_bytes > self.peak_bytes:
+            self.peak_bytes = self.now_bytes
+            self.peak_moment = self._moments[-1].label if self._moments else ""
+            self.peak_op = self._op
+
+    def _recheck(self) -> None:
+        """Catch up with storages that were resized outside of any operator and not touched since."""
+        with self._lock:
+            for block in list(self._blocks.values()):
+                storage = block.ref() if block.ref is not None else None
+                if storage is not None and storage.nbytes() != block.nbytes:
+                    self._resize(block, storage.nbytes())
+
+    def _free(self, ref: _StorageRef) -> None:
+        with self._lock:
+            block = self._blocks.get(ref.key)
+            if block is not None and block.ref is ref:  # the address may have been reused already
+                del self._blocks[ref.key]
+                if block.nbytes:
+                    self._resize(block, 0)
+
+
+def _category_index(category: str) -> int:
+    if category not in CATEGORIES:
+        raise ValueError(f"category={category!r}: use one of {', '.join(CATEGORIES)}")
+    return CATEGORIES.index(category)
+
+
+def _flat(thing: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, tuples and dicts (an operator's arguments and results are never anything else)."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            yield from _flat(item)
+    elif isinstance(thing, Mapping):
+        for item in thing.values():
+            yield from _flat(item)
+
+
+def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages a tensor stands on: one, or those of its parts if it is a wrapper or sparse."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _storages(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield tensor._indices().untyped_storage()
+        yield tensor._values().untyped_storage()
+    elif tensor.layout is torch.strided:
+        yield tensor.untyped_storage()
+    # Other layouts (mkldnn's opaque blocks) have no storage to count.
+
+
+def _tensors_of(thing: Any) -> Iterator[tuple[torch.Tensor, str]]:
+    """(tensor, default category) of all that `track` accepts."""
+    if isinstance(thing, torch.Tensor):
+        yield thing, "activations"
+    elif isinstance(thing, torch.nn.Module):
+        for parameter in thing.parameters():
+            yield parameter, "weights"
+            if parameter.grad is not None:
+                yield parameter.grad, "gradients"
+        for buffer in thing.buffers():
+            yield buffer, "weights"
+    elif hasattr(thing, "param_groups") and hasattr(thing, "state"):
+        for tensor in _flat(dict(thing.state)):
+            yield tensor, "states"
+        for group in thing.param_groups:  # a tensor learning rate
+            for tensor in _flat({key: value for key, value in group.items() if key != "params"}):
+                yield tensor, "states"
+    elif isinstance(thing, Mapping):
+        yield from _tensors_of(list(thing.values()))
+    elif isinstance(thing, Iterable) and not isinstance(thing, (str, bytes)):
+        for item in thing:
+            if not isinstance(item, (str, bytes, int, float, type(None))):
+                yield from _tensors_of(item)
+    else:
+        raise TypeError(f"cannot track a {type(thing).__name__}: give tensors, modules, optimizers or containers of them")

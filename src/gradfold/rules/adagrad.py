@@ -1,0 +1,70 @@
+"""Adagrad: Duchi, Hazan and Singer, JMLR 12 (2011), as ``torch.optim.Adagrad`` defines it.
+
+With g the gradient (negated under ``maximize``) and t the step:
+
+    g   <- g + weight_decay * w
+    sum <- sum + g^2                        (starts at initial_accumulator_value)
+    w   <- w - lr / (1 + (t - 1) lr_decay) * g / (sqrt(sum) + eps)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed, step_tensor, tick
+
+
+class Numbers(NamedTuple):
+    step: float
+    lr: float
+    lr_decay: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class Adagrad(Rule):
+    """Adagrad with learning-rate decay."""
+
+    name = "adagrad"
+
+    def states(self, group):
+        return (State("sum", init=group["initial_accumulator_value"]),)
+
+    def advance(self, counters, group, fresh):
+        return Numbers(
+            step=tick(counters),
+            lr=number(group["lr"]),
+            lr_decay=group["lr_decay"],
+            eps=group["eps"],
+            weight_decay=number(group["weight_decay"]),
+            maximize=group["maximize"],
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n, (total,) = numbers, states
+        grad = signed(grad, n.maximize)
+        if n.weight_decay:
+            grad.add_(weight, alpha=n.weight_decay)
+        total.addcmul_(grad, grad)
+        denom = torch.sqrt(total, out=scratch[0]).add_(n.eps)
+        weight.addcdiv_(grad, denom, value=-n.lr / (1 + (n.step - 1) * n.lr_decay))
+
+    def fused(self, weight, grad, states, numbers):
+        n = numbers
+        if weight.device.type != "cpu":  # torch has this kernel for the CPU alone
+            return False
+        torch._fused_adagrad_(
+            [weight],
+            [grad],
+            list(states),
+            [step_tensor(n.step, weight.device)],
+            lr=n.lr,
+            lr_decay=n.lr_decay,
+            weight_decay=n.weight_decay,
+            eps=n.eps,
+            maximize=n.maximize,
+        )
+        return True

@@ -1,0 +1,91 @@
+"""Adam and AdamW, with AMSGrad as an option.
+
+Adam: Kingma and Ba, arXiv 1412.6980, algorithm 1. AdamW: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+AMSGrad: Reddi et al., arXiv 1904.09237. With g the gradient (negated under ``maximize``) and t the step:
+
+    decoupled (AdamW)   w <- w (1 - lr * weight_decay)
+    coupled (Adam)      g <- g + weight_decay * w
+    exp_avg     <- beta1 exp_avg    + (1 - beta1) g
+    exp_avg_sq  <- beta2 exp_avg_sq + (1 - beta2) g^2
+    v           =  exp_avg_sq, or under amsgrad  max_exp_avg_sq <- max(max_exp_avg_sq, exp_avg_sq)
+    w           <- w - lr / (1 - beta1^t) * exp_avg / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed, step_tensor, tick
+
+
+class Numbers(NamedTuple):
+    step: float
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+
+
+class Adam(Rule):
+    """Adam; the group's ``decoupled_weight_decay`` makes it AdamW."""
+
+    name = "adam"
+
+    def states(self, group):
+        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+        return tuple(State(name) for name in names)
+
+    def advance(self, counters, group, fresh):
+        beta1, beta2 = map(number, group["betas"])
+        return Numbers(
+            step=tick(counters),
+            lr=number(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=number(group["weight_decay"]),
+            decoupled=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
+        grad = signed(grad, n.maximize)
+        if n.weight_decay and n.decoupled:
+            weight.mul_(1 - n.lr * n.weight_decay)
+        elif n.weight_decay:
+            grad.add_(weight, alpha=n.weight_decay)
+        exp_avg.lerp_(grad, 1 - n.beta1)
+        exp_avg_sq.mul_(n.beta2).addcmul_(grad, grad, value=1 - n.beta2)
+        if maximum:
+            torch.maximum(maximum[0], exp_avg_sq, out=maximum[0])
+        denom = torch.sqrt(maximum[0] if maximum else exp_avg_sq, out=scratch[0])
+        denom.div_((1 - n.beta2**n.step) ** 0.5).add_(n.eps)
+        weight.addcdiv_(exp_avg, denom, value=-n.lr / (1 - n.beta1**n.step))
+
+    def fused(self, weight, grad, states, numbers):
+        n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
+        kernel = torch._fused_adamw_ if n.decoupled else torch._fused_adam_
+        kernel(
+            [weight],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            maximum,
+            [step_tensor(n.step, weight.device)],
+            lr=n.lr,
+            beta1=n.beta1,
+            beta2=n.beta2,
+            weight_decay=n.weight_decay,
+            eps=n.eps,
+            amsgrad=n.amsgrad,
+            maximize=n.maximize,
+        )
+        return True

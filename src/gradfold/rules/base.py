@@ -1,0 +1,77 @@
+"""What an update rule is: element-wise arithmetic on tiles, and the numbers of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+
+class State(NamedTuple):
+    """One weight-shaped optimizer state: its key in ``state_dict`` and the value it starts from."""
+
+    name: str
+    init: float = 0.0
+    lazy: bool = False  # absent from state_dict until the first step, as torch's SGD keeps momentum_buffer
+
+
+def number(value: float | Tensor) -> float:
+    """A hyper-parameter or counter as a float.
+
+    A fake tensor has no value: one half stands in, for which every rule's arithmetic is finite.
+    """
+    if isinstance(value, Tensor):
+        return 0.5 if hasattr(value, "fake_mode") else float(value.item())
+    return float(value)
+
+
+class Rule:
+    """A weight update that treats every element alike, in place on one tile.
+
+    ``advance`` turns counters and hyper-parameters into the plain numbers of this step, once per parameter;
+    ``update`` applies them to a tile, and may overwrite the gradient tile it is given. Because no element looks at
+    another, a weight may be cut into tiles anywhere and the result does not change.
+    """
+
+    name: ClassVar[str]
+    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}  # scalar states and where they start
+
+    def states(self, group: Group) -> tuple[State, ...]:
+        """The weight-shaped states this group's hyper-parameters call for, in ``update``'s order."""
+        raise NotImplementedError(f"{type(self).__name__}.states")
+
+    def scratch_tiles(self, group: Group) -> int:
+        """How many tiles of temporary memory ``update`` needs beside the gradient tile."""
+        return 1
+
+    def advance(self, counters: MutableMapping[str, Tensor], group: Group, fresh: bool) -> Any:
+        """Move the counters one step on; return this step's numbers. ``fresh``: a lazy state starts now."""
+        raise NotImplementedError(f"{type(self).__name__}.advance")
+
+    def update(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any, scratch: Sequence[Tensor]):
+        """New weight and states for one tile, in place; all tensors share one shape, dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> bool:
+        """The same update by one of torch's fused kernels; False where torch has none for these numbers."""
+        return False
+
+
+def tick(counters: MutableMapping[str, Tensor]) -> float:
+    """Add one to ``step`` and return it."""
+    counters["step"] += 1
+    return number(counters["step"])
+
+
+def signed(grad: Tensor, maximize: bool) -> Tensor:
+    """The gradient of what is minimised, in place."""
+    return grad.neg_() if maximize else grad
+
+
+def step_tensor(step: float, device: torch.device) -> Tensor:
+    """``step`` the way torch's fused kernels read it: a float32 scalar on the weight's device."""
+    return torch.full((), step, dtype=torch.float32, device=device)

@@ -1,0 +1,49 @@
+"""Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, algorithm 2.
+
+With g the gradient (negated under ``maximize``):
+
+    w       <- w (1 - lr * weight_decay)
+    w       <- w - lr * sign(beta1 exp_avg + (1 - beta1) g)
+    exp_avg <- beta2 exp_avg + (1 - beta2) g
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed, tick
+
+
+class Numbers(NamedTuple):
+    step: float
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool
+
+
+class Lion(Rule):
+    """Sign of an interpolated momentum, with decoupled weight decay."""
+
+    name = "lion"
+
+    def states(self, group):
+        return (State("exp_avg"),)
+
+    def advance(self, counters, group, fresh):
+        beta1, beta2 = map(number, group["betas"])
+        return Numbers(
+            tick(counters), number(group["lr"]), beta1, beta2, number(group["weight_decay"]), group["maximize"]
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n, (exp_avg,) = numbers, states
+        grad = signed(grad, n.maximize)
+        if n.weight_decay:
+            weight.mul_(1 - n.lr * n.weight_decay)
+        direction = torch.mul(exp_avg, n.beta1, out=scratch[0]).add_(grad, alpha=1 - n.beta1).sign_()
+        weight.add_(direction, alpha=-n.lr)
+        exp_avg.mul_(n.beta2).add_(grad, alpha=1 - n.beta2)

@@ -1,0 +1,77 @@
+"""NAdam: Dozat, "Incorporating Nesterov Momentum into Adam", 2016, as ``torch.optim.NAdam`` defines it.
+
+With g the gradient (negated under ``maximize``), t the step, and weight decay coupled or decoupled as in Adam:
+
+    mu_t        =  beta1 (1 - 0.96^(t * momentum_decay) / 2);  mu_product <- mu_product * mu_t
+    exp_avg     <- beta1 exp_avg    + (1 - beta1) g
+    exp_avg_sq  <- beta2 exp_avg_sq + (1 - beta2) g^2
+    d           =  sqrt(exp_avg_sq / (1 - beta2^t)) + eps
+    w           <- w - lr (1 - mu_t) / (1 - mu_product) * g / d
+                     - lr mu_{t+1} / (1 - mu_product * mu_{t+1}) * exp_avg / d
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed, tick
+
+
+class Numbers(NamedTuple):
+    step: float
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    grad_rate: float  # what g / d is multiplied by, before the sign
+    avg_rate: float  # what exp_avg / d is multiplied by, before the sign
+
+
+class NAdam(Rule):
+    """Adam with Nesterov's look-ahead."""
+
+    name = "nadam"
+    counters = {"step": 0.0, "mu_product": 1.0}
+
+    def states(self, group):
+        return (State("exp_avg"), State("exp_avg_sq"))
+
+    def advance(self, counters, group, fresh):
+        step, lr = tick(counters), number(group["lr"])
+        beta1, beta2 = map(number, group["betas"])
+
+        def mu(t: float) -> float:
+            return beta1 * (1.0 - 0.5 * (0.96 ** (t * group["momentum_decay"])))
+
+        counters["mu_product"] *= mu(step)
+        product, following = number(counters["mu_product"]), mu(step + 1)
+        return Numbers(
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=number(group["weight_decay"]),
+            decoupled=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            grad_rate=lr * (1.0 - mu(step)) / (1.0 - product),
+            avg_rate=lr * following / (1.0 - product * following),
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n, (exp_avg, exp_avg_sq) = numbers, states
+        grad = signed(grad, n.maximize)
+        if n.weight_decay and n.decoupled:
+            weight.mul_(1 - n.lr * n.weight_decay)
+        elif n.weight_decay:
+            grad.add_(weight, alpha=n.weight_decay)
+        exp_avg.lerp_(grad, 1 - n.beta1)
+        exp_avg_sq.mul_(n.beta2).addcmul_(grad, grad, value=1 - n.beta2)
+        denom = torch.div(exp_avg_sq, 1 - n.beta2**n.step, out=scratch[0]).sqrt_().add_(n.eps)
+        weight.addcdiv_(grad, denom, value=-n.grad_rate)
+        weight.addcdiv_(exp_avg, denom, value=-n.avg_rate)

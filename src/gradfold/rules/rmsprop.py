@@ -1,0 +1,74 @@
+"""RMSprop, as ``torch.optim.RMSprop`` defines it.
+
+Hinton's lecture notes, Coursera 2012, lecture 6e; centered form: Graves, arXiv 1308.0850. With g the gradient
+(negated under ``maximize``):
+
+    g               <- g + weight_decay * w
+    square_avg      <- alpha square_avg + (1 - alpha) g^2
+    a               =  square_avg, or centered:  grad_avg <- alpha grad_avg + (1 - alpha) g;  a = square_avg - grad_avg^2
+    without momentum   w <- w - lr * g / (sqrt(a) + eps)
+    with momentum      momentum_buffer <- momentum * momentum_buffer + g / (sqrt(a) + eps);  w <- w - lr * momentum_buffer
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed, tick
+
+
+class Numbers(NamedTuple):
+    step: float
+    lr: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    centered: bool
+    maximize: bool
+
+
+class RMSprop(Rule):
+    """RMSprop with optional momentum and centering."""
+
+    name = "rmsprop"
+
+    def states(self, group):
+        names = ["square_avg"]
+        names += ["momentum_buffer"] if group["momentum"] > 0 else []
+        names += ["grad_avg"] if group["centered"] else []
+        return tuple(State(name) for name in names)
+
+    def advance(self, counters, group, fresh):
+        return Numbers(
+            step=tick(counters),
+            lr=number(group["lr"]),
+            alpha=group["alpha"],
+            eps=group["eps"],
+            weight_decay=number(group["weight_decay"]),
+            momentum=group["momentum"],
+            centered=group["centered"],
+            maximize=group["maximize"],
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n, square_avg = numbers, states[0]
+        grad = signed(grad, n.maximize)
+        if n.weight_decay:
+            grad.add_(weight, alpha=n.weight_decay)
+        square_avg.mul_(n.alpha).addcmul_(grad, grad, value=1 - n.alpha)
+        if n.centered:
+            grad_avg = states[-1]
+            grad_avg.lerp_(grad, 1 - n.alpha)
+            denom = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1, out=scratch[0]).sqrt_()
+        else:
+            denom = torch.sqrt(square_avg, out=scratch[0])
+        denom.add_(n.eps)
+        if n.momentum > 0:
+            buffer = states[1]
+            buffer.mul_(n.momentum).addcdiv_(grad, denom)
+            weight.add_(buffer, alpha=-n.lr)
+        else:
+            weight.addcdiv_(grad, denom, value=-n.lr)

@@ -1,0 +1,82 @@
+"""Stochastic gradient descent with momentum, as ``torch.optim.SGD`` defines it.
+
+Momentum: Polyak 1964; Nesterov's form as in Sutskever et al., ICML 2013. With g the gradient (negated under
+``maximize``):
+
+    g               <- g + weight_decay * w
+    momentum_buffer <- g at a parameter's first step, then  momentum * momentum_buffer + (1 - dampening) g
+    d               =  g + momentum * momentum_buffer under nesterov, momentum_buffer with momentum, else g
+    w               <- w - lr * d
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Rule, State, number, signed
+
+
+class Numbers(NamedTuple):
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    first: bool  # the momentum buffer starts as the gradient itself, undampened
+
+
+class SGD(Rule):
+    """SGD with momentum, dampening and Nesterov's form."""
+
+    name = "sgd"
+    counters = {}  # torch's SGD keeps no step count
+
+    def states(self, group):
+        return (State("momentum_buffer", lazy=True),) if group["momentum"] else ()
+
+    def scratch_tiles(self, group):
+        return 0
+
+    def advance(self, counters, group, fresh):
+        return Numbers(
+            lr=number(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=number(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=fresh,
+        )
+
+    def update(self, weight, grad, states, numbers, scratch):
+        n = numbers
+        grad = signed(grad, n.maximize)
+        if n.weight_decay:
+            grad.add_(weight, alpha=n.weight_decay)
+        if n.momentum:
+            buffer = states[0]
+            if n.first:
+                buffer.copy_(grad)
+            else:
+                buffer.mul_(n.momentum).add_(grad, alpha=1 - n.dampening)
+            grad = grad.add_(buffer, alpha=n.momentum) if n.nesterov else buffer
+        weight.add_(grad, alpha=-n.lr)
+
+    def fused(self, weight, grad, states, numbers):
+        n = numbers
+        torch._fused_sgd_(
+            [weight],
+            [grad],
+            list(states),
+            weight_decay=n.weight_decay,
+            momentum=n.momentum,
+            lr=n.lr,
+            dampening=n.dampening,
+            nesterov=n.nesterov,
+            maximize=n.maximize,
+            is_first_step=n.first,
+        )
+        return True

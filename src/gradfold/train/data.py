@@ -1,0 +1,151 @@
+"""The data of one run: training and held-out sequences, and which of them each step takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradfold.train.encode import Tokens, encode_rows, render_chat
+from gradfold.train.errors import DataError
+from gradfold.train.recipe import Recipe
+from gradfold.train.rows import Row, read_rows
+from gradfold.train.windows import Batch, Window, build_batch, cut_windows
+
+Range = tuple[int, int, bool]
+"""(start, stop, is_document): a row, or a part of a document, as a token range."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Sequences to train on and to measure on; `held_out` may be empty. `sha256` is of all they are made of."""
+
+    tokens: Tokens
+    held_out_tokens: Tokens
+    train: list[Window]
+    held_out: list[Window]
+    sample_prompt: str
+    pad_id: int
+    seed: int
+    batch_size: int
+    sha256: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may take fewer sequences."""
+        return -(-len(self.train) // self.batch_size)
+
+    @property
+    def largest_id(self) -> int:
+        """Largest token id of all rows."""
+        sizes = [int(tokens.ids.max()) for tokens in (self.tokens, self.held_out_tokens) if len(tokens.ids)]
+        return max(sizes)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step number `step` (from 0): a function of the seed and of `step` alone."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
+        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
+        return build_batch(self.tokens, [self.train[i] for i in chosen], self.pad_id)
+
+    def held_out_batches(self) -> list[Batch]:
+        """Batches of the held-out sequences, in their order."""
+        chunks = [self.held_out[at : at + self.batch_size] for at in range(0, len(self.held_out), self.batch_size)]
+        return [build_batch(self.held_out_tokens, chunk, self.pad_id) for chunk in chunks]
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
+    """Read, tokenize, split, cut and pack what the recipe names. Raises DataError, or ModelError for a missing template."""
+    first: list[Row] = []
+
+    def rows(sources: tuple[str, ...]):
+        for row in read_rows(sources):
+            if not first:
+                first.append(row)
+            yield row
+
+    text = recipe.text
+    limit = recipe.sequence_length
+    options: dict[str, Any] = {"loss_on": text.loss_on, "too_long": text.too_long, "limit": limit}
+    tokens = encode_rows(rows(recipe.data), tokenizer, **options)
+    if not len(tokens):
+        raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
+                        + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
+    if text.held_out_data:
+        held_out_tokens = encode_rows(read_rows(text.held_out_data), tokenizer, **options)
+        train_ranges, held_ranges = _all_rows(tokens), _all_rows(held_out_tokens)
+    else:
+        held_out_tokens = tokens
+        train_ranges, held_ranges = split_rows(tokens, text.held_out, recipe.seed)
+    train = cut_windows(tokens, train_ranges, limit, text.packing)
+    held_out = cut_windows(held_out_tokens, held_ranges, limit, text.packing)
+    if not train:
+        raise DataError(f"{', '.join(recipe.data)}: too little text to train on; lower text.held_out, or give more")
+    at_most = recipe.evaluation.sequences
+    if at_most and len(held_out) > at_most:
+        chosen = np.random.default_rng((recipe.seed, 1)).choice(len(held_out), at_most, replace=False)
+        held_out = [held_out[i] for i in sorted(chosen)]
+    return Data(
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
+        train=train,
+        held_out=held_out,
+        sample_prompt=recipe.evaluation.sample_prompt or _sample_prompt(first[0], tokenizer, held_out_tokens, held_out),
+        pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        sha256=_sha256(tokens, held_out_tokens),
+    )
+
+
+def split_rows(tokens: Tokens, fraction: float, seed: int) -> tuple[list[Range], list[Range]]:
+    """(train, held out), as token ranges. Whole rows, chosen by the seed; where there are so few rows that less than
+    one would be held out, the end of each document instead. Raises DataError if a single row cannot be split."""
+    rows = _all_rows(tokens)
+    if fraction == 0:
+        return rows, []
+    count = round(len(rows) * fraction)
+    if count == 0 and all(is_document for _, _, is_document in rows):
+        cuts = [stop - max(2, round((stop - start) * fraction)) for start, stop, _ in rows]
+        head = [(start, cut, True) for (start, _, _), cut in zip(rows, cuts, strict=True) if cut > start]
+        tail = [(max(start, cut), stop, True) for (start, stop, _), cut in zip(rows, cuts, strict=True)]
+        return head, tail
+    if len(rows) == 1:
+        raise DataError("the data is a single row, so none can be held out; set text.held_out to 0, or give more rows")
+    held = set(np.random.default_rng((seed, 0)).permutation(len(rows))[: min(max(count, 1), len(rows) - 1)].tolist())
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+def as_tensors(batch: Batch, device: torch.device, packing: bool) -> dict[str, torch.Tensor]:
+    """The model's keyword arguments, each int64 [B, S]. Positions are passed only where rows share a sequence."""
+    arrays = {"input_ids": batch.input_ids, "labels": batch.labels}
+    if packing:
+        arrays["position_ids"] = batch.position_ids
+    return {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
+
+
+def _all_rows(tokens: Tokens) -> list[Range]:
+    starts, documents = tokens.starts.tolist(), tokens.is_document.tolist()
+    return [(starts[i], starts[i + 1], documents[i]) for i in range(len(tokens))]
+
+
+def _sample_prompt(first: Row, tokenizer: Any, tokens: Tokens, held_out: list[Window]) -> str:
+    """Something for the model to continue: of the first row its prompt, of a document the start of a held-out piece."""
+    if first.shape == "completion":
+        return first.prompt
+    if first.shape == "messages":
+        turns = [i for i, message in enumerate(first.messages) if message["role"] == "assistant"]
+        return render_chat(first, tokenizer, first.messages[: turns[0]], answer=True) if turns and turns[0] else ""
+    start, stop = held_out[0][0] if held_out else (0, len(tokens.ids))
+    return tokenizer.decode(tokens.ids[start : min(start + 24, stop)].tolist(), skip_special_tokens=True)
+
+
+def _sha256(*all_tokens: Tokens) -> str:
+    digest = hashlib.sha256()
+    for tokens in all_tokens:
+        for values in (tokens.ids, tokens.learned, tokens.starts, tokens.is_document):
+            digest.update(values.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""Recipes as YAML files, and what changed between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradfold.train.conform import annotations_of, conform, did_you_mean, from_words
+from gradfold.train.errors import RecipeError, one_line
+from gradfold.train.recipe import Recipe
+
+MAY_CHANGE_ON_RESUME = ("out", "steps", "epochs", "evaluation.interval_steps", "checkpoint.interval_steps", "checkpoint.keep")
+"""Fields that may differ from the recipe a checkpoint was made with."""
+
+
+def field_types() -> dict[str, Any]:
+    """Dotted field name -> annotated type, for every leaf of a Recipe."""
+    leaves: dict[str, Any] = {}
+    for name, annotation in annotations_of(Recipe).items():
+        if dataclasses.is_dataclass(annotation):
+            leaves |= {f"{name}.{inner}": kind for inner, kind in annotations_of(annotation).items()}  # type: ignore[arg-type]
+        else:
+            leaves[name] = annotation
+    return leaves
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Dotted field name -> value."""
+    flat: dict[str, Any] = {}
+    for dotted in field_types():
+        group, _, name = dotted.rpartition(".")
+        flat[dotted] = getattr(getattr(recipe, group) if group else recipe, name)
+    return flat
+
+
+def unflatten(values: dict[str, Any], base: Recipe) -> Recipe:
+    """`base` with some dotted fields replaced. Raises RecipeError for an unknown name or a bad value."""
+    known = field_types()
+    changed: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        if dotted not in known:
+            raise RecipeError(f"unknown field {dotted}{did_you_mean(dotted, known)}")
+        group, _, name = dotted.rpartition(".")
+        changed.setdefault(group, {})[name] = value
+    top: dict[str, Any] = changed.pop("", {})
+    for group, fields in changed.items():
+        top[group] = dataclasses.replace(getattr(base, group), **fields)
+    return dataclasses.replace(base, **top)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; fields the file leaves out take their defaults. Raises RecipeError, naming the file."""
+    return unflatten(load_fields(path), Recipe())
+
+
+def load_fields(path: str | Path) -> dict[str, Any]:
+    """The dotted fields a recipe file gives, each in its type. Raises RecipeError, naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.load(text, Loader=_Loader)
+        values: dict[str, Any] = {}
+        _collect(tree, "", values)
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"recipe {path}: is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"recipe {path}{where}: is not YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path}: is not YAML ({one_line(error)})") from None
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out; `load_recipe` gives an equal one back."""
+    tree: dict[str, Any] = {}
+    for dotted, value in flatten(recipe).items():
+        group, _, name = dotted.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def differing_fields(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) of each field that differs and that a resumed run may not change."""
+    before, after = flatten(old), flatten(new)
+    return {
+        dotted: (before[dotted], after[dotted])
+        for dotted in before
+        if dotted not in MAY_CHANGE_ON_RESUME and before[dotted] != after[dotted]
+    }
+
+
+def _collect(tree: Any, group: str, values: dict[str, Any]) -> None:
+    """Walk one mapping of a recipe file and put its leaves, checked and typed, into `values`."""
+    if tree is None:
+        return
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{group or 'the file'}: holds {type(tree).__name__}, not `name: value` lines")
+    known = field_types()
+    groups = {dotted.partition(".")[0] for dotted in known if "." in dotted}
+    for key, value in tree.items():
+        dotted = f"{group}.{key}" if group else str(key)
+        if not group and key in groups:
+            _collect(value, str(key), values)
+        elif dotted not in known:
+            raise RecipeError(f"unknown field {dotted}{did_you_mean(dotted, [*known, *groups])}")
+        else:
+            values[dotted] = _leaf(known[dotted], value, dotted)
+
+
+def _leaf(annotation: Any, value: Any, dotted: str) -> Any:
+    # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), and everyone writes learning rates so.
+    if isinstance(value, str) and annotation in (float, float | None):
+        return from_words(annotation, [value], dotted)
+    # One file needs no brackets.
+    if isinstance(value, str) and annotation == tuple[str, ...]:
+        return (value,)
+    return conform(annotation, value, dotted)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; PyYAML would silently keep the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise RecipeError(f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
+        seen.add(str(key.value))
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

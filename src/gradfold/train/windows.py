@@ -1,0 +1,113 @@
+"""Rows of tokens cut and packed into sequences of bounded length.
+
+Rows in one sequence never see each other: position ids restart at each, and transformers builds a block-diagonal
+causal mask from that (`model.check_packing` makes sure that the model at hand does). No attention mask is passed, for
+padding stands at the right end, where a causal model cannot see it, as one more row that nothing is learned from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradfold.train.encode import Tokens
+
+IGNORED = -100  # the label torch's cross-entropy skips
+
+Piece = tuple[int, int]
+"""Token range [start, stop) of `Tokens.ids`, all of one row."""
+Window = tuple[Piece, ...]
+"""The pieces of one sequence."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`input_ids`, `labels`, `position_ids`: int64 [B, S]. `tokens`: how many are not padding; `targets`: learned."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    tokens: int
+    targets: int
+
+
+def cut_windows(tokens: Tokens, ranges: list[tuple[int, int, bool]], length: int, packing: bool) -> list[Window]:
+    """Sequences of at most `length` tokens. `ranges`: (start, stop, is_document) of each row or part of one.
+
+    Packed: documents run on from one sequence into the next, in their order; other rows stay whole, each in the
+    sequence it fills best. Sequences without a single target are left out.
+    """
+    documents = [(start, stop) for start, stop, is_document in ranges if is_document]
+    whole = [(start, stop) for start, stop, is_document in ranges if not is_document]
+    if packing:
+        windows = _fill(documents, length) + _best_fit(whole, length)
+    else:
+        windows = [((at, min(at + length, stop)),) for start, stop in documents for at in range(start, stop, length)]
+        windows += [(piece,) for piece in whole]
+    return [window for window in windows if target_count(tokens, window)]
+
+
+def target_count(tokens: Tokens, window: Window) -> int:
+    """Learned tokens of one sequence; the first token of a piece has nothing before it to be told from."""
+    return sum(int(tokens.learned[start + 1 : stop].sum()) for start, stop in window)
+
+
+def build_batch(tokens: Tokens, windows: list[Window], pad_id: int) -> Batch:
+    """Sequences side by side, padded at the right to the longest."""
+    size = max(sum(stop - start for start, stop in window) for window in windows)
+    input_ids = np.full((len(windows), size), pad_id, dtype=np.int64)
+    labels = np.full((len(windows), size), IGNORED, dtype=np.int64)
+    position_ids = np.zeros((len(windows), size), dtype=np.int64)
+    count = 0
+    for row, window in enumerate(windows):
+        at = 0
+        for start, stop in window:
+            here = slice(at, at + stop - start)
+            ids = tokens.ids[start:stop]
+            input_ids[row, here] = ids
+            labels[row, here] = np.where(tokens.learned[start:stop], ids, IGNORED)
+            labels[row, at] = IGNORED  # the label before it would be told from another row's last token
+            position_ids[row, here] = np.arange(stop - start)
+            at += stop - start
+        position_ids[row, at:] = np.arange(size - at)
+        count += at
+    return Batch(input_ids, labels, position_ids, count, int((labels != IGNORED).sum()))
+
+
+def _fill(pieces: list[Piece], length: int) -> list[Window]:
+    """One piece after another, cut where a sequence is full."""
+    windows: list[Window] = []
+    current: list[Piece] = []
+    room = length
+    for start, stop in pieces:
+        while start < stop:
+            take = min(room, stop - start)
+            current.append((start, start + take))
+            start, room = start + take, room - take
+            if not room:
+                windows.append(tuple(current))
+                current, room = [], length
+    return [*windows, tuple(current)] if current else windows
+
+
+def _best_fit(pieces: list[Piece], length: int) -> list[Window]:
+    """Longest first, each into the sequence that it leaves least room in."""
+    windows: list[list[Piece]] = []
+    by_room: list[list[int]] = [[] for _ in range(length + 1)]  # room left -> sequences with it
+    rooms = 0  # bit r: by_room[r] is not empty
+    for start, stop in sorted(pieces, key=lambda piece: (piece[0] - piece[1], piece[0])):
+        need = stop - start
+        fitting = rooms >> need
+        if fitting:
+            room = need + (fitting & -fitting).bit_length() - 1
+            index = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, index = length, len(windows)
+            windows.append([])
+        windows[index].append((start, stop))
+        by_room[room - need].append(index)
+        rooms |= 1 << (room - need)
+    return [tuple(window) for window in windows]
