@@ -1,6 +1,7 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
 from .choose import choose
+from .gemm import multiply
 from .reference import Backend, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .uses import DenseUse, GatherUse, MatmulUse, Use
@@ -15,4 +16,5 @@ __all__ = [
     "Scratch",
     "Use",
     "choose",
+    "multiply",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..rules import Group, Rule
+from .gemm import emulated
 from .scratch import Scratch
 from .uses import DenseUse, Use
 
@@ -85,15 +86,18 @@ class Reference:
         dense = uses[0] if len(uses) == 1 and isinstance(uses[0], DenseUse) else None
         if dense and dense.grad.dtype == weight.dtype and dense.grad.is_contiguous():
             return rule.fused(weight, dense.grad, states, numbers)
-        block = self._block_rows(rows, columns, 1, weight.dtype)
-        (tile,) = self.scratch.tiles(1, block, columns, weight.dtype, weight.device)
+        wide = emulated(weight)  # products come out in fp32 and are rounded once, when they are complete
+        dtype = torch.float32 if wide else weight.dtype
+        block = self._block_rows(rows, columns, 1 + wide, dtype)
+        (tile,) = self.scratch.tiles(1, block, columns, dtype, weight.device)
         starts = range(0, rows, block)
         for use in uses:
             use.prepare(starts, rows)
         for start in starts:
             stop = min(start + block, rows)
             part = weight[start:stop]
-            grad = _sum(uses, tile[: stop - start], start, stop).view(part.shape)
+            grad = _sum(uses, tile[: stop - start], start, stop)
+            grad = (grad.to(weight.dtype) if wide else grad).view(part.shape)
             if not rule.fused(part, grad, [s[start:stop] for s in states], numbers):
                 return False  # only ever at the first block: nothing has been applied
         return True

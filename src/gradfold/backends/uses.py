@@ -11,6 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .gemm import accumulate
+
+GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
+
 
 class MatmulUse:
     """The gradient ``left.T @ right`` of a weight ``[R, C]``: for a Linear, left = dY and right = X."""
@@ -22,22 +26,11 @@ class MatmulUse:
     def prepare(self, starts: Sequence[int], rows: int) -> None:
         pass
 
-    def dtype(self) -> torch.dtype:
-        return self.left.dtype
-
     def write(self, tile: Tensor, start: int, stop: int) -> None:
-        left = self.left[:, start:stop].t()
-        if tile.dtype == left.dtype:
-            torch.mm(left, self.right, out=tile)
-        else:  # autocast: the matmul runs in the low precision its operands have
-            tile.copy_(left @ self.right)
+        accumulate(tile, self.left[:, start:stop], self.right, beta=0)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
-        left = self.left[:, start:stop].t()
-        if tile.dtype == left.dtype:
-            tile.addmm_(left, self.right)
-        else:
-            tile.add_(left @ self.right)
+        accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
 
 class GatherUse:
@@ -59,22 +52,19 @@ class GatherUse:
             bounds = torch.searchsorted(self.sorted_ids, self.sorted_ids.new_tensor(edges)).tolist()
         self.bounds = dict(zip(edges, bounds, strict=True))
 
-    def dtype(self) -> torch.dtype:
-        return self.grad.dtype
-
     def write(self, tile: Tensor, start: int, stop: int) -> None:
         tile.zero_()
         self.add(tile, start, stop)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
-        first, last = self.bounds[start], self.bounds[stop]
-        if first == last:
-            return
-        ids = self.sorted_ids[first:last]
-        grad = self.grad[self.order[first:last]].to(tile.dtype)  # a copy: indexing gathers
-        if self.padding_idx is not None:
-            grad.masked_fill_((ids == self.padding_idx)[:, None], 0)
-        tile.index_add_(0, ids - start, grad)
+        tokens = max(1, GATHER_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+        for first in range(self.bounds[start], self.bounds[stop], tokens):
+            last = min(first + tokens, self.bounds[stop])
+            ids = self.sorted_ids[first:last]
+            grad = self.grad[self.order[first:last]].to(tile.dtype)  # [tokens, H], a copy: indexing gathers
+            if self.padding_idx is not None:
+                grad.masked_fill_((ids == self.padding_idx)[:, None], 0)
+            tile.index_add_(0, ids - start, grad)
 
 
 class DenseUse:
@@ -85,9 +75,6 @@ class DenseUse:
 
     def prepare(self, starts: Sequence[int], rows: int) -> None:
         pass
-
-    def dtype(self) -> torch.dtype:
-        return self.grad.dtype
 
     def _rows(self, start: int, stop: int) -> Tensor:
         grad = self.grad if self.grad.dim() else self.grad.reshape(1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import MatmulUse
+from ..backends import MatmulUse, multiply
 from ..engine import Demand, Slot
 from .live import Folded, live
 
@@ -46,7 +46,8 @@ def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor) -
     dX = dW = db = None
     if ctx.needs_input_grad[0]:  # before the step, with the weight forward used
         w = weight.to(dY.dtype)
-        dX = dY @ (w.t() if ctx.transposed else w)  # [*, K]
+        w = w.t() if ctx.transposed else w
+        dX = dY @ w if torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
     if ctx.needs_input_grad[2]:
         db = dY.reshape(-1, dY.shape[-1]).sum(0)  # [N]
     if demand is not Demand.NOTHING:
