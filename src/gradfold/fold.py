@@ -97,7 +97,7 @@ _COUNTERPARTS = {kind.__name__ for kind in RuleOptimizer.__subclasses__()} | {"A
 def _check_parameter(name: str, param: nn.Parameter) -> None:
     if not param.requires_grad:
         return
-    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+    if isinstance(param, nn.UninitializedParameter):
         raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
     if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
         raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
@@ -137,10 +137,12 @@ class Report:
             sizes = (f"{row.weight_bytes / 2**20:.3f}", f"{row.state_bytes / 2**20:.3f}")
             lines.append((row.name, shape, str(row.dtype).removeprefix("torch."), row.route, *sizes))
         total = (sum(row.weight_bytes for row in self.rows), sum(row.state_bytes for row in self.rows))
-        lines.append(("total", "", "", "", *(f"{size / 2**20:.3f}" for size in total)))
+        lines.append(("total", "", "", "", f"{total[0] / 2**20:.3f}", f"{total[1] / 2**20:.3f}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(f"{c:<{w}}" if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                for line in lines]
+        text = [
+            "  ".join(f"{cell:<{width}}" if i < 4 else f"{cell:>{width}}" for i, (cell, width) in enumerate(pairs))
+            for pairs in (zip(line, widths, strict=True) for line in lines)
+        ]
         scratch = f"backend {self.backend}, scratch {self.scratch_bytes / 2**20:.3f} MiB, stored gradients 0"
         return "\n".join([*text, scratch])
 
@@ -154,7 +156,7 @@ class Fold:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which backward and ``optimizer.step()`` behave like plain PyTorch: ``.grad`` is written and read.
+        """A context in which backward and ``optimizer.step()`` are plain PyTorch's: ``.grad`` is written and read.
 
         Raises:
             FoldError: entered in the middle of a step.

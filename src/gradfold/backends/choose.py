@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import FoldError
+from gradfold.errors import FoldError
+
 from .reference import Backend, Reference
 from .scratch import Scratch
 

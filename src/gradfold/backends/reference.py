@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..rules import Group, Rule
+from gradfold.rules import Group, Rule
+
 from .gemm import emulated
 from .scratch import Scratch
 from .uses import DenseUse, Use
@@ -37,6 +38,7 @@ class Backend(Protocol):
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """The scratch memory held now."""
+        ...
 
 
 class Reference:

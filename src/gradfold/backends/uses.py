@@ -16,7 +16,23 @@ from .gemm import accumulate
 GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
 
 
-class MatmulUse:
+class Ready:
+    """When a use's tensors may be read on another CUDA stream; None where the engine has synchronised already."""
+
+    ready: torch.cuda.Event | None = None
+
+    def record(self, device: torch.device) -> None:
+        """The use is complete once everything queued on this stream so far has run."""
+        if device.type == "cuda":
+            self.ready = torch.cuda.current_stream(device).record_event()  # type: ignore[assignment]
+
+    def wait(self, device: torch.device) -> None:
+        """Make the current stream wait for the stream the use came from."""
+        if self.ready is not None:
+            torch.cuda.current_stream(device).wait_event(self.ready)
+
+
+class MatmulUse(Ready):
     """The gradient ``left.T @ right`` of a weight ``[R, C]``: for a Linear, left = dY and right = X."""
 
     def __init__(self, left: Tensor, right: Tensor):
@@ -33,8 +49,8 @@ class MatmulUse:
         accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
 
-class GatherUse:
-    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` receives ``grad[t]``; ``padding_idx`` receives nothing."""
+class GatherUse(Ready):
+    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
 
     def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None):
         self.ids = ids.reshape(-1)  # [T]
@@ -67,7 +83,7 @@ class GatherUse:
             tile.index_add_(0, ids - start, grad)
 
 
-class DenseUse:
+class DenseUse(Ready):
     """A gradient that plain autograd has already written out, of the weight's own shape."""
 
     def __init__(self, grad: Tensor):

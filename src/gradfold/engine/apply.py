@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Use
-from ..rules import Group, Rule
+from gradfold.backends import Backend, Use
+from gradfold.rules import Group, Rule
 
 States = MutableMapping[str, Any]
 

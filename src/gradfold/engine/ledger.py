@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from torch.nn import Parameter
 
-from ..backends import Backend
-from ..errors import FoldError
-from ..rules import Rule
+from gradfold.backends import Backend
+from gradfold.errors import FoldError
+from gradfold.rules import Rule
+
 from .slot import Slot, second_backward
 from .task import Demand, at_task_end, demand
 from .wrappers import refuse_wrappers
@@ -24,7 +25,7 @@ from .wrappers import refuse_wrappers
 class Owner(Protocol):
     """What the ledger needs of an optimizer."""
 
-    rule: Rule
+    rule: ClassVar[Rule]
     state: Any
     param_groups: list[dict[str, Any]]
 
@@ -77,7 +78,7 @@ class Ledger:
             slot.arm()
 
     def enter(self, task: int) -> None:
-        """A backward has reached the fold. A second one through a stepped weight is refused before it moves anything."""
+        """A backward has reached the fold. A second one through a stepped weight is refused at once."""
         if task in self._entered:
             return
         if self.outermost in (None, task):
@@ -127,6 +128,13 @@ class Ledger:
                 "optimizer.zero_grad() and run the batch again"
             )
         self._flush()
+        for slot in self.slots.values():
+            if slot.pending:
+                raise FoldError(
+                    f"{slot.name}: its uses in this backward were never joined, so it did not step; its hook was lost "
+                    "(Module.to with torch.__future__.set_swap_module_params_on_conversion?): make a new optimizer and "
+                    "fold again"
+                )
         refuse_wrappers(self.model)
         self._refuse_moved()
         present = dict(self.model.named_parameters())
@@ -143,8 +151,8 @@ class Ledger:
         """``zero_grad``: drop what a failed backward left pending, and open the next step."""
         if self.open and not self.running:
             warnings.warn(
-                "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, so "
-                "there is no gradient to discard",
+                "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, "
+                "so there is no gradient to discard",
                 stacklevel=3,
             )
         self.rearm()
@@ -196,5 +204,3 @@ def outside(name: str) -> str:
         f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
         "optimizer.add_param_group, or freeze it with requires_grad_(False)"
     )
-
-

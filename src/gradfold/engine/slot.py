@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends import DenseUse, Use
-from ..errors import FoldError
+from gradfold.backends import DenseUse, Use
+from gradfold.errors import FoldError
+
 from .apply import allocate, apply
 from .task import NO_TASK, Demand, LeafHook, current_task, demand
 
@@ -96,13 +97,14 @@ class Slot:
             self._refuse_second_step()
             if self.hook is not None and self.hook.others():
                 raise FoldError(
-                    f"{self.name}: a hook registered on this tensor waits for a gradient that is never made; remove it, "
-                    "or run this backward inside fold.paused()"
+                    f"{self.name}: a hook registered on this tensor waits for a gradient that is never made; remove "
+                    "it, or run this backward inside fold.paused()"
                 )
         return wanted
 
     def hand(self, use: Use) -> None:
         """Keep a use until the gate joins it."""
+        use.record(self.param.device)
         self.pending.setdefault(current_task(), []).append(use)
 
     def join(self) -> None:
@@ -131,8 +133,8 @@ class Slot:
         """A checkpoint reads the weight again inside ``task``'s backward."""
         if self.stepped:
             raise FoldError(
-                f"{self.name}: read again inside the backward that has already stepped it; with reentrant checkpointing "
-                "a weight must be read equally often in every step (use_reentrant=False has no such limit)"
+                f"{self.name}: read again inside the backward that has already stepped it; with reentrant "
+                "checkpointing it must be read equally often in every step (use_reentrant=False has no such limit)"
             )
         if self.ledger.outermost is None:
             self.ledger.enter(task)
@@ -151,6 +153,8 @@ class Slot:
         """Step."""
         self.stepped = True
         ledger = self.ledger
+        for use in uses:
+            use.wait(self.param.device)
         apply(self.param, uses, self.state, ledger.optimizer.rule, self.group, ledger.backend, self.waiting)
 
     def rearm(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from types import CodeType
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import FoldError
+from gradfold.errors import FoldError
 
 
 def refuse_wrappers(model: nn.Module) -> None:
@@ -43,8 +44,8 @@ def wrapper_of(model: nn.Module) -> str | None:
     return None
 
 
-def _wrapper_classes() -> tuple[type, ...]:
-    kinds: list[type] = [nn.DataParallel]
+def _wrapper_classes() -> tuple[Any, ...]:
+    kinds: list[Any] = [nn.DataParallel]
     if torch.distributed.is_available():
         kinds.append(nn.parallel.DistributedDataParallel)
     if fsdp := sys.modules.get("torch.distributed.fsdp"):  # importing it takes long, and who uses it has done so
@@ -53,8 +54,7 @@ def _wrapper_classes() -> tuple[type, ...]:
 
 
 def _wrapper_forwards() -> dict[CodeType, str]:
-    forwards = {kind.__name__: getattr(kind, "forward", None) for kind in _wrapper_classes()}
-    return {forward.__code__: name for name, forward in forwards.items() if hasattr(forward, "__code__")}
+    return {kind.forward.__code__: kind.__name__ for kind in _wrapper_classes() if hasattr(kind, "forward")}
 
 
 def _wrapper_on_stack() -> str | None:

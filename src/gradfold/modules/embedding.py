@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import GatherUse
-from ..engine import Demand, Slot
+from gradfold.backends import GatherUse
+from gradfold.engine import Demand, Slot
+
 from .live import Folded, live
 
 

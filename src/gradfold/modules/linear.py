@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import MatmulUse, multiply
-from ..engine import Demand, Slot
+from gradfold.backends import MatmulUse, multiply
+from gradfold.engine import Demand, Slot
+
 from .live import Folded, live
 
 
@@ -24,8 +25,9 @@ class FoldedMatmul(torch.autograd.Function):
             # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                x, w, b = (_autocast(t, dtype) for t in (x, weight, bias))
-                y = _affine(x, w, b, transposed)
+                x = _autocast(x, dtype)
+                bias = None if bias is None else _autocast(bias, dtype)
+                y = _affine(x, _autocast(weight, dtype), bias, transposed)
         else:
             y = _affine(x, weight, bias, transposed)
         ctx.save_for_backward(x, weight)
@@ -64,9 +66,9 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What autocast would cast: floating tensors except double."""
-    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast would do: cast floating tensors except double."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 class FoldedLinear(Folded):

@@ -1,4 +1,4 @@
-"""Whether a folded module's next call may fold. Every other path is the plain one, whose gradient meets the same gate."""
+"""Whether a folded module's next call may fold. Other paths are plain ones, whose gradients meet the same gate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..engine import NO_TASK, Slot, current_task, refuse_replica
+from gradfold.engine import NO_TASK, Slot, current_task, refuse_replica
 
 SLOT = "_gradfold_slot"
 
@@ -21,7 +21,7 @@ def live(module: nn.Module) -> Slot | None:
     if slot is None or slot.ledger.paused:
         return None
     weight = module._parameters.get("weight")
-    if weight is not slot.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
+    if weight is None or weight is not slot.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
         refuse_replica(module)
         slot.ledger.look()
         return None
@@ -53,5 +53,5 @@ class Folded:
         return _rebuild, (vars(type(self)).get("plain_class", type(self)),), state
 
 
-def _rebuild(kind: type) -> Any:
+def _rebuild(kind: Any) -> Any:
     return kind.__new__(kind)

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn import Parameter
 
-from ..engine import Slot
-from ..errors import FoldError
+from gradfold.engine import Slot
+from gradfold.errors import FoldError
+
 from .embedding import FoldedEmbedding
 from .linear import FoldedConv1D, FoldedLinear
 from .live import SLOT, Folded
@@ -24,10 +25,8 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     """
     if "forward" in vars(module):  # replaced on the instance: its own business
         return None
-    for plain, folded in _table().items():
-        if isinstance(module, plain) and type(module).forward is plain.forward:
-            break
-    else:
+    folded = next((f for plain, f in _table().items() if _is_plain(module, plain)), None)
+    if folded is None:
         return None
     if "weight" not in module._parameters:  # parametrized or weight-normed: computed from other parameters
         return None
@@ -42,6 +41,10 @@ def foldable(module: nn.Module) -> type[Folded] | None:
         if module.scale_grad_by_freq:
             return None
     return folded
+
+
+def _is_plain(module: nn.Module, plain: type[nn.Module]) -> bool:
+    return isinstance(module, plain) and type(module).forward is plain.forward
 
 
 def _table() -> Mapping[type[nn.Module], type[Folded]]:

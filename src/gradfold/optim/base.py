@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends import DenseUse, Reference, Scratch
-from ..engine import Ledger, apply
-from ..errors import FoldError
-from ..rules import Rule
+from gradfold.backends import DenseUse, Reference, Scratch
+from gradfold.engine import Ledger, apply
+from gradfold.errors import FoldError
+from gradfold.rules import Rule
 
 # Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups
 # here with torch's defaults, so that a state_dict loads into the torch optimizer of the same name.
@@ -69,7 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if grad is None:
             raise FoldError("apply() needs a parameter with a .grad")
         if grad.layout != torch.strided:
-            raise FoldError(f"a gradient of {grad.layout} for a parameter of shape {tuple(param.shape)}: use sparse=False")
+            raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
         if self._backend is None:
             self._backend = Reference(Scratch())
         backend = self._ledger.backend if self._ledger else self._backend
@@ -100,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             added = self.param_groups[-1]["params"]
             if any(id(param) not in names for param in added):
                 self.param_groups.pop()
-                raise FoldError("add_param_group: a parameter that is not in the folded model could never step; fold it too")
+                raise FoldError("add_param_group: a parameter that is not in the folded model could never step")
             for param in added:
                 self._ledger.claim(names[id(param)], param).arm()
 
@@ -109,7 +109,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What GradScaler asks before it steps an optimizer."""
         if self._ledger is not None:
             raise FoldError(
-                "GradScaler: the folded backward has stepped the weights with scaled gradients that were never unscaled; "
+                "GradScaler: the folded backward has stepped the weights with gradients that were still scaled; "
                 "train in bfloat16, which needs no scaler, or without fold"
             )
         return False
@@ -141,7 +141,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved = deepcopy(state_dict["param_groups"])
         for group, own in zip(saved, self.param_groups, strict=True):
             self.validate({**own, **group})
-        groups = [{**own, **group, "params": own["params"]} for group, own in zip(saved, self.param_groups, strict=True)]
+        groups = [
+            {**own, **group, "params": own["params"]} for group, own in zip(saved, self.param_groups, strict=True)
+        ]
         self.state.clear()
         self.state.update(state)
         self.param_groups[:] = groups
@@ -154,7 +156,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _placed_states(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
+    def _placed_states(self, state_dict: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         saved, own = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
             raise ValueError(

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rules import SGD as SGDRule
-from ..rules import Adagrad as AdagradRule
-from ..rules import Adam as AdamRule
-from ..rules import Lion as LionRule
-from ..rules import NAdam as NAdamRule
-from ..rules import RAdam as RAdamRule
-from ..rules import RMSprop as RMSpropRule
+from gradfold.rules import SGD as SGDRule
+from gradfold.rules import Adagrad as AdagradRule
+from gradfold.rules import Adam as AdamRule
+from gradfold.rules import Lion as LionRule
+from gradfold.rules import NAdam as NAdamRule
+from gradfold.rules import RAdam as RAdamRule
+from gradfold.rules import RMSprop as RMSpropRule
+
 from .base import RuleOptimizer
 
 
@@ -33,7 +34,7 @@ def _betas(group: dict[str, Any]) -> None:
 
 
 class Adam(RuleOptimizer):
-    """Adam; ``decoupled_weight_decay=True`` makes it AdamW. Arguments as ``torch.optim.Adam``; formula: rules/adam.py."""
+    """Adam. Arguments as ``torch.optim.Adam`` (``decoupled_weight_decay``: AdamW); formula: rules/adam.py."""
 
     rule = AdamRule()
     torch_only = ("foreach", "capturable", "differentiable", "fused")
@@ -83,9 +84,7 @@ class AdamW(Adam):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

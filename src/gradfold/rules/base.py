@@ -38,7 +38,7 @@ class Rule:
     """
 
     name: ClassVar[str]
-    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}  # scalar states and where they start
+    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}  # scalar states, and where they start
 
     def states(self, group: Group) -> tuple[State, ...]:
         """The weight-shaped states this group's hyper-parameters call for, in ``update``'s order."""

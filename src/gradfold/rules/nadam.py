@@ -12,7 +12,7 @@ With g the gradient (negated under ``maximize``), t the step, and weight decay c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ class NAdam(Rule):
     """Adam with Nesterov's look-ahead."""
 
     name = "nadam"
-    counters = {"step": 0.0, "mu_product": 1.0}
+    counters: ClassVar = {"step": 0.0, "mu_product": 1.0}
 
     def states(self, group):
         return (State("exp_avg"), State("exp_avg_sq"))

@@ -5,9 +5,11 @@ Hinton's lecture notes, Coursera 2012, lecture 6e; centered form: Graves, arXiv 
 
     g               <- g + weight_decay * w
     square_avg      <- alpha square_avg + (1 - alpha) g^2
-    a               =  square_avg, or centered:  grad_avg <- alpha grad_avg + (1 - alpha) g;  a = square_avg - grad_avg^2
-    without momentum   w <- w - lr * g / (sqrt(a) + eps)
-    with momentum      momentum_buffer <- momentum * momentum_buffer + g / (sqrt(a) + eps);  w <- w - lr * momentum_buffer
+    grad_avg        <- alpha grad_avg   + (1 - alpha) g        (centered only)
+    a               =  square_avg, or centered  square_avg - grad_avg^2
+    u               =  g / (sqrt(a) + eps)
+    without momentum:  w <- w - lr * u
+    with momentum:     momentum_buffer <- momentum * momentum_buffer + u;  w <- w - lr * momentum_buffer
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Momentum: Polyak 1964; Nesterov's form as in Sutskever et al., ICML 2013. With g
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ class SGD(Rule):
     """SGD with momentum, dampening and Nesterov's form."""
 
     name = "sgd"
-    counters = {}  # torch's SGD keeps no step count
+    counters: ClassVar = {}  # torch's SGD keeps no step count
 
     def states(self, group):
         return (State("momentum_buffer", lazy=True),) if group["momentum"] else ()
@@ -67,6 +67,8 @@ class SGD(Rule):
 
     def fused(self, weight, grad, states, numbers):
         n = numbers
+        if weight.device.type == "cpu" and weight.dtype.itemsize < 4:
+            return False  # torch's kernel leaves whole vectors of the weight as they were: pytorch issue 191763
         torch._fused_sgd_(
             [weight],
             [grad],
