@@ -19,7 +19,7 @@ from .gemm import emulated
 from .scratch import Scratch
 from .uses import DenseUse, Use
 
-BLOCK_BYTES = 2**20  # of gradient: small enough to be in cache when the rule reads it back
+BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
 MIN_BLOCK_ROWS = 64  # below this a GEMM loses efficiency
 
 
