@@ -6,6 +6,7 @@ most once; what the books cannot explain is an error that names the parameter.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
@@ -17,6 +18,7 @@ from gradfold.backends import Backend
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
+from .segments import Segment, node_around_backward, on_calling_thread
 from .slot import Slot, second_backward
 from .task import Demand, at_task_end, demand
 from .wrappers import refuse_wrappers
@@ -46,9 +48,10 @@ class Ledger:
         self.slots: dict[int, Slot] = {}  # id of the parameter -> its slot
         self.names: set[str] = set()
         self.paused = 0  # depth of nested pauses
-        self.outermost: int | None = None  # the backward that checkpoints' inner backwards run in
-        self.running: set[int] = set()  # backwards that have begun and not ended
-        self._entered: set[int] = set()
+        self.running: dict[int, int] = {}  # backwards that have begun and not ended -> their thread
+        self.segments: dict[int, Segment] = {}  # id of a node -> the reentrant checkpoint it is of
+        self.surveyed = False  # the outermost backward has been asked which segments and weights it will reach
+        self._parents: dict[int, Segment | None] = {}  # backwards entered -> the segment each runs in
         self._looked = False
 
     def claim(self, name: str, param: Parameter) -> Slot:
@@ -77,27 +80,65 @@ class Ledger:
         for slot in self.slots.values():
             slot.arm()
 
-    def enter(self, task: int) -> None:
-        """A backward has reached the fold. A second one through a stepped weight is refused at once."""
-        if task in self._entered:
-            return
-        if self.outermost in (None, task):
+    def enter(self, task: int) -> Segment | None:
+        """A backward has reached the fold; returns the reentrant segment it runs in.
+
+        A second backward through a stepped weight is refused here, before it moves anything.
+        """
+        if task in self._parents:
+            return self._parents[task]
+        node = node_around_backward()
+        if node is None:
             for slot in self.slots.values():
                 if (slot.stepped or slot.deferred) and demand(slot.param) is Demand.STEP:
                     raise FoldError(second_backward(slot.name))
-            if not self.open:
-                self.running.clear()  # what a backward that raised before any step left behind
-        self._entered.add(task)
-        self.running.add(task)
-        at_task_end(lambda: self._leave(task))
+            self._forget_failed()
+            self._survey()
+        parent = self._parents[task] = None if node is None else self.segment(node)
+        self.running[task] = threading.get_ident()
+        at_task_end(lambda: self._leave(task, parent))
+        return parent
 
-    def _leave(self, task: int) -> None:
-        self.running.discard(task)
-        if task == self.outermost:
+    def _forget_failed(self) -> None:
+        """Drop what a backward left behind that raised before any weight stepped, and was simply run again."""
+        if self.open or not on_calling_thread():
+            return
+        here = threading.get_ident()
+        failed = [task for task, thread in self.running.items() if thread == here]
+        for task in failed:  # a thread runs one outermost backward at a time
+            del self.running[task]
+            for slot in self.slots.values():
+                slot.pending.pop(task, None)
+
+    def segment(self, node: Any) -> Segment:
+        """The segment of a node of the outer graph."""
+        found = self.segments.get(id(node))
+        if found is None or not found.is_of(node):
+            found = self.segments[id(node)] = Segment(node)
+        return found
+
+    def _survey(self) -> None:
+        """In the outermost backward, the only place where the engine can be asked about it."""
+        if not self.segments:
+            return
+        self.surveyed = True
+        for segment in self.segments.values():
+            segment.survey()
+        for slot in self.slots.values():
+            slot.outer_due = demand(slot.param) is Demand.STEP
+
+    def _leave(self, task: int, parent: Segment | None) -> None:
+        self.running.pop(task, None)
+        if parent is None:
             self._flush()
+            return
+        parent.done = True
+        for slot in self.slots.values():
+            if slot.deferred and not slot.due(parent):
+                slot.flush()
 
     def _flush(self) -> None:
-        self.outermost = None
+        self.surveyed = False
         for slot in self.slots.values():
             slot.flush()
 
@@ -159,9 +200,10 @@ class Ledger:
 
     def rearm(self) -> None:
         """Forget the open step."""
-        self.outermost = None
         self.running.clear()
-        self._entered.clear()
+        self._parents.clear()
+        self.surveyed = False
+        self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
         self._looked = False
         for slot in self.slots.values():
             slot.rearm()

@@ -18,7 +18,8 @@ from gradfold.backends import DenseUse, Use
 from gradfold.errors import FoldError
 
 from .apply import allocate, apply
-from .task import NO_TASK, Demand, LeafHook, current_task, demand
+from .segments import Segment, node_in_forward
+from .task import Demand, LeafHook, current_task, demand
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -34,10 +35,10 @@ class Slot:
         self.folded = False  # a folded module hands it uses; otherwise its dense gradient is the only use
         self.stepped = False
         self.pending: dict[int, list[Use]] = {}  # graph task -> uses of a backward still under way
-        self.deferred: list[Use] = []  # waiting for the end of the outermost backward
-        self.dark_reads = 0  # reads without grad in training: perhaps a reentrant checkpoint's first pass
-        self.joins = 0
-        self.learned_reads = -1  # the most dark reads with which one join was known to be all
+        self.deferred: list[Use] = []  # joined, and waiting for those that segments will bring
+        self.segments: set[Segment] = set()  # reentrant checkpoints that read the weight in their first pass
+        self.read_unseen = False  # one of them read it through something that is not folded
+        self.outer_due = False  # the outermost backward will reach the weight outside them, and has not yet
         self.waiting: dict[str, Tensor] = {}
         self.hook: LeafHook | None = None
         self.placement = _placement(param)
@@ -114,40 +115,48 @@ class Slot:
             return
         uses = self.pending.pop(task, [])
         grad, self.param.grad = self.param.grad, None
-        ledger.enter(task)
+        parent = ledger.enter(task)
         if grad is not None:
             uses.append(DenseUse(self._checked(grad)))
-        if not uses:
-            return  # reached, but nothing flowed
-        self._refuse_second_step()
-        self.joins += 1
-        inner = ledger.outermost not in (None, task)
-        if (self.dark_reads or inner) and self.dark_reads > self.learned_reads:
+        if parent is None:
+            self.outer_due = False
+        elif parent not in self.segments:
+            self.read_unseen = True
+        if uses:  # else: reached, but nothing flowed
+            self._refuse_second_step()
             self.deferred += uses
-            if ledger.outermost is None:
-                ledger.outermost = task
-            return
-        self.fire(uses)
+        if self.deferred and not self.due(parent):
+            self.flush()
+
+    def due(self, parent: Segment | None) -> bool:
+        """Whether this backward may bring more uses, now that the one inside ``parent`` has brought its own."""
+        if self.outer_due or (parent is not None and not self.ledger.surveyed):
+            return True
+        # first passes of modules that are not folded go unseen: any segment may have read such a weight
+        unseen = self.read_unseen or not self.folded
+        segments = self.ledger.segments.values() if unseen else self.segments
+        return any(segment.open for segment in segments if segment is not parent)
 
     def reread(self, task: int) -> None:
         """A checkpoint reads the weight again inside ``task``'s backward."""
+        self.ledger.enter(task)
         if self.stepped:
             raise FoldError(
-                f"{self.name}: read again inside the backward that has already stepped it; with reentrant "
-                "checkpointing it must be read equally often in every step (use_reentrant=False has no such limit)"
+                f"{self.name}: read again inside the backward that has already stepped it, by a checkpoint whose first "
+                "pass went unseen; use_reentrant=False has no such limit"
             )
-        if self.ledger.outermost is None:
-            self.ledger.enter(task)
-            self.ledger.outermost = task
+
+    def first_pass(self) -> None:
+        """The weight is read without grad: inside a reentrant checkpoint, another read will come in backward."""
+        node = node_in_forward()
+        if node is not None:
+            self.segments.add(self.ledger.segment(node))
 
     def flush(self) -> None:
-        """End of the outermost backward: step what was waiting, and learn whether one join was all of it."""
+        """Step with all that has been waiting."""
         uses, self.deferred = self.deferred, []
-        if not uses:
-            return
-        if self.joins == 1:
-            self.learned_reads = max(self.learned_reads, self.dark_reads)
-        self.fire(uses)
+        if uses:
+            self.fire(uses)
 
     def fire(self, uses: list[Use]) -> None:
         """Step."""
@@ -159,15 +168,10 @@ class Slot:
 
     def rearm(self) -> None:
         """Forget the step just closed, or the backward that failed."""
-        self.stepped = False
+        self.stepped = self.outer_due = False
         self.pending.clear()
         self.deferred.clear()
-        self.dark_reads = self.joins = 0
-
-    def dark_read(self) -> None:
-        """A forward without grad in training mode read the weight."""
-        if current_task() == NO_TASK:
-            self.dark_reads += 1
+        self.segments = {segment for segment in self.segments if segment.alive}
 
     def _refuse_second_step(self) -> None:
         if self.stepped:

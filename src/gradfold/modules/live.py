@@ -31,8 +31,7 @@ def live(module: nn.Module) -> Slot | None:
     if task != NO_TASK:
         slot.reread(task)
     if not torch.is_grad_enabled():
-        if module.training and not torch.is_inference_mode_enabled():
-            slot.dark_read()
+        slot.first_pass()
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gradfold.engine import Slot
 from gradfold.errors import FoldError
@@ -44,6 +45,8 @@ def foldable(module: nn.Module) -> type[Folded] | None:
 
 
 def _is_plain(module: nn.Module, plain: type[nn.Module]) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight directly
+        return False
     return isinstance(module, plain) and type(module).forward is plain.forward
 
 

@@ -1,0 +1,77 @@
+"""Reentrant checkpoints: segments whose weights are read once without grad, and again in a backward of their own.
+
+The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and tells all
+there is to know: if it is gone, the forward was dropped; the engine says whether the running backward will reach it; and
+the backward it calls from within is the one that brings the segment's uses.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__  # on the stack while a backward runs
+_NODE = torch.autograd.function.BackwardCFunction.apply.__code__  # ... while an autograd Function's backward runs
+_FUNCTION = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined] # ... while its forward does
+
+
+class Segment:
+    """One Function whose forward read weights without grad."""
+
+    def __init__(self, node: Any):
+        self._node = weakref.ref(node)
+        self.due = True  # the running backward will reach it
+        self.done = False
+
+    def survey(self) -> None:
+        """Ask the running backward whether it will reach the segment."""
+        node = self._node()
+        self.due = node is not None and torch._C._will_engine_execute_node(node)
+
+    @property
+    def open(self) -> bool:
+        """Whether the running backward may still bring uses from it."""
+        return self.due and not self.done and self._node() is not None
+
+    @property
+    def alive(self) -> bool:
+        """Whether a later backward could."""
+        return not self.done and self._node() is not None
+
+    def is_of(self, node: Any) -> bool:
+        return self._node() is node
+
+
+def node_in_forward() -> Any | None:
+    """The node of the autograd Function whose forward is now running; of nested ones, the outermost."""
+    found, inner, frame = None, None, sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE and frame.f_code is not _NODE:
+        if frame.f_code is _FUNCTION and inner is not None and inner.f_code.co_argcount:
+            candidate = inner.f_locals.get(inner.f_code.co_varnames[0])
+            if isinstance(candidate, torch.autograd.function.BackwardCFunction):
+                found = candidate
+        frame, inner = frame.f_back, frame
+    return found
+
+
+def on_calling_thread() -> bool:
+    """Whether the backward runs on the thread that called it: true on the CPU; devices have threads of their own."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        frame = frame.f_back
+    return frame is not None
+
+
+def node_around_backward() -> Any | None:
+    """The node that called the running backward from within its own; None at the top."""
+    frame, engine_seen = sys._getframe(1), False
+    while frame is not None:
+        if frame.f_code is _ENGINE:
+            engine_seen = True
+        elif engine_seen and frame.f_code is _NODE:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
