@@ -4,7 +4,7 @@ from .choose import choose
 from .gemm import multiply
 from .reference import Backend, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
-from .uses import DenseUse, GatherUse, MatmulUse, Use
+from .uses import DenseUse, GatherUse, MatmulUse, Use, rows
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
@@ -17,4 +17,5 @@ __all__ = [
     "Use",
     "choose",
     "multiply",
+    "rows",
 ]

@@ -6,7 +6,8 @@ weight's first dimension; a tile is ``[stop - start, columns]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class MatmulUse(Ready):
         self.left = _gemm_ready(left)  # [T, R]
         self.right = _gemm_ready(right)  # [T, C]
 
+    def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages: a weight that steps before this use is read."""
+        if self.left.untyped_storage()._cdata in storages:
+            self.left = self.left.clone()
+        if self.right.untyped_storage()._cdata in storages:
+            self.right = self.right.clone()
+
     def prepare(self, starts: Sequence[int], rows: int) -> None:
         pass
 
@@ -54,8 +62,13 @@ class GatherUse(Ready):
 
     def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None):
         self.ids = ids.reshape(-1)  # [T]
-        self.grad = grad.reshape(-1, grad.shape[-1])  # [T, H]
+        self.grad = rows(grad)  # [T, H]
         self.padding_idx = padding_idx
+
+    def detach_from(self, storages: Container[int]) -> None:
+        """As ``MatmulUse.detach_from``."""
+        if self.grad.untyped_storage()._cdata in storages:
+            self.grad = self.grad.clone()
 
     def prepare(self, starts: Sequence[int], rows: int) -> None:
         """Sort the tokens by id once, so that each row block finds its own without a search."""
@@ -101,6 +114,11 @@ class DenseUse(Ready):
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
         tile.add_(self._rows(start, stop).reshape(tile.shape))
+
+
+def rows(x: Tensor) -> Tensor:
+    """``[*, C]`` as ``[T, C]``; ``reshape(-1, C)`` could not tell T where C is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 Use = MatmulUse | GatherUse | DenseUse

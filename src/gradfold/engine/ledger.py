@@ -53,6 +53,7 @@ class Ledger:
         self.surveyed = False  # the outermost backward has been asked which segments and weights it will reach
         self._parents: dict[int, Segment | None] = {}  # backwards entered -> the segment each runs in
         self._looked = False
+        self._storages: set[int] = set()
 
     def claim(self, name: str, param: Parameter) -> Slot:
         """Give a parameter its slot; nothing is hooked or allocated before it is armed."""
@@ -64,6 +65,13 @@ class Ledger:
         """The optimizer is an ordinary one again."""
         self.optimizer._ledger = None
         self.slots.clear()
+
+    @property
+    def weight_storages(self) -> set[int]:
+        """The storages of all parameters, which change while backward runs."""
+        if not self._storages:
+            self._storages = {slot.param.untyped_storage()._cdata for slot in self.slots.values()}
+        return self._storages
 
     # during the step --------------------------------------------------------------------------------------------------
 
@@ -202,6 +210,7 @@ class Ledger:
         """Forget the open step."""
         self.running.clear()
         self._parents.clear()
+        self._storages = set()
         self.surveyed = False
         self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
         self._looked = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradfold.backends import DenseUse, Use
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
 from gradfold.errors import FoldError
 
 from .apply import allocate, apply
@@ -103,8 +103,9 @@ class Slot:
                 )
         return wanted
 
-    def hand(self, use: Use) -> None:
+    def hand(self, use: MatmulUse | GatherUse) -> None:
         """Keep a use until the gate joins it."""
+        use.detach_from(self.ledger.weight_storages)  # a parameter may itself be the input of a module
         use.record(self.param.device)
         self.pending.setdefault(current_task(), []).append(use)
 

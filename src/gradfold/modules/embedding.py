@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.backends import GatherUse
+from gradfold.backends import GatherUse, rows
 from gradfold.engine import Demand, Slot
 
-from .live import Folded, live
+from .live import Folded, is_plain, live, not_a_view
 
 
 class FoldedLookup(torch.autograd.Function):
@@ -22,18 +22,22 @@ class FoldedLookup(torch.autograd.Function):
         # ids: [*] -> [*, H]
         ctx.slot, ctx.padding_idx, ctx.rows = slot, padding_idx, weight.shape[0]
         ctx.save_for_backward(ids)
-        return F.embedding(ids, weight, padding_idx)
+        ctx.set_materialize_grads(False)
+        y = F.embedding(ids, weight, padding_idx)
+        return not_a_view(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dY,) = grads  # [*, H]
+        if dY is None:  # no gradient, which is not a gradient of zeros
+            return None, None, None, None
         (ids,) = ctx.saved_tensors
         dW = None
         demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
         if demand is Demand.STEP:
             ctx.slot.hand(GatherUse(ids, dY, ctx.padding_idx))
         elif demand is Demand.CAPTURE:
-            grad = dY.reshape(-1, dY.shape[-1])
+            grad = rows(dY)  # [T, H]
             if ctx.padding_idx is not None:
                 grad = grad.masked_fill((ids.reshape(-1) == ctx.padding_idx)[:, None], 0)
             dW = grad.new_zeros(ctx.rows, grad.shape[-1]).index_add(0, ids.reshape(-1), grad)
@@ -45,6 +49,6 @@ class FoldedEmbedding(Folded):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = live(self)  # type: ignore[arg-type]
-        if slot is None:
+        if slot is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
         return FoldedLookup.apply(input, slot.param, self.padding_idx, slot)  # type: ignore[attr-defined]

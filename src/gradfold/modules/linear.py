@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.backends import MatmulUse, multiply
+from gradfold.backends import MatmulUse, multiply, rows
 from gradfold.engine import Demand, Slot
 
-from .live import Folded, live
+from .live import Folded, is_plain, live, not_a_view
 
 
 class FoldedMatmul(torch.autograd.Function):
@@ -30,12 +30,16 @@ class FoldedMatmul(torch.autograd.Function):
                 y = _affine(x, _autocast(weight, dtype), bias, transposed)
         else:
             y = _affine(x, weight, bias, transposed)
-        ctx.save_for_backward(x, weight)
-        return y
+        # as torch does: the weight is only needed for dX, and a graph without one outlives the weight's step
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        ctx.set_materialize_grads(False)
+        return not_a_view(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dY,) = grads  # [*, N]
+        if dY is None:  # no gradient, which is not a gradient of zeros
+            return None, None, None, None, None
         demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
         x, weight = ctx.saved_tensors
         if torch.is_autocast_enabled(dY.device.type):
@@ -44,16 +48,16 @@ class FoldedMatmul(torch.autograd.Function):
         return _backward(ctx, demand, dY, x, weight)
 
 
-def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...]:
     dX = dW = db = None
-    if ctx.needs_input_grad[0]:  # before the step, with the weight forward used
+    if weight is not None:  # before the step, with the weight forward used
         w = weight.to(dY.dtype)
         w = w.t() if ctx.transposed else w
         dX = dY @ w if torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
     if ctx.needs_input_grad[2]:
-        db = dY.reshape(-1, dY.shape[-1]).sum(0)  # [N]
+        db = rows(dY).sum(0)  # [N]
     if demand is not Demand.NOTHING:
-        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])  # [T, N], [T, K]
+        dY2, x2 = rows(dY), rows(x)  # [T, N], [T, K]
         left, right = (x2, dY2) if ctx.transposed else (dY2, x2)
         if demand is Demand.STEP:
             ctx.slot.hand(MatmulUse(left, right))
@@ -76,7 +80,7 @@ class FoldedLinear(Folded):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = live(self)  # type: ignore[arg-type]
-        if slot is None:
+        if slot is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
         return FoldedMatmul.apply(input, slot.param, self.bias, slot, False)  # type: ignore[attr-defined]
 
@@ -86,6 +90,6 @@ class FoldedConv1D(Folded):
 
     def forward(self, x: Tensor) -> Tensor:
         slot = live(self)  # type: ignore[arg-type]
-        if slot is None:
+        if slot is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
         return FoldedMatmul.apply(x, slot.param, self.bias, slot, True)  # type: ignore[attr-defined]

@@ -40,6 +40,16 @@ def live(module: nn.Module) -> Slot | None:
     return slot
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is one dense block of numbers; sparse and nested tensors take the plain path."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def not_a_view(y: torch.Tensor) -> torch.Tensor:
+    """y as what a Function may return and its caller modify in place, which autograd forbids for views made inside."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+
 class Folded:
     """What the folded classes share: copies and pickles of them are plain modules."""
 
