@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .engine import Ledger, outside, wrapper_of
+from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .errors import FoldError
 from .modules import restore, swap
 from .optim import RuleOptimizer
@@ -59,7 +59,8 @@ def fold(
     for name, param in named.items():
         if param.requires_grad and id(param) not in in_optimizer:
             raise FoldError(outside(name))
-        _check_parameter(name, param)
+        if param.requires_grad:
+            refuse_parameter(name, param)
     in_model = {id(param) for param in named.values()}
     for index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
@@ -92,22 +93,6 @@ def _check_optimizer(optimizer: object) -> None:
 
 
 _COUNTERPARTS = {kind.__name__ for kind in RuleOptimizer.__subclasses__()} | {"AdamW"}
-
-
-def _check_parameter(name: str, param: nn.Parameter) -> None:
-    if not param.requires_grad:
-        return
-    if isinstance(param, nn.UninitializedParameter):
-        raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
-    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
-        raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
-    if not param.is_floating_point():
-        raise FoldError(f"{name}: {param.dtype} parameters cannot be folded; freeze it or view it as real")
-    if param._backward_hooks or param._post_accumulate_grad_hooks:
-        raise FoldError(
-            f"{name}: a hook registered on this tensor waits for a gradient that is never made; remove it before "
-            "folding, or freeze the parameter"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

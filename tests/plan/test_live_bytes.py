@@ -54,7 +54,7 @@ def test_a_result_is_counted_while_its_inputs_are_alive():
         assert live.now_bytes == 4 * KIB
 
 
-@pytest.mark.parametrize(("dtype", "nbytes"), [(torch.float64, 8), (torch.bfloat16, 2), (torch.int8, 1), (torch.bool, 1)])
+@pytest.mark.parametrize(("dtype", "nbytes"), [(torch.float64, 8), (torch.bfloat16, 2), (torch.int8, 1)])
 def test_bytes_follow_the_dtype(dtype, nbytes):
     with LiveBytes() as live:
         a = torch.zeros(7, 11, dtype=dtype)
@@ -202,9 +202,10 @@ def test_touched_bytes_are_inputs_plus_outputs():
     with LiveBytes() as live:
         a = torch.ones(KIB)
         b = a + a
+        c = b.view(2, -1).t()[3:]  # looking at a tensor in another way touches nothing
     # ones: 4 KiB out; add: two times 4 KiB in, 4 KiB out
     assert live.timeline().end_touched_bytes == 16 * KIB
-    del b
+    del b, c
 
 
 def test_no_tensor_is_kept_alive():

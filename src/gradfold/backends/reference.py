@@ -7,6 +7,7 @@ operations do, in fp32 for weights of lower precision.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from gradfold.rules import Group, Rule
 
 from .gemm import emulated
-from .scratch import Scratch
+from .scratch import TILE_ALIGNMENT, Scratch
 from .uses import DenseUse, Use
 
 BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
@@ -28,7 +29,7 @@ class Backend(Protocol):
 
     name: str
 
-    def reserve(self, weight: Tensor, rule: Rule, group: Group) -> None:
+    def reserve(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> None:
         """Allocate the scratch memory this parameter's step will use."""
 
     def step(
@@ -52,93 +53,90 @@ class Reference:
     def scratch_tensors(self) -> Sequence[Tensor]:
         return list(self.scratch.tensors())
 
-    def reserve(self, weight: Tensor, rule: Rule, group: Group) -> None:
-        if not weight.dim() or not weight.numel():
-            return
-        rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
-        dtype = _arithmetic_dtype(weight.dtype)
-        count = 1 + rule.scratch_tiles(group) + 2 * (dtype != weight.dtype)
-        block = self._block_rows(rows, columns, count, dtype)
-        self.scratch.reserve(weight.device, count * (block * columns * dtype.itemsize + 64))
-
-    def _block_rows(self, rows: int, columns: int, count: int, dtype: torch.dtype) -> int:
-        """Rows per block: within the cache target where the GEMM stays efficient, always within the limit."""
-        row_bytes = columns * dtype.itemsize
-        wanted = max(BLOCK_BYTES // row_bytes, MIN_BLOCK_ROWS)
-        limit = max(1, self.scratch.limit_bytes // (count * row_bytes))
-        blocks = -(-rows // min(rows, wanted, limit))
-        return -(-rows // blocks)
+    def reserve(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> None:
+        if weight.numel():
+            cut = self._cut(_at_least_1d(weight), [_at_least_1d(s) for s in states], rule, group)
+            self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.device)
 
     def step(
         self, weight: Tensor, states: Sequence[Tensor], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
     ) -> None:
         if not weight.numel():
             return
-        weight = weight if weight.dim() else weight.view(1)
-        states = [s if s.dim() else s.view(1) for s in states]
-        uniform = all(s.dtype == weight.dtype and s.stride() == weight.stride() for s in states)
-        if uniform and weight.is_contiguous() and self._step_fused(weight, states, uses, rule, numbers):
+        weight, states = _at_least_1d(weight), [_at_least_1d(s) for s in states]
+        cut = self._cut(weight, states, rule, group)
+        dense = uses[0].grad if len(uses) == 1 and isinstance(uses[0], DenseUse) else None
+        if cut.fused and dense is not None and dense.dtype == weight.dtype and dense.is_contiguous():
+            rule.fused(weight, dense.reshape(weight.shape), states, numbers)  # the gradient is there: no tile needed
             return
-        self._step_plain(weight, states, uses, rule, group, numbers)
-
-    def _step_fused(self, weight, states, uses, rule, numbers) -> bool:
-        if type(rule).fused is Rule.fused:
-            return False
-        rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
-        dense = uses[0] if len(uses) == 1 and isinstance(uses[0], DenseUse) else None
-        if dense and dense.grad.dtype == weight.dtype and dense.grad.is_contiguous():
-            return rule.fused(weight, dense.grad, states, numbers)
-        wide = emulated(weight)  # products come out in fp32 and are rounded once, when they are complete
-        dtype = torch.float32 if wide else weight.dtype
-        block = self._block_rows(rows, columns, 1 + wide, dtype)
-        (tile,) = self.scratch.tiles(1, block, columns, dtype, weight.device)
-        starts = range(0, rows, block)
+        tiles = self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.device)
+        starts = range(0, weight.shape[0], cut.block)
         for use in uses:
-            use.prepare(starts, rows)
+            use.prepare(starts, weight.shape[0])
         for start in starts:
-            stop = min(start + block, rows)
-            part = weight[start:stop]
-            grad = _sum(uses, tile[: stop - start], start, stop)
-            grad = (grad.to(weight.dtype) if wide else grad).view(part.shape)
-            if not rule.fused(part, grad, [s[start:stop] for s in states], numbers):
-                return False  # only ever at the first block: nothing has been applied
-        return True
+            stop = min(start + cut.block, weight.shape[0])
+            grad, *rest = [tile[: stop - start] for tile in tiles]
+            uses[0].write(grad, start, stop)
+            for use in uses[1:]:
+                use.add(grad, start, stop)
+            parts = [weight[start:stop], *(state[start:stop] for state in states)]
+            if cut.fused:
+                grad = grad.to(weight.dtype).view(parts[0].shape)
+                rule.fused(parts[0], grad, parts[1:], numbers)
+            else:
+                _update(rule, parts, grad, rest, cut, numbers)
 
-    def _step_plain(self, weight, states, uses, rule, group, numbers) -> None:
+    def _cut(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> _Cut:
+        """How this parameter is cut into row blocks."""
         rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
+        uniform = all(s.dtype == weight.dtype and s.stride() == weight.stride() for s in states)
+        if uniform and weight.is_contiguous() and rule.fuses(weight):
+            # where products come out in fp32, a block is rounded once it is complete: beside the tile, not in it
+            dtype = torch.float32 if emulated(weight) else weight.dtype
+            tiles, shares = 1, 1 + (dtype != weight.dtype)
+            return _Cut(True, columns, self._block_rows(rows, columns, shares, dtype), tiles, dtype, ())
         dtype = _arithmetic_dtype(weight.dtype)
-        stored = [weight, *states]
-        copied = [not s.is_contiguous() or s.dtype != dtype for s in stored]
-        temporaries = rule.scratch_tiles(group)
-        count = 1 + temporaries + sum(copied)
-        block = self._block_rows(rows, columns, count, dtype)
-        tile, *tiles = self.scratch.tiles(count, block, columns, dtype, weight.device)
-        work, copies = tiles[:temporaries], tiles[temporaries:]
-        starts = range(0, rows, block)
-        for use in uses:
-            use.prepare(starts, rows)
-        for start in starts:
-            stop = min(start + block, rows)
-            size = stop - start
-            grad = _sum(uses, tile[:size], start, stop)
-            spare = iter(copies)
-            views = [
-                next(spare)[:size].copy_(s[start:stop].reshape(size, columns))
-                if is_copied
-                else s[start:stop].view(size, columns)
-                for s, is_copied in zip(stored, copied, strict=True)
-            ]
-            rule.update(views[0], grad, views[1:], numbers, [t[:size] for t in work])
-            for s, view, is_copied in zip(stored, views, copied, strict=True):
-                if is_copied:
-                    s[start:stop].copy_(view.view(s[start:stop].shape))
+        copied = tuple(not s.is_contiguous() or s.dtype != dtype for s in (weight, *states))
+        tiles = 1 + rule.scratch_tiles(group) + sum(copied)
+        return _Cut(False, columns, self._block_rows(rows, columns, tiles, dtype), tiles, dtype, copied)
+
+    def _block_rows(self, rows: int, columns: int, tiles: int, dtype: torch.dtype) -> int:
+        """Rows per block: within the cache target where the GEMM stays efficient, always within the limit."""
+        row_bytes = columns * dtype.itemsize
+        wanted = max(BLOCK_BYTES // row_bytes, MIN_BLOCK_ROWS)
+        limit = max(1, (self.scratch.limit_bytes // tiles - TILE_ALIGNMENT) // row_bytes)
+        blocks = -(-rows // min(rows, wanted, limit))
+        return -(-rows // blocks)
 
 
-def _sum(uses: Sequence[Use], tile: Tensor, start: int, stop: int) -> Tensor:
-    uses[0].write(tile, start, stop)
-    for use in uses[1:]:
-        use.add(tile, start, stop)
-    return tile
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cut:
+    fused: bool  # torch's kernel steps the blocks; else the rule's plain form
+    columns: int
+    block: int  # rows
+    tiles: int  # of [block, columns] in scratch: the gradient, the rule's temporaries, copies
+    dtype: torch.dtype  # of the tiles
+    copied: tuple[bool, ...]  # for weight and states: not contiguous or of another dtype, so the rule gets a copy
+
+
+def _update(
+    rule: Rule, parts: Sequence[Tensor], grad: Tensor, tiles: Sequence[Tensor], cut: _Cut, numbers: Any
+) -> None:
+    """The rule's plain form on one block; ``parts``: the block's rows of the weight and the states."""
+    copies = iter(tiles[: sum(cut.copied)])
+    work = tiles[sum(cut.copied) :]
+    views = [
+        next(copies).copy_(part.reshape(grad.shape)) if copied else part.view(grad.shape)
+        for part, copied in zip(parts, cut.copied, strict=True)
+    ]
+    rule.update(views[0], grad, views[1:], numbers, work)
+    for part, view, copied in zip(parts, views, cut.copied, strict=True):
+        if copied:
+            part.copy_(view.view(part.shape))
+
+
+def _at_least_1d(t: Tensor) -> Tensor:
+    return t if t.dim() else t.view(1)
 
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

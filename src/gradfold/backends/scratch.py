@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+TILE_ALIGNMENT = 8  # bytes: of the widest dtype
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
 
 
@@ -30,7 +31,7 @@ class Scratch:
 
     def tiles(self, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """``count`` uninitialised tiles ``[rows, columns]``."""
-        each = -(-rows * columns * dtype.itemsize // 64) * 64  # tiles start on a cache line
+        each = -(-rows * columns * dtype.itemsize // TILE_ALIGNMENT) * TILE_ALIGNMENT
         buffer = self.reserve(device, count * each)
         used = rows * columns * dtype.itemsize
         return [buffer[i * each : i * each + used].view(dtype).view(rows, columns) for i in range(count)]

@@ -2,6 +2,7 @@
 
 from .apply import allocate, apply
 from .ledger import Ledger, outside
+from .parameters import refuse_parameter
 from .slot import Slot
 from .task import NO_TASK, Demand, current_task
 from .wrappers import refuse_replica, refuse_wrappers, wrapper_of
@@ -15,6 +16,7 @@ __all__ = [
     "apply",
     "current_task",
     "outside",
+    "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",
     "wrapper_of",

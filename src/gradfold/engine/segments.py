@@ -1,8 +1,8 @@
 """Reentrant checkpoints: segments whose weights are read once without grad, and again in a backward of their own.
 
 The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and tells all
-there is to know: if it is gone, the forward was dropped; the engine says whether the running backward will reach it; and
-the backward it calls from within is the one that brings the segment's uses.
+there is to know: if it is gone, the forward was dropped; the engine says whether the running backward will reach it;
+and the backward it calls from within is the one that brings the segment's uses.
 """
 
 from __future__ import annotations

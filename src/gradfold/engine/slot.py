@@ -18,6 +18,7 @@ from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
 from gradfold.errors import FoldError
 
 from .apply import allocate, apply
+from .parameters import refuse_parameter
 from .segments import Segment, node_in_forward
 from .task import Demand, LeafHook, current_task, demand
 
@@ -57,10 +58,16 @@ class Slot:
         """Hook a trainable parameter and allocate its states; a frozen one waits until it is unfrozen."""
         if not self.param.requires_grad or (self.hook and self.hook.attached()):
             return
+        refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
+        if self.hook:
+            self.hook.remove()
         me = weakref.WeakMethod(self.join)
         self.hook = LeafHook(self.param, lambda: (join := me()) and join())
         self.allocate()
-        self.ledger.backend.reserve(self.param, self.ledger.optimizer.rule, self.group)
+        rule, group = self.ledger.optimizer.rule, self.group
+        held = {**self.waiting, **self.state}
+        states = [held[spec.name] for spec in rule.states(group)]
+        self.ledger.backend.reserve(self.param.detach(), states, rule, group)
 
     def allocate(self) -> None:
         """Create the states a trainable parameter lacks, so that what fits is known before the first step."""

@@ -61,6 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                         self.apply(param)
         else:
             self._ledger.close()
+        self._groups.clear()  # a parameter may move to another group between steps
         return loss
 
     def apply(self, param: Parameter) -> None:
@@ -68,6 +69,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         grad = param.grad
         if grad is None:
             raise FoldError("apply() needs a parameter with a .grad")
+        if param.is_complex():
+            raise FoldError(
+                f"a complex parameter of shape {tuple(param.shape)}: the rules are for real numbers; view it as real"
+            )
         if grad.layout != torch.strided:
             raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
         if self._backend is None:
@@ -94,7 +99,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """As torch's; folded, the new parameters join the fold."""
         super().add_param_group(param_group)
         self._groups.clear()
-        self.validate(self.param_groups[-1])
+        try:
+            self.validate(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if self._ledger is not None:
             names = {id(param): name for name, param in self._ledger.model.named_parameters()}
             added = self.param_groups[-1]["params"]
@@ -120,6 +129,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """torch's own layout: states by parameter index, groups with torch's keys."""
         if self._ledger is not None:
             self._ledger.require_closed("state_dict()")
+        for param in [param for param, states in self.state.items() if not states]:
+            del self.state[param]  # torch has no entry for a parameter that keeps nothing
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,13 +176,26 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         ids = [key for group in saved for key in group["params"]]
         params = [param for group in own for param in group["params"]]
+        group_of_key = {key: group for group in saved for key in group["params"]}
         placed = {}
         for key, param in zip(ids, params, strict=True):
             if key not in state_dict["state"]:
                 continue
             states = {name: value for name, value in state_dict["state"][key].items() if value is not None}
+            self._refuse_foreign(states, {**self.group_of(param), **group_of_key[key]})
             placed[param] = {name: self._placed(name, value, param) for name, value in states.items()}
         return placed
+
+    def _refuse_foreign(self, states: dict[str, Any], group: dict[str, Any]) -> None:
+        """Raise if these states are another optimizer's: they would start again from zero without a word."""
+        specs = self.rule.states(group)
+        known = {spec.name for spec in specs} | set(self.rule.counters)
+        needed = known - {spec.name for spec in specs if spec.lazy}
+        if states and not needed <= states.keys() <= known:
+            raise ValueError(
+                f"state_dict has states {sorted(states)}, {type(self).__name__} keeps {sorted(known)}; "
+                "it was saved by another optimizer"
+            )
 
     def _placed(self, name: str, value: Any, param: Parameter) -> Any:
         if not isinstance(value, Tensor):

@@ -18,11 +18,11 @@ from .base import RuleOptimizer
 
 
 def _at_least_zero(group: dict[str, Any], *names: str) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr: a tensor of {group['lr'].numel()} elements; give one element")
     for name in names:
         if not group[name] >= 0.0:
             raise ValueError(f"{name}={group[name]}: must be 0 or more")
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"lr: a tensor of {group['lr'].numel()} elements; give one element")
     if group.get("differentiable"):
         raise ValueError("differentiable=True: the rules run without grad; use torch's optimizer for that")
 

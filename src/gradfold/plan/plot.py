@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,8 @@ def draw_step_memory(
 ) -> None:
     """Write a picture (PNG, SVG or PDF, by the ending of `path`) of two steps' live bytes, stacked by category.
 
-    Across: progress through the step, each operator as wide as the bytes it reads and writes. `budget_bytes` draws a line
-    at what the device holds. Raises ImportError if matplotlib is not installed (`pip install 'gradfold[plot]'`).
+    Across: progress through the step, each operator as wide as the bytes it reads and writes. `budget_bytes` draws a
+    line at what the device holds. Raises ImportError if matplotlib is missing (`pip install 'gradfold[plot]'`).
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,23 +51,26 @@ def draw_step_memory(
 
     steps = (plain, folded)
     top_bytes = max(plain.peak_bytes, folded.peak_bytes, budget_bytes or 0) * 1.14
-    unit, unit_bytes = _unit(top_bytes)
-    figure = Figure(figsize=(10, 6.6), dpi=160, facecolor="white")  # no pyplot: no global state, no display
+    unit, unit_bytes = _unit(top_bytes / 1.14)
+    figure = Figure(figsize=(10, 6.9), dpi=160, facecolor="white")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1, sharey=True)
-    figure.subplots_adjust(left=0.075, right=0.975, top=0.835, bottom=0.095, hspace=0.36)
+    figure.subplots_adjust(left=0.075, right=0.975, top=0.81, bottom=0.09, hspace=0.36)
     for ax, step in zip(axes, steps, strict=True):
         _draw_panel(ax, step, unit, unit_bytes, budget_bytes)
         ax.set_ylim(0, top_bytes / unit_bytes)
     axes[-1].set_xlabel("progress through the step", color=MUTED, fontsize=9, labelpad=20)
 
-    figure.text(0.075, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
-    figure.text(0.075, 0.915, _summary(plain, folded), fontsize=10.5, color=MUTED, va="center")
-    shown = [c for c in STACK_ORDER if any(_largest(step.timeline, c) for step in steps)]
+    size = min(15.0, 15.0 * 66 / max(len(title), 1))
+    figure.text(0.075, 0.96, title, fontsize=size, fontweight="bold", color=INK, va="center")
+    figure.text(0.075, 0.922, _summary(plain, folded), fontsize=10.5, color=MUTED, va="center")
+    # What is thinner than a pixel is not in the key either.
+    shown = [c for c in STACK_ORDER if any(step.most_bytes(c) > top_bytes / 600 for step in steps)]
     figure.legend(
         handles=[Patch(color=COLORS[c], label=c) for c in shown],
-        loc="upper right",
-        bbox_to_anchor=(0.98, 0.938),
+        loc="center left",
+        bbox_to_anchor=(0.07, 0.885),
+        borderpad=0,
         ncols=len(shown),
         frameon=False,
         fontsize=9.5,
@@ -82,25 +86,27 @@ def draw_step_memory(
 def format_bytes(nbytes: float) -> str:
     """Three figures and a binary unit: 1.25 GiB, 310 MiB."""
     unit, unit_bytes = _unit(nbytes)
+    if unit == "B":
+        return f"{nbytes:.0f} B"
     value = nbytes / unit_bytes
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def _unit(nbytes: float) -> tuple[str, int]:
     for name, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << power:
+        if nbytes >= 0.9995 * (1 << power):  # 1.00 MiB rather than 1024 KiB
             return name, 1 << power
     return "B", 1
 
 
 def _summary(plain: StepMemory, folded: StepMemory) -> str:
     saved = 1 - folded.peak_bytes / plain.peak_bytes
-    change = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
-    return f"peak {format_bytes(plain.peak_bytes)} → {format_bytes(folded.peak_bytes)}, {change}"
-
-
-def _largest(timeline: Timeline, category: str) -> int:
-    return int(timeline.live_bytes[:, CATEGORIES.index(category)].max(initial=0))
+    change = "about the same" if abs(saved) < 0.005 else f"{abs(saved):.0%} {'less' if saved > 0 else 'more'}"
+    gradients = [format_bytes(step.most_bytes("gradients")) for step in (plain, folded)]
+    return (
+        f"peak {format_bytes(plain.peak_bytes)} → {format_bytes(folded.peak_bytes)} ({change}),  "
+        f"gradients {gradients[0]} → {gradients[1]}"
+    )
 
 
 def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_bytes: int | None) -> None:
@@ -172,7 +178,7 @@ def _phases(timeline: Timeline) -> list[tuple[int, int, int, int]]:
     marks = {moment.label: (moment.event, moment.touched_bytes) for moment in timeline.moments}
     end = marks.get("end", (len(timeline.live_bytes), timeline.end_touched_bytes))
     at = [*(marks[name] for name in PHASES), end]
-    return [(a[0], b[0], a[1], b[1]) for a, b in zip(at[:-1], at[1:], strict=True)]
+    return [(a[0], b[0], a[1], b[1]) for a, b in pairwise(at)]
 
 
 def _phase_edges(timeline: Timeline) -> np.ndarray:
@@ -183,7 +189,7 @@ def _phase_edges(timeline: Timeline) -> np.ndarray:
 
 
 def _resampled(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
-    """x [B] and live bytes [B, C]: of all events that share a bin the one with the largest total, so no peak is lost."""
+    """x [B] and live bytes [B, C]: of all events that share a bin the largest and the latest, so no peak is lost."""
     edges = _phase_edges(timeline)
     phases = _phases(timeline)
     first, last = phases[0][0], phases[-1][1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -11,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from gradfold.plan.trace import LiveBytes, Timeline
+from gradfold.fold import fold as fold_model
+from gradfold.plan.fake import SkipWrites, fake_copy, fake_tensor
+from gradfold.plan.masks import packing_known, without_idle_mask
+from gradfold.plan.trace import CATEGORIES, LiveBytes, Timeline
 
 PHASES = ("forward", "backward", "step")
 """The moments of a step's timeline. `step` is `optimizer.step()` and `zero_grad()`."""
@@ -38,6 +40,10 @@ class StepMemory:
     def at_peak(self) -> dict[str, int]:
         """Bytes per category at the peak."""
         return self.timeline.at(self.timeline.peak_event)
+
+    def most_bytes(self, category: str) -> int:
+        """The most bytes of one category that were alive at once (not necessarily at the peak)."""
+        return int(self.timeline.live_bytes[:, CATEGORIES.index(category)].max(initial=0))
 
     def as_dict(self) -> dict[str, Any]:
         """What a JSON report holds: every figure but the timeline."""
@@ -64,17 +70,24 @@ def step_memory(
 
     `model`: a module (copied as fake tensors), a function that builds one, or a transformers config. `optimizer`: makes
     the optimizer from the parameters, e.g. `lambda params: gradfold.AdamW(params, lr=1e-4)`. `batch`: keyword arguments
-    of the model as a mapping of tensors (anything else is given to `loss` only), real or fake; only shapes and dtypes are
-    read. `fold`: False for a plain step, True for `gradfold.fold(model, optimizer)`, or a function that does it.
-    `loss(model, batch)` defaults to `model(**batch).loss`. Raises what the model's own code raises on fake tensors,
-    above all `DataDependentOutputException` where it looks at values.
+    of the model as a mapping of tensors (anything else is given to `loss` only), real or fake; only shapes and dtypes
+    are read, and whether a mask masks anything. `fold`: False for a plain step, True for `gradfold.fold(model,
+    optimizer)`, or a function that does it. `loss(model, batch)` defaults to `model(**batch).loss`. Raises what the
+    model's own code raises on fake tensors, above all `DataDependentOutputException` where it looks at values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake_batch = tree_map_only(torch.Tensor, lambda t: _fake(t, mode), batch)
-    with mode:
-        fake_model = fake_copy(model, mode)
+    fake_batch = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), without_idle_mask(batch))
+    fake_model = fake_copy(model, mode)
+    with packing_known(batch), mode, SkipWrites():
         fake_optimizer = optimizer(fake_model.parameters())
-        return measure_step(fake_model, fake_optimizer, fake_batch, fold=fold, loss=loss, label=label)
+        # A fold makes its states and scratch when it is made. A torch optimizer is made to without a forward and
+        # backward, which take most of the time (a parameter that the loss never reaches gets states too, then).
+        if not fold and isinstance(fake_optimizer, torch.optim.Optimizer):
+            _make_states(fake_optimizer)
+        ready = bool(fold) or isinstance(fake_optimizer, torch.optim.Optimizer)
+        return measure_step(
+            fake_model, fake_optimizer, fake_batch, fold=fold, loss=loss, label=label, warm_up_steps=0 if ready else 1
+        )
 
 
 def measure_step(
@@ -87,16 +100,14 @@ def measure_step(
     label: str | None = None,
     warm_up_steps: int = 1,
 ) -> StepMemory:
-    """Run training steps for real and count the last one's live bytes. **Trains the model** by `warm_up_steps` + 1 steps.
+    """Run training steps for real and count the last one's live bytes. **Trains the model**, `warm_up_steps` + 1 steps.
 
-    The warm-up lets lazily made states and scratch come into being. `fold`, `batch` and `loss` as in `step_memory`; leave
-    `fold=False` for a model that is folded already or whose hooks step it. A fold made here is removed again.
+    The warm-up lets lazily made states and scratch come into being. `fold`, `batch` and `loss` as in `step_memory`;
+    leave `fold=False` for a model that is folded already or whose hooks step it. A fold made here is removed again.
     """
     loss = loss or _loss_of_model
     made_fold = None
     if fold is True:
-        from gradfold.fold import fold as fold_model
-
         made_fold = fold_model(model, optimizer)
     elif callable(fold):
         made_fold = fold(model, optimizer)
@@ -138,26 +149,14 @@ def measure_step(
             made_fold.remove()
 
 
-def fake_copy(model: Any, mode: FakeTensorMode) -> nn.Module:
-    """A model of fake tensors: a copy of a module, what a function builds, or a causal LM made from a transformers config.
-
-    Raises TypeError for anything else.
-    """
-    if isinstance(model, nn.Module):
-        with FakeCopyMode(mode):
-            return copy.deepcopy(model)
-    with mode:
-        if hasattr(model, "model_type"):
-            from transformers import AutoModelForCausalLM
-
-            return AutoModelForCausalLM.from_config(model).train()
-        if callable(model):
-            return model()
-    raise TypeError(f"model is a {type(model).__name__}: give a module, a function that builds one, or a transformers config")
-
-
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    return tensor if getattr(tensor, "fake_mode", None) is mode else mode.from_tensor(tensor)
+def _make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let a (fake) step bring an optimizer's states into being."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -165,7 +164,7 @@ def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch
 
 
 def _gradients_labelled(live: LiveBytes, model: nn.Module) -> ExitStack:
-    """Label every gradient as autograd hands it to its parameter, also those that a hook consumes before backward ends."""
+    """Label each gradient as autograd hands it to its parameter, also one that a hook consumes before backward ends."""
 
     def hand_over(grads: tuple[torch.Tensor | None, ...]) -> None:
         for grad in grads:

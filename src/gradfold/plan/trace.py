@@ -24,17 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 CATEGORIES = ("weights", "states", "gradients", "activations", "scratch")
 """What a byte is for. `activations` is also every temporary that nobody labelled."""
 
+_ACTIVATIONS = CATEGORIES.index("activations")
 _DEVICE_OF = torch.ops.prim.device.default
 
 
 class _Block:
-    """One storage: how many bytes it holds now and what they are for."""
+    """One storage: how many bytes it holds now. Its number in the timeline says what they are for."""
 
-    __slots__ = ("category", "index", "nbytes", "ref")
+    __slots__ = ("index", "nbytes", "ref")
 
-    def __init__(self, index: int, category: int):
+    def __init__(self, index: int):
         self.index = index
-        self.category = category
         self.nbytes = 0
         self.ref: _StorageRef | None = None
 
@@ -108,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak_moment = ""
         self.peak_op = ""
         self._blocks: dict[int, _Block] = {}  # address of the live StorageImpl -> block
-        self._categories: list[int] | None = [] if timeline else None  # by block index; kept after death, so relabelling works
+        self._categories: list[int] | None = [] if timeline else None  # by block index; outlives the block
         self._lock = threading.RLock()  # autograd runs one thread per device; a weakref callback may interrupt us
         self._events_block = array("q")
         self._events_delta = array("q")
@@ -131,7 +131,7 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist already: tensors, modules, optimizers, or containers of them.
 
         By default parameters and buffers are `weights`, their `.grad` `gradients`, what an optimizer holds `states`,
-        any other tensor `activations`. Raises ValueError for an unknown category, TypeError for a thing with no tensors.
+        any other tensor `activations`. Raises ValueError for an unknown category, TypeError for any other thing.
         """
         for thing in things:
             for tensor, default in _tensors_of(thing):
@@ -174,19 +174,18 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _flat((args, kwargs, out)):
             touched_bytes += tensor.numel() * tensor.element_size()  # .nbytes refuses sparse tensors
             self._see(tensor)
-        self._touched_bytes += touched_bytes
+        if not func.is_view:  # a view reads nothing
+            self._touched_bytes += touched_bytes
         return out
 
-    def _see(self, tensor: torch.Tensor, category: int = CATEGORIES.index("activations"), relabel: bool = False) -> None:
+    def _see(self, tensor: torch.Tensor, category: int = _ACTIVATIONS, relabel: bool = False) -> None:
         for storage in _storages(tensor):
             with self._lock:
                 block = self._blocks.get(storage._cdata)
                 if block is None:
                     block = self._born(storage, category)
-                elif relabel:
-                    block.category = category
-                    if self._categories is not None:
-                        self._categories[block.index] = category
+                elif relabel and self._categories is not None:
+                    self._categories[block.index] = category
                 nbytes = storage.nbytes()
                 if nbytes != block.nbytes:
                     self._resize(block, nbytes)
@@ -196,7 +195,7 @@ class LiveBytes(TorchDispatchMode):
         if self._categories is not None:
             index = len(self._categories)
             self._categories.append(category)
-        block = _Block(index, category)
+        block = _Block(index)
         ref = _StorageRef(storage, self._on_free)
         ref.key = storage._cdata
         block.ref = ref
@@ -289,4 +288,5 @@ def _tensors_of(thing: Any) -> Iterator[tuple[torch.Tensor, str]]:
             if not isinstance(item, (str, bytes, int, float, type(None))):
                 yield from _tensors_of(item)
     else:
-        raise TypeError(f"cannot track a {type(thing).__name__}: give tensors, modules, optimizers or containers of them")
+        kind = type(thing).__name__
+        raise TypeError(f"cannot track a {kind}: give tensors, modules, optimizers or containers of them")

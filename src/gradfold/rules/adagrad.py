@@ -52,10 +52,11 @@ class Adagrad(Rule):
         denom = torch.sqrt(total, out=scratch[0]).add_(n.eps)
         weight.addcdiv_(grad, denom, value=-n.lr / (1 + (n.step - 1) * n.lr_decay))
 
+    def fuses(self, weight):
+        return weight.device.type == "cpu"  # torch has this kernel for the CPU alone
+
     def fused(self, weight, grad, states, numbers):
         n = numbers
-        if weight.device.type != "cpu":  # torch has this kernel for the CPU alone
-            return False
         torch._fused_adagrad_(
             [weight],
             [grad],
@@ -67,4 +68,3 @@ class Adagrad(Rule):
             eps=n.eps,
             maximize=n.maximize,
         )
-        return True

@@ -88,4 +88,3 @@ class Adam(Rule):
             amsgrad=n.amsgrad,
             maximize=n.maximize,
         )
-        return True

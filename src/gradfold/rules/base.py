@@ -56,9 +56,13 @@ class Rule:
         """New weight and states for one tile, in place; all tensors share one shape, dtype and device."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
-    def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> bool:
-        """The same update by one of torch's fused kernels; False where torch has none for these numbers."""
-        return False
+    def fuses(self, weight: Tensor) -> bool:
+        """Whether torch has a fused kernel of this rule for such weights."""
+        return type(self).fused is not Rule.fused
+
+    def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> None:
+        """The same update by torch's fused kernel, which leaves the gradient as it is; contiguous tensors only."""
+        raise NotImplementedError(f"{type(self).__name__}.fused")
 
 
 def tick(counters: MutableMapping[str, Tensor]) -> float:

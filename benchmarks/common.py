@@ -1,0 +1,153 @@
+"""What the benchmarks share: the model they run, the optimizers they compare, the machine they ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradfold
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One rule, as gradfold folds it and as torch steps it (with the fastest variant torch has on every device)."""
+
+    gradfold: Callable[..., Any]
+    torch: Callable[..., torch.optim.Optimizer]
+    torch_options: dict[str, Any]
+
+
+PEERS = {
+    "adamw": Peer(gradfold.AdamW, torch.optim.AdamW, {"fused": True}),
+    "adam": Peer(gradfold.Adam, torch.optim.Adam, {"fused": True}),
+    "sgd": Peer(gradfold.SGD, torch.optim.SGD, {"fused": True}),
+    "adagrad": Peer(gradfold.Adagrad, torch.optim.Adagrad, {"fused": True}),
+    "rmsprop": Peer(gradfold.RMSprop, torch.optim.RMSprop, {"foreach": True}),
+    "nadam": Peer(gradfold.NAdam, torch.optim.NAdam, {"foreach": True}),
+    "radam": Peer(gradfold.RAdam, torch.optim.RAdam, {"foreach": True}),
+}
+
+
+class SteppedInHooks:
+    """The common way to free gradients early: an optimizer per parameter, stepped as soon as its gradient arrives."""
+
+    def __init__(self, params: Iterable[nn.Parameter], rule: str, lr: float):
+        peer = PEERS[rule]
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[nn.Parameter, Any] = {}
+        for param in params:
+            optimizer = peer.torch([param], lr=lr, **peer.torch_options)
+            self.state[param] = optimizer.state  # filled by its first step
+            param.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: self._consume(p, optimizer))
+
+    def _consume(self, param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        param.grad = None
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+def llama_config(layers: int = 12, tied: bool = False) -> Any:
+    """A Llama of 100.7 M parameters (12 layers, untied): 84.9 M in the layers, 7.9 M each in embedding and head."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=10_240,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+
+
+def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The model in training mode, with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
+    """One sequence [1, tokens], which is also its own labels."""
+    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
+    }
+
+
+def command_line() -> str:
+    """How to run this again, from the root of the repository."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    return " ".join(
+        [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", shlex.join([script, *sys.argv[1:]])]
+    )
+
+
+def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """Write rows, machine and command to benchmarks/results/NAME.json."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command_line(),
+        "machine": machine(),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A plain table; the first column is text, the others are figures."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    for n, line in enumerate([header, *rows]):
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells))
+        if n == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,22 @@
+"""Which parameters cannot be routed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gradfold.errors import FoldError
+
+
+def refuse_parameter(name: str, param: nn.Parameter) -> None:
+    """Raise if this trainable parameter cannot step inside backward."""
+    if isinstance(param, nn.UninitializedParameter):
+        raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
+    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+        raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
+    if not param.is_floating_point():
+        raise FoldError(f"{name}: {param.dtype} parameters cannot be folded; freeze it or view it as real")
+    if param._backward_hooks or param._post_accumulate_grad_hooks:
+        raise FoldError(
+            f"{name}: a hook registered on this tensor waits for a gradient that is never made; remove it before "
+            "folding, or freeze the parameter"
+        )

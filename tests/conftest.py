@@ -1,0 +1,27 @@
+"""What every test stands on: a seed, one thread, and scratch memory that is poison until it is written."""
+
+import pytest
+import torch
+
+from gradfold.backends import Scratch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch):
+    """Every tile is NaN when it is lent, so that a read before a write shows."""
+    lend = Scratch.tiles
+
+    def tiles(self, *args, **kwargs):
+        lent = lend(self, *args, **kwargs)
+        for tile in lent:
+            tile.fill_(float("nan"))
+        return lent
+
+    monkeypatch.setattr(Scratch, "tiles", tiles)
