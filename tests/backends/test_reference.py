@@ -6,11 +6,11 @@ from torch import nn
 
 import gradfold
 from gradfold.backends import DEFAULT_SCRATCH_BYTES, DenseUse, MatmulUse, Reference, Scratch, choose, reference
+from gradfold.backends.scratch import TILE_ALIGNMENT
 from gradfold.plan.trace import LiveBytes
 from tests.cases import BUSY, each_rule, each_state_set
 
 KIB, MIB = 2**10, 2**20
-TILE_ALIGNMENT = 64  # bytes each tile may be rounded up by
 
 
 def steps(row, weight, uses, scratch_bytes):
@@ -56,13 +56,15 @@ def test_scratch_is_bounded_as_long_as_a_row_fits(row, kind):
     use = DenseUse(torch.randn(weight.shape, dtype=torch.float64))
     for scratch_bytes in (1, tiles * row_bytes, 8 * tiles * row_bytes + 13, 64 * KIB):
         held = steps(row, weight.clone(), [use], scratch_bytes)
-        assert held <= max(scratch_bytes, tiles * row_bytes) + tiles * TILE_ALIGNMENT
+        assert held <= max(scratch_bytes, tiles * (row_bytes + TILE_ALIGNMENT))
 
 
 def test_scratch_is_bounded_to_the_byte():
-    """Each tile's rounding up to a cache line counts: two tiles of two rows would be 400 bytes, rounded up to 512."""
-    weight = torch.randn(100, 25)
-    assert steps(BUSY["NAdam"], weight, [DenseUse(torch.randn(100, 25))], 450) <= 450
+    """What tiles are rounded up by counts too, at any limit from the first in which two tiles of a row fit."""
+    weight, use = torch.randn(12, 25), DenseUse(torch.randn(12, 25))
+    least = steps(BUSY["NAdam"], weight, [use], 1)
+    for scratch_bytes in range(least, 12 * least, 7):
+        assert steps(BUSY["NAdam"], weight, [use], scratch_bytes) <= scratch_bytes
 
 
 def test_default_scratch_is_8_mib():

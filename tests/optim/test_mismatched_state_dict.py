@@ -88,7 +88,8 @@ def test_refused_and_nothing_changed(change, route):
 
 
 @pytest.mark.parametrize(
-    ("saved", "into"), [("SGD", "AdamW"), ("AdamW", "SGD"), ("AdamW", "Lion"), ("RMSprop", "Adam")]
+    ("saved", "into"),
+    [("SGD", "AdamW"), ("AdamW", "SGD"), ("AdamW", "Lion"), ("Lion", "AdamW"), ("RMSprop", "Adam")],
 )
 def test_another_optimizers_states_are_refused(saved, into):
     assert_refused(

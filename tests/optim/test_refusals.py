@@ -138,6 +138,20 @@ def test_a_complex_parameter_unfrozen_after_folding_is_refused():
         optimizer.step()
 
 
+def test_a_complex_parameter_added_after_folding_is_refused_and_changes_nothing():
+    model = Rotation()
+    model.phase.requires_grad_(False)
+    optimizer = gradfold.NAdam(model.linear.parameters())
+    fold = gradfold.fold(model, optimizer)
+    model.phase.requires_grad_(True)
+    with pytest.raises(gradfold.FoldError, match="phase: torch.complex64"):
+        optimizer.add_param_group({"params": [model.phase]})
+    assert len(optimizer.param_groups) == 1
+    model.phase.requires_grad_(False)
+    assert [row.route for row in fold.report().rows if row.name == "phase"] == ["frozen"]
+    optimizer.step()
+
+
 # fold() ---------------------------------------------------------------------------------------------------------------
 
 UNFOLDABLE = {

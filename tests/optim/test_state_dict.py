@@ -289,3 +289,24 @@ def test_lions_layout(route):
     for index, states in saved["state"].items():
         assert list(states) == ["step", "exp_avg"] and states["exp_avg"].shape == SHAPES[index]
     assert saved["param_groups"][0].keys() == {"lr", "betas", "weight_decay", "maximize", "params"}
+
+
+SWITCHED = {
+    "momentum off": ("SGD", {"momentum": 0}),
+    "amsgrad off": ("Adam", {"amsgrad": False}),
+    "centered off": ("RMSprop", {"centered": False}),
+    "amsgrad on": ("AdamW", {"amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), SWITCHED.values(), ids=SWITCHED)
+@both_routes
+def test_an_option_switched_in_mid_training_does_not_spoil_the_checkpoint(name, change, route):
+    """Its state stays behind, or comes with the next step; what was saved must load again."""
+    given = problem(SHAPES, steps=2)
+    model, optimizer = start(BUSY[name].ours, given, route == "folded")
+    train(model, optimizer, given.grads[:1])
+    for group in optimizer.param_groups:
+        group.update(change)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, given.grads[1:])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
-from gradfold.engine import Ledger, apply
+from gradfold.engine import Ledger, apply, refuse_parameter
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
@@ -101,17 +101,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._groups.clear()
         try:
             self.validate(self.param_groups[-1])
-        except ValueError:
+            self._join_fold(self.param_groups[-1]["params"])
+        except (ValueError, FoldError):
             self.param_groups.pop()
             raise
-        if self._ledger is not None:
-            names = {id(param): name for name, param in self._ledger.model.named_parameters()}
-            added = self.param_groups[-1]["params"]
-            if any(id(param) not in names for param in added):
-                self.param_groups.pop()
+
+    def _join_fold(self, added: list[Parameter]) -> None:
+        if self._ledger is None:
+            return
+        names = {id(param): name for name, param in self._ledger.model.named_parameters()}
+        for param in added:
+            if id(param) not in names:
                 raise FoldError("add_param_group: a parameter that is not in the folded model could never step")
-            for param in added:
-                self._ledger.claim(names[id(param)], param).arm()
+            if param.requires_grad:
+                refuse_parameter(names[id(param)], param)
+        for param in added:
+            self._ledger.claim(names[id(param)], param).arm()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -176,25 +181,22 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         ids = [key for group in saved for key in group["params"]]
         params = [param for group in own for param in group["params"]]
-        group_of_key = {key: group for group in saved for key in group["params"]}
         placed = {}
         for key, param in zip(ids, params, strict=True):
             if key not in state_dict["state"]:
                 continue
             states = {name: value for name, value in state_dict["state"][key].items() if value is not None}
-            self._refuse_foreign(states, {**self.group_of(param), **group_of_key[key]})
+            self._refuse_foreign(states)
             placed[param] = {name: self._placed(name, value, param) for name, value in states.items()}
         return placed
 
-    def _refuse_foreign(self, states: dict[str, Any], group: dict[str, Any]) -> None:
+    def _refuse_foreign(self, states: dict[str, Any]) -> None:
         """Raise if these states are another optimizer's: they would start again from zero without a word."""
-        specs = self.rule.states(group)
-        known = {spec.name for spec in specs} | set(self.rule.counters)
-        needed = known - {spec.name for spec in specs if spec.lazy}
-        if states and not needed <= states.keys() <= known:
+        needed = self.rule.kept | self.rule.counters.keys()
+        if states and not needed <= states.keys() <= needed | self.rule.optional:
             raise ValueError(
-                f"state_dict has states {sorted(states)}, {type(self).__name__} keeps {sorted(known)}; "
-                "it was saved by another optimizer"
+                f"state_dict has states {sorted(states)}, {type(self).__name__} keeps "
+                f"{sorted(needed | self.rule.optional)}; it was saved by another optimizer"
             )
 
     def _placed(self, name: str, value: Any, param: Parameter) -> Any:

@@ -29,6 +29,7 @@ class Adagrad(Rule):
     """Adagrad with learning-rate decay."""
 
     name = "adagrad"
+    kept = frozenset({"sum"})
 
     def states(self, group):
         return (State("sum", init=group["initial_accumulator_value"]),)

@@ -36,6 +36,8 @@ class Adam(Rule):
     """Adam; the group's ``decoupled_weight_decay`` makes it AdamW."""
 
     name = "adam"
+    kept = frozenset({"exp_avg", "exp_avg_sq"})
+    optional = frozenset({"max_exp_avg_sq"})
 
     def states(self, group):
         names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())

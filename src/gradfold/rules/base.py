@@ -40,6 +40,9 @@ class Rule:
     name: ClassVar[str]
     counters: ClassVar[Mapping[str, float]] = {"step": 0.0}  # scalar states, and where they start
 
+    kept: ClassVar[frozenset[str]] = frozenset()  # weight-shaped states kept whatever the hyper-parameters
+    optional: ClassVar[frozenset[str]] = frozenset()  # ... kept with some of them
+
     def states(self, group: Group) -> tuple[State, ...]:
         """The weight-shaped states this group's hyper-parameters call for, in ``update``'s order."""
         raise NotImplementedError(f"{type(self).__name__}.states")

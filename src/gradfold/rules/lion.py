@@ -29,6 +29,7 @@ class Lion(Rule):
     """Sign of an interpolated momentum, with decoupled weight decay."""
 
     name = "lion"
+    kept = frozenset({"exp_avg"})
 
     def states(self, group):
         return (State("exp_avg"),)

@@ -36,6 +36,7 @@ class NAdam(Rule):
     """Adam with Nesterov's look-ahead."""
 
     name = "nadam"
+    kept = frozenset({"exp_avg", "exp_avg_sq"})
     counters: ClassVar = {"step": 0.0, "mu_product": 1.0}
 
     def states(self, group):

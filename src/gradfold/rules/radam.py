@@ -36,6 +36,7 @@ class RAdam(Rule):
     """Adam whose adaptive rate waits until its variance is tractable."""
 
     name = "radam"
+    kept = frozenset({"exp_avg", "exp_avg_sq"})
 
     def states(self, group):
         return (State("exp_avg"), State("exp_avg_sq"))

@@ -36,6 +36,8 @@ class RMSprop(Rule):
     """RMSprop with optional momentum and centering."""
 
     name = "rmsprop"
+    kept = frozenset({"square_avg"})
+    optional = frozenset({"momentum_buffer", "grad_avg"})
 
     def states(self, group):
         names = ["square_avg"]

@@ -32,6 +32,7 @@ class SGD(Rule):
     """SGD with momentum, dampening and Nesterov's form."""
 
     name = "sgd"
+    optional = frozenset({"momentum_buffer"})
     counters: ClassVar = {}  # torch's SGD keeps no step count
 
     def states(self, group):
