@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .errors import FoldError
-from .modules import restore, swap
+from .modules import SLOT, restore, swap
 from .optim import RuleOptimizer
 
 # why a torch optimizer's update cannot run inside backward, for those that have no counterpart here
@@ -54,6 +55,9 @@ def fold(
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
+    for name, module in model.named_modules():
+        if vars(module).get(SLOT) is not None:
+            raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
     named = dict(model.named_parameters())
     in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, param in named.items():
@@ -61,6 +65,7 @@ def fold(
             raise FoldError(outside(name))
         if param.requires_grad:
             refuse_parameter(name, param)
+    _check_overlap(named)
     in_model = {id(param) for param in named.values()}
     for index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
@@ -93,6 +98,24 @@ def _check_optimizer(optimizer: object) -> None:
 
 
 _COUNTERPARTS = {kind.__name__ for kind in RuleOptimizer.__subclasses__()} | {"AdamW"}
+
+
+def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
+    """Two parameters on the same memory: the first to step would change the other under its own backward."""
+    spans: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for name, param in named.items():
+        if param.numel():
+            first = int(param.storage_offset())
+            last = first + sum((int(n) - 1) * int(k) for n, k in zip(param.shape, param.stride(), strict=True))
+            spans.setdefault(param.untyped_storage()._cdata, []).append((first, last, name, param.requires_grad))
+    for shared in spans.values():
+        shared.sort()
+        for (_, end, a, trained), (start, _, b, also) in itertools.pairwise(shared):
+            if start <= end and (trained or also):
+                raise FoldError(
+                    f"{b}: shares its memory with {a} but is another Parameter, so each would step the other's values; "
+                    "tie them by assigning the same Parameter to both"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,11 @@ def _native(dtype: torch.dtype) -> bool:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in a's dtype; a: ``[*, N]``, b: ``[N, K]`` of the same dtype."""
-    if not emulated(a):
+    batched = torch._C._functorch.is_batchedtensor(a) or torch._C._functorch.is_legacy_batchedtensor(a)
+    if batched or not emulated(a):  # in-place sums have no batching rules
         return a @ b
     a2 = a.reshape(-1, a.shape[-1])  # [T, N]
-    out = torch.zeros(a2.shape[0], b.shape[1], device=a.device)
+    out = torch.zeros(a2.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     block = max(16, BLOCK_BYTES // (4 * max(1, b.shape[1], a2.shape[0])))
     for start in range(0, b.shape[0], block):
         out.addmm_(a2[:, start : start + block].float(), b[start : start + block].float())

@@ -5,7 +5,7 @@ from .ledger import Ledger, outside
 from .parameters import refuse_parameter
 from .slot import Slot
 from .task import NO_TASK, Demand, current_task
-from .wrappers import refuse_replica, refuse_wrappers, wrapper_of
+from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
 
 __all__ = [
     "NO_TASK",
@@ -16,6 +16,7 @@ __all__ = [
     "apply",
     "current_task",
     "outside",
+    "refuse_ddp",
     "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",

@@ -46,7 +46,6 @@ class Ledger:
         self.optimizer = optimizer
         self.backend = backend
         self.slots: dict[int, Slot] = {}  # id of the parameter -> its slot
-        self.names: set[str] = set()
         self.paused = 0  # depth of nested pauses
         self.running: dict[int, int] = {}  # backwards that have begun and not ended -> their thread
         self.segments: dict[int, Segment] = {}  # id of a node -> the reentrant checkpoint it is of
@@ -58,12 +57,12 @@ class Ledger:
     def claim(self, name: str, param: Parameter) -> Slot:
         """Give a parameter its slot; nothing is hooked or allocated before it is armed."""
         slot = self.slots[id(param)] = Slot(param, name, self)
-        self.names.add(name)
         return slot
 
     def release(self) -> None:
         """The optimizer is an ordinary one again."""
-        self.optimizer._ledger = None
+        if self.optimizer._ledger is self:
+            self.optimizer._ledger = None
         self.slots.clear()
 
     @property
@@ -79,14 +78,11 @@ class Ledger:
         """Once per step, as the forward begins: refuse what would go wrong before any weight moves."""
         if self._looked:
             return
-        self._looked = True
         refuse_wrappers(self.model)
         self._refuse_moved()
-        for name, param in self.model.named_parameters():
-            if id(param) not in self.slots and param.requires_grad and name not in self.names:
-                raise FoldError(outside(name))
         for slot in self.slots.values():
             slot.arm()
+        self._looked = True
 
     def enter(self, task: int) -> Segment | None:
         """A backward has reached the fold; returns the reentrant segment it runs in.
@@ -97,15 +93,35 @@ class Ledger:
             return self._parents[task]
         node = node_around_backward()
         if node is None:
-            for slot in self.slots.values():
-                if (slot.stepped or slot.deferred) and demand(slot.param) is Demand.STEP:
-                    raise FoldError(second_backward(slot.name))
+            self._refuse_second()
             self._forget_failed()
+            if not self.open:  # a functional_call has given the parameters back by now
+                self._audit()
+            for slot in self.slots.values():
+                if slot.others() and demand(slot.param) is Demand.STEP:
+                    raise FoldError(
+                        f"{slot.name}: a hook registered on this tensor waits for a gradient that is never made; "
+                        "remove it, or run this backward inside fold.paused()"
+                    )
             self._survey()
         parent = self._parents[task] = None if node is None else self.segment(node)
         self.running[task] = threading.get_ident()
         at_task_end(lambda: self._leave(task, parent))
         return parent
+
+    def _refuse_second(self) -> None:
+        parents = self._parents.values()
+        if parents and None not in parents:
+            return  # the checkpoints of this very backward came first, with nothing of ours around them; they wait
+        # the engine cannot say what checkpoints will reach, so that after one ran every second backward is refused
+        nested = any(parent is not None for parent in parents)
+        for slot in self.slots.values():
+            if (slot.stepped or slot.deferred) and (nested or demand(slot.param) is Demand.STEP):
+                raise FoldError(second_backward(slot.name))
+
+    def _audit(self) -> None:
+        self._refuse_moved()
+        self._refuse_strangers(dict(self.model.named_parameters()))
 
     def _forget_failed(self) -> None:
         """Drop what a backward left behind that raised before any weight stepped, and was simply run again."""
@@ -185,9 +201,7 @@ class Ledger:
                     "fold again"
                 )
         refuse_wrappers(self.model)
-        self._refuse_moved()
-        present = dict(self.model.named_parameters())
-        self._refuse_strangers(present)
+        self._audit()
         late = list(self._unhooked_gradients())
         for slot in late:  # unfrozen after the forward began: autograd wrote its gradient before the gate was there
             self.optimizer.apply(slot.param)
@@ -221,8 +235,8 @@ class Ledger:
         for slot in self.slots.values():
             if change := slot.moved():
                 raise FoldError(
-                    f"{slot.name}: {change} since it was folded, and its states did not; call fold.remove(), move the "
-                    "model, then make a new optimizer and fold again"
+                    f"{slot.name}: {change} since it was folded, and its states did not; call "
+                    "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
                 )
 
     def _refuse_strangers(self, present: dict[str, Parameter]) -> None:
@@ -232,7 +246,8 @@ class Ledger:
                 reason = "was replaced by another Parameter" if slot.name in present else "is no longer in the model"
                 raise FoldError(
                     f"{slot.name}: the parameter that was folded {reason} (load_state_dict(assign=True), "
-                    "resize_token_embeddings, pruning?); make a new optimizer and fold again"
+                    "resize_token_embeddings, pruning?); call optimizer.zero_grad() and fold.remove(), then make a new "
+                    "optimizer and fold again"
                 )
         for name, param in present.items():
             if id(param) not in self.slots and param.requires_grad:

@@ -79,6 +79,13 @@ class Slot:
             self.hook.remove()
             self.hook = None
 
+    def others(self) -> bool:
+        """Whether somebody waits on this tensor for a gradient that is never made, or that the gate takes away."""
+        return self.hook is not None and self.hook.others(self.folded)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied module is in no fold."""
+
     def moved(self) -> str | None:
         """How the parameter's shape, dtype or device changed since it was folded, in words."""
         now = _placement(self.param)
@@ -93,21 +100,14 @@ class Slot:
             FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never made.
         """
         wanted = demand(self.param)
-        if self.ledger.paused:  # the caller writes a dense gradient, as plain autograd would
+        if self.ledger.paused or self.hook is None:
+            # a dense gradient, as plain autograd would write: paused, removed, or thawed since the forward began
             return Demand.CAPTURE if wanted is Demand.STEP else wanted
         if torch.is_grad_enabled():
-            raise FoldError(
-                f"{self.name}: create_graph=True runs through a folded weight, which steps once and keeps no gradient "
-                "to differentiate; run the forward and this backward inside fold.paused()"
-            )
+            raise FoldError(create_graph(self.name))
         if wanted is Demand.STEP:
             self.ledger.enter(current_task())
             self._refuse_second_step()
-            if self.hook is not None and self.hook.others():
-                raise FoldError(
-                    f"{self.name}: a hook registered on this tensor waits for a gradient that is never made; remove "
-                    "it, or run this backward inside fold.paused()"
-                )
         return wanted
 
     def hand(self, use: MatmulUse | GatherUse) -> None:
@@ -123,6 +123,8 @@ class Slot:
             return
         uses = self.pending.pop(task, [])
         grad, self.param.grad = self.param.grad, None
+        if torch.is_grad_enabled():  # not every gradient requires one itself under create_graph
+            raise FoldError(create_graph(self.name))
         parent = ledger.enter(task)
         if grad is not None:
             uses.append(DenseUse(self._checked(grad)))
@@ -186,14 +188,16 @@ class Slot:
             raise FoldError(second_backward(self.name))
 
     def _checked(self, grad: Tensor) -> Tensor:
-        if grad.requires_grad:
-            raise FoldError(
-                f"{self.name}: create_graph=True gives a gradient that is itself differentiable, and the fold would "
-                "consume it; run this backward inside fold.paused()"
-            )
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad
+
+
+def create_graph(name: str) -> str:
+    return (
+        f"{name}: create_graph=True runs through a folded weight, which steps once and keeps no gradient to "
+        "differentiate; run the forward and this backward inside fold.paused()"
+    )
 
 
 def second_backward(name: str) -> str:

@@ -87,10 +87,10 @@ class LeafHook:
             return True
         return self._handle.id in (self._param._post_accumulate_grad_hooks or {})
 
-    def others(self) -> bool:
-        """Whether somebody else waits for this leaf's gradient, which is never made."""
+    def others(self, folded: bool) -> bool:
+        """Whether somebody else waits for this leaf's gradient; ``folded``: even before it is accumulated."""
         theirs = [key for key in (self._param._post_accumulate_grad_hooks or {}) if key != self._handle.id]
-        return bool(theirs or self._param._backward_hooks)
+        return bool(theirs or (folded and self._param._backward_hooks))
 
     def remove(self) -> None:
         self._handle.remove()

@@ -21,6 +21,12 @@ def refuse_wrappers(model: nn.Module) -> None:
         raise FoldError(_around(found))
 
 
+def refuse_ddp() -> None:
+    """Raise if a DistributedDataParallel forward is running, be it not the first forward of the step."""
+    if torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+        raise FoldError(_around("DistributedDataParallel"))
+
+
 def refuse_replica(module: nn.Module) -> None:
     """Raise if this module is one of DataParallel's copies, which run in threads of their own."""
     if vars(module).get("_is_replica"):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from gradfold.engine import NO_TASK, Slot, current_task, refuse_replica
+from gradfold.engine import NO_TASK, Slot, current_task, refuse_ddp, refuse_replica
 
 SLOT = "_gradfold_slot"
 
 
 def live(module: nn.Module) -> Slot | None:
     """The slot of ``module.weight`` if this call can hand it a use; None for the plain path."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None  # a compiled region writes its gradient out, and the gate takes it from there
     slot: Slot | None = module.__dict__.get(SLOT)
-    if slot is None or slot.ledger.paused:
+    if slot is None:  # paused or not: a checkpoint must take the same path again, so it is backward that decides
         return None
+    refuse_ddp()
     weight = module._parameters.get("weight")
     if weight is None or weight is not slot.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
         refuse_replica(module)
@@ -59,8 +61,5 @@ class Folded:
         state = self.__dict__.copy()  # type: ignore[attr-defined]
         state.pop(SLOT, None)
         # a class injected over ours (parametrize) stays; without a slot it takes the plain path
-        return _rebuild, (vars(type(self)).get("plain_class", type(self)),), state
-
-
-def _rebuild(kind: Any) -> Any:
-    return kind.__new__(kind)
+        # copyreg's own constructor, so that the pickle loads where gradfold is not installed
+        return copyreg._reconstructor, (vars(type(self)).get("plain_class", type(self)), object, None), state  # type: ignore[attr-defined]

@@ -60,7 +60,11 @@ def _table() -> Mapping[type[nn.Module], type[Folded]]:
 @functools.cache
 def _folded_class(plain: type, folding: type[Folded]) -> type:
     """``plain`` with ``folding``'s forward in front; it keeps its name, so that printing a model changes nothing."""
-    return type(plain.__name__, (folding, plain), {"plain_class": plain, "__doc__": folding.__doc__})
+    return type(
+        plain.__name__,
+        (folding, plain),
+        {"plain_class": plain, "__doc__": folding.__doc__, "__module__": plain.__module__},
+    )
 
 
 def swap(model: nn.Module, slots: Mapping[int, Slot]) -> list[nn.Module]:
@@ -71,8 +75,8 @@ def swap(model: nn.Module, slots: Mapping[int, Slot]) -> list[nn.Module]:
     """
     chosen: list[tuple[nn.Module, type[Folded], Slot]] = []
     for name, module in model.named_modules():
-        if isinstance(module, Folded):
-            raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
+        if "plain_class" in vars(type(module)):  # left by a fold that was removed while another class lay over ours
+            module.__class__ = vars(type(module))["plain_class"]
         weight = module._parameters.get("weight")
         slot = slots.get(id(weight)) if isinstance(weight, Parameter) else None
         if slot is None:
