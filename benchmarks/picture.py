@@ -43,7 +43,9 @@ def main() -> None:
     def build() -> torch.nn.Module:
         return llama(LLAMA_8B, torch.bfloat16)
 
-    plain = step_memory(build, lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True), batch, fold=False, label="plain AdamW")
+    plain = step_memory(
+        build, lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True), batch, fold=False, label="plain AdamW"
+    )
     folded = step_memory(build, lambda p: gradfold.AdamW(p, lr=1e-5), batch, label="gradfold.AdamW, folded")
     title = f"Llama-3.1-8B, bf16 weights and states, {args.tokens} tokens: one training step"
     args.out.parent.mkdir(parents=True, exist_ok=True)

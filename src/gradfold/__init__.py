@@ -4,5 +4,5 @@ from .errors import FoldError
 from .fold import Fold, fold
 from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Fold", "FoldError", "Lion", "NAdam", "RAdam", "RMSprop", "fold"]

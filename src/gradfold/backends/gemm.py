@@ -7,6 +7,7 @@ widened to fp32 instead: faster, and rounded once at the end.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def _native(dtype: torch.dtype) -> bool:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in a's dtype; a: ``[*, N]``, b: ``[N, K]`` of the same dtype."""
-    batched = torch._C._functorch.is_batchedtensor(a) or torch._C._functorch.is_legacy_batchedtensor(a)
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    batched = functorch.is_batchedtensor(a) or functorch.is_legacy_batchedtensor(a)
     if batched or not emulated(a):  # in-place sums have no batching rules
         return a @ b
     a2 = a.reshape(-1, a.shape[-1])  # [T, N]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradfold.train.encode import Tokens, encode_rows, render_chat
+from gradfold.train.encode import Tokens, encode_prompt, encode_rows
 from gradfold.train.errors import DataError
 from gradfold.train.recipe import Recipe
-from gradfold.train.rows import Row, read_rows
+from gradfold.train.rows import Row, Shape, read_rows
 from gradfold.train.windows import Batch, Window, build_batch, cut_windows
+
+SAMPLE_PROMPT_TOKENS = 24
 
 Range = tuple[int, int, bool]
 """(start, stop, is_document): a row, or a part of a document, as a token range."""
@@ -21,13 +25,16 @@ Range = tuple[int, int, bool]
 
 @dataclass(frozen=True)
 class Data:
-    """Sequences to train on and to measure on; `held_out` may be empty. `sha256` is of all they are made of."""
+    """Sequences to train on and to measure on; `held_out` may be empty.
+
+    `sample_ids`: tokens for the model to continue. `sha256`: of all the rows' tokens.
+    """
 
     tokens: Tokens
     held_out_tokens: Tokens
     train: list[Window]
     held_out: list[Window]
-    sample_prompt: str
+    sample_ids: list[int]
     pad_id: int
     seed: int
     batch_size: int
@@ -47,8 +54,7 @@ class Data:
     def batch(self, step: int) -> Batch:
         """The batch of step number `step` (from 0): a function of the seed and of `step` alone."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
-        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
+        chosen = _order(self.seed, epoch, len(self.train))[within * self.batch_size : (within + 1) * self.batch_size]
         return build_batch(self.tokens, [self.train[i] for i in chosen], self.pad_id)
 
     def held_out_batches(self) -> list[Batch]:
@@ -58,24 +64,25 @@ class Data:
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
-    """Read, tokenize, split, cut and pack what the recipe names. Raises DataError, or ModelError for a missing template."""
-    first: list[Row] = []
+    """Read, tokenize, split, cut and pack what the recipe names. Raises DataError; ModelError without a template."""
+    shapes: set[Shape] = set()
 
-    def rows(sources: tuple[str, ...]):
-        for row in read_rows(sources):
-            if not first:
-                first.append(row)
+    def noting_shapes(rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            shapes.add(row.shape)
             yield row
 
     text = recipe.text
     limit = recipe.sequence_length
     options: dict[str, Any] = {"loss_on": text.loss_on, "too_long": text.too_long, "limit": limit}
-    tokens = encode_rows(rows(recipe.data), tokenizer, **options)
+    tokens = encode_rows(noting_shapes(read_rows(recipe.data)), tokenizer, **options)
     if not len(tokens):
         raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
                         + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
     if text.held_out_data:
         held_out_tokens = encode_rows(read_rows(text.held_out_data), tokenizer, **options)
+        if not len(held_out_tokens):
+            raise DataError(f"text.held_out_data {', '.join(text.held_out_data)}: no row has anything to measure on")
         train_ranges, held_ranges = _all_rows(tokens), _all_rows(held_out_tokens)
     else:
         held_out_tokens = tokens
@@ -88,12 +95,17 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     if at_most and len(held_out) > at_most:
         chosen = np.random.default_rng((recipe.seed, 1)).choice(len(held_out), at_most, replace=False)
         held_out = [held_out[i] for i in sorted(chosen)]
+    prompt = recipe.evaluation.sample_prompt
+    if prompt:
+        sample_ids = encode_prompt(prompt, tokenizer, chat="messages" in shapes)
+    else:
+        sample_ids = _sample_ids(held_out_tokens, held_out) if held_out else _sample_ids(tokens, train)
     return Data(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         train=train,
         held_out=held_out,
-        sample_prompt=recipe.evaluation.sample_prompt or _sample_prompt(first[0], tokenizer, held_out_tokens, held_out),
+        sample_ids=sample_ids,
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         seed=recipe.seed,
         batch_size=recipe.batch_size,
@@ -132,15 +144,17 @@ def _all_rows(tokens: Tokens) -> list[Range]:
     return [(starts[i], starts[i + 1], documents[i]) for i in range(len(tokens))]
 
 
-def _sample_prompt(first: Row, tokenizer: Any, tokens: Tokens, held_out: list[Window]) -> str:
-    """Something for the model to continue: of the first row its prompt, of a document the start of a held-out piece."""
-    if first.shape == "completion":
-        return first.prompt
-    if first.shape == "messages":
-        turns = [i for i, message in enumerate(first.messages) if message["role"] == "assistant"]
-        return render_chat(first, tokenizer, first.messages[: turns[0]], answer=True) if turns and turns[0] else ""
-    start, stop = held_out[0][0] if held_out else (0, len(tokens.ids))
-    return tokenizer.decode(tokens.ids[start : min(start + 24, stop)].tolist(), skip_special_tokens=True)
+def _sample_ids(tokens: Tokens, windows: list[Window]) -> list[int]:
+    """What the first piece begins with: all before its first target, or, if all is learned, its first tokens."""
+    start, stop = windows[0][0]
+    prompt = int(tokens.learned[start:stop].argmax())
+    return tokens.ids[start : start + (prompt or min(SAMPLE_PROMPT_TOKENS, (stop - start) // 2))].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of one epoch, int64 [count]."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def _sha256(*all_tokens: Tokens) -> str:

@@ -79,6 +79,14 @@ def encode_rows(
     )
 
 
+def encode_prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
+    """A prompt's tokens, as the model would see them at inference; `chat`: as a user's message."""
+    if chat:
+        row = Row("evaluation.sample_prompt", "messages", messages=({"role": "user", "content": prompt},))
+        return _ids(tokenizer, [render_chat(row, tokenizer, answer=True)], special=False)[0]
+    return _open(_ids(tokenizer, [prompt])[0], tokenizer)
+
+
 Encoded = tuple[list[int], list[bool]]
 
 
@@ -89,8 +97,8 @@ def _encode_batch(rows: Sequence[Row], tokenizer: Any, loss_on: str) -> Iterator
     completions = iter(_ids(tokenizer, [row.completion for row in rows if row.shape == "completion"], special=False))
     for row in rows:
         if row.shape == "text":
-            ids = _end(next(texts) if row.text.strip() else [], tokenizer)
-            yield ids, [True] * len(ids)
+            ids = _end(next(texts), tokenizer)
+            yield ids, [bool(row.text.strip())] * len(ids)
         elif row.shape == "completion":
             # Each on its own, as at inference, where the prompt is all there is.
             prompt, completion = _open(next(prompts), tokenizer), _end(next(completions), tokenizer)
@@ -131,7 +139,9 @@ def _encode_messages(row: Row, tokenizer: Any, whole: bool) -> Encoded:
     return encoded["input_ids"], [any(a <= start < b for a, b in spans) for start in starts]
 
 
-def render_chat(row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]] | None = None, answer: bool = False) -> str:
+def render_chat(
+    row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]] | None = None, answer: bool = False
+) -> str:
     """The row's messages (or some of them) as the template writes them; `answer`: up to where an answer begins.
 
     Raises ModelError if there is no template, DataError if it refuses the row.

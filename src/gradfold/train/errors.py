@@ -2,10 +2,12 @@
 
 
 class TrainError(Exception):
-    """Base of the errors below; the command line prints the message and exits with code 2.
+    """Base of the errors below; the command line prints the message and exits with `exit_code`.
 
     Not a ValueError: option parsers catch those and dress them up.
     """
+
+    exit_code = 2
 
 
 class RecipeError(TrainError):
@@ -24,7 +26,12 @@ class CheckpointError(TrainError):
     """A checkpoint cannot be written, or cannot be continued from."""
 
 
-def one_line(error: BaseException) -> str:
-    """The first sentence of another package's error, without line breaks; its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Another package's error without line breaks: its first sentence, or its type where it says nothing."""
+    text = ""
+    for line in str(error).splitlines():
+        text = f"{text} {line.strip()}".strip()
+        if text.endswith((".", "!", "?")):
+            break
+    text = text if len(text) <= most else text[:most].rpartition(" ")[0] + " ..."
+    return text.rstrip(".:") or type(error).__name__

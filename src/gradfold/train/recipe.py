@@ -11,7 +11,7 @@ from gradfold.train.errors import RecipeError
 
 OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "AdamW": ("betas", "eps", "amsgrad", "maximize"),
-    "Adam": ("betas", "eps", "amsgrad", "maximize"),
+    "Adam": ("betas", "eps", "amsgrad", "decoupled_weight_decay", "maximize"),
     "SGD": ("momentum", "dampening", "nesterov", "maximize"),
     "Lion": ("betas", "maximize"),
     "RMSprop": ("alpha", "eps", "momentum", "centered", "maximize"),
@@ -20,6 +20,17 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
+
+
+def _bad(group: Any, name: str, way_out: str) -> RecipeError:
+    dotted = f"{group.GROUP}.{name}" if group.GROUP else name
+    return RecipeError(f"{dotted} = {getattr(group, name)!r}: {way_out}")
+
+
+def _at_least(group: Any, low: int, *names: str) -> None:
+    for name in names:
+        if getattr(group, name) < low:
+            raise _bad(group, name, f"give a whole number, {low} or more")
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class OptimizerRecipe:
     momentum_decay: float | None = None
     """NAdam: decay of the momentum."""
     decoupled_weight_decay: bool | None = None
-    """NAdam and RAdam: decay as AdamW does it."""
+    """Adam, NAdam, RAdam: decay as AdamW does it."""
     amsgrad: bool | None = None
     """Adam and AdamW: keep the largest second moment."""
     maximize: bool | None = None
@@ -215,7 +226,9 @@ class Recipe:
         if self.out == "":
             raise _bad(self, "out", "name a folder, or leave it out")
         if self.steps is not None and self.epochs is not None:
-            raise RecipeError(f"steps = {self.steps} and epochs = {self.epochs:g}: both say how long to train; keep one")
+            raise RecipeError(
+                f"steps = {self.steps} and epochs = {self.epochs:g}: both say how long to train; keep one"
+            )
         if self.steps is not None:
             _at_least(self, 1, "steps")
         if self.epochs is not None and not self.epochs > 0:
@@ -229,24 +242,14 @@ class Recipe:
 DEMO = Recipe(
     model="smollm2",
     data=("pydoc",),
-    steps=28,
-    batch_size=2,
+    steps=24,
+    batch_size=1,
     sequence_length=256,
+    gradient_checkpointing=True,
     text=TextRecipe(held_out=0.1),
     optimizer=OptimizerRecipe(lr=1e-4, weight_decay=0.01),
     schedule=ScheduleRecipe(warmup=0.1, final=0.1),
-    evaluation=EvaluationRecipe(sequences=16, sample_tokens=40),
+    evaluation=EvaluationRecipe(sequences=10, sample_tokens=40),
     checkpoint=CheckpointRecipe(keep=1),
 )
 """What `gradfold train` does when neither a model, nor data, nor a recipe file is named; minutes on two CPU cores."""
-
-
-def _bad(group: Any, name: str, way_out: str) -> RecipeError:
-    dotted = f"{group.GROUP}.{name}" if group.GROUP else name
-    return RecipeError(f"{dotted} = {getattr(group, name)!r}: {way_out}")
-
-
-def _at_least(group: Any, low: int, *names: str) -> None:
-    for name in names:
-        if getattr(group, name) < low:
-            raise _bad(group, name, f"give a whole number, {low} or more")

@@ -12,7 +12,14 @@ from gradfold.train.conform import annotations_of, conform, did_you_mean, from_w
 from gradfold.train.errors import RecipeError, one_line
 from gradfold.train.recipe import Recipe
 
-MAY_CHANGE_ON_RESUME = ("out", "steps", "epochs", "evaluation.interval_steps", "checkpoint.interval_steps", "checkpoint.keep")
+MAY_CHANGE_ON_RESUME = (
+    "out",
+    "steps",
+    "epochs",
+    "evaluation.interval_steps",
+    "checkpoint.interval_steps",
+    "checkpoint.keep",
+)
 """Fields that may differ from the recipe a checkpoint was made with."""
 
 

@@ -1,14 +1,16 @@
 """Rows of text from files: JSONL, JSON, CSV, Parquet and plain text, read as streams through `datasets`.
 
 A row has one of three shapes: `text`; `prompt` and `completion`; `messages`. Files are streamed, so nothing is cached
-on disk and one chunk at a time is in memory. JSON and CSV are checked by us first: what a reader further down says
-about a broken line names neither the file nor the line, and pandas fills a short line up in silence.
+on disk and one chunk at a time is in memory. JSON and CSV are parsed by Python's own readers and passed through
+`datasets` as they are. Its builders would name neither the file nor the line of a broken row, turn date-like text into
+timestamps, `007` into 7 and `NA` into nothing, fill short lines up, and give every message the keys of all others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +81,7 @@ def _file_rows(source: str) -> Iterator[Row]:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or one_line(error)})") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: is not UTF-8 text (byte {error.start} of a block: {error.reason})") from None
+        raise DataError(f"{source}: is not UTF-8 text ({error.reason})") from None
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------
@@ -91,49 +93,35 @@ def _stream(path: Path) -> Iterator[Iterator[tuple[str, Any]]]:
     suffix = path.suffix.lower()
     # The builders want a cache folder even when they stream and put nothing there.
     with tempfile.TemporaryDirectory(prefix="gradfold-") as cache, _quiet_datasets():
-        if suffix == ".csv":
-            lines = _csv_lines(path)
-            # Every cell is text as it stands: pandas would read `007` as 7 and `NA` or `null` as nothing.
-            as_text = dict.fromkeys(_csv_header(path), str)
-            rows = _load("csv", path, cache, keep_default_na=False, na_filter=False, converters=as_text)
-            yield ((f"{path} line {line}", row) for line, row in zip(lines, rows))
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             yield ((f"{path} row {n}", row) for n, row in enumerate(_load("parquet", path, cache), 1))
         elif suffix == ".txt":
             yield ((f"{path}", row) for row in _load("text", path, cache, sample_by="document"))
         else:
-            yield _json_rows(path)
+            from datasets import IterableDataset
+
+            rows: Iterable[Any] = IterableDataset.from_generator(_records, gen_kwargs={"path": path})
+            yield ((row["where"], row["fields"]) for row in rows)
 
 
 def _load(builder: str, path: Path, cache: str, **options: Any) -> Iterator[Any]:
     from datasets import load_dataset
 
     try:
-        # A glob character in a file's own name would otherwise be expanded.
-        name = str(path.resolve())
+        name = glob.escape(str(path.resolve()))  # datasets takes patterns
         yield from load_dataset(builder, data_files=[name], split="train", streaming=True, cache_dir=cache, **options)
     except (OSError, UnicodeDecodeError, DataError):
         raise
-    except Exception as error:  # pyarrow, pandas and datasets each raise their own kinds
+    except Exception as error:  # pyarrow and datasets each raise their own kinds
         raise DataError(f"{path}: is not a readable {builder} file ({one_line(error)})") from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """JSON objects, one a line, or one list of them.
-
-    Read with Python's own parser and passed through `datasets` as they are: Arrow's would turn date-like text into
-    timestamps, and fill every message up with the keys of all others.
-    """
-    from datasets import IterableDataset
-
-    lines = _jsonl_lines(path) if path.suffix.lower() != ".json" or not _is_list(path) else _json_list(path)
-
-    def generate() -> Iterator[dict[str, Any]]:
-        for where, fields in lines:
-            yield {"where": where, "fields": fields}
-
-    rows: Iterable[Any] = IterableDataset.from_generator(generate)
-    return ((row["where"], row["fields"]) for row in rows)
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV or JSON file: one object a line, or one list of them."""
+    suffix = path.suffix.lower()
+    read = _csv_rows if suffix == ".csv" else _json_list if suffix == ".json" and _is_list(path) else _jsonl_lines
+    for where, fields in read(path):
+        yield {"where": where, "fields": fields}
 
 
 def _is_list(path: Path) -> bool:
@@ -154,13 +142,15 @@ def _is_json(text: str) -> bool:
 
 
 def _jsonl_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path} line {number}"
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start + 1})") from None
             except RecursionError:
                 raise DataError(f"{where}: is nested too deeply") from None
             except ValueError as error:
@@ -187,14 +177,7 @@ def _json_problem(error: ValueError) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else one_line(error)
 
 
-def _csv_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _csv_lines(path: Path) -> Iterator[int]:
-    """The line each record starts at, having seen that every record has as many cells as the header."""
-    starts: list[int] = []
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -202,16 +185,15 @@ def _csv_lines(path: Path) -> Iterator[int]:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise DataError(f"{path} line 1: names a column twice")
-            start = reader.line_num + 1
-            for record in reader:
-                if record and len(record) != len(header):
-                    raise DataError(f"{path} line {start}: has {len(record)} cells, the header {len(header)}")
-                if record:
-                    starts.append(start)
-                start = reader.line_num + 1
+            line = reader.line_num + 1  # where a record starts; quoted line ends make it longer than one line
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise DataError(f"{path} line {line}: has {len(cells)} cells, the header {len(header)}")
+                if cells:
+                    yield f"{path} line {line}", dict(zip(header, cells, strict=True))
+                line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num}: is not CSV ({error})") from None
-    return iter(starts)
 
 
 @contextlib.contextmanager
@@ -246,7 +228,7 @@ def _checked(fields: Any, shape: Shape, where: str) -> Row:
     for name in FIELDS[shape]:
         if fields.get(name) is None:
             raise DataError(f"{where}: has no `{name}`, which the rows before it have" if name not in fields
-                            else f"{where}: `{name}` is empty")  # fmt: skip
+                            else f"{where}: `{name}` is null")  # fmt: skip
     if shape == "messages":
         return Row(where, shape, messages=_checked_messages(fields["messages"], where))
     texts = {name: fields[name] for name in FIELDS[shape]}

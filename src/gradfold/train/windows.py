@@ -45,12 +45,9 @@ def cut_windows(tokens: Tokens, ranges: list[tuple[int, int, bool]], length: int
     else:
         windows = [((at, min(at + length, stop)),) for start, stop in documents for at in range(start, stop, length)]
         windows += [(piece,) for piece in whole]
-    return [window for window in windows if target_count(tokens, window)]
-
-
-def target_count(tokens: Tokens, window: Window) -> int:
-    """Learned tokens of one sequence; the first token of a piece has nothing before it to be told from."""
-    return sum(int(tokens.learned[start + 1 : stop].sum()) for start, stop in window)
+    # A piece's first token is no target: nothing comes before it to tell it from.
+    before = np.concatenate([[0], np.cumsum(tokens.learned)])  # targets before token i
+    return [window for window in windows if any(before[stop] > before[start + 1] for start, stop in window)]
 
 
 def build_batch(tokens: Tokens, windows: list[Window], pad_id: int) -> Batch:

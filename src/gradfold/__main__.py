@@ -1,0 +1,7 @@
+"""`python -m gradfold`."""
+
+import sys
+
+from gradfold.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The `gradfold` command: one file per subcommand."""

@@ -1,0 +1,158 @@
+"""`gradfold train`: fine-tune every weight of a causal language model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gradfold.cli.flags import given_fields
+from gradfold.train.errors import CheckpointError, RecipeError
+from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe_file import load_fields, unflatten
+from gradfold.train.rows import SUFFIXES
+
+if TYPE_CHECKING:
+    from gradfold.train.checkpoint import Saved
+
+RUNS = "runs"
+FILE_ENDINGS = (*SUFFIXES, ".gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """Fine-tune every weight of a causal language model, with no gradient ever stored.
+
+    Without --model, --data and --config: SmolLM2-135M-Instruct on Python's own documentation, by the recipe of
+    examples/smollm2-pydoc.yaml, a few minutes on two CPU cores.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    config: str | None = None
+    """Recipe file (YAML) to start from; other flags override it. See examples/."""
+    resume: str | None = None
+    """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train; returns the exit code. Raises TrainError."""
+    words = _with_latest(arguments)
+    if "-h" in words or "--help" in words:
+        return _help()
+    extra = {"config": str | None, "resume": str | None}
+    given = given_fields(words, extra)
+    config, resume = given.pop("config", None), given.pop("resume", None)
+    in_file = load_fields(config) if config else {}
+    out = None
+    saved = None
+    if resume:
+        saved = _find_saved(resume, {**in_file, **given})
+        base, out = saved.recipe, Path(given.get("out") or saved.out())
+    else:
+        base = _base(config, given)
+    recipe = _overlay(_overlay(base, in_file), given)
+    _parse_with_tyro(words, recipe)
+    out = out or Path(recipe.out or _new_folder(recipe))
+    recipe = dataclasses.replace(recipe, out=str(out))
+
+    _quiet_environment()
+    from gradfold.train.loop import train
+
+    train(recipe, out, saved)
+    return 0
+
+
+def _overlay(base: Recipe, fields: dict[str, Any]) -> Recipe:
+    """`base` with fields replaced. Of steps and epochs the one that is named takes the other's place."""
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if fields.get(name) is not None and other not in fields:
+            fields = {**fields, other: None}
+    return unflatten(fields, base)
+
+
+def _base(config: str | None, given: dict[str, Any]) -> Recipe:
+    """What the rest is laid over: the demo, unless something of one's own is trained."""
+    return Recipe() if config or "model" in given or "data" in given else DEMO
+
+
+def _find_saved(resume: str, chosen: dict[str, Any]) -> Saved:
+    """The checkpoint that --resume names."""
+    from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
+
+    if resume != "latest":
+        return read_checkpoint(find_checkpoint(Path(resume)))
+    named = chosen.get("out") or _last_folder(unflatten(chosen, _base(None, chosen)))
+    return read_checkpoint(find_checkpoint(Path(named)))
+
+
+def _name(recipe: Recipe) -> str:
+    """MODEL-DATA, of a path its last part without the file's ending."""
+    parts = [Path(part).name for part in (recipe.model, recipe.data[0])]
+    return "-".join(part.removesuffix(next((end for end in FILE_ENDINGS if part.endswith(end)), "")) for part in parts)
+
+
+def _new_folder(recipe: Recipe) -> Path:
+    """runs/MODEL-DATA, with a number behind if there is one already."""
+    first = Path(RUNS) / _name(recipe)
+    number = 1
+    while (folder := first if number == 1 else Path(f"{first}-{number}")).exists() and any(folder.iterdir()):
+        number += 1
+    return folder
+
+
+def _last_folder(recipe: Recipe) -> Path:
+    """The folder of that recipe's newest run that has checkpoints."""
+    from gradfold.train.checkpoint import FOLDER
+
+    name = _name(recipe)
+    folders = Path(RUNS).iterdir() if Path(RUNS).is_dir() else ()
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [path for path in folders if numbered.fullmatch(path.name) and (path / FOLDER).is_dir()]
+    if not found:
+        raise CheckpointError(
+            f"--resume: there is no run in {Path(RUNS) / name} yet; name one with --resume FOLDER or --out FOLDER"
+        )
+    return max(found, key=lambda path: (path / FOLDER).stat().st_mtime)
+
+
+def _with_latest(arguments: Sequence[str]) -> list[str]:
+    """`--resume` alone means `--resume latest`."""
+    words: list[str] = []
+    for word in [*arguments, "--"]:
+        if words and words[-1] == "--resume" and word.startswith("--"):
+            words.append("latest")
+        words.append(word)
+    return words[:-1]
+
+
+def _help() -> int:
+    with contextlib.suppress(SystemExit):
+        tyro.cli(TrainCommand, default=TrainCommand(Recipe()), args=["--help"], prog="gradfold train")
+    return 0
+
+
+def _parse_with_tyro(words: list[str], recipe: Recipe) -> None:
+    """Let the option parser behind --help read the words too, so that the two can never disagree in silence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(TrainCommand, default=TrainCommand(recipe), args=words, prog="gradfold train")
+    except SystemExit:
+        lines = [line.strip(" │╭╮╰╯─-") for line in said.getvalue().splitlines()]
+        message = " ".join(line for line in lines if line)
+        raise RecipeError(f"{message or 'the options cannot be read'}") from None
+    if parsed.recipe != recipe:
+        raise RecipeError("the options are ambiguous; give each as --name value")
+
+
+def _quiet_environment() -> None:
+    """Settings that libraries read when they load."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

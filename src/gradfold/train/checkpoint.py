@@ -1,0 +1,237 @@
+"""Checkpoints: the model as `save_pretrained` writes it and all that continuing bit-identically needs, in one folder.
+
+    checkpoints/step-000500/
+        config.json, model.safetensors, tokenizer.json, ...   loads in plain transformers
+        optimizer.safetensors      states by parameter name, random-number states
+        trainer.json               the rest: param groups, scheduler, progress
+        recipe.yaml, manifest.json every file's size and SHA-256
+
+A folder of that name is complete: it is written beside and renamed (`atomic`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gradfold.train import atomic
+from gradfold.train.errors import CheckpointError, RecipeError, one_line
+from gradfold.train.model import quiet_transformers
+from gradfold.train.recipe import Recipe
+from gradfold.train.recipe_file import dump_recipe, load_recipe
+from gradfold.train.state import pack, pack_optimizer, pack_random, restore_random, unpack, unpack_optimizer
+
+FORMAT, VERSION = "gradfold-checkpoint", 1
+FOLDER = "checkpoints"
+STATES, TRAINER, RECIPE = "optimizer.safetensors", "trainer.json", "recipe.yaml"
+
+
+@dataclass
+class Progress:
+    """How far a run is. `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_sha256: str = ""
+    metrics_lines: int = 0
+    peak_rss_bytes: int = 0
+    peak_cuda_bytes: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read from disk and found whole; `restore` puts it into a model's optimizer."""
+
+    path: Path
+    recipe: Recipe
+    progress: Progress
+    trainer: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that saved it; None for a checkpoint that was copied out of its run."""
+        path = self.path.resolve()
+        in_place = path.parent.name == FOLDER and re.fullmatch(r"step-\d{6,}", path.name)
+        return path.parent.parent if in_place else None
+
+    def is_of(self, out: Path) -> bool:
+        """Whether the run in `out` saved it."""
+        return self.run_folder is not None and out.resolve() == self.run_folder
+
+    def out(self) -> str:
+        """Where the run goes on if nothing else is said. Raises CheckpointError for one that was copied out."""
+        if self.run_folder is None:
+            raise CheckpointError(f"--resume {self.path}: is not in a run's folder; name one to go on in with --out")
+        near = os.path.relpath(self.run_folder)
+        return str(self.run_folder) if near.startswith(os.pardir) else near
+
+
+def save_checkpoint(
+    folder: Path, model: Any, tokenizer: Any, optimizer: Any, scheduler: Any, recipe: Recipe, progress: Progress
+) -> Path:
+    """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
+
+    Raises CheckpointError if the disk is full; nothing has changed then.
+    """
+    target = folder / f"step-{progress.step:06d}"
+    tensors, optimizer_tree = pack_optimizer(optimizer, model)
+    random_tensors, random_tree = pack_random(model.device)
+    scheduler_tree = pack(scheduler.state_dict(), "scheduler", tensors)
+    tensors |= random_tensors
+    trainer = {
+        "progress": asdict(progress),
+        "optimizer": optimizer_tree,
+        "scheduler": scheduler_tree,
+        "random": random_tree,
+    }
+
+    def fill(place: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+        save_file(tensors, place / STATES)
+        (place / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
+        (place / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    needed_bytes = sum(weights.values()) + sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            raise _full(folder, target, needed_bytes)
+        atomic.write_folder(target, fill, {"format": FORMAT, "version": VERSION, "step": progress.step})
+    except Exception as error:
+        if atomic.is_disk_full(error):  # safetensors and tokenizers raise kinds of their own
+            raise _full(folder, target, needed_bytes) from error
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        raise CheckpointError(
+            f"checkpoint {target}: cannot be written ({one_line(error)}){_last_intact(folder)}"
+        ) from error
+    for old in [path for path in list_checkpoints(folder) if path != target][: -(recipe.checkpoint.keep - 1) or None]:
+        if _step_of(old) < progress.step:
+            atomic.remove_folder(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of one run, oldest step first."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=_step_of)
+
+
+def find_checkpoint(named: Path) -> Path:
+    """The checkpoint that a path names: itself, or the latest of a run's folder. Raises CheckpointError."""
+    if not named.is_dir():
+        raise CheckpointError(f"--resume {named}: no such folder")
+    if (named / atomic.MANIFEST).exists() or not (named / FOLDER).is_dir():
+        return named
+    found = list_checkpoints(named / FOLDER)
+    if not found:
+        raise CheckpointError(
+            f"--resume {named}: the run has saved no checkpoint yet; start it anew with another --out"
+        )
+    return found[-1]
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """Read a checkpoint, every byte checked against its manifest. Raises CheckpointError; changes nothing."""
+    manifest = _read_manifest(path)
+    try:
+        for name, facts in manifest["files"].items():
+            _check_file(path, name, facts["bytes"], facts["sha256"])
+        trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        return Saved(
+            path=path,
+            recipe=load_recipe(path / RECIPE),
+            progress=Progress(**trainer["progress"]),
+            trainer=trainer,
+            tensors=load_file(path / STATES),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecipeError) as error:
+        raise _damaged(path, one_line(error)) from error
+
+
+def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
+    file = path / name
+    if not file.is_file():
+        raise _damaged(path, f"{name} is missing")
+    if file.stat().st_size != nbytes:
+        raise _damaged(path, f"{name} has {file.stat().st_size} bytes instead of {nbytes}")
+    if atomic.sha256(file) != sha256:
+        raise _damaged(path, f"{name} has changed since it was written")
+
+
+def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Put the saved states into the optimizer and the scheduler, and then into the random-number generators.
+
+    Lets go of the saved tensors. Raises CheckpointError if they are not of this model and optimizer.
+    """
+    try:
+        optimizer.load_state_dict(unpack_optimizer(saved.tensors, saved.trainer["optimizer"], optimizer, model))
+        scheduler.load_state_dict(unpack(saved.trainer["scheduler"], saved.tensors))
+        restore_random(saved.tensors, saved.trainer["random"], model.device)
+        saved.tensors.clear()
+        # What the schedule says, also if the run has been made longer since; the same bits if it has not.
+        for group, lr, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(scheduler.last_epoch)
+    except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(saved.path, f"its states do not fit the model: {one_line(error)}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / atomic.MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (no {atomic.MANIFEST})") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{atomic.MANIFEST} cannot be read: {one_line(error)}") from None
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
+        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (another kind of {atomic.MANIFEST})")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"--resume {path}: has format version {manifest.get('version')}, this gradfold reads {VERSION}; "
+            "resume it with the gradfold that wrote it"
+        )
+    return manifest
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    earlier = [other for other in list_checkpoints(path.parent) if _step_of(other) < _step_of(path)]
+    way_out = f"delete it to resume from {earlier[-1].name}" if earlier else "there is no earlier one to resume from"
+    return CheckpointError(f"checkpoint {path} is damaged: {what}; {way_out}")
+
+
+def _full(folder: Path, target: Path, needed_bytes: int) -> CheckpointError:
+    free_bytes = shutil.disk_usage(folder).free
+    return CheckpointError(
+        f"checkpoint {target}: the disk is full ({needed_bytes / 1e9:.2f} GB needed, {free_bytes / 1e9:.2f} GB free)"
+        f"{_last_intact(folder)}; free some space, then --resume"
+    )
+
+
+def _last_intact(folder: Path) -> str:
+    found = list_checkpoints(folder)
+    return f"; the last one, {found[-1]}, is intact" if found else "; there is none before it"
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,159 @@
+"""What a run shows on the terminal. Where there is none (a log file), plain lines instead of moving bars."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gradfold.train.run import Run
+
+LOG_LINES = 20  # how often a run without a terminal says how far it is
+
+
+class Display:
+    """Shows a run on a rich console. `Display(Console(quiet=True))` shows nothing."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner beside `what` while the block runs."""
+        with self.console.status(f"{what} …"):
+            yield
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text, style="yellow"))
+
+    def started(self, run: Run) -> None:
+        """What is about to be trained, on what, for how long."""
+        recipe, data = run.recipe, run.data
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        tokens = int(data.tokens.starts[-1])
+        epochs = run.steps / data.steps_per_epoch
+        how = "folded into backward: no gradient is stored" if recipe.fold else "from stored gradients (--no-fold)"
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column()
+        millions = f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+        grid.add_row("model", f"{escape(recipe.model)}, {millions}, {recipe.dtype} on {run.device}")
+        sizes = f"{len(data.tokens):,} rows, {tokens:,} tokens"
+        sequences = f"{len(data.train):,} training and {len(data.held_out):,} held-out sequences"
+        grid.add_row("data", f"{escape(', '.join(recipe.data))}: {sizes}; {sequences}")
+        batch = f"{recipe.batch_size} x {recipe.sequence_length} tokens"
+        grid.add_row("training", f"{run.steps:,} steps ({epochs:.2g} epochs) of {batch}")
+        grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")
+        grid.add_row("results", escape(str(run.out)))
+        self.console.print(grid)
+        if skipped := data.tokens.skipped:
+            self.note(f"{skipped:,} rows were left out: empty, or nothing to learn in them")
+        if run.progress.step:
+            self.console.print(f"continuing after step {run.progress.step}")
+
+    def measured(self, step: int, loss: float) -> None:
+        self.console.print(f"step {step:>5}  held-out loss {loss:.4f}", highlight=False)
+
+    @contextlib.contextmanager
+    def progress(self, run: Run) -> Iterator[Bar]:
+        """A bar over all steps, or log lines."""
+        if not self.console.is_terminal:
+            yield Bar(self, run.steps, None, None)
+            return
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("", total=run.steps, completed=run.progress.step, figures="")
+            yield Bar(self, run.steps, progress, task)
+
+    def summary(self, summary: dict[str, Any], out: Path) -> None:
+        """The table and the samples at the end."""
+        table = Table(title="Trained", title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+        table.add_column()
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for label, key in (("held-out loss", "held_out_loss"), ("held-out perplexity", "held_out_perplexity")):
+            values = summary[key]
+            if values["after"] is not None:
+                table.add_row(label, _figure(values["before"]), f"[bold]{_figure(values['after'])}[/bold]")
+        if losses := summary["train_loss"]:
+            table.add_row("training loss, first and last step", _figure(losses["first"]), _figure(losses["last"]))
+        if steps := summary["step_memory"]:
+            table.add_section()
+            table.add_row("memory of one step", steps["plain"]["label"], steps["folded"]["label"])
+            for label, key in (
+                ("peak of all tensors", "peak_bytes"),
+                ("most gradients at a time", "most_gradient_bytes"),
+            ):
+                table.add_row(label, format_gb(steps["plain"][key]), f"[bold]{format_gb(steps['folded'][key])}[/bold]")
+        self.console.print(table)
+        self.console.print(_totals(summary), highlight=False)
+        if summary["sample"]["after"] is not None:
+            self._samples(summary["sample"])
+        self.console.print(f"model      {escape(summary['checkpoint'])}", highlight=False, soft_wrap=True)
+        files = ", ".join([*summary["plots"], "metrics.jsonl", "summary.json"])
+        self.console.print(f"results    {escape(str(out))}: {files}", highlight=False, soft_wrap=True)
+
+    def _samples(self, sample: dict[str, str]) -> None:
+        for when in ("before", "after"):
+            written = re.sub(r"\n{3,}", "\n\n", (sample[when] or "").rstrip())
+            text = Text(sample["prompt"].strip(), style="dim").append(written, style="bold")
+            self.console.print(Panel(text, title=f"sample {when} training", title_align="left", border_style="dim"))
+
+
+class Bar:
+    """The progress of one run's steps."""
+
+    def __init__(self, display: Display, steps: int, progress: Progress | None, task: TaskID | None):
+        self._display = display
+        self._progress = progress
+        self._task = task
+        self._every = max(1, steps // LOG_LINES)
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        """Show one step's metrics."""
+        peak = record.get("peak_cuda_bytes") or record["peak_rss_bytes"]
+        speed = f"{record['tokens_per_s']:,.0f} tok/s"
+        figures = f"loss {record['loss']:.4f}  {speed}  lr {record['lr']:.2e}  peak {format_gb(peak)}"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record["step"], figures=figures)
+        elif record["step"] % self._every == 0:
+            self._display.console.print(f"step {record['step']:>5}  {figures}", highlight=False, soft_wrap=True)
+
+    def measured(self, step: int, loss: float) -> None:
+        self._display.measured(step, loss)
+
+
+def format_gb(nbytes: float) -> str:
+    """Bytes as GiB or MiB, three figures."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.3g} MiB"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+
+
+def _totals(summary: dict[str, Any]) -> str:
+    parts = [
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['training_s']:,.0f} s "
+        f"({summary['tokens_per_s']:,.0f} tokens/s)",
+        f"peak memory of the process {format_gb(summary['peak_rss_bytes'])}",
+    ]
+    if summary["peak_cuda_bytes"]:
+        parts.append(f"of the GPU {format_gb(summary['peak_cuda_bytes'])}")
+    return ", ".join(parts)

@@ -1,0 +1,76 @@
+"""Held-out loss and sample texts. Neither trains, nor changes the model's mode, nor draws a random number."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradfold.train.data import Data, as_tensors
+from gradfold.train.model import quiet_transformers
+
+if TYPE_CHECKING:
+    from gradfold.train.run import Run
+
+
+def measure(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | None]:
+    """(held-out loss, sample), each None if the recipe wants none or `stop()` says so."""
+    loss = held_out_loss(run.model, run.data, run.device, run.recipe.text.packing, stop)
+    count = run.recipe.evaluation.sample_tokens
+    if not count or stop():
+        return loss, None
+    return loss, sample_text(run.model, run.tokenizer, run.data.sample_ids, count, run.device)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any, data: Data, device: torch.device, packing: bool, stop: Callable[[], bool]
+) -> float | None:
+    """Mean loss per target token of the held-out sequences, in nats; None if there are none, or if `stop()` says so."""
+    if not data.held_out:
+        return None
+    total, targets = 0.0, 0
+    with evaluating(model):
+        for batch in data.held_out_batches():
+            if stop():
+                return None
+            total += model(**as_tensors(batch, device, packing), use_cache=False).loss.item() * batch.targets
+            targets += batch.targets
+    return total / targets
+
+
+@torch.no_grad()
+def sample_text(model: Any, tokenizer: Any, ids: list[int], count: int, device: torch.device) -> str:
+    """What the model writes after `ids`, the likeliest token each time; at most `count` tokens."""
+    limit = getattr(model.config, "max_position_embeddings", None) or len(ids) + count
+    ids = ids[-max(1, limit - count) :]
+    prompt = torch.tensor([ids], device=device)
+    end = tokenizer.eos_token_id
+    with evaluating(model), quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on generation settings of the model, which we do not use
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(count, max(1, limit - len(ids))),
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
+        )
+    return tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and after that as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM, held back until the step that runs is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from gradfold.train.errors import TrainError
+
+
+class Interrupted(TrainError):
+    """The run was asked to stop and has saved all it had."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, checkpoint: Path | None):
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __bool__(self) -> bool:
+        return self.made
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.made:  # the second time means: now
+            raise KeyboardInterrupt
+        self.made = True
+
+
+@contextlib.contextmanager
+def held_back_signals() -> Iterator[StopRequest]:
+    """In the block the first SIGINT or SIGTERM only makes the request true; a second one raises KeyboardInterrupt."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield request
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request._note) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

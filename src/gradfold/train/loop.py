@@ -1,0 +1,151 @@
+"""Train: the steps, and what is measured, saved and shown around them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from gradfold.train import atomic
+from gradfold.train.checkpoint import RECIPE, Progress, Saved, save_checkpoint
+from gradfold.train.data import as_tensors
+from gradfold.train.display import Display
+from gradfold.train.errors import CheckpointError, TrainError
+from gradfold.train.evaluate import held_out_loss, measure
+from gradfold.train.interrupt import Interrupted, StopRequest, held_back_signals
+from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
+from gradfold.train.recipe import Recipe
+from gradfold.train.recipe_file import dump_recipe
+from gradfold.train.report import finish
+from gradfold.train.run import Run, assemble
+
+
+def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
+    """Run a recipe to its end, all results in `out`; with `saved`, from that checkpoint on. Returns the summary.
+
+    Raises TrainError with one clear line; Interrupted, a kind of it, after a signal, once everything is saved.
+    """
+    display = display or Display()
+    run = assemble(recipe, out, saved, display)
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic.sole_writer(out) as alone:
+        if not alone:
+            raise CheckpointError(f"out = {str(out)!r}: another gradfold is writing to this folder; wait for it to end")
+        try:
+            with held_back_signals() as stop:
+                return _train(run, saved, display, stop)
+        finally:
+            # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
+            if saved is None and run.progress.step == 0:
+                (out / RECIPE).unlink(missing_ok=True)
+                (out / METRICS).unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):  # someone has put a file there meanwhile
+                        out.rmdir()
+
+
+def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -> dict[str, Any]:
+    atomic.sweep(run.out)
+    atomic.sweep(run.checkpoints)
+    if saved is not None:
+        source = saved.run_folder / METRICS if saved.run_folder else None
+        continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)
+    atomic.write_file(run.out / RECIPE, dump_recipe(run.recipe))
+    display.started(run)
+    metrics = MetricsLog(run.out / METRICS)
+    try:
+        if saved is None:
+            _measure_before(run, metrics, display, stop)
+        checkpoint = _steps(run, saved, metrics, display, stop)
+        if stop:
+            where = f"step {run.progress.step} of {run.steps}"
+            raise Interrupted(f"stopped after {where}; continue with --resume {quote(str(run.out))}", checkpoint)
+        return finish(run, checkpoint, metrics, display, stop)
+    finally:
+        metrics.close()
+
+
+def _measure_before(run: Run, metrics: MetricsLog, display: Display, stop: StopRequest) -> None:
+    with display.waiting("measuring the held-out loss before training"):
+        loss, sample = measure(run, lambda: bool(stop))
+    if stop:
+        raise Interrupted("stopped before the first step; nothing was trained", None)
+    run.progress.before = {"held_out_loss": loss, "sample": sample}
+    if loss is not None:
+        metrics.write(step=0, held_out_loss=loss)
+        display.measured(0, loss)
+
+
+def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display, stop: StopRequest) -> Path:
+    """All steps that are left. Returns the last checkpoint."""
+    recipe, progress = run.recipe, run.progress
+    checkpoint = saved.path if saved is not None and saved.is_of(run.out) else None
+    meter = MemoryMeter(run.device)
+    meter.reset()
+    with display.progress(run) as bar:
+        while progress.step < run.steps and not stop:
+            record = _step(run, progress, meter)
+            metrics.write(**record)
+            bar.stepped(record)
+            done, last = progress.step, progress.step == run.steps
+            if _due(recipe.evaluation.interval_steps, done) and not last:
+                loss = held_out_loss(run.model, run.data, run.device, recipe.text.packing, lambda: False)
+                if loss is not None:
+                    metrics.write(step=done, held_out_loss=loss)
+                    bar.measured(done, loss)
+            if _due(recipe.checkpoint.interval_steps, done) and not last and not stop:
+                checkpoint = _save(run, metrics)
+    if checkpoint is None or checkpoint.name != f"step-{progress.step:06d}":
+        with display.waiting("saving"):
+            checkpoint = _save(run, metrics)
+    return checkpoint
+
+
+def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
+    """One optimizer step; returns its metrics."""
+    started = time.perf_counter()
+    batch = run.data.batch(progress.step)
+    lr = run.optimizer.param_groups[0]["lr"]
+    loss = run.model(**as_tensors(batch, run.device, run.recipe.text.packing), use_cache=False).loss
+    loss_value = loss.item()
+    if not math.isfinite(loss_value):  # asked before backward, which would already change the weights
+        raise TrainError(
+            f"step {progress.step + 1}: the loss is {loss_value}; lower optimizer.lr (it was {float(lr):.3g})"
+        )
+    loss.backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.scheduler.step()
+    seconds = time.perf_counter() - started
+    memory = meter.read()
+    progress.step += 1
+    progress.tokens += batch.tokens
+    progress.seconds += seconds
+    progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory["peak_rss_bytes"])
+    progress.peak_cuda_bytes = max(progress.peak_cuda_bytes, memory.get("peak_cuda_bytes", 0))
+    return {
+        "step": progress.step,
+        "loss": loss_value,
+        "lr": float(lr),
+        "tokens": batch.tokens,
+        "targets": batch.targets,
+        "tokens_per_s": batch.tokens / seconds,
+        "step_ms": seconds * 1e3,
+        **memory,
+    }
+
+
+def _save(run: Run, metrics: MetricsLog) -> Path:
+    metrics.sync()
+    run.progress.metrics_lines = metrics.lines
+    return save_checkpoint(
+        run.checkpoints, run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress
+    )
+
+
+def _due(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0

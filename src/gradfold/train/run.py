@@ -1,0 +1,141 @@
+"""One training run's parts, put together from a recipe or a checkpoint without writing anything."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import gradfold
+from gradfold.train.checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore
+from gradfold.train.data import Data, prepare_data
+from gradfold.train.display import Display
+from gradfold.train.errors import CheckpointError, ModelError, RecipeError, one_line
+from gradfold.train.model import (
+    Source,
+    check_length,
+    check_packing,
+    check_tokens,
+    find_model,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
+from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_groups
+from gradfold.train.recipe import Recipe
+from gradfold.train.recipe_file import differing_fields
+
+
+@dataclass
+class Run:
+    """Everything that one run holds. `steps`: in all, those before a resume included. `fold`: None for --no-fold."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    tokenizer: Any
+    data: Data
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    fold: Any
+    steps: int
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / FOLDER
+
+
+def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -> Run:
+    """Load and check all parts; with `saved`, in the state they were saved in.
+
+    Raises TrainError of one kind or another for whatever does not fit. Writes nothing.
+    """
+    if saved is not None:
+        check_continues(saved, recipe)
+    check_out(out, saved)
+    device = find_device(recipe.device)
+    source = find_model(recipe.model) if saved is None else Source(str(saved.path), str(saved.path), None)
+    with display.waiting("loading the tokenizer"):
+        tokenizer = load_tokenizer(source)
+    with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
+        data = prepare_data(recipe, tokenizer)
+    if saved is not None and data.sha256 != saved.progress.data_sha256:
+        raise CheckpointError(
+            f"--resume {saved.path}: {', '.join(recipe.data)} no longer gives the tokens this run was started with; "
+            "restore the files, or start a new run from the checkpoint with --model"
+        )
+    with display.waiting("loading the model"):
+        model = load_model(source, recipe, device)
+    check_length(model, recipe)
+    check_tokens(model, data, tokenizer, recipe)
+    check_packing(model, recipe)
+    steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
+    progress = saved.progress if saved else Progress(data_sha256=data.sha256)
+    if steps < progress.step:
+        raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
+    try:
+        optimizer = make_optimizer(recipe.optimizer, parameter_groups(model, recipe.optimizer.weight_decay))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"optimizer: {one_line(error)}") from error
+    scheduler = make_schedule(recipe.schedule, optimizer, steps)
+    fold = gradfold.fold(model, optimizer) if recipe.fold else None
+    seed_all(recipe.seed)
+    if saved is not None:
+        restore(saved, model, optimizer, scheduler)
+    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
+
+
+def check_continues(saved: Saved, recipe: Recipe) -> None:
+    """Raises CheckpointError naming the fields in which `recipe` is another run than the saved one."""
+    differing = differing_fields(saved.recipe, recipe)
+    if differing:
+        changes = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, (old, new) in differing.items())
+        raise CheckpointError(
+            f"--resume {saved.path}: the recipe has changed: {changes}; resume with the old values, "
+            "or start a new run from the checkpoint with --model"
+        )
+
+
+def check_out(out: Path, saved: Saved | None) -> None:
+    """Raises RecipeError or CheckpointError if results in `out` would be overwritten."""
+    if saved is not None and saved.is_of(out):
+        latest = list_checkpoints(out / FOLDER)[-1]
+        if latest.name != saved.path.resolve().name:
+            raise CheckpointError(
+                f"--resume {saved.path}: the run has gone on from there, to {latest.name}; "
+                "name another --out to branch off, or resume the latest"
+            )
+        return
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"out = {str(out)!r}: is a file; name a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        way_out = (
+            "continue it with --resume, or name another --out" if (out / FOLDER).is_dir() else "name another --out"
+        )
+        raise RecipeError(f"out = {str(out)!r}: the folder is not empty; {way_out}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device a recipe names. Raises ModelError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device = {name!r}: cannot be used ({one_line(error)})") from None
+    return device
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
