@@ -99,7 +99,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     if prompt:
         sample_ids = encode_prompt(prompt, tokenizer, chat="messages" in shapes)
     else:
-        sample_ids = _sample_ids(held_out_tokens, held_out) if held_out else _sample_ids(tokens, train)
+        sample_ids = _sample_ids(held_out_tokens, held_ranges) if held_out else _sample_ids(tokens, train_ranges)
     return Data(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -144,9 +144,9 @@ def _all_rows(tokens: Tokens) -> list[Range]:
     return [(starts[i], starts[i + 1], documents[i]) for i in range(len(tokens))]
 
 
-def _sample_ids(tokens: Tokens, windows: list[Window]) -> list[int]:
-    """What the first piece begins with: all before its first target, or, if all is learned, its first tokens."""
-    start, stop = windows[0][0]
+def _sample_ids(tokens: Tokens, rows: list[Range]) -> list[int]:
+    """What the first row begins with: all before its first target, or, if all is learned, its first tokens."""
+    start, stop, _ = rows[0]
     prompt = int(tokens.learned[start:stop].argmax())
     return tokens.ids[start : start + (prompt or min(SAMPLE_PROMPT_TOKENS, (stop - start) // 2))].tolist()
 

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from gradfold.plan.plot import format_bytes
+
 if TYPE_CHECKING:
     from gradfold.train.run import Run
 
@@ -100,9 +102,11 @@ class Display:
                 ("peak of all tensors", "peak_bytes"),
                 ("most gradients at a time", "most_gradient_bytes"),
             ):
-                table.add_row(label, format_gb(steps["plain"][key]), f"[bold]{format_gb(steps['folded'][key])}[/bold]")
+                table.add_row(
+                    label, format_bytes(steps["plain"][key]), f"[bold]{format_bytes(steps['folded'][key])}[/bold]"
+                )
         self.console.print(table)
-        self.console.print(_totals(summary), highlight=False)
+        self.console.print(_totals(summary), highlight=False, soft_wrap=True)
         if summary["sample"]["after"] is not None:
             self._samples(summary["sample"])
         self.console.print(f"model      {escape(summary['checkpoint'])}", highlight=False, soft_wrap=True)
@@ -129,7 +133,7 @@ class Bar:
         """Show one step's metrics."""
         peak = record.get("peak_cuda_bytes") or record["peak_rss_bytes"]
         speed = f"{record['tokens_per_s']:,.0f} tok/s"
-        figures = f"loss {record['loss']:.4f}  {speed}  lr {record['lr']:.2e}  peak {format_gb(peak)}"
+        figures = f"loss {record['loss']:.4f}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record["step"], figures=figures)
         elif record["step"] % self._every == 0:
@@ -137,11 +141,6 @@ class Bar:
 
     def measured(self, step: int, loss: float) -> None:
         self._display.measured(step, loss)
-
-
-def format_gb(nbytes: float) -> str:
-    """Bytes as GiB or MiB, three figures."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.3g} MiB"
 
 
 def _figure(value: float | None) -> str:
@@ -152,8 +151,8 @@ def _totals(summary: dict[str, Any]) -> str:
     parts = [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['training_s']:,.0f} s "
         f"({summary['tokens_per_s']:,.0f} tokens/s)",
-        f"peak memory of the process {format_gb(summary['peak_rss_bytes'])}",
+        f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}",
     ]
     if summary["peak_cuda_bytes"]:
-        parts.append(f"of the GPU {format_gb(summary['peak_cuda_bytes'])}")
+        parts.append(f"of the GPU {format_bytes(summary['peak_cuda_bytes'])}")
     return ", ".join(parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import re
@@ -64,6 +66,9 @@ class MemoryMeter:
 
     def reset(self) -> None:
         """Forget earlier peaks (those of loading the model, say)."""
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc keeps what loading has freed, unless it is asked
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # only Linux can; elsewhere the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         if self._cuda:

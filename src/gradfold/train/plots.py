@@ -10,6 +10,7 @@ import numpy as np
 from gradfold.plan.plot import COLORS, GRID, INK, MUTED, draw_step_memory
 from gradfold.plan.step import StepMemory
 
+FEW_STEPS = 150
 TRAIN, HELD_OUT = COLORS["states"], COLORS["gradients"]
 
 
@@ -43,8 +44,10 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, name: str) -> None:
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     figure.subplots_adjust(left=0.075, right=0.975, top=0.82, bottom=0.115)
-    many = len(train) > 60
-    ax.plot(*train.T, color=TRAIN, linewidth=1, alpha=0.35, marker=None if many else "o", markersize=3)
+    if len(train) <= FEW_STEPS:  # a line between so few would draw noise larger than the trend
+        ax.plot(*train.T, color=TRAIN, linewidth=0, alpha=0.45, marker="o", markersize=4, markeredgewidth=0)
+    else:
+        ax.plot(*train.T, color=TRAIN, linewidth=1, alpha=0.3)
     ax.plot(train[:, 0], running_mean(train[:, 1]), color=TRAIN, linewidth=2.2, label="training, running mean")
     if len(held_out):
         ax.plot(*held_out.T, color=HELD_OUT, linewidth=2.2, marker="o", markersize=6, label="held out", zorder=4)
@@ -59,6 +62,7 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, name: str) -> None:
                 color=HELD_OUT,
                 fontsize=10.5,
                 fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
                 zorder=5,
             )
     ax.set_xlabel("step", color=MUTED, fontsize=9.5)
@@ -80,9 +84,9 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, name: str) -> None:
     figure.savefig(path)
 
 
-def running_mean(values: np.ndarray, share: float = 0.1) -> np.ndarray:
-    """Mean of each value's neighbours within `share` of all, fewer at the ends; the length stays."""
-    half = max(1, round(len(values) * share / 2))
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of each value's neighbours, a tenth of all but at least 8, fewer at the ends; the length stays."""
+    half = max(round(len(values) / 20), min(4, len(values) // 3))
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
