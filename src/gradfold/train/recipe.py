@@ -242,14 +242,14 @@ class Recipe:
 DEMO = Recipe(
     model="smollm2",
     data=("pydoc",),
-    steps=24,
+    steps=20,
     batch_size=1,
     sequence_length=256,
     gradient_checkpointing=True,
     text=TextRecipe(held_out=0.1),
     optimizer=OptimizerRecipe(lr=1e-4, weight_decay=0.01),
     schedule=ScheduleRecipe(warmup=0.1, final=0.1),
-    evaluation=EvaluationRecipe(interval_steps=8, sequences=6, sample_tokens=40),
+    evaluation=EvaluationRecipe(interval_steps=10, sequences=6, sample_tokens=40),
     checkpoint=CheckpointRecipe(keep=1),
 )
 """What `gradfold train` does when neither a model, nor data, nor a recipe file is named; minutes on two CPU cores."""
