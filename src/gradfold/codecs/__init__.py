@@ -1,0 +1,28 @@
+"""Codecs: how weights and optimizer states are stored, and the random bits that round them."""
+
+from .base import BLOCK, Codec, Matrix, Part, Parts, matrix
+from .registry import MASTERS, STATES, WEIGHTS, state_codec, weight_codec
+from .rounding import WEIGHT, random_bits, round_stochastic, row_offsets, stream_key
+from .split import Split, export_master, import_master
+
+__all__ = [
+    "BLOCK",
+    "MASTERS",
+    "STATES",
+    "WEIGHT",
+    "WEIGHTS",
+    "Codec",
+    "Matrix",
+    "Part",
+    "Parts",
+    "Split",
+    "export_master",
+    "import_master",
+    "matrix",
+    "random_bits",
+    "round_stochastic",
+    "row_offsets",
+    "state_codec",
+    "stream_key",
+    "weight_codec",
+]

@@ -1,0 +1,130 @@
+"""Counter-based stochastic rounding: random bits that belong to an element, not to a tile.
+
+An element's bits are a hash of (seed, step, parameter's name, stream, the element's offset in the whole parameter), so
+any tiling, slicing, sharding, backend or resumed run draws the same ones. Nothing is stored and nothing is advanced.
+
+The hash, all in 32-bit words that wrap around, ``>>>`` filling with zeros, with o = (high, low) the 64-bit offset:
+
+    x <- (low ^ key0) * 0x9E3779B1
+    x <- (x ^ x >>> 16) ^ (key1 + high * 0x9E3779B1)
+    x <- x * 0x85EBCA6B
+    x <- (x ^ x >>> 15) * 0xC2B2AE35
+    bits = x >>> 16
+
+It is murmur3's finaliser (Appleby, public domain) with the key mixed in twice and the last fold left out, which only
+the low half would need; the first constant is xxHash's. key0 and key1 come from BLAKE2, once per step. About fifteen
+instructions per element, of which the first seven are the same for all streams of a parameter; Philox takes 51.
+``x >>> n`` is written ``(x >> n) & mask``, since torch shifts int32 arithmetically; Triton may use uint32 itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+BITS = 16  # per element: what fp32 has beyond bf16
+WEIGHT = "weight"  # the stream of the weight itself; a state's stream is its own name
+
+_GOLDEN = 0x9E3779B1 - 2**32  # as int32
+_MIX1 = 0x85EBCA6B - 2**32
+_MIX2 = 0xC2B2AE35 - 2**32
+_SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
+_INF = 0x7F800000  # fp32's bits; whatever is above is NaN
+_QUIET = 0x400000  # set in a NaN, so that cutting off its low bits cannot make it infinity
+
+
+def stream_key(seed: int, step: int, parameter: str, stream: str, device: torch.device | str | None = None) -> Tensor:
+    """The hash key of one stream in one step: int32 ``[2]``.
+
+    ``parameter`` is the name in the whole model, so that a shard or a slice draws what the whole would. key0 depends on
+    (seed, step, parameter) alone: several streams of one parameter share the first half of the hash.
+    """
+    shared = f"{seed}\0{step}\0{parameter}"
+    words = [_word(shared), _word(f"{shared}\0{stream}")]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def _word(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=4, person=b"gradfold").digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def row_offsets(
+    rows: slice | range, row_stride: int, first_column: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Where each row of a tile begins in its parameter, counted in elements: int64 ``[rows]``.
+
+    ``row_stride`` is the number of columns of the whole parameter, ``first_column`` where a column slice begins.
+    """
+    index = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+    return index * row_stride + first_column
+
+
+def random_bits(key: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """16 random bits for each element of a tile: int32 ``[rows, columns]`` in [0, 65536).
+
+    key: int32 ``[2]``; offsets: int64 ``[rows]``, the offset of each row's first element (``row_offsets``).
+    """
+    start = offsets.to(torch.int32)[:, None]  # the low word: the conversion wraps
+    high = (offsets >> 32).to(torch.int32)[:, None]
+    low = start + torch.arange(columns, dtype=torch.int32, device=offsets.device)
+    carry = (start & ~low) >> 31  # -1 where the row crosses a multiple of 2^32
+    x = (low ^ key[0]) * _GOLDEN
+    x = _fold(x, 16) ^ (key[1] + high * _GOLDEN + (carry & _GOLDEN))
+    x = _fold(x * _MIX1, 15) * _MIX2
+    return (x >> 16) & 0xFFFF
+
+
+def _fold(x: Tensor, shift: int) -> Tensor:
+    return x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))
+
+
+def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 to ``dtype`` (bfloat16 or float16): the value above or below, with the chance that keeps the mean.
+
+    bits: int32 in [0, 65536), one per element. Exact for bf16: the chance of the upper neighbour is the dropped
+    fraction. For fp16 the fraction is taken to 2^-16 below its smallest normal, exact above. Representable values
+    stay; NaN stays NaN, infinity infinity, zeros keep their sign. Beyond the largest finite value there is no upper
+    neighbour to balance: there the result is that of rounding to nearest.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype == torch.bfloat16:
+        return _to_bfloat16(x, bits)
+    if dtype == torch.float16:
+        return _to_float16(x, bits)
+    raise ValueError(f"dtype={dtype}: stochastic rounding goes to torch.bfloat16 or torch.float16")
+
+
+# Conditions below are sign masks, `(limit - value) >> 31`: all ones where value > limit. A `where` would become a
+# branch, and a loop with branches is not vectorised.
+
+
+def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
+    """Add the bits below the cut, then cut: the carry is the random decision."""
+    i = quiet(x.view(torch.int32))
+    beyond = (0x7F7F0000 - (i & _MAGNITUDE)) >> 31  # past bf16's largest finite value
+    i = i + ((bits & ~beyond) | (0x8000 & beyond))
+    return (i >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
+    """13 bits are dropped from normal numbers; multiples of 2^-24, below 2^-14, are made in fixed point."""
+    i = x.view(torch.int32)
+    magnitude = i & _MAGNITUDE
+    beyond = (0x477FE000 - magnitude) >> 31  # past 65504, NaN included: left for .to() to round
+    cut = (i + (bits >> 3)) & ~0x1FFF
+    normal = ((cut & ~beyond) | (i & beyond)).view(torch.float32)
+    fixed = magnitude.view(torch.float32).clamp(max=2.0**-14) * 2.0**40  # sixteen bits of fraction, below 2^27
+    steps = (fixed.to(torch.int32) + bits) >> BITS
+    tiny = (steps.to(torch.float32) * 2.0**-24).view(torch.int32) | (i & _SIGN)
+    return torch.where(magnitude < 0x38800000, tiny.view(torch.float32), normal).to(torch.float16)
+
+
+def quiet(i: Tensor) -> Tensor:
+    """fp32 bits in which a NaN can lose its low 16 bits, or be added to below them, and stay NaN."""
+    nan = (_INF - (i & _MAGNITUDE)) >> 31
+    return (i & ~(nan & 0xFFFF)) | (nan & _QUIET)
