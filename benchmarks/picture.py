@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 import torch
-from common import RESULTS, llama
 from transformers import LlamaConfig
 
 import gradfold
+from common import RESULTS, llama
 from gradfold.backends import gemm
 from gradfold.plan.plot import draw_step_memory
 from gradfold.plan.step import step_memory
