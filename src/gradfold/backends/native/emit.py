@@ -57,6 +57,7 @@ EXPRESSIONS = {
     "same": "{0}",
     "shift_left": "{0} << {1}",
     "shift_right": "{0} >> {1}",
+    "shift_right_zeros": "(int32_t)((uint32_t){0} >> {1})",
     "sign": "(float)(({0} > 0.0f) - ({0} < 0.0f))",  # of NaN: 0
     "sqrt": "sqrtf({0})",
     "sub": "{0} - {1}",
@@ -74,6 +75,7 @@ PRELUDE = """\
 #include <string.h>
 
 #define BLOCK 128
+#define NOINLINE __attribute__((noinline)) /* inlined, its pointers would no longer count as restrict */
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
@@ -166,7 +168,9 @@ class Body:
         value = body.name(node.operands[0])
         name = f"{body.prefix}largest"
         update = f"{name} = {value} > {name} ? {value} : {name};"
-        self.before += [f"int32_t {name} = INT32_MIN;", *loop("n", [*body.inside, update])]
+        lines = [*body.inside, update]
+        self.before += [f"int32_t {name} = INT32_MIN;", "if (n == BLOCK)", *_indent(loop("BLOCK", lines)), "else"]
+        self.before += _indent(loop("n", lines))
         self._by_text[name] = name
         return name
 
@@ -209,9 +213,14 @@ def _random_bits(random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
     outputs = [f"int32_t *restrict bits_{stored.name}" for stored in random]
     head = ", ".join(["int start", "uint32_t low", "int32_t high", *_keys(random, "int32_t "), *outputs])
     lines = [*body.before, *loop("BLOCK", [*body.inside, *stores], "start")]
-    return (
-        "/* Random bits of the elements from `start` on, whose offsets share the high word. */\n"
-        + function(f"INLINE void random_bits({head})", lines)
+    arguments = ", ".join(["start", "low", "high", *_keys(random), *(f"bits_{stored.name}" for stored in random)])
+    return "\n".join(
+        [
+            "/* Random bits of the elements from `start` on, whose offsets share the high word. */",
+            function(f"INLINE void random_bits({head})", lines),
+            "/* The same, for the rare block that crosses a multiple of 2^32. */",
+            function(f"NOINLINE static void random_bits_after({head})", [f"random_bits({arguments});"]),
+        ]
     )
 
 
@@ -234,10 +243,10 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
         lines += ["const uint32_t low = (uint32_t)offset;", "const int32_t high = (int32_t)(offset >> 32);"]
         arguments = ", ".join([*_keys(random), *names])
         lines += [f"random_bits(0, low, high, {arguments});"]
-        lines += [f"if (low > -(uint32_t)BLOCK) random_bits(-low, low, high + 1, {arguments});"]
+        lines += [f"if (low > -(uint32_t)BLOCK) random_bits_after(-low, low, high + 1, {arguments});"]
     for stored in program.tensors:
         lines += scope(f"encode: {stored.codec.name}", _encode(stored, inputs))
-    return function(f"static void block({', '.join(_block_parameters(program, random))})", lines)
+    return function(f"NOINLINE static void block({', '.join(_block_parameters(program, random))})", lines)
 
 
 def _block_parameters(program: Program, random: Sequence[Stored]) -> list[str]:

@@ -60,6 +60,13 @@ def add(a: Node, b: Node, alpha: Node | None = None) -> Node:
     return _add(a, b) if alpha is None or _is_one(alpha) else _fma(b, alpha, a)
 
 
+def bitwise_and(a: Node, b: Node) -> Node:
+    """torch shifts int32 arithmetically, so codecs mask what comes in from the left: one shift with zeros in C."""
+    if a.op == "shift_right" and a.dtype == I32 and b.op == "const" and b.args[0] == (1 << (32 - a.args[1].args[0])) - 1:
+        return Node("shift_right_zeros", *a.args, dtype=I32)
+    return Node("and", a, b, dtype=_common((a, b), (I32,)))
+
+
 def addcmul(x: Node, a: Node, b: Node, value: Node | None = None) -> Node:
     return _fma(a if value is None or _is_one(value) else _mul(value, a), b, x)
 
@@ -169,7 +176,7 @@ ELEMENTWISE = {
     "add": add,
     "addcdiv": addcdiv,
     "addcmul": addcmul,
-    "bitwise_and": _op("and", I32),
+    "bitwise_and": bitwise_and,
     "bitwise_left_shift": _shift("shift_left"),
     "bitwise_not": _op("not", I32),
     "bitwise_or": _op("or", I32),

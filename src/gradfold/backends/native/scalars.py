@@ -38,6 +38,11 @@ class Scalar:
     def __init__(self, source: str, value: float, guards: Guards):
         self.source, self.value, self.guards = source, value, guards
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Lets torch's functions take a Scalar for an operand; the tile beside it does the work."""
+        return NotImplemented
+
     def _binary(self, other: Any, form: str, compute: Callable[[float, float], Any]) -> Scalar:
         if not isinstance(other, Scalar | int | float):
             return NotImplemented
