@@ -52,9 +52,7 @@ def reason() -> str | None:
     return _reason
 
 
-def _make(
-    key: tuple, rule: Rule, numbers: Any, codecs: Sequence[Codec], stochastic: Sequence[bool]
-) -> Kernel | None:
+def _make(key: tuple, rule: Rule, numbers: Any, codecs: Sequence[Codec], stochastic: Sequence[bool]) -> Kernel | None:
     try:
         program = trace(rule, numbers, codecs, stochastic)
         source = emit(program)

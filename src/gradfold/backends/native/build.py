@@ -1,10 +1,10 @@
 """C source to a loaded function: the system's compiler, and a cache of what it made.
 
-The cache is a folder of one's own: ``GRADFOLD_CACHE``, else ``$XDG_CACHE_HOME/gradfold``, else ``~/.cache/gradfold``. Where
-that cannot be written, or another user could write to it, a temporary folder serves this process. A file is named by
-a hash of the source, the compiler, its flags and the processor's features (home folders are shared between
-machines), ends in a hash of itself, and is moved into place whole, so that processes may compile at the same time and a
-damaged file is compiled again.
+The cache is a folder of one's own: ``GRADFOLD_CACHE``, else ``$XDG_CACHE_HOME/gradfold``, else ``~/.cache/gradfold``.
+Where that cannot be written, or another user could write to it, a temporary folder serves this process. A file is named
+by a hash of the source, the compiler, its flags and the processor's features (home folders are shared by machines),
+ends in a hash of itself, and is moved into place whole, so that processes may compile at the same time and a damaged
+file is compiled again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .scalars import Unsupported
 
-# No -ffast-math: NaN and infinity are kept, and a * b + c is one rounding only where the source says so. What is given up is
+# No -ffast-math: NaN and infinity are kept, and a * b + c is one rounding only where the source says so. Given up are
 # errno and the processor's exception flags, which would keep loops from being vectorised.
 FLAGS = "-O3 -std=gnu11 -shared -fPIC -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 NATIVE = "-march=native"
@@ -65,7 +65,7 @@ class Compiler:
 
 @functools.cache
 def find_compiler(cc: str | None, path: str | None) -> Compiler:
-    """``$CC``, else ``cc``, ``gcc`` or ``clang``: the first that answers. The arguments are the environment it depends on.
+    """``$CC``, else ``cc``, ``gcc`` or ``clang``: the first that answers. Its arguments: the environment it depends on.
 
     Raises:
         Unavailable: none does.

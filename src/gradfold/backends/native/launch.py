@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.codecs import BLOCK, Codec
+from gradfold.codecs import BLOCK
 
 from .program import Program, scalars
 
@@ -34,7 +36,6 @@ class Kernel:
         self._random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
         inputs = [scalar.source for scalar in scalars(program)]
         self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in inputs)})")
-        self._scalar_array = ctypes.c_float * len(inputs)
         self._widths: dict[int, list[tuple[tuple[str, int, torch.dtype], ...]]] = {}
 
     def __call__(
@@ -60,50 +61,46 @@ class Kernel:
             ValueError: a tensor of another shape, dtype, device or layout.
         """
         rows, columns = grad.shape
-        arguments = [grad.data_ptr(), _row_stride("grad", grad, rows, columns, torch.float32)]
-        for i, (codec, parts) in enumerate(zip(self._codecs, (weight, *states), strict=True)):
-            for name, width, dtype in self._parts(columns)[i]:
-                part = parts[name]
-                arguments += (part.data_ptr(), _row_stride(f"{codec} {name}", part, rows, width, dtype))
+        arguments = [*_place(grad, rows, columns, torch.float32, "grad")]
+        for parts, wanted in zip((weight, *states), self._parts(columns), strict=True):
+            for name, width, dtype in wanted:
+                arguments += _place(parts[name], rows, width, dtype, name)
         for i in self._random:
-            key = keys[i]
-            if key is None or key.dtype != torch.int32 or key.shape != (2,) or not _plain(key):
-                raise ValueError(f"keys[{i}]: give the int32 tensor [2] of stream_key, on the CPU")
-            arguments.append(key.data_ptr())
+            arguments.append(_key(keys[i], i))
         if not rows or not columns:
             return
-        packed = (ctypes.c_int64 * len(arguments))(*arguments)
-        inputs = self._scalar_array(*self._scalars(numbers))
+        packed, inputs = array("q", arguments), array("f", self._scalars(numbers))  # rounded to fp32 as torch would
+        function, at, inputs_at = self._function, packed.buffer_info()[0], inputs.buffer_info()[0]
 
         def run(share: tuple[int, int, int, int]) -> int:
-            return self._function(packed, inputs, *share, first_offset, row_stride)
+            return function(at, inputs_at, *share, first_offset, row_stride)
 
-        failed = over_threads(run, rows, columns)
-        if failed:
+        if over_threads(run, rows, columns):
             raise ValueError("keys: those of one parameter share their first word")
 
     def _parts(self, columns: int) -> list[tuple[tuple[str, int, torch.dtype], ...]]:
         """Names, widths and dtypes of each tensor's parts."""
         if columns not in self._widths:
-            self._widths[columns] = [_widths(codec, columns) for codec in self._codecs]
+            widths = [codec.widths(columns) for codec in self._codecs]
+            self._widths[columns] = [tuple((name, *wanted) for name, wanted in one.items()) for one in widths]
         return self._widths[columns]
 
 
-def _widths(codec: Codec, columns: int) -> tuple[tuple[str, int, torch.dtype], ...]:
-    return tuple((name, width, dtype) for name, (width, dtype) in codec.widths(columns).items())
-
-
-def _plain(t: Tensor) -> bool:
-    return t.is_cpu and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter)
-
-
-def _row_stride(what: str, t: Tensor, rows: int, width: int, dtype: torch.dtype) -> int:
-    if t.dtype != dtype or t.shape != (rows, width) or not t.is_cpu or (width > 1 and t.stride(1) != 1):
+def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> tuple[int, int]:
+    """Where a matrix begins and how far its rows are apart, for C, which believes everything."""
+    strides = t.stride()
+    if t.dtype != dtype or t.shape != (rows, width) or not t.is_cpu or (strides[1] != 1 and width > 1):
         raise ValueError(
-            f"{what}: {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}, where {dtype} "
+            f"{name}: {t.dtype} {list(t.shape)} with strides {strides} on {t.device}, where {dtype} "
             f"[{rows}, {width}] with adjacent columns on the CPU is needed"
         )
-    return t.stride(0)
+    return t.data_ptr(), strides[0]
+
+
+def _key(key: Tensor | None, index: int) -> int:
+    if key is None or key.dtype != torch.int32 or key.shape != (2,) or not key.is_cpu or not key.is_contiguous():
+        raise ValueError(f"keys[{index}]: give the int32 tensor [2] of stream_key, on the CPU")
+    return key.data_ptr()
 
 
 # threads --------------------------------------------------------------------------------------------------------------
@@ -111,7 +108,6 @@ def _row_stride(what: str, t: Tensor, rows: int, width: int, dtype: torch.dtype)
 # interpreter lock while a kernel runs.
 
 _pool: ThreadPoolExecutor | None = None
-_pool_size = 0
 
 
 def over_threads(run: Callable[[tuple[int, int, int, int]], int], rows: int, columns: int) -> int:
@@ -120,7 +116,7 @@ def over_threads(run: Callable[[tuple[int, int, int, int]], int], rows: int, col
     if threads <= 1:
         return run((0, rows, 0, columns))
     shares = cut(rows, columns, threads)
-    others: list[Future[int]] = [_executor(threads - 1).submit(run, share) for share in shares[1:]]
+    others: list[Future[int]] = [_executor().submit(run, share) for share in shares[1:]]
     return max(run(shares[0]), *(other.result() for other in others))
 
 
@@ -128,25 +124,24 @@ def cut(rows: int, columns: int, count: int) -> list[tuple[int, int, int, int]]:
     """At most ``count`` shares of a tile: whole rows, or where there are few, whole blocks of columns."""
     if rows >= count:
         edges = [rows * i // count for i in range(count + 1)]
-        return [(start, stop, 0, columns) for start, stop in zip(edges, edges[1:], strict=False)]
+        return [(start, stop, 0, columns) for start, stop in itertools.pairwise(edges)]
     blocks = -(-columns // BLOCK)
     count = min(count, blocks)
     edges = [min(blocks * i // count * BLOCK, columns) for i in range(count + 1)]
-    return [(0, rows, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [(0, rows, start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _executor(size: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    if _pool is None or _pool_size < size:
-        if _pool is not None:
-            _pool.shutdown(wait=False)
-        _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="gradfold"), size
+def _executor() -> ThreadPoolExecutor:
+    """Shared by all kernels; it starts threads as they are needed."""
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="gradfold")
     return _pool
 
 
 def _forget_pool() -> None:
     global _pool
-    _pool = None  # a fork has its threads no longer
+    _pool = None  # a forked process has its threads no longer
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,8 +1,8 @@
 """torch's operations as nodes, rounded where torch's CPU kernels round.
 
 ``a * b + c`` is one rounding in some of them (node ``fma``) and two in others; ``tests/backends/native`` compares every
-one with torch, bit for bit. The exception is ``sqrt``: here it is correctly rounded, torch's (MKL's) is off by one unit in
-the last place now and then.
+one with torch, bit for bit. The exception is ``sqrt``: here it is correctly rounded, torch's (MKL's) is off by one unit
+in the last place now and then.
 
 A 16- or 8-bit number is kept in a 32-bit integer: signed ones as their value, bf16 and fp16 as their bits.
 
@@ -62,7 +62,12 @@ def add(a: Node, b: Node, alpha: Node | None = None) -> Node:
 
 def bitwise_and(a: Node, b: Node) -> Node:
     """torch shifts int32 arithmetically, so codecs mask what comes in from the left: one shift with zeros in C."""
-    if a.op == "shift_right" and a.dtype == I32 and b.op == "const" and b.args[0] == (1 << (32 - a.args[1].args[0])) - 1:
+    if (
+        a.op == "shift_right"
+        and a.dtype == I32
+        and b.op == "const"
+        and b.args[0] == (1 << (32 - a.args[1].args[0])) - 1
+    ):
         return Node("shift_right_zeros", *a.args, dtype=I32)
     return Node("and", a, b, dtype=_common((a, b), (I32,)))
 

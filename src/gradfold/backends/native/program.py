@@ -1,9 +1,9 @@
 """What a kernel computes for one block: a codec's ``decode``, a rule's ``update`` and ``encode``, traced.
 
-A block is up to 128 columns of one row. Its elements are alike, so one is traced and stands for all. Where a part has half
-as many elements as the block (two codes share a byte), two are traced, which stand for the two halves: element ``j`` (lane
-0) and element ``j + half`` (lane 1), with ``half = ceil(n / 2)``. A block of odd length ends in a byte with one code; it is
-traced as a block of one element.
+A block is up to 128 columns of one row. Its elements are alike, so one is traced and stands for all. Where a part has
+half as many elements as the block (two codes share a byte), two are traced, which stand for the two halves: element
+``j`` (lane 0) and element ``j + half`` (lane 1), with ``half = ceil(n / 2)``. A block of odd length ends in a byte with
+one code; it is traced as a block of one element.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradfold.codecs import BLOCK, Codec, random_bits
@@ -68,9 +69,11 @@ def trace(rule: Rule, numbers: Any, codecs: Sequence[Codec], stochastic: Sequenc
     n = symbolic(numbers, guards)
     names = [f"x{index}" for index in range(len(codecs))]
     tensors = [_stored(*row) for row in zip(names, codecs, stochastic, strict=True)]
-    tiles = [Tile.of(load(name)) for name in names]
-    rule.update(tiles[0], Tile.of(load("grad")), tiles[1:], n, [Tile(None, F32) for _ in range(SCRATCH_TILES)])
-    updated = [_only(tile.item_nodes(), F32) for tile in tiles]
+    tiles: list[Any] = [Tile.of(load(name)) for name in names]  # for tensors
+    grad: Any = Tile.of(load("grad"))
+    scratch: list[Any] = [Tile(None, F32) for _ in range(SCRATCH_TILES)]
+    rule.update(tiles[0], grad, tiles[1:], n, scratch)
+    updated = [_only(tile.held, F32) for tile in tiles]
     return Program(tensors, updated, guards)
 
 
@@ -79,9 +82,7 @@ def load(name: str, lane: int = 0, dtype: torch.dtype = F32) -> Node:
 
 
 def _stored(name: str, codec: Codec, stochastic: bool) -> Stored:
-    arrays = [
-        Array(f"{name}_{part}", part, dtype, width) for part, (width, dtype) in codec.widths(BLOCK).items()
-    ]
+    arrays = [Array(f"{name}_{part}", part, dtype, width) for part, (width, dtype) in codec.widths(BLOCK).items()]
     twice = {part: width for part, (width, _) in codec.widths(2 * BLOCK).items()}
     for a in arrays:
         if a.per_block not in (BLOCK, BLOCK // 2, 1) or twice[a.part] != 2 * a.per_block:
@@ -91,7 +92,7 @@ def _stored(name: str, codec: Codec, stochastic: bool) -> Stored:
         a.part: Tile.of(Node("uniform", a.name, dtype=a.dtype) if a.per_block == 1 else load(a.name, 0, a.dtype))
         for a in arrays
     }
-    decoded = codec.decode(parts, lanes).item_nodes()  # type: ignore[arg-type]
+    decoded = list(codec.decode(parts, lanes).held.flat)  # type: ignore[arg-type]
     encoded = _encode(name, codec, stochastic, lanes)
     odd = _encode(name, codec, stochastic, 1) if lanes == 2 else {}
     loads = {node.args[0] for root in encoded.values() for node in walk(root) if node.op == "load"}
@@ -104,20 +105,21 @@ def _encode(name: str, codec: Codec, stochastic: bool, lanes: int) -> dict[str, 
     bits = Tile.of(*(load(f"bits_{name}", lane, I32) for lane in range(lanes))) if stochastic else None
     stored = codec.encode(tile, bits)  # type: ignore[arg-type]
     dtypes = {part: dtype for part, (_, dtype) in codec.widths(BLOCK).items()}
-    return {part: _only(made.item_nodes(), dtypes[part]) for part, made in stored.items()}  # type: ignore[attr-defined]
+    return {part: _only(made.held, dtypes[part]) for part, made in stored.items()}  # type: ignore[attr-defined]
 
 
 def _bits(name: str) -> Node:
     """The hash of one element's offset. The first key is shared by all streams of a parameter."""
     key = Tile(array([Node("uniform", key, dtype=I32) for key in ("key", f"key_{name}")]), I32)
     offset = Tile(array([Node("offset", dtype=I64)]), I64)
-    return _only(random_bits(key, offset, 1).item_nodes(), I32)  # type: ignore[arg-type,attr-defined]
+    return _only(random_bits(key, offset, 1).held, I32)  # type: ignore[arg-type,attr-defined]
 
 
-def _only(nodes: list[Node], dtype: torch.dtype) -> Node:
-    if len(nodes) != 1 or nodes[0].dtype != dtype:
-        raise Unsupported(f"{len(nodes)} numbers of {nodes[0].dtype} where one of {dtype} was expected")
-    return nodes[0]
+def _only(nodes: np.ndarray, dtype: torch.dtype) -> Node:
+    node = nodes.flat[0]
+    if nodes.size != 1 or node.dtype != dtype:
+        raise Unsupported(f"{nodes.size} numbers of {node.dtype} where one of {dtype} was expected")
+    return node
 
 
 def walk(root: Node, seen: set[int] | None = None):
@@ -132,5 +134,7 @@ def walk(root: Node, seen: set[int] | None = None):
 
 def scalars(program: Program) -> list[Scalar]:
     """The floats the kernel takes, each once."""
-    found = {node.args[0].source: node.args[0] for root in program.updated for node in walk(root) if node.op == "scalar"}
+    found = {
+        node.args[0].source: node.args[0] for root in program.updated for node in walk(root) if node.op == "scalar"
+    }
     return list(found.values())

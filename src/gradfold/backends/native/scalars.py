@@ -7,6 +7,7 @@ rule *decides* by them (``if n.weight_decay``) and every bool becomes a guard: a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,16 @@ class Guards:
         return holds
 
     def compile(self) -> Callable[[Any], bool]:
-        return eval(f"lambda n: {' and '.join(self.sources) or 'True'}")
+        """Whether they hold for other numbers; not where one cannot be computed."""
+        check = eval(f"lambda n: {' and '.join(self.sources) or 'True'}")
+
+        def holds(n: Any) -> bool:
+            try:
+                return check(n)
+            except ArithmeticError:
+                return False
+
+        return holds
 
 
 class Scalar:
@@ -50,36 +60,6 @@ class Scalar:
         if not isinstance(value, float):
             raise Unsupported(f"{form.format(self.source, other)} is {value!r}, not a float")
         return Scalar(form.format(self.source, source_of(other)), value, self.guards)
-
-    def __add__(self, other):
-        return self._binary(other, "({0} + {1})", lambda a, b: a + b)
-
-    def __radd__(self, other):
-        return self._binary(other, "({1} + {0})", lambda a, b: b + a)
-
-    def __sub__(self, other):
-        return self._binary(other, "({0} - {1})", lambda a, b: a - b)
-
-    def __rsub__(self, other):
-        return self._binary(other, "({1} - {0})", lambda a, b: b - a)
-
-    def __mul__(self, other):
-        return self._binary(other, "({0} * {1})", lambda a, b: a * b)
-
-    def __rmul__(self, other):
-        return self._binary(other, "({1} * {0})", lambda a, b: b * a)
-
-    def __truediv__(self, other):
-        return self._binary(other, "({0} / {1})", lambda a, b: a / b)
-
-    def __rtruediv__(self, other):
-        return self._binary(other, "({1} / {0})", lambda a, b: b / a)
-
-    def __pow__(self, other):
-        return self._binary(other, "({0} ** {1})", lambda a, b: a**b)
-
-    def __rpow__(self, other):
-        return self._binary(other, "({1} ** {0})", lambda a, b: b**a)
 
     def __neg__(self):
         return Scalar(f"(-{self.source})", -self.value, self.guards)
@@ -114,6 +94,24 @@ class Scalar:
         raise Unsupported(f"float() of {self.source}: its value must not become a constant of the kernel")
 
     __int__ = __index__ = __float__
+
+
+def _arithmetic(sign: str, compute: Callable[[Any, Any], Any]) -> tuple[Callable, Callable]:
+    """The operator with a Scalar on its left, and on its right."""
+
+    def on_left(self: Scalar, other: Any) -> Any:
+        return self._binary(other, f"({{0}} {sign} {{1}})", compute)
+
+    def on_right(self: Scalar, other: Any) -> Any:
+        return self._binary(other, f"({{1}} {sign} {{0}})", lambda a, b: compute(b, a))
+
+    return on_left, on_right
+
+
+for _name, _sign in {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": "**"}.items():
+    _left, _right = _arithmetic(_sign, getattr(operator, _name))
+    setattr(Scalar, f"__{_name}__", _left)
+    setattr(Scalar, f"__r{_name}__", _right)
 
 
 def source_of(x: Scalar | float) -> str:

@@ -1,9 +1,9 @@
 """A tensor that records what is done to it, as a graph of operations on single numbers.
 
 ``Tile`` stands in for a tensor of a few elements and is given to a rule's ``update`` and a codec's ``decode`` and
-``encode``, which do not notice. Each of its elements is a ``Node``, a number with the operation that makes it; element-wise
-operations make new nodes, and indexing or flattening only moves them about (numpy does that). In-place operations and
-``out=`` replace the nodes of the tile they write to.
+``encode``, which do not notice. Each of its elements is a ``Node``, a number with the operation that makes it;
+element-wise operations make new nodes, and indexing or flattening only moves them about (numpy does that). In-place
+operations and ``out=`` replace the nodes of the tile they write to.
 
 Where torch's operations round is part of what they mean: see ``ops.py``.
 """
@@ -26,8 +26,8 @@ class Node:
     """One number: the operation, its operands (nodes, or plain values for leaves) and its dtype.
 
     Leaves: ``const`` (value), ``scalar`` (a Scalar), ``load`` (array, lane), ``uniform`` (name of a variable that is
-    the same for a whole block), ``low`` (the low word of an element's offset). ``largest`` is the maximum of its operand
-    over a block.
+    the same for a whole block), ``low`` (the low word of an element's offset). ``largest`` is the maximum of its
+    operand over a block.
     """
 
     __slots__ = ("args", "dtype", "op")
@@ -45,13 +45,14 @@ def const(value: float, dtype: torch.dtype) -> Node:
 
 
 class Tile:
-    """A small symbolic tensor; ``nodes`` is None while it holds nothing (scratch)."""
+    """A small symbolic tensor; it holds nothing yet where ``nodes`` is None (scratch)."""
 
     device = torch.device("cpu")
 
-    def __init__(self, nodes: np.ndarray | None, dtype: torch.dtype, is_view: bool = False):
+    def __init__(self, nodes: np.ndarray | None, dtype: torch.dtype):
         self.nodes, self.dtype = nodes, dtype
-        self.is_view = is_view  # shares memory with another tile, so that writing to it would have to write there too
+        self.writes = 0
+        self.base: tuple[Tile, int] | None = None  # of a view: what it shares memory with, and its writes then
 
     @classmethod
     def of(cls, *nodes: Node) -> Tile:
@@ -62,100 +63,73 @@ class Tile:
     def held(self) -> np.ndarray:
         if self.nodes is None:
             raise Unsupported("a scratch tile is read before it is written")
+        if self.base is not None and self.base[0].writes != self.base[1]:
+            raise Unsupported("a view is read after its tensor was written to")
         return self.nodes
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.held.shape
 
-    def item_nodes(self) -> list[Node]:
-        return list(self.held.flat)
+    def write(self, made: Tile) -> None:
+        if self.base is not None or made.dtype != self.dtype or (self.nodes is not None and self.shape != made.shape):
+            raise Unsupported("writing into a view, or a tensor of another shape or dtype")
+        self.nodes, self.writes = made.held, self.writes + 1
 
-    # moving elements about ------------------------------------------------------------------------------------------
+    def seen_as(self, nodes: np.ndarray, dtype: torch.dtype) -> Tile:
+        """A view: it shares memory with this tile, so neither may be written to while it is in use."""
+        seen = Tile(nodes, dtype)
+        base = self.base[0] if self.base else self
+        seen.base = base, base.writes
+        return seen
+
+    # moving elements about --------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Tile:
         moved = self.held[index]
-        return Tile(moved if isinstance(moved, np.ndarray) else array(moved), self.dtype, is_view=True)
+        return self.seen_as(moved if isinstance(moved, np.ndarray) else array(moved), self.dtype)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tile:
         start, end = start_dim % self.held.ndim, end_dim % self.held.ndim
-        shape = self.shape
-        return Tile(self.held.reshape(*shape[:start], -1, *shape[end + 1 :]), self.dtype, is_view=True)
+        return self.seen_as(self.held.reshape(*self.shape[:start], -1, *self.shape[end + 1 :]), self.dtype)
 
     # operations -------------------------------------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Callable[..., Tile]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
+        if not known(name):
+            raise Unsupported(f"torch's {name}")
         return lambda *args, **kwargs: apply(name, self, *args, **kwargs)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return apply(func.__name__, *args, **(kwargs or {}))
 
-    def __add__(self, other):
-        return apply("add", self, other)
-
-    def __radd__(self, other):
-        return apply("add", other, self)
-
-    def __sub__(self, other):
-        return apply("sub", self, other)
-
-    def __rsub__(self, other):
-        return apply("sub", other, self)
-
-    def __mul__(self, other):
-        return apply("mul", self, other)
-
-    def __rmul__(self, other):
-        return apply("mul", other, self)
-
-    def __truediv__(self, other):
-        return apply("div", self, other)
-
-    def __rtruediv__(self, other):
-        return apply("div", other, self)
-
-    def __and__(self, other):
-        return apply("bitwise_and", self, other)
-
-    def __or__(self, other):
-        return apply("bitwise_or", self, other)
-
-    def __xor__(self, other):
-        return apply("bitwise_xor", self, other)
-
-    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
-
-    def __lshift__(self, other):
-        return apply("bitwise_left_shift", self, other)
-
-    def __rshift__(self, other):
-        return apply("bitwise_right_shift", self, other)
-
-    def __invert__(self):
-        return apply("bitwise_not", self)
-
-    def __neg__(self):
-        return apply("neg", self)
-
-    def __lt__(self, other):
-        return apply("lt", self, other)
-
-    def __le__(self, other):
-        return apply("le", self, other)
-
-    def __gt__(self, other):
-        return apply("gt", self, other)
-
-    def __ge__(self, other):
-        return apply("ge", self, other)
-
     def __bool__(self):
-        raise Unsupported("a decision that depends on the tensor's values")
+        raise Unsupported("a decision that depends on a tensor's values")
 
-    __float__ = __int__ = __index__ = __iter__ = __bool__
+    __float__ = __int__ = __index__ = __iter__ = __len__ = __bool__
+
+
+_OPERATORS = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "truediv": "div",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "lshift": "bitwise_left_shift",
+    "rshift": "bitwise_right_shift",
+}
+for _symbol, _name in _OPERATORS.items():
+    setattr(Tile, f"__{_symbol}__", lambda self, other, name=_name: apply(name, self, other))
+    setattr(Tile, f"__r{_symbol}__", lambda self, other, name=_name: apply(name, other, self))
+for _symbol in ("lt", "le", "gt", "ge"):
+    setattr(Tile, f"__{_symbol}__", lambda self, other, name=_symbol: apply(name, self, other))
+for _symbol, _name in {"neg": "neg", "invert": "bitwise_not"}.items():
+    setattr(Tile, f"__{_symbol}__", lambda self, name=_name: apply(name, self))
 
 
 def array(nodes: Any) -> np.ndarray:
@@ -163,6 +137,12 @@ def array(nodes: Any) -> np.ndarray:
     made = np.empty(len(nodes) if isinstance(nodes, list) else (), dtype=object)
     made[...] = nodes
     return made
+
+
+def known(name: str) -> bool:
+    from .ops import ELEMENTWISE, WHOLE
+
+    return name in WHOLE or name.removesuffix("_") in ELEMENTWISE
 
 
 def apply(name: str, *args: Any, out: Tile | None = None, **kwargs: Any) -> Tile:
@@ -173,18 +153,19 @@ def apply(name: str, *args: Any, out: Tile | None = None, **kwargs: Any) -> Tile
     """
     from .ops import ELEMENTWISE, WHOLE
 
-    plain = name.removesuffix("_")
-    if plain in WHOLE and plain == name and out is None:
-        return WHOLE[name](*args, **kwargs)
-    if plain not in ELEMENTWISE:
+    if not known(name):
         raise Unsupported(f"torch's {name}")
-    made = _elementwise(ELEMENTWISE[plain], args, kwargs)
+    if name in WHOLE:
+        return WHOLE[name](*args, **kwargs)
+    made = _elementwise(ELEMENTWISE[name.removesuffix("_")], args, kwargs)
+    if name == "to" and made.dtype == args[0].dtype:
+        return args[0]
+    if name == "view":
+        return args[0].seen_as(made.held, made.dtype)
     target = args[0] if name.endswith("_") else out
     if target is None:
         return made
-    if target.is_view or made.dtype != target.dtype or (target.nodes is not None and target.shape != made.shape):
-        raise Unsupported(f"torch's {name} into a view, or a tile of another shape or dtype")
-    target.nodes = made.nodes
+    target.write(made)
     return target
 
 
