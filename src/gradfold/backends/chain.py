@@ -15,6 +15,7 @@ from torch import Tensor
 from gradfold.codecs import BLOCK, random_bits, row_offsets
 from gradfold.rules import Group, Rule
 
+from . import native
 from .stored import Stored
 
 PANE_ELEMENTS = 32 * 1024  # decoded at a time: some ten temporaries of this size are alive
@@ -39,6 +40,8 @@ def step_tile(
         first_offset: where the tile begins in the whole parameter, counted in elements.
         row_stride: columns of the whole parameter.
     """
+    if grad.device.type == "cpu" and _compiled(weight, states, grad, rule, numbers, first_offset, row_stride):
+        return
     rows, columns = grad.shape
     limit = PANE_ELEMENTS if grad.device.type == "cpu" else PANE_ELEMENTS_GPU
     for height, width in panes(rows, columns, limit):
@@ -55,6 +58,20 @@ def step_tile(
             bits = None if stored.key is None else random_bits(stored.key, offsets, n)
             for name, fresh in stored.codec.encode(tile, bits).items():  # type: ignore[union-attr]
                 stored.parts[name].copy_(fresh)
+
+
+def _compiled(
+    weight: Stored, states: Sequence[Stored], grad: Tensor, rule: Rule, numbers: Any, first_offset: int, row_stride: int
+) -> bool:
+    """The tile by a native kernel, if there is one."""
+    keys = [weight.key, *(state.key for state in states)]
+    codecs = [stored.codec for stored in (weight, *states)]
+    kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
+    if kernel is None:
+        return False
+    if not hasattr(grad, "fake_mode"):  # else: it would allocate nothing, and there is nothing to compute
+        kernel(weight.parts, [state.parts for state in states], grad, numbers, keys, first_offset, row_stride)
+    return True
 
 
 def panes(rows: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
