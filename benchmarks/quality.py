@@ -4,9 +4,9 @@
     tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
     scratch    a Llama of 5.8 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
 
-Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured in
-fp32, so that what differs is training alone. Runs are kept in results/quality.json as they finish; those that are there
-are not run again.
+Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured
+in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
+kept in results/quality.json as they finish; those that are there are not run again.
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py --suite finetune tiny_lr
     OMP_NUM_THREADS=1 python benchmarks/quality.py --suite scratch --texts TEXTS
@@ -15,13 +15,14 @@ are not run again.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A model with its data: what a variant trains on."""
 
@@ -58,7 +59,7 @@ class Task:
     held_out: Callable[[nn.Module], float]  # of an fp32 model, in nats per token
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Suite:
     lr: float
     steps: int
@@ -101,8 +102,11 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
     for variant in missing:
         started = time.perf_counter()
         model = task.build(VARIANTS[variant]["dtype"], seed)
-        losses = train(model, variant, suite, steps, seed, task)
+        losses, masters = train(model, variant, suite, steps, seed, task)
         judge.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+        of_weights = task.held_out(judge)
+        judge.load_state_dict(masters, strict=False)  # tied weights have one name here, two there
+        judge.tie_weights()  # type: ignore[operator]
         row = {
             "suite": name,
             "variant": variant,
@@ -111,19 +115,21 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
             "lr": suite.lr,
             "parameters": sum(p.numel() for p in model.parameters()),
             "held_out_loss_before": before,
-            "held_out_loss": task.held_out(judge),
+            "held_out_loss": task.held_out(judge) if "master" in VARIANTS[variant] else of_weights,
+            "held_out_loss_of_weights": of_weights,
             "training_loss": losses,
             "seconds": round(time.perf_counter() - started, 1),
         }
         rows = [*read(args.out), row]
         write_result("quality", rows, args.out)
-        print(
-            f"{name} seed {seed} {variant}: {before:.4f} -> {row['held_out_loss']:.4f}, {row['seconds']} s", flush=True
-        )
+        figures = f"{before:.4f} -> {row['held_out_loss']:.4f} (weights {of_weights:.4f}), {row['seconds']} s"
+        print(f"{name} seed {seed} {variant}: {figures}", flush=True)
 
 
-def train(model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, task: Task) -> list[float]:
-    """Training loss of every step."""
+def train(
+    model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, task: Task
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Training loss of every step, and the fp32 masters at the end."""
     options = {key: value for key, value in VARIANTS[variant].items() if key != "dtype"}
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": suite.weight_decay},
@@ -141,7 +147,7 @@ def train(model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, t
         schedule.step()
         losses.append(round(loss.item(), 5))
     fold.remove()
-    return losses
+    return losses, gradfold.export_masters(model, optimizer)
 
 
 # tasks ----------------------------------------------------------------------------------------------------------------
@@ -161,13 +167,11 @@ def smollm2(args: argparse.Namespace, seed: int) -> Task:
     with tempfile.TemporaryDirectory() as folder:
         run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
     data, device = run.data, run.device
-    few = data.__class__(**{**vars(data), "held_out": data.held_out[:12]}) if len(data.held_out) > 12 else data
+    few = dataclasses.replace(data, held_out=data.held_out[:10])
+    loaded = load_model(find_model("smollm2"), recipe, device).train()
 
     def build(dtype: str, seed: int) -> nn.Module:
-        import dataclasses
-
-        torch.manual_seed(seed)
-        return load_model(find_model("smollm2"), dataclasses.replace(recipe, dtype=dtype), device).train()
+        return copy.deepcopy(loaded).to(getattr(torch, dtype))
 
     return Task(
         build,
