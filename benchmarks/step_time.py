@@ -70,7 +70,7 @@ def main() -> None:
 def compare(
     rule: str, dtype: str, tokens: int, storage: dict, layers: int, tied: bool, pairs: int, warm_up: int
 ) -> dict:
-    """One row: a rule in a dtype at a number of tokens; torch's own states are of that dtype, ours as `storage` says."""
+    """One row: a rule in a dtype at a number of tokens; torch's states are of that dtype, ours as `storage` says."""
     config = llama_config(layers, tied)
     batch = random_batch(config, tokens)
     peer = PEERS[rule]
@@ -131,8 +131,9 @@ def stepper(model: torch.nn.Module, optimizer, batch: dict) -> Callable[[], floa
 
 
 def print_row(row: dict) -> None:
+    what = " ".join([row["rule"], row["dtype"], *row["storage"].values()])
     print(
-        f"{row['rule']} {row['dtype']} {' '.join(row['storage'].values())} T={row['tokens']} {row['parameters'] / 1e6:.1f} M: "
+        f"{what} T={row['tokens']} {row['parameters'] / 1e6:.1f} M: "
         f"ratio {row['ratio_median']:.3f} ({row['ratio_quartile_1']:.3f} - {row['ratio_quartile_3']:.3f}), "
         f"{row['pairs']} pairs; "
         f"loss after: torch {row['torch_loss_after']:.4f}, folded {row['folded_loss_after']:.4f}",

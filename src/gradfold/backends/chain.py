@@ -7,10 +7,12 @@ compiled form is tested against. Either way the result does not depend on how a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradfold.codecs import BLOCK, random_bits, row_offsets
 from gradfold.rules import Group, Rule
@@ -66,10 +68,12 @@ def _compiled(
     """The tile by a native kernel, if there is one."""
     keys = [weight.key, *(state.key for state in states)]
     codecs = [stored.codec for stored in (weight, *states)]
-    kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
+    fake = hasattr(grad, "fake_mode")
+    with _disable_current_modes() if fake else nullcontext():  # what a kernel is made of is real
+        kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
     if kernel is None:
         return False
-    if not hasattr(grad, "fake_mode"):  # else: it would allocate nothing, and there is nothing to compute
+    if not fake:  # else: it would allocate nothing, and there is nothing to compute
         kernel(weight.parts, [state.parts for state in states], grad, numbers, keys, first_offset, row_stride)
     return True
 
