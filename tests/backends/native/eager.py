@@ -76,9 +76,7 @@ def case(row: RuleRow, weight: str = "fp32", states: str = "fp32", step: int = 1
     codecs = [state_codec(states, name not in UNSIGNED) for name in names]
     flags = [rounds and STATES[states] and codec.stochastic for codec in codecs]
     codec, stochastic = WEIGHTS[weight]
-    return Case(
-        rule, numbers, ["weight", *names], [codec, *codecs], [stochastic, *flags], rule.scratch_tiles(group)
-    )
+    return Case(rule, numbers, ["weight", *names], [codec, *codecs], [stochastic, *flags], rule.scratch_tiles(group))
 
 
 def stored(codec: Codec, tile: Tensor) -> Parts:
@@ -107,7 +105,12 @@ def clone(parts: Sequence[Parts]) -> list[Parts]:
 
 
 def eager(
-    given: Case, parts: Sequence[Parts], grad: Tensor, first_offset: int = 0, row_stride: int | None = None, step: int = 1
+    given: Case,
+    parts: Sequence[Parts],
+    grad: Tensor,
+    first_offset: int = 0,
+    row_stride: int | None = None,
+    step: int = 1,
 ) -> list[Tensor]:
     """Step ``parts`` in place; returns the rule's fp32 results."""
     rows, columns = grad.shape
@@ -124,7 +127,12 @@ def eager(
 
 
 def native_step(
-    given: Case, parts: Sequence[Parts], grad: Tensor, first_offset: int = 0, row_stride: int | None = None, step: int = 1
+    given: Case,
+    parts: Sequence[Parts],
+    grad: Tensor,
+    first_offset: int = 0,
+    row_stride: int | None = None,
+    step: int = 1,
 ) -> None:
     """The same by the kernel."""
     kernel = given.kernel()
@@ -154,4 +162,3 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 
 def tile_of(parts: Sequence[Parts], given: Case, columns: int, rows: slice, cut: slice | None = None) -> list[Parts]:
     return [codec.view(one, columns, rows, cut) for codec, one in zip(given.codecs, parts, strict=True)]
-

@@ -106,6 +106,12 @@ class Tile:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return apply(func.__name__, *args, **(kwargs or {}))
 
+    def __truediv__(self, other):
+        return apply("div", self, other)
+
+    def __rtruediv__(self, other):
+        return self.reciprocal() * other  # two roundings, as in torch
+
     def __bool__(self):
         raise Unsupported("a decision that depends on a tensor's values")
 
@@ -116,7 +122,6 @@ _OPERATORS = {
     "add": "add",
     "sub": "sub",
     "mul": "mul",
-    "truediv": "div",
     "and": "bitwise_and",
     "or": "bitwise_or",
     "xor": "bitwise_xor",
