@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradfold.backends.native import launch
 from tests.cases import BUSY
@@ -125,6 +126,24 @@ def test_tensors_that_do_not_fit():
     with pytest.raises(ValueError, match=r"keys\[0\]"):
         step(keys=[None, None])
     assert differences(before, parts) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_fake_tensors_have_no_memory():
+    given = case(BUSY["Lion"])
+    with FakeTensorMode():
+        parts = [{"values": torch.zeros(2, 3)} for _ in range(2)]
+    with pytest.raises((ValueError, RuntimeError), match="without memory|FakeTensor"):
+        native_step(given, parts, torch.zeros(2, 3))
+
+
+def test_a_graph_that_saved_the_old_weight_is_stale():
+    given = case(BUSY["Lion"])
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    loss = weight.pow(2).sum()
+    native_step(given, [{"values": weight.detach()}, {"values": torch.zeros(2, 3)}], torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_keys_of_two_parameters():

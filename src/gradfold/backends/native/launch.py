@@ -61,10 +61,11 @@ class Kernel:
             ValueError: a tensor of another shape, dtype, device or layout.
         """
         rows, columns = grad.shape
-        arguments = [*_place(grad, rows, columns, torch.float32, "grad")]
+        arguments, written = [*_place(grad, rows, columns, torch.float32, "grad")], []
         for parts, wanted in zip((weight, *states), self._parts(columns), strict=True):
             for name, width, dtype in wanted:
                 arguments += _place(parts[name], rows, width, dtype, name)
+                written.append(parts[name])
         for i in self._random:
             arguments.append(_key(keys[i], i))
         if not rows or not columns:
@@ -77,6 +78,7 @@ class Kernel:
 
         if over_threads(run, rows, columns):
             raise ValueError("keys: those of one parameter share their first word")
+        torch.autograd.graph.increment_version(written)  # a graph that saved the old weight is stale
 
     def _parts(self, columns: int) -> list[tuple[tuple[str, int, torch.dtype], ...]]:
         """Names, widths and dtypes of each tensor's parts."""
@@ -94,7 +96,10 @@ def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> t
             f"{name}: {t.dtype} {list(t.shape)} with strides {strides} on {t.device}, where {dtype} "
             f"[{rows}, {width}] with adjacent columns on the CPU is needed"
         )
-    return t.data_ptr(), strides[0]
+    at = t.data_ptr()
+    if not at and rows and width:
+        raise ValueError(f"{name}: a {type(t).__name__} without memory")
+    return at, strides[0]
 
 
 def _key(key: Tensor | None, index: int) -> int:
