@@ -36,6 +36,13 @@ class Given(Rule):
         self.function(weight, grad, states[0], numbers, scratch)
 
 
+def _operators_in_place(w, g, s):
+    w += g
+    w *= s
+    w -= 0.5
+    s /= g
+
+
 F32, I32 = torch.float32, torch.int32
 OPERATIONS = {
     "add": lambda w, g, s, n, t: w.add_(g).add_(n.a).add_(1e-8),
@@ -63,6 +70,8 @@ OPERATIONS = {
     "maximum": lambda w, g, s, n, t: (torch.maximum(w, g, out=w), s.copy_(torch.maximum(g, s))),
     "clamp": lambda w, g, s, n, t: (w.clamp_(min=-0.5), s.clamp_(max=n.b), g.clamp_(-0.25, 0.25), w.add_(g)),
     "where": lambda w, g, s, n, t: w.copy_(torch.where(w > g, torch.where(w <= s, w, g), s * 2)),
+    "equal": lambda w, g, s, n, t: w.copy_(torch.where(w == g, torch.where(s != 0.0, w, g + 1), s)),
+    "operators in place": lambda w, g, s, n, t: _operators_in_place(w, g, s),
     "bits": lambda w, g, s, n, t: w.copy_((((w.view(I32) & ~0xFFF) | (g.view(I32) & 0xFFF)) ^ 5).view(F32)),
     "shifts": lambda w, g, s, n, t: w.copy_((((w.view(I32) >> 9) * 3 - 7) << 2).view(F32)),
     "shift and mask": lambda w, g, s, n, t: w.copy_(((w.view(I32) >> 16) & 0xFFFF).to(F32)),

@@ -18,6 +18,7 @@ EXPRESSIONS = {
     "bf16_from_float": "bf16_from_float({0})",
     "bits_of": "bits_of({0})",
     "div": "{0} / {1}",
+    "eq": "{0} == {1}",
     "float_from_bf16": "float_of({0} << 16)",
     "float_from_fp16": "float_from_fp16({0})",
     "float_from_int": "(float){0}",
@@ -33,6 +34,7 @@ EXPRESSIONS = {
     "lt": "{0} < {1}",
     "maximum": {F32: "({0} > {1} || {0} != {0} ? {0} : {1})", I32: "({0} > {1} ? {0} : {1})"},  # of NaN and x: NaN
     "mul": "{0} * {1}",
+    "ne": "{0} != {1}",
     "neg": "-{0}",
     "not": "~{0}",
     "or": "{0} | {1}",

@@ -109,6 +109,9 @@ class Tile:
     def __truediv__(self, other):
         return apply("div", self, other)
 
+    def __itruediv__(self, other):
+        return apply("div_", self, other)
+
     def __rtruediv__(self, other):
         return self.reciprocal() * other  # two roundings, as in torch
 
@@ -131,7 +134,8 @@ _OPERATORS = {
 for _symbol, _name in _OPERATORS.items():
     setattr(Tile, f"__{_symbol}__", lambda self, other, name=_name: apply(name, self, other))
     setattr(Tile, f"__r{_symbol}__", lambda self, other, name=_name: apply(name, other, self))
-for _symbol in ("lt", "le", "gt", "ge"):
+    setattr(Tile, f"__i{_symbol}__", lambda self, other, name=_name: apply(f"{name}_", self, other))
+for _symbol in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Tile, f"__{_symbol}__", lambda self, other, name=_symbol: apply(name, self, other))
 for _symbol, _name in {"neg": "neg", "invert": "bitwise_not"}.items():
     setattr(Tile, f"__{_symbol}__", lambda self, name=_name: apply(name, self))
