@@ -49,6 +49,17 @@ def test_columns(weight, states, cuts):
 
 
 @each_codec
+def test_narrow_rows(weight, states):
+    """Plain parts without gaps are stepped as one long row."""
+    given = case(BUSY["AdamW"], weight, states)
+    parts, grad, wanted = whole(given, 100, 3)
+    apart = torch.zeros(100, 5)
+    apart[:, :3] = grad
+    native_step(given, parts, apart[:, :3], 5)
+    assert differences(wanted, parts) == {}
+
+
+@each_codec
 def test_rows_that_lie_apart(weight, states):
     """Views of every third row."""
     given = case(BUSY["AdamW"], weight, states)

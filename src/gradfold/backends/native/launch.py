@@ -30,6 +30,7 @@ class Kernel:
         self.source = source  # of the C it was compiled from
         self.holds = program.guards.compile()
         self._function = function
+        self._blocked = program.blocked
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 6]
         function.restype = ctypes.c_int
         self._codecs = [stored.codec for stored in program.tensors]
@@ -66,6 +67,8 @@ class Kernel:
             for name, width, dtype in wanted:
                 arguments += _place(parts[name], rows, width, dtype, name)
                 written.append(parts[name])
+        if not self._blocked and row_stride == columns and set(arguments[1::2]) == {columns}:
+            rows, columns = 1, rows * columns  # one long row: narrow ones would be mostly padding
         for i in self._random:
             arguments.append(_key(keys[i], i))
         if not rows or not columns:

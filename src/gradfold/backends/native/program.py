@@ -58,6 +58,7 @@ class Program:
 
     @property
     def blocked(self) -> bool:
+        """Whether rows begin a block, so that they cannot be joined to longer ones."""
         return any(array.per_block != BLOCK for stored in self.tensors for array in stored.arrays)
 
 
