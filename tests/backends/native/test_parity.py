@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gradfold.backends.native import build
 from tests.cases import BUSY, BUSY_ROWS, RULE_ROWS, RuleRow
 
 from .eager import STATES, WEIGHTS, ExactSqrt, case, clone, differences, eager, make, native_step, stored
@@ -34,6 +35,13 @@ VARIANTS = _variants()
 COMBINATIONS = [(weight, states) for states in STATES for weight in WEIGHTS]
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Results do not depend on the optimisation (``test_build.py``), and this takes a third of the time."""
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-O1"])
+
+
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("index, row", list(enumerate(VARIANTS)), ids=[row.id for row in VARIANTS])
 def test_every_way_through_every_rule(index, row):
     """With codecs in turn; at the first step, where lazy states are fresh, and at one where RAdam has changed over."""
@@ -51,6 +59,7 @@ def test_every_codec(weight, states):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("weight, states", COMBINATIONS)
 @pytest.mark.parametrize("row", VARIANTS, ids=lambda row: row.id)
 def test_every_rule_with_every_codec(row, weight, states):

@@ -160,8 +160,8 @@ def _compile(source: str, command: list[str], path: Path) -> None:
                 _run([*command, *FLAGS, NATIVE, *arguments])
             except subprocess.CalledProcessError:
                 _run([*command, *FLAGS, *arguments])  # not every compiler knows its own processor
-            with made.open("ab") as file:
-                file.write(hashlib.sha256(made.read_bytes()).digest())
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(text, path.with_suffix(".c"))
             os.replace(made, path)
     except subprocess.CalledProcessError as error:

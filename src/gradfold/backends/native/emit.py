@@ -15,9 +15,9 @@ import torch
 
 from gradfold.codecs import BLOCK
 
-from .program import Program, Stored, scalars
+from .program import Program, Stored, of, scalars
 from .statements import Body, element, function, indent, loop, scope
-from .trace import Node
+from .trace import F32, Node
 
 PRELUDE = Path(__file__).with_name("prelude.h")
 C_TYPES = {
@@ -67,7 +67,10 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
         lines += [f"const {C_TYPES[a.dtype]} {a.name} = *{a.name}_at;" for a in stored.arrays if a.per_block == 1]
     for stored in program.tensors:
         lines += scope(f"decode: {stored.codec.name}", _decode(stored, inputs))
+    lines += [f"int32_t {name} = INT32_MIN;" for stored in program.tensors for name in _largest(stored)]
     lines += scope("rule", _rule(program, inputs))
+    if any(stored.largest for stored in program.tensors):
+        lines += ["if (n < BLOCK) {", *indent(_largest_of_short(program, inputs)), "}"]
     if random:
         names = [f"bits_{stored.name}" for stored in random]
         lines += [f"int32_t {', '.join(f'{name}[BLOCK]' for name in names)};"]
@@ -106,33 +109,77 @@ def _matrices(program: Program) -> list[Matrix]:
     return [Matrix("const float", "grad", BLOCK, is_read_only=True), *parts]
 
 
+# 8- and 16-bit numbers are widened and narrowed in loops of their own. Beside them a compiler would pack 32-bit numbers
+# into vectors of as many elements, too, and run out of registers.
+
+
 def _decode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
     lines = []
+    wide = {a.name: f"wide_{a.name}" for a in stored.arrays if a.per_block > 1 and a.dtype != F32}
+    for a in stored.arrays:
+        if a.name in wide:
+            lines.append(f"int32_t {wide[a.name]}[BLOCK];")
+            lines += loop(str(a.per_block), [f"{wide[a.name]}[c] = {a.name}[c];"])
     for lane, node in enumerate(stored.decoded):  # in order: in a short block, lane 1 overwrites what lane 0 overshoots
         body = Body(inputs, f"d{lane}_")
+        for load in of({"": node}, "load"):
+            body.call(load, f"{wide.get(load.args[0], load.args[0])}[c]")
         store = f"{element(stored.name, lane)} = {body.name(node)};"
         lines += [*body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, store])]
     return lines
 
 
 def _rule(program: Program, inputs: Mapping[str, str]) -> list[str]:
+    """New values, and on the way the maxima that their encoding needs."""
     body = Body(inputs)
-    stores = [
-        f"{stored.name}[c] = {body.name(node)};" for stored, node in zip(program.tensors, program.updated, strict=True)
-    ]
+    stores = []
+    for stored, node in zip(program.tensors, program.updated, strict=True):
+        stores.append(f"{stored.name}[c] = {body.name(node)};")
+        stores += _update_largest(stored, body, body.name(node))
     return [*body.before, *loop("BLOCK", [*body.inside, *stores])]
+
+
+def _largest(stored: Stored) -> list[str]:
+    return [f"largest{i}_{stored.name}" for i in range(len(stored.largest))]
+
+
+def _update_largest(stored: Stored, body: Body, value: str) -> list[str]:
+    updates = []
+    for name, node in zip(_largest(stored), stored.largest, strict=True):
+        for load in of({"": node}, "load"):
+            body.call(load, value)
+        candidate = body.name(node.operands[0])
+        updates.append(f"{name} = {candidate} > {name} ? {candidate} : {name};")
+    return updates
+
+
+def _largest_of_short(program: Program, inputs: Mapping[str, str]) -> list[str]:
+    """The maxima again, over a short block's own elements."""
+    lines = []
+    for stored in program.tensors:
+        body = Body(inputs, f"s_{stored.name}_")
+        updates = _update_largest(stored, body, element(stored.name))
+        lines += [f"{name} = INT32_MIN;" for name in _largest(stored)]
+        lines += [*body.before, *loop("n", [*body.inside, *updates])] if updates else []
+    return lines
 
 
 def _encode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
     body = Body(inputs)
-    stores, after = [], []
+    for node, name in zip(stored.largest, _largest(stored), strict=True):
+        body.call(node, name)
+    declare, stores, narrow, after = [], [], [], []
     for a in stored.arrays:
         value = body.name(_unwrapped(stored.encoded[a.part]))
         if a.per_block == 1:
             after.append(f"*{a.name}_at = {value};")
+        elif a.dtype == F32:
+            stores.append(f"{a.name}[c] = {value};")
         else:
-            stores.append(f"{a.name}[c] = ({C_TYPES[a.dtype]}){value};")
-    lines = [*body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, *stores]), *after]
+            declare.append(f"int32_t wide_{a.name}[BLOCK];")
+            stores.append(f"wide_{a.name}[c] = {value};")
+            narrow += loop(str(a.per_block), [f"{a.name}[c] = ({C_TYPES[a.dtype]})wide_{a.name}[c];"])
+    lines = [*declare, *body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, *stores]), *narrow, *after]
     if stored.encoded_odd:
         lines += ["if (n & 1) {", *indent(_encode_last(stored, inputs)), "}"]
     return lines
@@ -141,6 +188,8 @@ def _encode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
 def _encode_last(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
     """The last stored element of an odd block, which holds one code."""
     body = Body(inputs, "o")
+    for node, name in zip(stored.largest_odd, _largest(stored), strict=True):
+        body.call(node, name)
     stores = [
         f"{a.name}[c] = ({C_TYPES[a.dtype]}){body.name(_unwrapped(stored.encoded_odd[a.part]))};"
         for a in stored.arrays

@@ -30,6 +30,7 @@ class Kernel:
         self.source = source  # of the C it was compiled from
         self.holds = program.guards.compile()
         self._function = function
+        self._blocked = program.blocked
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 6]
         function.restype = ctypes.c_int
         self._codecs = [stored.codec for stored in program.tensors]
@@ -61,10 +62,13 @@ class Kernel:
             ValueError: a tensor of another shape, dtype, device or layout.
         """
         rows, columns = grad.shape
-        arguments = [*_place(grad, rows, columns, torch.float32, "grad")]
+        arguments, written = [*_place(grad, rows, columns, torch.float32, "grad")], []
         for parts, wanted in zip((weight, *states), self._parts(columns), strict=True):
             for name, width, dtype in wanted:
                 arguments += _place(parts[name], rows, width, dtype, name)
+                written.append(parts[name])
+        if not self._blocked and row_stride == columns and set(arguments[1::2]) == {columns}:
+            rows, columns = 1, rows * columns  # one long row: narrow ones would be mostly padding
         for i in self._random:
             arguments.append(_key(keys[i], i))
         if not rows or not columns:
@@ -77,6 +81,7 @@ class Kernel:
 
         if over_threads(run, rows, columns):
             raise ValueError("keys: those of one parameter share their first word")
+        torch.autograd.graph.increment_version(written)  # a graph that saved the old weight is stale
 
     def _parts(self, columns: int) -> list[tuple[tuple[str, int, torch.dtype], ...]]:
         """Names, widths and dtypes of each tensor's parts."""
@@ -94,7 +99,10 @@ def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> t
             f"{name}: {t.dtype} {list(t.shape)} with strides {strides} on {t.device}, where {dtype} "
             f"[{rows}, {width}] with adjacent columns on the CPU is needed"
         )
-    return t.data_ptr(), strides[0]
+    at = t.data_ptr()
+    if not at and rows and width:
+        raise ValueError(f"{name}: a {type(t).__name__} without memory")
+    return at, strides[0]
 
 
 def _key(key: Tensor | None, index: int) -> int:

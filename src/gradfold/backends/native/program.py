@@ -9,7 +9,7 @@ one code; it is traced as a block of one element.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class Stored:
     decoded: list[Node]  # by lane
     encoded: dict[str, Node]  # by part; operands are loads of the new value, and of random bits
     encoded_odd: dict[str, Node]  # of the last byte of an odd block; empty where there is no such thing
+    largest: list[Node]  # the maxima over a block that ``encoded`` uses
+    largest_odd: list[Node]  # ... and ``encoded_odd``: the same
     bits: Node | None  # the random bits of an element, where encoding uses any
 
 
@@ -56,6 +58,7 @@ class Program:
 
     @property
     def blocked(self) -> bool:
+        """Whether rows begin a block, so that they cannot be joined to longer ones."""
         return any(array.per_block != BLOCK for stored in self.tensors for array in stored.arrays)
 
 
@@ -95,9 +98,8 @@ def _stored(name: str, codec: Codec, stochastic: bool) -> Stored:
     decoded = list(codec.decode(parts, lanes).held.flat)  # type: ignore[arg-type]
     encoded = _encode(name, codec, stochastic, lanes)
     odd = _encode(name, codec, stochastic, 1) if lanes == 2 else {}
-    loads = {node.args[0] for root in encoded.values() for node in walk(root) if node.op == "load"}
-    bits = _bits(name) if f"bits_{name}" in loads else None
-    return Stored(name, codec, arrays, lanes, decoded, encoded, odd, bits)
+    bits = _bits(name) if any(node.args[0] == f"bits_{name}" for node in of(encoded, "load")) else None
+    return Stored(name, codec, arrays, lanes, decoded, encoded, odd, of(encoded, "largest"), of(odd, "largest"), bits)
 
 
 def _encode(name: str, codec: Codec, stochastic: bool, lanes: int) -> dict[str, Node]:
@@ -130,6 +132,12 @@ def walk(root: Node, seen: set[int] | None = None):
         for operand in root.operands:
             yield from walk(operand, seen)
         yield root
+
+
+def of(roots: Mapping[str, Node], op: str) -> list[Node]:
+    """The nodes of one operation that ``roots`` are made of, each once."""
+    seen: set[int] = set()
+    return [node for root in roots.values() for node in walk(root, seen) if node.op == op]
 
 
 def scalars(program: Program) -> list[Scalar]:

@@ -18,6 +18,7 @@ EXPRESSIONS = {
     "bf16_from_float": "bf16_from_float({0})",
     "bits_of": "bits_of({0})",
     "div": "{0} / {1}",
+    "eq": "{0} == {1}",
     "float_from_bf16": "float_of({0} << 16)",
     "float_from_fp16": "float_from_fp16({0})",
     "float_from_int": "(float){0}",
@@ -33,6 +34,7 @@ EXPRESSIONS = {
     "lt": "{0} < {1}",
     "maximum": {F32: "({0} > {1} || {0} != {0} ? {0} : {1})", I32: "({0} > {1} ? {0} : {1})"},  # of NaN and x: NaN
     "mul": "{0} * {1}",
+    "ne": "{0} != {1}",
     "neg": "-{0}",
     "not": "~{0}",
     "or": "{0} | {1}",
@@ -56,9 +58,9 @@ EXPRESSIONS = {
 class Body:
     """Statements for some nodes: what is the same for a whole block goes before the loop, the rest into it."""
 
-    def __init__(self, inputs: Mapping[str, str], prefix: str = "t", before: list[str] | None = None):
+    def __init__(self, inputs: Mapping[str, str], prefix: str = "t"):
         self.inputs, self.prefix = inputs, prefix
-        self.before: list[str] = [] if before is None else before
+        self.before: list[str] = []
         self.inside: list[str] = []
         self._names: dict[Node, str] = {}
         self._varies: dict[Node, bool] = {}
@@ -75,8 +77,6 @@ class Body:
             return literal(node.args[0], node.dtype)
         if node.op == "uniform":
             return node.args[0]
-        if node.op == "largest":
-            return self._largest(node)
         if node.op == "scalar":
             text = self.inputs[node.args[0].source]
         elif node.op == "load":
@@ -98,17 +98,9 @@ class Body:
             self._varies[node] = node.op in ("load", "low") or not constant
         return self._varies[node]
 
-    def _largest(self, node: Node) -> str:
-        """A loop of its own before this one, over the block's true length."""
-        body = Body(self.inputs, f"{self.prefix}{len(self._by_text)}_", self.before)
-        value = body.name(node.operands[0])
-        name = f"{body.prefix}largest"
-        update = f"{name} = {value} > {name} ? {value} : {name};"
-        lines = [*body.inside, update]
-        self.before += [f"int32_t {name} = INT32_MIN;", "if (n == BLOCK)", *indent(loop("BLOCK", lines)), "else"]
-        self.before += indent(loop("n", lines))
-        self._by_text[name] = name
-        return name
+    def call(self, node: Node, name: str) -> None:
+        """Use a variable that exists already, for a leaf or for what another loop has computed."""
+        self._names[node] = name
 
 
 def element(name: str, lane: int = 0) -> str:

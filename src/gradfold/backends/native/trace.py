@@ -106,6 +106,15 @@ class Tile:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return apply(func.__name__, *args, **(kwargs or {}))
 
+    def __truediv__(self, other):
+        return apply("div", self, other)
+
+    def __itruediv__(self, other):
+        return apply("div_", self, other)
+
+    def __rtruediv__(self, other):
+        return self.reciprocal() * other  # two roundings, as in torch
+
     def __bool__(self):
         raise Unsupported("a decision that depends on a tensor's values")
 
@@ -116,7 +125,6 @@ _OPERATORS = {
     "add": "add",
     "sub": "sub",
     "mul": "mul",
-    "truediv": "div",
     "and": "bitwise_and",
     "or": "bitwise_or",
     "xor": "bitwise_xor",
@@ -126,7 +134,8 @@ _OPERATORS = {
 for _symbol, _name in _OPERATORS.items():
     setattr(Tile, f"__{_symbol}__", lambda self, other, name=_name: apply(name, self, other))
     setattr(Tile, f"__r{_symbol}__", lambda self, other, name=_name: apply(name, other, self))
-for _symbol in ("lt", "le", "gt", "ge"):
+    setattr(Tile, f"__i{_symbol}__", lambda self, other, name=_name: apply(f"{name}_", self, other))
+for _symbol in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Tile, f"__{_symbol}__", lambda self, other, name=_symbol: apply(name, self, other))
 for _symbol, _name in {"neg": "neg", "invert": "bitwise_not"}.items():
     setattr(Tile, f"__{_symbol}__", lambda self, name=_name: apply(name, self))
