@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, native
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .engine.storage import storage_of
 from .errors import FoldError
@@ -137,7 +137,7 @@ class Report:
     """Every parameter's route and bytes; printing it gives a table."""
 
     rows: tuple[Row, ...]
-    backend: str
+    backend: str  # "reference, compiled" where coded parameters step in native kernels
     scratch_bytes: int
 
     def __str__(self) -> str:
@@ -199,11 +199,22 @@ class Fold:
         """Print and return every parameter's route and bytes."""
         report = Report(
             rows=tuple(self._row(name, param) for name, param in self._ledger.model.named_parameters()),
-            backend=self._ledger.backend.name,
+            backend=self._backend(),
             scratch_bytes=sum(t.numel() * t.element_size() for t in self.scratch_tensors()),
         )
         print(report)
         return report
+
+    def _backend(self) -> str:
+        """The backend's name, and how it steps coded parameters, if there are any."""
+        name, optimizer = self._ledger.backend.name, self._ledger.optimizer
+        slots = [slot for slot in self._ledger.slots.values() if slot.param.requires_grad]
+        if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
+            return name
+        if any(not slot.param.is_cpu for slot in slots):
+            return f"{name}, coded steps in tensor operations"
+        why = native.reason()
+        return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
 
     def _row(self, name: str, param: nn.Parameter) -> Row:
         slot = self._ledger.slots.get(id(param))

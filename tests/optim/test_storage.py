@@ -457,6 +457,22 @@ def test_spoilt_states_are_refused_and_nothing_changes(spoil, message):
     assert_same(before, everything(other, target))
 
 
+def test_the_report_says_how_states_are_stored_and_stepped(monkeypatch, capsys):
+    model = Model()
+    fold = gradfold.fold(model, gradfold.AdamW(model.parameters(), states="int8", master="split8"))
+    rows = {row.name: row.states for row in fold.report().rows}
+    assert rows["wide.weight"] == "int8 + split8"
+    assert rows["norm.weight"] == "fp32 + split8"
+    assert "int8 + split8" in capsys.readouterr().out
+    monkeypatch.setenv("GRADFOLD_COMPILE", "0")
+    assert fold.report().backend == "reference, not compiled (GRADFOLD_COMPILE=0)"
+    fold.remove()
+    model = Model()
+    fold = gradfold.fold(model, gradfold.AdamW(model.parameters()))
+    assert fold.report().backend == "reference"
+    assert {row.states for row in fold.report().rows} == {"bfloat16"}
+
+
 @each_states
 def test_bytes_per_parameter_as_the_codecs_say(states):
     """Counted from what is stored, for the large weights."""
