@@ -221,7 +221,7 @@ class Recipe:
     sequence_length: int = 512
     """Tokens a sequence."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of weights, states and arithmetic."""
+    """Of weights and arithmetic; of the states too, unless optimizer.states says otherwise."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ... auto: cuda if there is one."""
     gradient_checkpointing: bool = False
