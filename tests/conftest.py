@@ -1,11 +1,18 @@
 """What every test stands on: a seed, one thread, and scratch memory that is poison until it is written."""
 
+import os
+
 import pytest
 import torch
 
 from gradfold.backends import Scratch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Compiled kernels are kept beside pytest's own cache, not in the user's."""
+    os.environ["GRADFOLD_CACHE"] = str(config.cache.mkdir("gradfold-kernels"))
 
 
 @pytest.fixture(autouse=True)
