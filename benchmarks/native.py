@@ -1,7 +1,7 @@
 """What decode, rule and encode of coded states cost on a CPU, beside torch's fused AdamW on the same block.
 
 One block [512, 2048], one thread, all cases in turn, so that what the machine does meanwhile hits all of them: reported
-are the medians of the ratios to torch's fused AdamW in bf16 within each round. Compiling is timed in a cache of its own:
+are the medians of the ratios to torch's fused AdamW in bf16 within each round. Compiling is timed with its own cache:
 once empty, once as the first run left it.
 
     OMP_NUM_THREADS=1 python benchmarks/native.py

@@ -229,9 +229,9 @@ def shakespeare(args: argparse.Namespace, seed: int) -> Task:
 
 
 SUITES = {
-    "finetune": Suite(5e-5, 30, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
-    "tiny_lr": Suite(1e-6, 20, ScheduleRecipe(name="constant", warmup=0.0), smollm2, weight_decay=0.0),
-    "scratch": Suite(1e-3, 200, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
+    "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
+    "tiny_lr": Suite(1e-6, 12, ScheduleRecipe(name="constant", warmup=0.0), smollm2, weight_decay=0.0),
+    "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
 }
 
 
