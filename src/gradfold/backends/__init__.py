@@ -2,15 +2,18 @@
 
 from .choose import choose
 from .gemm import multiply
-from .reference import Backend, Reference
+from .norms import accumulation_dtype, norm_of
+from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Stored
 from .uses import DenseUse, GatherUse, MatmulUse, Use, rows
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
+    "UNCHANGED",
     "VALUES",
     "Backend",
+    "Change",
     "DenseUse",
     "GatherUse",
     "MatmulUse",
@@ -18,7 +21,9 @@ __all__ = [
     "Scratch",
     "Stored",
     "Use",
+    "accumulation_dtype",
     "choose",
     "multiply",
+    "norm_of",
     "rows",
 ]

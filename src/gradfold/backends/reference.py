@@ -8,8 +8,8 @@ operations do, in fp32 for weights of lower precision. Coded weights and states 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,29 @@ from gradfold.rules import Group, Rule
 from .chain import step_tile
 from .coded import Views, flat, ready, shape_of
 from .gemm import emulated
+from .norms import accumulation_dtype, certainly_finite, norm_of, total_power
 from .scratch import TILE_ALIGNMENT, Scratch
 from .stored import Stored, coded
 from .uses import DenseUse, Use
 
 BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
 MIN_BLOCK_ROWS = 64  # below this a GEMM loses efficiency
+
+
+class Change(NamedTuple):
+    """What happens to a gradient between its sum and the rule."""
+
+    scale: float = 1.0  # the coefficient of clipping by norm, and of loss scaling
+    clip_value: float | None = None  # the largest magnitude of an element, after scaling
+
+    def apply(self, tile: Tensor) -> None:
+        if self.scale != 1.0:
+            tile.mul_(self.scale)
+        if self.clip_value is not None:
+            tile.clamp_(-self.clip_value, self.clip_value)
+
+
+UNCHANGED = Change()
 
 
 class Backend(Protocol):
@@ -36,9 +53,31 @@ class Backend(Protocol):
         """Allocate the scratch memory this parameter's step will use."""
 
     def step(
-        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
-    ) -> None:
-        """Apply the rule to ``weight`` and ``states`` with the sum of the uses as the gradient, in place."""
+        self,
+        weight: Stored,
+        states: Sequence[Stored],
+        uses: Sequence[Use],
+        rule: Rule,
+        group: Group,
+        numbers: Any,
+        change: Change = UNCHANGED,
+    ) -> float:
+        """Apply the rule to ``weight`` and ``states`` with the sum of the uses as the gradient, in place.
+
+        Returns the gradient's sum of squares, before the change.
+        """
+        ...
+
+    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> float:
+        """Sum of ``|g| ** norm_type`` over the gradient, or its largest magnitude for infinity; nothing is stepped."""
+        ...
+
+    def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        """Whether every element of the gradient, as the rule will meet it, is finite."""
+        ...
+
+    def gradient(self, weight: Tensor, uses: Sequence[Use], out: Tensor, add: bool) -> None:
+        """Write the gradient to ``out``, contiguous and of the weight's shape, or add it."""
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """The scratch memory held now."""
@@ -68,18 +107,78 @@ class Reference:
             self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.values.device)
 
     def step(
-        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
-    ) -> None:
-        if weight.values.numel():
-            (self._step_coded if coded(weight) else self._step_plain)(weight, states, uses, rule, group, numbers)
+        self,
+        weight: Stored,
+        states: Sequence[Stored],
+        uses: Sequence[Use],
+        rule: Rule,
+        group: Group,
+        numbers: Any,
+        change: Change = UNCHANGED,
+    ) -> float:
+        if not weight.values.numel():
+            return 0.0
+        step = self._step_coded if coded(weight) else self._step_plain
+        return step(weight, states, uses, rule, group, numbers, change)
+
+    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> float:
+        if not weight.numel():
+            return 0.0
+        shape = shape_of(weight, uses)
+        return total_power(uses, shape, lambda: self._tiles(weight, uses, shape), norm_type)
+
+    def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        known = certainly_finite(uses, weight.dtype)
+        if known is not None or not weight.numel():
+            return known is not False
+        tiles = self._tiles(weight, uses, shape_of(weight, uses))
+        return all(bool(tile.to(weight.dtype).isfinite().all()) for tile in tiles)
+
+    def gradient(self, weight: Tensor, uses: Sequence[Use], out: Tensor, add: bool) -> None:
+        if not weight.numel():
+            return
+        shape = rows, _ = shape_of(weight, uses)
+        uses, flat_out = flat(uses, shape), out.view(shape)
+        block = self._block_rows(*shape, 1, out.dtype)
+        for use in uses:
+            use.prepare(range(0, rows, block), rows)
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            if add:
+                for use in uses:
+                    use.add(flat_out[start:stop], start, stop)
+            else:
+                _sum(uses, flat_out[start:stop], start, stop)
+
+    def _tiles(self, weight: Tensor, uses: Sequence[Use], shape: tuple[int, int]) -> Iterator[Tensor]:
+        """The gradient, a block of rows at a time, in the dtype it is summed in."""
+        rows, width = shape
+        uses = flat(uses, shape)
+        dtype = accumulation_dtype(weight.dtype)
+        block = self._block_rows(rows, width, 1, dtype)
+        (tile,) = self.scratch.tiles(1, block, width, dtype, weight.device)
+        for use in uses:
+            use.prepare(range(0, rows, block), rows)
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            _sum(uses, tile[: stop - start], start, stop)
+            yield tile[: stop - start]
 
     def _step_coded(
-        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
-    ) -> None:
+        self,
+        weight: Stored,
+        states: Sequence[Stored],
+        uses: Sequence[Use],
+        rule: Rule,
+        group: Group,
+        numbers: Any,
+        change: Change,
+    ) -> float:
         """fp32 blocks of the gradient, each through decode, rule and encode."""
         shape = rows, width = shape_of(weight.values, uses)
         uses = flat(uses, shape)
-        whole = ready(uses)
+        whole = ready(uses) if change == UNCHANGED else None
+        squares = 0.0
         block = self._block_rows(rows, width, 1, torch.float32)
         starts = range(0, rows, block)
         for use in uses:
@@ -93,19 +192,32 @@ class Reference:
             else:
                 grad = tile[: stop - start]
                 _sum(uses, grad, start, stop)
+            squares += norm_of(grad) ** 2
+            change.apply(grad)
             grad = grad.view((stop - start) * views.each, -1)
             step_tile(first, rest, grad, rule, group, numbers, start * width, grad.shape[1])
+        return squares
 
     def _step_plain(
-        self, weight_: Stored, states_: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
-    ) -> None:
+        self,
+        weight_: Stored,
+        states_: Sequence[Stored],
+        uses: Sequence[Use],
+        rule: Rule,
+        group: Group,
+        numbers: Any,
+        change: Change,
+    ) -> float:
         """Blocks of the gradient in the weight's precision, each through torch's fused kernel or the plain rule."""
         weight, states = _tensors(weight_, states_)
         cut = self._cut(weight, states, rule, group)
         dense = uses[0].grad if len(uses) == 1 and isinstance(uses[0], DenseUse) else None
-        if cut.fused and dense is not None and dense.dtype == weight.dtype and dense.is_contiguous():
-            rule.fused(weight, dense.reshape(weight.shape), states, numbers)  # the gradient is there: no tile needed
-            return
+        direct = cut.fused and dense is not None and dense.dtype == weight.dtype and dense.is_contiguous()
+        if direct and dense is not None and change == UNCHANGED:  # the gradient is there: no tile needed
+            squares = norm_of(dense) ** 2
+            rule.fused(weight, dense.reshape(weight.shape), states, numbers)
+            return squares
+        squares = 0.0
         tiles = self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.device)
         starts = range(0, weight.shape[0], cut.block)
         for use in uses:
@@ -114,12 +226,15 @@ class Reference:
             stop = min(start + cut.block, weight.shape[0])
             grad, *rest = [tile[: stop - start] for tile in tiles]
             _sum(uses, grad, start, stop)
+            squares += norm_of(grad) ** 2
+            change.apply(grad)
             parts = [weight[start:stop], *(state[start:stop] for state in states)]
             if cut.fused:
                 grad = grad.to(weight.dtype).view(parts[0].shape)
                 rule.fused(parts[0], grad, parts[1:], numbers)
             else:
                 _update(rule, parts, grad, rest, cut, numbers)
+        return squares
 
     def _cut(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> _Cut:
         """How this parameter is cut into row blocks."""

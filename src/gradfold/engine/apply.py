@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.backends import Backend, Use
+from gradfold.backends import UNCHANGED, Backend, Change, Use
 from gradfold.rules import Group, Rule
 
 from .storage import Storage, allocate_residuals, allocate_state, bind, keys_of, refuse_other_form, storage_of, tick
@@ -46,10 +46,11 @@ def apply(
     backend: Backend,
     waiting: dict[str, Tensor],
     stream: str,
-) -> None:
-    """Step one parameter in place with the sum of the uses as its gradient.
+    change: Change = UNCHANGED,
+) -> float:
+    """Step one parameter in place with the sum of the uses as its gradient; returns the gradient's sum of squares.
 
-    waiting: its lazy states. stream: its name in the streams of random bits.
+    waiting: its lazy states. stream: its name in the streams of random bits. change: of the gradient on its way.
     """
     autocast = torch.is_autocast_enabled(param.device.type)
     with torch.no_grad(), torch.autocast(param.device.type, enabled=False) if autocast else nullcontext():
@@ -60,6 +61,7 @@ def apply(
         numbers = rule.advance(state, group, fresh)
         tick(state, rule, storage)
         weight, states = bind(param, storage, state, stream, group.get("seed", 0))
-        backend.step(weight, states, uses, rule, group, numbers)
+        squares = backend.step(weight, states, uses, rule, group, numbers, change)
     # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
     torch.autograd.graph.increment_version(param)
+    return squares

@@ -6,6 +6,7 @@ most once; what the books cannot explain is an error that names the parameter.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 from torch.nn import Parameter
 
-from gradfold.backends import Backend
+from gradfold.backends import Backend, Change, DenseUse
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
 from .segments import Segment, node_around_backward, on_calling_thread
+from .play import play
 from .slot import Slot, second_backward
+from .tape import Holdings
 from .task import Demand, at_task_end, demand
+from .timing import Timing, change_for, coefficient, limit_of
 from .wrappers import refuse_wrappers
 
 
@@ -43,7 +47,16 @@ class Owner(Protocol):
 class Ledger:
     """The slots of one model and one optimizer, and the state of the step that is open."""
 
-    def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend):
+    def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend, timing: Timing | None = None):
+        self.timing = timing or Timing()
+        self.holdings = Holdings()
+        self.powers: dict[int, float] = {}  # id of a slot -> of its gradient in this step: sum of squares, mostly
+        self.nonfinite: list[str] = []  # whose gradient in this step was not finite
+        self.grad_norm: float | None = None  # of the last step
+        self.backwards = 0  # completed since the step opened
+        self.accumulating = 0  # depth of nested ``accumulating()`` contexts
+        self.measuring = False  # in the first pass of two, or
+        self.coefficient: float | None = None  # in the second, with this coefficient
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
@@ -118,7 +131,7 @@ class Ledger:
         # the engine cannot say what checkpoints will reach, so that after one ran every second backward is refused
         nested = any(parent is not None for parent in parents)
         for slot in self.slots.values():
-            if (slot.stepped or slot.deferred) and (nested or demand(slot.param) is Demand.STEP):
+            if (slot.done or slot.deferred) and (nested or demand(slot.param) is Demand.STEP):
                 raise FoldError(second_backward(slot.name))
 
     def _audit(self) -> None:
@@ -157,6 +170,7 @@ class Ledger:
         self.running.pop(task, None)
         if parent is None:
             self._flush()
+            self.backwards += 1
             return
         parent.done = True
         for slot in self.slots.values():
@@ -170,8 +184,35 @@ class Ledger:
 
     @property
     def open(self) -> bool:
-        """Whether some parameter has stepped and ``optimizer.step()`` has not yet closed the step."""
-        return any(slot.stepped or slot.deferred for slot in self.slots.values())
+        """Whether some parameter has stepped, or waits to, and ``optimizer.step()`` has not yet closed the step."""
+        return any(slot.stepped or slot.deferred or slot.tape for slot in self.slots.values())
+
+    @property
+    def clips(self) -> bool:
+        """Whether a norm decides how far this step goes."""
+        return self.timing.clip_norm is not None or any(g.get("clip_norm") for g in self.optimizer.param_groups)
+
+    @property
+    def deferring(self) -> bool:
+        """Whether the backward now running leaves its uses on the tape."""
+        if self.accumulating or self.backwards < self.timing.accumulate - 1:
+            return True
+        return self.timing.clip == "exact" and self.clips
+
+    @property
+    def full(self) -> bool:
+        """Whether this step has had all the backwards it sums."""
+        return self.backwards >= self.timing.accumulate and not self.accumulating
+
+    @property
+    def guarded(self) -> bool:
+        return self.timing.on_nonfinite != "ignore"
+
+    def change(self, group: dict[str, Any]) -> Change:
+        """What happens to the gradients of a weight that steps inside backward."""
+        if self.timing.clip == "delayed" and self.grad_norm is not None and math.isfinite(self.grad_norm):
+            return change_for(group, self.timing, coefficient(limit_of(group, self.timing)[0], self.grad_norm))
+        return change_for(group, self.timing, 1.0 if self.coefficient is None else self.coefficient)
 
     def require_closed(self, action: str) -> None:
         if self.open:
@@ -204,17 +245,20 @@ class Ledger:
                 )
         refuse_wrappers(self.model)
         self._audit()
-        late = list(self._unhooked_gradients())
-        for slot in late:  # unfrozen after the forward began: autograd wrote its gradient before the gate was there
-            self.optimizer.apply(slot.param)
-            slot.param.grad = None
+        for slot in list(self._unhooked_gradients()):
+            # unfrozen after the forward began: autograd wrote its gradient before the gate was there
+            grad, slot.param.grad = slot.param.grad, None
+            slot.tape.add([DenseUse(grad.detach())])  # type: ignore[union-attr]
         for slot in self.slots.values():
             slot.arm()
-        self.rearm()
+        try:
+            play(self)
+        finally:
+            self.rearm()
 
     def drop(self) -> None:
         """``zero_grad``: drop what a failed backward left pending, and open the next step."""
-        if self.open and not self.running:
+        if any(slot.stepped for slot in self.slots.values()) and not self.running:
             warnings.warn(
                 "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, "
                 "so there is no gradient to discard",
@@ -226,6 +270,10 @@ class Ledger:
         """Forget the open step."""
         self.running.clear()
         self._parents.clear()
+        self.powers.clear()
+        self.nonfinite.clear()
+        self.backwards = 0
+        self.coefficient = None
         self._storages = set()
         self.surveyed = False
         self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}

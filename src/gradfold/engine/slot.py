@@ -7,6 +7,7 @@ interrupted or never reaches the weight cannot mix with another.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
+from gradfold.backends import Change, DenseUse, GatherUse, MatmulUse, Use
 from gradfold.errors import FoldError
 
 from .apply import allocate, apply
 from .parameters import refuse_parameter
 from .segments import Segment, node_in_forward
 from .storage import bind
+from .tape import Tape
 from .task import Demand, LeafHook, current_task, demand
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Slot:
         self.read_unseen = False  # one of them read it through something that is not folded
         self.outer_due = False  # the outermost backward will reach the weight outside them, and has not yet
         self.waiting: dict[str, Tensor] = {}
+        self.tape = Tape(self, ledger.holdings)
         self.hook: LeafHook | None = None
         self.placement = _placement(param)
 
@@ -172,24 +175,57 @@ class Slot:
             self.fire(uses)
 
     def fire(self, uses: list[Use]) -> None:
-        """Step."""
-        self.stepped = True
+        """All uses of one backward are there: step, or keep them until ``optimizer.step()``."""
         ledger = self.ledger
+        if ledger.measuring:
+            self.measure(uses)
+        elif ledger.deferring:
+            self.tape.add(uses)
+        else:
+            self.step(self.tape.take() + uses, ledger.change(self.group))
+
+    def measure(self, uses: list[Use]) -> None:
+        """Only take the norm, in the first pass of two."""
         for use in uses:
             use.wait(self.param.device)
-        optimizer = ledger.optimizer
+        power = self.ledger.backend.power(self.param.detach(), uses)
+        self.ledger.powers[id(self)] = power
+        if not math.isfinite(power):
+            self.ledger.nonfinite.append(self.name)
+
+    def step(self, uses: list[Use], change: Change, checked: bool = False) -> None:
+        """Step with the sum of the uses, unless their gradient is not finite (``checked``: it is)."""
+        self.stepped = True
+        ledger, optimizer = self.ledger, self.ledger.optimizer
+        for use in uses:
+            use.wait(self.param.device)
+        if not checked and ledger.guarded and not self.finite(uses):
+            ledger.nonfinite.append(self.name)
+            return
         stream = optimizer.stream_of(self.param)
-        apply(self.param, uses, self.state, optimizer.rule, self.group, ledger.backend, self.waiting, stream)
+        ledger.powers[id(self)] = apply(
+            self.param, uses, self.state, optimizer.rule, self.group, ledger.backend, self.waiting, stream, change
+        )
+
+    def finite(self, uses: list[Use]) -> bool:
+        with torch.no_grad():
+            return self.ledger.backend.finite(self.param.detach(), uses)
 
     def rearm(self) -> None:
         """Forget the step just closed, or the backward that failed."""
         self.stepped = self.outer_due = False
         self.pending.clear()
         self.deferred.clear()
+        self.tape.clear()
         self.segments = {segment for segment in self.segments if segment.alive}
 
+    @property
+    def done(self) -> bool:
+        """Whether this step takes no further use of the weight."""
+        return self.stepped or (bool(self.tape) and self.ledger.full)
+
     def _refuse_second_step(self) -> None:
-        if self.stepped:
+        if self.done:
             raise FoldError(second_backward(self.name))
 
     def _checked(self, grad: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""Tapes: the uses of weights that step later, and what they cost.
+
+A slot's tape holds its uses by reference. What several slots hold, as q, k and v hold their input, is counted once, for
+the first of them. Where a tape would cost more than the gradient itself it collapses into one: the gradient of all its
+uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use, accumulation_dtype
+from gradfold.errors import FoldError
+
+if TYPE_CHECKING:
+    from .slot import Slot
+
+
+class Tape:
+    """The uses of one slot since the step opened."""
+
+    def __init__(self, slot: Slot, holdings: Holdings):
+        self.slot = slot
+        self.holdings = holdings
+        self.uses: list[Use] = []
+        self.versions: list[tuple[Tensor, int]] = []
+        self.collapsed: Tensor | None = None  # the sum so far, of the weight's shape
+
+    def __bool__(self) -> bool:
+        return bool(self.uses) or self.collapsed is not None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What this weight's gradient would cost, in the dtype it is summed in."""
+        param = self.slot.param
+        return param.numel() * accumulation_dtype(param.dtype).itemsize
+
+    def add(self, uses: Sequence[Use]) -> None:
+        """Take over the uses of one backward."""
+        for use in uses:
+            if self.collapsed is not None:
+                self._accumulate([use])
+                continue
+            self.uses.append(use)
+            for tensor in tensors_of(use):
+                self.versions.append((tensor, tensor._version))
+                self.holdings.hold(self, tensor)
+        if self.collapsed is None and self.holdings.cost(self) > self.gradient_bytes:
+            self.collapse()
+
+    def collapse(self) -> None:
+        """Sum the uses into one gradient and let go of them."""
+        uses, self.uses = self.uses, []
+        self._check()
+        if len(uses) == 1 and isinstance(uses[0], DenseUse):
+            self.collapsed = uses[0].grad
+        else:
+            self._accumulate(uses)
+        self.versions.clear()
+        self.holdings.release(self)
+
+    def _accumulate(self, uses: Sequence[Use]) -> None:
+        param, ledger = self.slot.param, self.slot.ledger
+        for use in uses:
+            use.wait(param.device)
+        dtype = accumulation_dtype(param.dtype)
+        with torch.no_grad():
+            before = self.collapsed
+            if before is None:
+                self.collapsed = torch.empty(param.shape, dtype=dtype, device=param.device)
+            elif before.dtype != dtype or not before.is_contiguous() or before._base is not None:
+                self.collapsed, before = torch.empty(param.shape, dtype=dtype, device=param.device).copy_(before), None
+                ledger.backend.gradient(param.detach(), uses, self.collapsed, add=True)
+                return
+            ledger.backend.gradient(param.detach(), uses, self.collapsed, add=before is not None)
+
+    def take(self) -> list[Use]:
+        """The uses to step with; the tape is empty afterwards."""
+        self._check()
+        uses = [DenseUse(self.collapsed)] if self.collapsed is not None else self.uses
+        self.clear()
+        return uses
+
+    def peek(self) -> list[Use]:
+        """The uses to step with; the tape keeps them."""
+        return [DenseUse(self.collapsed)] if self.collapsed is not None else list(self.uses)
+
+    def clear(self) -> None:
+        self.uses, self.collapsed = [], None
+        self.versions.clear()
+        self.holdings.release(self)
+
+    def _check(self) -> None:
+        """Raise if somebody wrote into a tensor the tape still needs."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise FoldError(
+                    f"{self.slot.name}: an input of its module, or the gradient of its output, of shape "
+                    f"{tuple(tensor.shape)} was changed in place after backward, and its step still needs it; give the "
+                    "model a new tensor for each micro-batch (batch.clone())"
+                )
+
+
+class Holdings:
+    """Who holds which storage: each is counted for the first tape that holds it."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, list[Tape]] = {}  # storage -> tapes, the one that pays first
+        self._bytes: dict[int, int] = {}
+        self._held: dict[int, list[int]] = {}  # id of a tape -> storages
+
+    def hold(self, tape: Tape, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        holders = self._holders.setdefault(key, [])
+        if tape not in holders:
+            holders.append(tape)
+            self._held.setdefault(id(tape), []).append(key)
+        self._bytes[key] = storage.nbytes()
+
+    def cost(self, tape: Tape) -> int:
+        """Bytes that this tape pays for."""
+        return sum(self._bytes[key] for key in self._held.get(id(tape), ()) if self._holders[key][0] is tape)
+
+    def release(self, tape: Tape) -> None:
+        for key in self._held.pop(id(tape), ()):
+            holders = self._holders[key]
+            holders.remove(tape)
+            if not holders:
+                del self._holders[key], self._bytes[key]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._bytes.values())
+
+
+def tensors_of(use: Use) -> Iterator[Tensor]:
+    """What a use keeps alive."""
+    if isinstance(use, MatmulUse):
+        yield use.left
+        yield use.right
+    elif isinstance(use, GatherUse):
+        yield use.ids
+        yield use.grad
+    else:
+        yield use.grad

@@ -1,0 +1,90 @@
+"""When a fired slot steps: at once, or when ``optimizer.step()`` plays its tape; and what clipping does to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from gradfold.backends import Change
+from gradfold.errors import FoldError
+
+CLIPS = ("exact", "two_pass", "delayed")
+ON_NONFINITE = ("raise", "skip", "ignore")
+TINY = 1e-6  # torch's clip_grad_norm_ adds it to the norm it divides by
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What ``fold()`` was asked for; see there."""
+
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    norm_type: float = 2.0
+    clip: Literal["exact", "two_pass", "delayed"] = "exact"
+    error_if_nonfinite: bool = False
+    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise FoldError(f"accumulate={self.accumulate!r}: how many backwards one step sums, 1 or more")
+        for name in ("clip_norm", "clip_value"):
+            refuse_limit(name, getattr(self, name))
+        if not isinstance(self.norm_type, int | float) or not self.norm_type > 0:
+            raise FoldError(f"norm_type={self.norm_type!r}: 2.0, another number above 0, or float('inf')")
+        if self.clip not in CLIPS:
+            raise FoldError(f"clip={self.clip!r}: one of {', '.join(map(repr, CLIPS))}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise FoldError(f"on_nonfinite={self.on_nonfinite!r}: one of {', '.join(map(repr, ON_NONFINITE))}")
+        if self.clip != "exact" and self.clip_norm is None:
+            raise FoldError(f"clip={self.clip!r} without clip_norm: say how far to clip")
+        if self.clip != "exact" and self.accumulate > 1:
+            raise FoldError(
+                f"clip={self.clip!r} with accumulate={self.accumulate}: the norm of a sum is known when its last part "
+                "is; use clip='exact'"
+            )
+        if self.clip != "exact" and self.norm_type != 2:
+            raise FoldError(
+                f"clip={self.clip!r} with norm_type={self.norm_type}: these count squares; use clip='exact'"
+            )
+
+
+def refuse_limit(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int | float) or not value > 0 or math.isnan(value)):
+        raise FoldError(f"{name}={value!r}: a number above 0, or None")
+
+
+def limit_of(group: Mapping[str, Any], timing: Timing) -> tuple[float | None, bool]:
+    """How far a param_group is clipped by norm, and whether by a norm of its own (its ``clip_norm`` key)."""
+    if "clip_norm" in group:
+        refuse_limit("clip_norm", group["clip_norm"])
+        return group["clip_norm"], True
+    return timing.clip_norm, False
+
+
+def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float = 1.0) -> Change:
+    """What happens to the gradients of this group."""
+    value = group.get("clip_value", timing.clip_value)
+    refuse_limit("clip_value", value)
+    return Change(coefficient, value)
+
+
+def coefficient(limit: float | None, norm: float) -> float:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + TINY))
+
+
+def norm_from(power: float, norm_type: float) -> float:
+    """The norm, from the sum of powers (from the largest magnitude for infinity)."""
+    if norm_type == math.inf:
+        return power
+    return math.sqrt(power) if norm_type == 2 else power ** (1 / norm_type)
+
+
+def add_power(total: float, power: float, norm_type: float) -> float:
+    """Sums of powers add; of largest magnitudes the larger counts, and NaN always."""
+    if norm_type != math.inf:
+        return total + power
+    return power if math.isnan(power) or power > total else total
