@@ -24,7 +24,7 @@ from .identity import identity_of, instant, split_number
 from .keys import PublicKey, check_entry
 from .report import Check, Checker, Status, brief, typed
 from .signatures import EVENT_MESSAGE, RECEIPT_MESSAGE, check_signature
-from .trust import Keyring, TrustStore
+from .trust import RESERVED, Keyring, TrustStore
 
 MAX_EVENTS = 200_000
 NO_KEY = frozenset({"key", "receipt_key"})
@@ -39,16 +39,12 @@ class Examined:
     event: Any
     checks: list[Check]
     signed: bool
+    """False for one rebuilt from a state."""
 
     @property
     def reasons(self) -> frozenset[str]:
-        """The names of the checks that failed; none if the event is valid. Trust is no part of it.
-
-        An event rebuilt from a state is not held against it that the key of its receipt is not at hand: a state carries
-        no keys, and what was valid in a bundle must stay so in the state that was made of it.
-        """
-        failed = frozenset(check.name for check in self.checks if check.status is Status.FAIL)
-        return failed if self.signed else failed - NO_KEY
+        """The names of the checks that failed; none if the event is valid. Whom one trusts is no part of it."""
+        return frozenset(check.name for check in self.checks if check.status is Status.FAIL and check.intrinsic)
 
 
 @dataclass
@@ -77,6 +73,8 @@ def open_document(content: Any, store: TrustStore) -> Document:
     kind = _kind(content)
     subject = content.get("subject_pith_number" if kind == "event" else "pith_number")
     document = Document(kind, content, subject if split_number(subject) else None, Keyring(store))
+    if kind == "event":  # it has no room for keys: those that the user names are all there are
+        document.keys = Keyring(store, store.keys)
     if kind == "bundle":
         document.keys = Keyring(store, _claimed_keys(content, store, document.key_checks))
     found = list(_events(document))
@@ -141,11 +139,15 @@ def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: boo
     if not at.test("signer", sound, f"is not an object of {', '.join(SIGNER_FIELDS)}"):
         return
     name, key_id, fingerprint = signer["signer_id"], signer["key_id"], signer["public_key_fingerprint"]
-    owner = keys.store.owner_of(key_id)
-    if owner is not None and owner.fingerprint != fingerprint:
-        at.note("signer", Status.FAIL, f"{brief(key_id)} is the id of a trusted key, but this is another key")
-    if keys.store.impostor(name, fingerprint):
-        at.note("signer", Status.FAIL, f"{brief(name)} is not the name of the signer with the key {brief(fingerprint)}")
+    # A name of the registry's is wrong for everyone, that of another trusted key for those who trust it.
+    for store, intrinsic in ((RESERVED, True), (keys.store, False)):
+        owner = store.owner_of(key_id)
+        if owner is not None and owner.fingerprint != fingerprint:
+            detail = f"{brief(key_id)} is the id of a trusted key, but this is another key"
+            at.note("signer", Status.FAIL, detail, intrinsic)
+        if store.impostor(name, fingerprint):
+            detail = f"{brief(name)} is not the name of the signer with the key {brief(fingerprint)}"
+            at.note("signer", Status.FAIL, detail, intrinsic)
     block = typed(event, "signature", dict)
     if signed and block is not None:
         at.same("signer_key_id", block.get("key_id"), key_id)
@@ -183,7 +185,7 @@ def _check_record(event: dict[str, Any], subject: str | None, keys: Keyring, at:
     at.same("receipt_key_id", receipt.get("key_id"), signer.get("key_id"))
     at.same("receipt_fingerprint", receipt.get("public_key_fingerprint"), signer.get("public_key_fingerprint"))
     start = receipt.get("first_computed_at")
-    check_signature(receipt, digest, RECEIPT_MESSAGE, keys, at, prefix="receipt_", not_before=start)
+    check_signature(receipt, digest, RECEIPT_MESSAGE, keys, at, "receipt_", start, brings_keys=signed)
 
 
 def _kind(content: dict[str, Any]) -> str:

@@ -20,12 +20,16 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question asked of a document: where, what, and how it ended."""
+    """One question asked of a document: where, what, and how it ended.
+
+    `intrinsic`: the answer lies in the document and is the same for everyone, whomever they trust.
+    """
 
     where: str
     name: str
     status: Status
     detail: str = ""
+    intrinsic: bool = True
 
     def as_dict(self) -> dict[str, str]:
         return {"where": self.where, "check": self.name, "status": str(self.status), "detail": self.detail}
@@ -102,8 +106,8 @@ class Checker:
         passed = type(found) is type(expected) and found == expected
         return self.test(name, passed, "" if passed else f"is {brief(found)}, should be {brief(expected)}")
 
-    def note(self, name: str, status: Status, detail: str = "") -> None:
-        self.checks.append(Check(self.where, name, status, detail))
+    def note(self, name: str, status: Status, detail: str = "", intrinsic: bool = True) -> None:
+        self.checks.append(Check(self.where, name, status, detail, intrinsic))
 
 
 def brief(value: Any) -> str:

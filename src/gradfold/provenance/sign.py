@@ -70,11 +70,11 @@ class Signer:
 
 def signer_for(private: Ed25519PrivateKey, signer_id: str | None = None, key_id: str | None = None) -> Signer:
     """A signer by these names, or by names made of the key's fingerprint. Raises ProvenanceError."""
-    key_id = key_id or default_key_id(PublicKey(raw_public(private)))
+    key_id = default_key_id(PublicKey(raw_public(private))) if key_id is None else key_id
     for name, value in (("signer_id", signer_id), ("key_id", key_id)):
         if value is not None and not (value.strip() and value.isprintable() and len(value) <= 200):
             raise ProvenanceError(f"{name} = {value[:60]!r}: takes up to 200 printable characters")
-    return Signer(private, key_id, signer_id or key_id)
+    return Signer(private, key_id, key_id if signer_id is None else signer_id)
 
 
 def generate_key(path: str | os.PathLike[str], signer: Signer, passphrase: bytes | None = None) -> None:
@@ -119,7 +119,8 @@ def load_signer(
             raise ProvenanceError(f"{public_path}: {error}") from None
         if others or public.raw != raw_public(private):
             raise ProvenanceError(f"{public_path}: is not the public half of {path}")
-        signer_id, key_id = signer_id or public.signer_id, key_id or public.key_id
+        signer_id = public.signer_id if signer_id is None else signer_id
+        key_id = public.key_id if key_id is None else key_id
     return signer_for(private, signer_id, key_id)
 
 

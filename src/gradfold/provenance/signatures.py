@@ -24,10 +24,12 @@ def check_signature(
     at: Checker,
     prefix: str = "",
     not_before: Any = None,
+    brings_keys: bool = True,
 ) -> None:
     """Note every check of the signature `block` over `digest` (64 hex digits).
 
     `message`: the kind of digest that it must say it signs. `not_before`: a time it may not be earlier than.
+    `brings_keys`: whether it stands in a document that should list its key; a state has no room for keys.
     """
     at.same(f"{prefix}signature_status", block.get("signature_status"), SIGNED)
     at.same(f"{prefix}algorithm", block.get("algorithm"), ALGORITHM)
@@ -41,22 +43,21 @@ def check_signature(
         return
     found = keys.find(key_id, fingerprint)
     if isinstance(found, Missing):
-        at.note(f"{prefix}{found.name}", Status.FAIL, found.reason)
+        at.note(f"{prefix}{found.name}", Status.FAIL, found.reason, intrinsic=found.name != "key" or brings_keys)
         at.note(f"{prefix}signature", Status.NOT_CHECKED, "there is no key to check it with")
         return
-    at.note(f"{prefix}key", Status.PASS)
+    if found.clash:
+        at.note(f"{prefix}key_id", Status.FAIL, found.clash, intrinsic=False)
+    at.test(f"{prefix}key", found.listed or not brings_keys, "is a trusted key, but the document does not list it")
+    status, detail = Status.FAIL, "the signature is not valid for this digest and key"
     if signature is None:
-        at.note(f"{prefix}signature", Status.FAIL, "signature_b64 is not the base64 of 64 bytes")
-    elif not found.key.verifies(signature, bytes.fromhex(digest)):
-        at.note(f"{prefix}signature", Status.FAIL, "the signature is not valid for this digest and key")
-    elif found.trusted:
-        at.note(f"{prefix}signature", Status.PASS, f"trusted key {brief(key_id)}")
-    else:
-        at.note(
-            f"{prefix}signature",
-            Status.UNTRUSTED,
-            f"valid signature, untrusted key {brief(key_id)}, fingerprint {fingerprint}",
-        )
+        detail = "signature_b64 is not the base64 of 64 bytes"
+    elif found.key.verifies(signature, bytes.fromhex(digest)):
+        status, detail = Status.PASS, f"trusted key {brief(key_id)}"
+        if not found.trusted:
+            status = Status.UNTRUSTED
+            detail = f"valid signature, untrusted key {brief(key_id)}, fingerprint {fingerprint}"
+    at.note(f"{prefix}signature", status, detail, intrinsic=found.listed)
 
 
 def _check_time(time: Any, not_before: Any, at: Checker, name: str) -> None:

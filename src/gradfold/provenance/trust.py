@@ -34,10 +34,14 @@ KEY_FILE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Found:
-    """A key for a signature, and whether the trust store holds it."""
+    """A key for a signature, and what is to be said of it."""
 
     key: PublicKey
     trusted: bool
+    listed: bool
+    """Whether the document itself brings it; the registry's counts as brought by all."""
+    clash: str = ""
+    """What contradicts the names under which keys are trusted."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +106,33 @@ class TrustStore:
         return key is not None and key.signer_id is not None
 
 
+RESERVED = TrustStore()
+"""The registry's names belong to its key in everyone's eyes, whatever they trust."""
+
+
 class Keyring:
-    """The keys that one document's signatures are checked with: the trusted ones, and those it lists itself."""
+    """The keys that one document's signatures are checked with: those it lists itself, and the trusted ones."""
 
     def __init__(self, store: TrustStore, claims: Iterable[PublicKey] = ()):
         self.store = store
         self._claims: dict[str, list[PublicKey]] = {}
-        for key in claims:
+        for key in (PITH_REGISTRY, *claims):
             self._claims.setdefault(key.fingerprint, []).append(key)
 
     def find(self, key_id: str, fingerprint: str) -> Found | Missing:
         """The key that a signature names by id and fingerprint."""
+        if (owner := RESERVED.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
+            return Missing("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
+        listed = self._claims.get(fingerprint, [])
+        ids = [key.key_id for key in listed]
+        if ids and None not in ids and key_id not in ids:
+            return Missing("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
         trusted = self.store.find(fingerprint)
-        claimed = self._claims.get(fingerprint, [])
-        ids = {trusted.key_id} if trusted and trusted.key_id else {key.key_id for key in claimed if key.key_id}
-        owner = self.store.owner_of(key_id)
-        if owner is not None and owner.fingerprint != fingerprint:
-            return Missing("key_id", f"{brief(key_id)} is the id of a trusted key, but this is another key")
-        if ids and key_id not in ids:
-            return Missing("key_id", f"is {brief(key_id)}, but that key goes by {brief(min(ids))}")
-        if trusted is not None:
-            return Found(trusted, True)
-        if claimed:
-            return Found(claimed[0], False)
+        clash = ""
+        if (owner := self.store.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
+            clash = f"{brief(key_id)} is the id of a trusted key, but this is another key"
+        elif trusted is not None and trusted.key_id not in (None, key_id):
+            clash = f"is {brief(key_id)}, but that key is trusted as {brief(trusted.key_id)}"
+        if listed or trusted is not None:
+            return Found(trusted or listed[0], trusted is not None, bool(listed), clash)
         return Missing("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")
