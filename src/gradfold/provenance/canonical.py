@@ -48,7 +48,7 @@ def parse(data: bytes | str) -> Any:
         raise ProvenanceError(f"is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
     except RecursionError:
         raise ProvenanceError(f"is nested deeper than {MAX_DEPTH} levels") from None
-    _check(value)
+    check_json(value)
     # Half a surrogate pair can only come from an escape, so most documents need not be written to find out.
     if isinstance(data, str) or "\\ud" in text or "\\uD" in text:
         _encode(value)
@@ -57,14 +57,19 @@ def parse(data: bytes | str) -> Any:
 
 def canonical_bytes(value: Any) -> bytes:
     """The canonical form of a value made of dict, list, str, int, float, bool and None. Raises ProvenanceError."""
-    data = _encode(value)
-    _check(value)
+    data = _encode(value)  # first: it also notices a value that holds itself
+    check_json(value)
     return data
 
 
 def sha256_hex(value: Any) -> str:
     """SHA-256 of the canonical form, as 64 hex digits. Raises ProvenanceError."""
     return hashlib.sha256(canonical_bytes(value)).hexdigest()
+
+
+def part_sha256_hex(value: Any) -> str:
+    """`sha256_hex` of a part of a document that has been through `parse` or `canonical_bytes` as a whole."""
+    return hashlib.sha256(_encode(value)).hexdigest()
 
 
 def without(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -83,11 +88,17 @@ def _encode(value: Any) -> bytes:
         raise ProvenanceError(f"has no canonical form ({error})") from None
 
 
-def _check(value: Any) -> None:
-    """Refuse depth, types and keys that JSON lacks but the encoder would let pass. Level by level: no recursion."""
+def check_json(value: Any) -> None:
+    """Refuse depth, types and keys that JSON lacks but the encoder would let pass. Raises ProvenanceError.
+
+    Level by level, so without recursion, and with an end even where a value holds itself.
+    """
     level = [value]
-    depth = 0
+    depth = seen = 0
     while level:
+        seen += len(level)
+        if seen > 2 * MAX_SEPARATORS:
+            raise ProvenanceError(f"holds more than {MAX_SEPARATORS:,} values")
         if depth > MAX_DEPTH:
             raise ProvenanceError(f"is nested deeper than {MAX_DEPTH} levels")
         below: list[Any] = []

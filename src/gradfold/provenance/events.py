@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from .canonical import sha256_hex, without
+from .canonical import part_sha256_hex, without
 from .identity import instant
 
 SCHEMA_VERSION = "1.0"
@@ -43,22 +44,23 @@ FIELDS: dict[str, tuple[type, ...]] = {
 ENTRY_FIELDS = frozenset({"event_id", "target", "created_at", "signer", "payload", "supersedes", "prev_event"})
 """What a state keeps of an event; the last two only where they say something."""
 
+_DIGEST, _EVENT_ID = re.compile("[0-9a-f]{64}"), re.compile("sha256:[0-9a-f]{64}")
 SIGNER_FIELDS = ("signer_id", "signer_type", "key_id", "public_key_fingerprint")
 
 
 def content_sha256(event: dict[str, Any]) -> str:
-    """The digest that an event's id repeats and its signature covers. Raises ProvenanceError."""
-    return sha256_hex(without(event, "event_id", "content_sha256", "signature"))
+    """The digest that an event's id repeats and its signature covers, of an event known to be JSON."""
+    return part_sha256_hex(without(event, "event_id", "content_sha256", "signature"))
 
 
 def is_event_id(value: Any) -> bool:
     """Whether a value has the form `sha256:` and 64 hex digits."""
-    return type(value) is str and value[:7] == "sha256:" and is_digest(value[7:])
+    return type(value) is str and _EVENT_ID.fullmatch(value) is not None
 
 
 def is_digest(value: Any) -> bool:
     """Whether a value has the form of a SHA-256 in lower-case hex."""
-    return type(value) is str and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return type(value) is str and _DIGEST.fullmatch(value) is not None
 
 
 def entry_of(event: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from typing import Any
 
@@ -68,8 +69,13 @@ def source_aliases(canonical_record: dict[str, Any], number: str, created_at: st
 
 
 def instant(text: Any) -> tuple[str, str] | None:
-    """A UTC time such as 2026-05-21T01:05:41.29Z as something that sorts; None for any other text."""
-    match = _TIME.fullmatch(text) if isinstance(text, str) else None
+    """A UTC time such as 2026-05-21T01:05:41.29Z as something that sorts; None for any other value."""
+    return _instant(text) if type(text) is str and len(text) <= 30 else None
+
+
+@functools.lru_cache(4096)
+def _instant(text: str) -> tuple[str, str] | None:
+    match = _TIME.fullmatch(text)
     if match is None:
         return None
     year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,7 @@ class PublicKey:
         return hashlib.sha256(self.raw).hexdigest()[:32]
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        try:
-            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, message)
-        except (InvalidSignature, ValueError):
-            return False
-        return True
+        return _verifies(self.raw, signature, message)
 
     def as_entry(self) -> dict[str, Any]:
         """The key as bundles list it under `public_keys`."""
@@ -52,6 +49,20 @@ class PublicKey:
         if self.signer_id is not None:
             entry["signer_id"] = self.signer_id
         return entry
+
+
+@functools.lru_cache(2**15)  # the documents that are merged often hold the same events
+def _verifies(raw: bytes, signature: bytes, message: bytes) -> bool:
+    try:
+        _loaded(raw).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@functools.lru_cache(256)
+def _loaded(raw: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(raw)
 
 
 def default_key_id(key: PublicKey) -> str:

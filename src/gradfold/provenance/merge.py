@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .canonical import sha256_hex
+from .canonical import part_sha256_hex
 from .errors import ProvenanceError
 from .events import LISTS, OTHER_RECORDS, RECORD, entry_of, is_digest, is_event_id, order_of
 from .examine import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
@@ -90,7 +90,7 @@ class Merger:
 
     def add(self, content: Any) -> None:
         """Take up a bundle, a state or an event. Raises ProvenanceError, also if it is about another paper."""
-        document = open_document(content, self.store)
+        document = open_document(content, self.store, every=False)
         if document.subject is None:
             raise ProvenanceError(f"is a {document.kind} without a pith number")
         if self.subject not in (None, document.subject):
@@ -129,7 +129,7 @@ def pool_of(document: Document) -> Pool:
                 pool.unsigned.add(examined.event["event_id"])
         else:
             event = examined.event
-            pool.set_aside(SetAside(sha256_hex(event), claimed_id(event), examined.reasons))
+            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), examined.reasons))
     if document.kind == "state":
         for entry in _carried(content):
             pool.set_aside(entry)
@@ -169,7 +169,7 @@ def state_of(subject: str, pool: Pool) -> dict[str, Any]:
         "invalid_events": invalid,
         "applied_event_ids": [event["event_id"] for event in events],
     }
-    state["state_sha256"] = sha256_hex(state)
+    state["state_sha256"] = part_sha256_hex(state)
     return state
 
 

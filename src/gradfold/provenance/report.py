@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Status(StrEnum):
@@ -18,8 +18,7 @@ class Status(StrEnum):
     NOT_CHECKED = "not-checked"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One question asked of a document: where, what, and how it ended.
 
     `intrinsic`: the answer lies in the document and is the same for everyone, whomever they trust.
@@ -86,25 +85,30 @@ class Report:
 
 
 class Checker:
-    """Collects checks under one place of a document."""
+    """Collects checks under one place of a document; without `every` only those that do not pass."""
 
-    def __init__(self, where: str, checks: list[Check] | None = None):
+    def __init__(self, where: str, checks: list[Check] | None = None, every: bool = True):
         self.where = where
+        self.every = every
         self.checks: list[Check] = [] if checks is None else checks
 
     def at(self, where: str) -> Checker:
         """The same list, another place."""
         return Checker(where, self.checks)
 
-    def test(self, name: str, passed: bool, otherwise: str = "") -> bool:
-        """Note a pass, or a failure with the reason `otherwise`."""
-        self.note(name, Status.PASS if passed else Status.FAIL, "" if passed else otherwise)
+    def test(self, name: str, passed: bool, otherwise: str = "", *values: Any) -> bool:
+        """Note a pass, or a failure with the reason `otherwise`, `values` put in its braces."""
+        if passed:
+            if self.every:
+                self.checks.append(Check(self.where, name, Status.PASS))
+        else:
+            self.note(name, Status.FAIL, otherwise.format(*map(brief, values)) if values else otherwise)
         return passed
 
     def same(self, name: str, found: Any, expected: Any) -> bool:
         """Note whether a value is the expected one, of the same type (True is no 1)."""
         passed = type(found) is type(expected) and found == expected
-        return self.test(name, passed, "" if passed else f"is {brief(found)}, should be {brief(expected)}")
+        return self.test(name, passed, "is {}, should be {}", found, expected)
 
     def note(self, name: str, status: Status, detail: str = "", intrinsic: bool = True) -> None:
         self.checks.append(Check(self.where, name, status, detail, intrinsic))

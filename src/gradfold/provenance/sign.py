@@ -188,6 +188,7 @@ def sign_event(
 
 def seal(signer: Signer, content: dict[str, Any]) -> dict[str, Any]:
     """Complete an event's content with its digest, id and signature. Raises ProvenanceError."""
+    canonical_bytes(content)
     digest = content_sha256(content)
     return {
         **content,

@@ -65,4 +65,4 @@ def _check_time(time: Any, not_before: Any, at: Checker, name: str) -> None:
     if signed is None:
         at.note(name, Status.FAIL, f"is {brief(time)}, not a time such as 2026-05-21T01:05:41Z")
     else:
-        at.test(name, earliest is None or signed >= earliest, f"is before {not_before}, when it was made")
+        at.test(name, earliest is None or signed >= earliest, "is before {}, when it was made", not_before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from .canonical import sha256_hex, without
+from .canonical import part_sha256_hex, without
 from .errors import ProvenanceError
 from .events import RECORD, SCHEMA_VERSION, is_event_id
 from .examine import Document, claimed_id, open_document
@@ -49,13 +49,11 @@ def _check_identity(document: Document, at: Checker) -> None:
     """The record that stands in the document, its number and its aliases."""
     content, subject = document.content, document.subject
     holder = content if document.kind == "bundle" else typed(content, "current", dict) or {}
-    record = holder.get("canonical_record")
-    if record is None and document.kind == "state":
-        at.note("canonical_record", Status.FAIL, "is missing: nothing says which paper this is about")
+    record = typed(holder, "canonical_record", dict)
+    found = holder.get("canonical_record")
+    if not at.test("canonical_record", record is not None, f"is {brief(found)}, not an object") or record is None:
         return
-    if not at.test("canonical_record", type(record) is dict, f"is {brief(record)}, not an object"):
-        return
-    digest = sha256_hex(record)
+    digest = part_sha256_hex(record)
     at.same("canonical_record_schema_version", record.get("schema_version"), SCHEMA_VERSION)
     split = split_number(subject)
     at.test(
@@ -128,7 +126,7 @@ def _check_bundle(document: Document, at: Checker) -> None:
     block = typed(content, "bundle_signature", dict)
     if not at.test("bundle_signature_block", block is not None, "is missing or no object") or block is None:
         return
-    digest = sha256_hex(without(content, "bundle_signature"))
+    digest = part_sha256_hex(without(content, "bundle_signature"))
     at.same("bundle_sha256", block.get("bundle_sha256"), digest)
     check_signature(
         block, digest, BUNDLE_MESSAGE, document.keys, at, prefix="bundle_", not_before=content.get("built_at")
@@ -137,7 +135,7 @@ def _check_bundle(document: Document, at: Checker) -> None:
     time = instant(block.get("signed_at"))
     at.test("bundle_signed_last", last is None or time is None or last <= time, "an event was signed after the bundle")
     if digest in KNOWN_SIGNATURES:
-        same = sha256_hex(block) == KNOWN_SIGNATURES[digest]
+        same = part_sha256_hex(block) == KNOWN_SIGNATURES[digest]
         at.test("bundle_signature_as_published", same, "is not the signature that was published with this bundle")
     else:
         at.note("bundle_signed_at_itself", Status.NOT_CHECKED, "no digest covers a bundle signature's own time")
@@ -153,7 +151,7 @@ def _check_state(document: Document, at: Checker) -> None:
     at.same("state_type", state.get("state_type"), STATE_TYPE)
     at.same("state_version", state.get("state_version"), STATE_VERSION)
     at.same("merge_version", state.get("merge_version"), MERGE_VERSION)
-    at.same("state_sha256", state.get("state_sha256"), sha256_hex(without(state, "state_sha256")))
+    at.same("state_sha256", state.get("state_sha256"), part_sha256_hex(without(state, "state_sha256")))
     if document.subject is None:
         at.note("recomputed", Status.NOT_CHECKED, "without a pith number there is no state to compute")
         return
