@@ -26,7 +26,7 @@ from .report import Check, Checker, Status, brief, typed
 from .signatures import EVENT_MESSAGE, RECEIPT_MESSAGE, check_signature
 from .trust import RESERVED, Keyring, TrustStore
 
-MAX_EVENTS = 200_000
+MAX_EVENTS = 100_000
 NO_KEY = frozenset({"key", "receipt_key"})
 """Checks that fail for want of a key, which another document may bring; all others lie in the event itself."""
 
