@@ -82,6 +82,16 @@ def test_a_bundle_that_fails_is_not_built_on(bundle, ada, bob):
         append(bundle["events"][0], ada, "correction", "t", {})
 
 
+def test_nothing_is_signed_that_would_not_verify(bundle, ada):
+    nowhere = "sha256:" + "0" * 64
+    with pytest.raises(ChecksFailed, match=f"the bundle would not verify: events\\[2\\] links: {nowhere} is not here"):
+        append(bundle, ada, "correction", "t", {}, supersedes=[nowhere])
+    own = append(bundle, ada, "correction", "t", {"n": 1})
+    with pytest.raises(ChecksFailed, match="is not here"):  # a state gives no event that the new one could follow
+        append(merge([own]), ada, "correction", "t", {"n": 2})
+    assert append(merge([own]), ada, "correction", "u", {"n": 2})
+
+
 def test_nobody_signs_in_the_registrys_name(bundle, ada):
     with pytest.raises(ProvenanceError, match="another trusted key; rename yours"):
         append(bundle, signer_named(ada, key_id="pith-v1-2026-05"), "correction", "t", {})

@@ -215,6 +215,8 @@ def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check
         key = check_entry(entry, here)
         if key is None:
             continue
+        if entry.get("rotates_at") is not None:
+            here.note("rotates_at", Status.NOT_CHECKED, "what a rotated key may still sign is not known")
         owner = store.owner_of(key.key_id or "")
         if owner is not None and owner.raw != key.raw:
             here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is the id of a trusted key, but this is another key")

@@ -25,7 +25,7 @@ from .files import read_bytes, write_secret
 from .identity import instant, short_number
 from .keys import PublicKey, default_key_id, raw_public, read_keys
 from .merge import MERGE_VERSION, merge
-from .report import typed
+from .report import Report, typed
 from .signatures import ALGORITHM, BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, EVENT_MESSAGE, SIGNED
 from .trust import TrustStore
 from .verify import verify
@@ -232,7 +232,8 @@ def build_bundle(
     """A bundle of a paper's events and `events`, with its state, signed.
 
     A paper known as a state only gives no events, because a state's have no signatures: the bundle then holds the new
-    ones alone, and is merged with that state. Raises ChecksFailed and ProvenanceError.
+    ones alone, and is merged with that state. Nothing is signed that would not verify. Raises ChecksFailed and
+    ProvenanceError.
     """
     store = _checked(paper, signer, store)
     is_state = "bundle_type" not in paper
@@ -260,7 +261,9 @@ def build_bundle(
         reasons = sorted({reason for found in bundle["state"]["invalid_events"] for reason in found["reasons"]})
         raise ChecksFailed(f"an event fails its checks ({', '.join(reasons)}); nothing was signed")
     bundle["built_at"] = _latest(now(), *(event["signature"]["signed_at"] for event in bundle["events"]))
-    return {**bundle, "bundle_signature": sign_bundle(bundle, signer)}
+    bundle["bundle_signature"] = sign_bundle(bundle, signer)
+    _refuse_unless_verified(verify(bundle, store), "bundle would not verify")  # a link to what is not in it, say
+    return bundle
 
 
 def sign_bundle(bundle: dict[str, Any], signer: Signer) -> dict[str, Any]:
@@ -288,10 +291,14 @@ def _checked(paper: dict[str, Any], signer: Signer, store: TrustStore | None) ->
     report = verify(paper, widened)
     if report.kind == "event":
         raise ProvenanceError("is a single event; name the paper's bundle or state")
+    _refuse_unless_verified(report, f"paper's {report.kind} is not verified")
+    return widened
+
+
+def _refuse_unless_verified(report: Report, what: str) -> None:
     if not report.verified:
         first = (report.failures or report.untrusted or report.checks)[0]
-        raise ChecksFailed(f"the paper's {report.kind} is not verified: {first.where} {first.name}: {first.detail}")
-    return widened
+        raise ChecksFailed(f"the {what}: {first.where} {first.name}: {first.detail}")
 
 
 def _latest(*times: str) -> str:
