@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true", help="tie the head to the embedding")
     parser.add_argument("--rule", choices=PEERS, nargs="+", default=["adamw"])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--states", choices=["fp32", "bf16", "int8", "int4"], help="of the folded optimizer")
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"], help="of the folded optimizer")
+    parser.add_argument("--master", choices=["split8", "split16"], help="of the folded optimizer")
     parser.add_argument("--pairs", type=int, default=21, help="interleaved pairs (default 21)")
     parser.add_argument("--warm-up", type=int, default=2, help="untimed pairs (default 2)")
     parser.add_argument("--threads", type=int, default=1)
@@ -38,11 +41,12 @@ def main() -> None:
         parser.error(f"--pairs {args.pairs}: quartiles need at least 2")
     torch.set_num_threads(args.threads)
 
+    storage = {key: value for key in ("states", "rounding", "master") if (value := getattr(args, key))}
     rows = []
     for dtype in args.dtype:
         for rule in args.rule:
             for tokens in args.tokens:
-                rows.append(compare(rule, dtype, tokens, args.layers, args.tied, args.pairs, args.warm_up))
+                rows.append(compare(rule, dtype, tokens, storage, args.layers, args.tied, args.pairs, args.warm_up))
                 print_row(rows[-1])
     header = ["", "T", "torch ms", "folded ms", "ratio", "quartiles"]
     print()
@@ -50,7 +54,7 @@ def main() -> None:
         header,
         [
             [
-                f"{row['rule']} {row['dtype']}",
+                " ".join([row["rule"], row["dtype"], *row["storage"].values()]),
                 str(row["tokens"]),
                 f"{row['torch_ms_median']:.0f}",
                 f"{row['folded_ms_median']:.0f}",
@@ -63,8 +67,10 @@ def main() -> None:
     print(f"\nwritten to {write_result('step_time', rows, args.out)}")
 
 
-def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, pairs: int, warm_up: int) -> dict:
-    """One row: a rule in a dtype at a number of tokens."""
+def compare(
+    rule: str, dtype: str, tokens: int, storage: dict, layers: int, tied: bool, pairs: int, warm_up: int
+) -> dict:
+    """One row: a rule in a dtype at a number of tokens; torch's states are of that dtype, ours as `storage` says."""
     config = llama_config(layers, tied)
     batch = random_batch(config, tokens)
     peer = PEERS[rule]
@@ -73,7 +79,7 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, pairs: 
     plain = llama(config, DTYPES[dtype])
     plain_step = stepper(plain, peer.torch(plain.parameters(), lr=lr, **peer.torch_options), batch)
     folded = llama(config, DTYPES[dtype])
-    optimizer = peer.gradfold(folded.parameters(), lr=lr)
+    optimizer = peer.gradfold(folded.parameters(), lr=lr, **storage)
     gradfold.fold(folded, optimizer)
     folded_step = stepper(folded, optimizer, batch)
 
@@ -96,6 +102,7 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, pairs: 
         "rule": rule,
         "dtype": dtype,
         "tokens": tokens,
+        "storage": storage,
         "parameters": sum(p.numel() for p in folded.parameters()),
         "pairs": pairs,
         "torch_options": peer.torch_options,
@@ -124,8 +131,9 @@ def stepper(model: torch.nn.Module, optimizer, batch: dict) -> Callable[[], floa
 
 
 def print_row(row: dict) -> None:
+    what = " ".join([row["rule"], row["dtype"], *row["storage"].values()])
     print(
-        f"{row['rule']} {row['dtype']} T={row['tokens']} {row['parameters'] / 1e6:.1f} M: "
+        f"{what} T={row['tokens']} {row['parameters'] / 1e6:.1f} M: "
         f"ratio {row['ratio_median']:.3f} ({row['ratio_quartile_1']:.3f} - {row['ratio_quartile_3']:.3f}), "
         f"{row['pairs']} pairs; "
         f"loss after: torch {row['torch_loss_after']:.4f}, folded {row['folded_loss_after']:.4f}",

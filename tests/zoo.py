@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import gradfold
+from gradfold.backends import Stored
 
 VOCABULARY, WIDTH, TOKENS = 11, 6, 5
 
@@ -255,13 +256,14 @@ class Recorder:
         self.order: list[str] = []
         self.log: Callable[[str], None] = self.order.append
 
-    def reserve(self, weight: Tensor, states: Any, rule: Any, group: Any) -> None:
+    def reserve(self, weight: Stored, states: Any, rule: Any, group: Any) -> None:
         pass
 
     def scratch_tensors(self) -> list[Tensor]:
         return []
 
-    def step(self, weight: Tensor, states: Any, uses: Any, rule: Any, group: Any, numbers: Any) -> None:
+    def step(self, stored: Stored, states: Any, uses: Any, rule: Any, group: Any, numbers: Any) -> None:
+        weight = stored.values
         (name,) = {n for n, p in self.model.named_parameters() if p.data_ptr() == weight.data_ptr()}
         assert name not in self.grads, f"{name} steps twice"
         assert no_gradients(self.model)

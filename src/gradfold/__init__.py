@@ -8,13 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import FoldError
     from .fold import Fold, fold
-    from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
+    from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
 
 __version__ = "0.1.0.dev0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Fold", "FoldError", "Lion", "NAdam", "RAdam", "RMSprop", "fold"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Fold",
+    "FoldError",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "export_masters",
+    "fold",
+    "import_masters",
+]
 
 _HOMES = (".errors", ".fold", ".optim")
-_PARTS = ("backends", "engine", "errors", "modules", "optim", "rules")
+_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "rules")
 """Subpackages that loading the names above brings along."""
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, native
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
+from .engine.storage import storage_of
 from .errors import FoldError
 from .modules import SLOT, restore, swap
 from .optim import RuleOptimizer
@@ -126,6 +127,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: torch.dtype
     route: str  # folded, hooked or frozen
+    states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int
     state_bytes: int
 
@@ -135,20 +137,20 @@ class Report:
     """Every parameter's route and bytes; printing it gives a table."""
 
     rows: tuple[Row, ...]
-    backend: str
+    backend: str  # "reference, compiled" where coded parameters step in native kernels
     scratch_bytes: int
 
     def __str__(self) -> str:
-        lines = [("parameter", "shape", "dtype", "route", "weight MiB", "states MiB")]
+        lines = [("parameter", "shape", "dtype", "route", "states", "weight MiB", "states MiB")]
         for row in self.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
             sizes = (f"{row.weight_bytes / 2**20:.3f}", f"{row.state_bytes / 2**20:.3f}")
-            lines.append((row.name, shape, str(row.dtype).removeprefix("torch."), row.route, *sizes))
+            lines.append((row.name, shape, str(row.dtype).removeprefix("torch."), row.route, row.states, *sizes))
         total = (sum(row.weight_bytes for row in self.rows), sum(row.state_bytes for row in self.rows))
-        lines.append(("total", "", "", "", f"{total[0] / 2**20:.3f}", f"{total[1] / 2**20:.3f}"))
+        lines.append(("total", "", "", "", "", f"{total[0] / 2**20:.3f}", f"{total[1] / 2**20:.3f}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
-            "  ".join(f"{cell:<{width}}" if i < 4 else f"{cell:>{width}}" for i, (cell, width) in enumerate(pairs))
+            "  ".join(f"{cell:<{width}}" if i < 5 else f"{cell:>{width}}" for i, (cell, width) in enumerate(pairs))
             for pairs in (zip(line, widths, strict=True) for line in lines)
         ]
         scratch = f"backend {self.backend}, scratch {self.scratch_bytes / 2**20:.3f} MiB, stored gradients 0"
@@ -197,24 +199,39 @@ class Fold:
         """Print and return every parameter's route and bytes."""
         report = Report(
             rows=tuple(self._row(name, param) for name, param in self._ledger.model.named_parameters()),
-            backend=self._ledger.backend.name,
+            backend=self._backend(),
             scratch_bytes=sum(t.numel() * t.element_size() for t in self.scratch_tensors()),
         )
         print(report)
         return report
 
+    def _backend(self) -> str:
+        """The backend's name, and how it steps coded parameters, if there are any."""
+        name, optimizer = self._ledger.backend.name, self._ledger.optimizer
+        slots = [slot for slot in self._ledger.slots.values() if slot.param.requires_grad]
+        if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
+            return name
+        if any(not slot.param.is_cpu for slot in slots):
+            return f"{name}, coded steps in tensor operations"
+        why = native.reason()
+        return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
+
     def _row(self, name: str, param: nn.Parameter) -> Row:
         slot = self._ledger.slots.get(id(param))
-        states: list[Tensor] = []
+        states: dict[str, Tensor] = {}
+        stored = ""
         if slot is not None:
-            held = [*self._ledger.optimizer.state.get(param, {}).values(), *slot.waiting.values()]
-            states = [value for value in held if isinstance(value, Tensor)]
+            held = {**self._ledger.optimizer.state.get(param, {}), **slot.waiting}
+            states = {key: value for key, value in held.items() if isinstance(value, Tensor)}
+            if states:
+                stored = storage_of(param, self._ledger.optimizer.rule, slot.group).describe(states)
         route = "frozen" if slot is None or not param.requires_grad else "folded" if slot.folded else "hooked"
         return Row(
             name=name,
             shape=tuple(param.shape),
             dtype=param.dtype,
             route=route,
+            states=stored,
             weight_bytes=param.numel() * param.element_size(),
-            state_bytes=sum(state.numel() * state.element_size() for state in states),
+            state_bytes=sum(state.numel() * state.element_size() for state in states.values()),
         )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import DEFAULT_SCRATCH_BYTES, DenseUse, MatmulUse, Reference, Scratch, choose, reference
+from gradfold.backends import DEFAULT_SCRATCH_BYTES, DenseUse, MatmulUse, Reference, Scratch, Stored, choose, reference
 from gradfold.backends.scratch import TILE_ALIGNMENT
 from gradfold.plan.trace import LiveBytes
 from tests.cases import BUSY, each_rule, each_state_set
@@ -21,7 +21,14 @@ def steps(row, weight, uses, scratch_bytes):
     states = [torch.full_like(weight, spec.init) for spec in rule.states(group)]
     counters = {name: torch.tensor(start) for name, start in rule.counters.items()}
     with torch.no_grad():
-        backend.step(weight, states, uses, rule, group, rule.advance(counters, group, True))
+        backend.step(
+            Stored.plain(weight),
+            list(map(Stored.plain, states)),
+            uses,
+            rule,
+            group,
+            rule.advance(counters, group, True),
+        )
     return sum(tensor.numel() for tensor in backend.scratch_tensors())
 
 
@@ -181,7 +188,7 @@ def test_a_product_never_exists_whole(row):
     with torch.no_grad(), LiveBytes() as live:
         live.track(weight, states, dY, X)
         standing = live.now_bytes
-        backend.step(weight, states, [MatmulUse(dY, X)], rule, group, numbers)
+        backend.step(Stored.plain(weight), list(map(Stored.plain, states)), [MatmulUse(dY, X)], rule, group, numbers)
     assert live.peak_bytes - standing <= limit + KIB < N * K * 4
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, gemm, uses
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, Stored, gemm, uses
 from gradfold.rules import Rule
 from tests import oracle
 from tests.cases import MATMULS, SHAPES
@@ -43,7 +43,7 @@ def gradients(shape, parts, dtype=torch.float64):
     for path, rule in PATHS.items():
         for scratch_bytes in SCRATCH_BYTES:
             weight = torch.full(shape, float("nan"), dtype=dtype)
-            Reference(Scratch(scratch_bytes)).step(weight, [], parts, rule, {}, None)
+            Reference(Scratch(scratch_bytes)).step(Stored.plain(weight), [], parts, rule, {}, None)
             yield f"{path}, scratch_bytes={scratch_bytes}", weight
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradfold
-from gradfold.backends import DenseUse, Reference, Scratch
+from gradfold.backends import DenseUse, Reference, Scratch, Stored
 from gradfold.rules import Rule
 from tests.cases import BUSY, BUSY_ROWS, all_rules, each_rule, problem
 
@@ -144,7 +144,12 @@ def test_float32_states_of_a_bfloat16_weight_stay_float32(row):
         numbers = optimizer.rule.advance(counters, optimizer.param_groups[0], True)
         backend = Reference(Scratch(2**20))
         backend.step(
-            target, list(tensors.values()), [DenseUse(grad)], optimizer.rule, optimizer.param_groups[0], numbers
+            Stored.plain(target),
+            [Stored.plain(tensor) for tensor in tensors.values()],
+            [DenseUse(grad)],
+            optimizer.rule,
+            optimizer.param_groups[0],
+            numbers,
         )
     for name, state in states.items():
         assert state.dtype == torch.float32

@@ -66,6 +66,13 @@ SETUPS = {
     },
     "Lion, from stored gradients": {"optimizer.name": "Lion", "optimizer.lr": 1e-3, "fold": False},
     "bfloat16, checkpointed activations": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "coded states and masters, rounded stochastically": {
+        "dtype": "bfloat16",
+        "optimizer.states": "int8",
+        "optimizer.rounding": "stochastic",
+        "optimizer.master": "split8",
+        "optimizer.small_size": 0,
+    },
     "across an epoch": {"batch_size": 5, "steps": 9},
 }
 

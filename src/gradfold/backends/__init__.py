@@ -4,16 +4,19 @@ from .choose import choose
 from .gemm import multiply
 from .reference import Backend, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
+from .stored import VALUES, Stored
 from .uses import DenseUse, GatherUse, MatmulUse, Use, rows
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
+    "VALUES",
     "Backend",
     "DenseUse",
     "GatherUse",
     "MatmulUse",
     "Reference",
     "Scratch",
+    "Stored",
     "Use",
     "choose",
     "multiply",

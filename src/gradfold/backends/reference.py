@@ -2,7 +2,7 @@
 
 Row blocks bound the memory: a weight ``[R, C]`` never has more than one block ``[rows, C]`` of gradient alive. Where
 torch has a fused kernel for the rule it runs on views of the weight and its states; elsewhere plain tensor
-operations do, in fp32 for weights of lower precision.
+operations do, in fp32 for weights of lower precision. Coded weights and states take the way of ``chain.py``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from gradfold.rules import Group, Rule
 
+from .chain import step_tile
+from .coded import Views, flat, ready, shape_of
 from .gemm import emulated
 from .scratch import TILE_ALIGNMENT, Scratch
+from .stored import Stored, coded
 from .uses import DenseUse, Use
 
 BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
@@ -29,11 +32,11 @@ class Backend(Protocol):
 
     name: str
 
-    def reserve(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> None:
+    def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
         """Allocate the scratch memory this parameter's step will use."""
 
     def step(
-        self, weight: Tensor, states: Sequence[Tensor], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
+        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
     ) -> None:
         """Apply the rule to ``weight`` and ``states`` with the sum of the uses as the gradient, in place."""
 
@@ -53,17 +56,51 @@ class Reference:
     def scratch_tensors(self) -> Sequence[Tensor]:
         return list(self.scratch.tensors())
 
-    def reserve(self, weight: Tensor, states: Sequence[Tensor], rule: Rule, group: Group) -> None:
-        if weight.numel():
-            cut = self._cut(_at_least_1d(weight), [_at_least_1d(s) for s in states], rule, group)
-            self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.device)
+    def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
+        if not weight.values.numel():
+            return
+        if coded(weight):
+            rows, columns = shape_of(weight.values)
+            block = self._block_rows(rows, columns, 1, torch.float32)
+            self.scratch.tiles(1, block, columns, torch.float32, weight.values.device)
+        else:
+            cut = self._cut(*_tensors(weight, states), rule, group)
+            self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, weight.values.device)
 
     def step(
-        self, weight: Tensor, states: Sequence[Tensor], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
+        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
     ) -> None:
-        if not weight.numel():
-            return
-        weight, states = _at_least_1d(weight), [_at_least_1d(s) for s in states]
+        if weight.values.numel():
+            (self._step_coded if coded(weight) else self._step_plain)(weight, states, uses, rule, group, numbers)
+
+    def _step_coded(
+        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
+    ) -> None:
+        """fp32 blocks of the gradient, each through decode, rule and encode."""
+        shape = rows, width = shape_of(weight.values, uses)
+        uses = flat(uses, shape)
+        whole = ready(uses)
+        block = self._block_rows(rows, width, 1, torch.float32)
+        starts = range(0, rows, block)
+        for use in uses:
+            use.prepare(starts, rows)
+        if whole is None:
+            (tile,) = self.scratch.tiles(1, block, width, torch.float32, weight.values.device)
+        views = Views([weight, *states], shape)
+        for start, stop, (first, *rest) in views.blocks(starts, rows):
+            if whole is not None:
+                grad = whole[start:stop]
+            else:
+                grad = tile[: stop - start]
+                _sum(uses, grad, start, stop)
+            grad = grad.view((stop - start) * views.each, -1)
+            step_tile(first, rest, grad, rule, group, numbers, start * width, grad.shape[1])
+
+    def _step_plain(
+        self, weight_: Stored, states_: Sequence[Stored], uses: Sequence[Use], rule: Rule, group: Group, numbers: Any
+    ) -> None:
+        """Blocks of the gradient in the weight's precision, each through torch's fused kernel or the plain rule."""
+        weight, states = _tensors(weight_, states_)
         cut = self._cut(weight, states, rule, group)
         dense = uses[0].grad if len(uses) == 1 and isinstance(uses[0], DenseUse) else None
         if cut.fused and dense is not None and dense.dtype == weight.dtype and dense.is_contiguous():
@@ -76,9 +113,7 @@ class Reference:
         for start in starts:
             stop = min(start + cut.block, weight.shape[0])
             grad, *rest = [tile[: stop - start] for tile in tiles]
-            uses[0].write(grad, start, stop)
-            for use in uses[1:]:
-                use.add(grad, start, stop)
+            _sum(uses, grad, start, stop)
             parts = [weight[start:stop], *(state[start:stop] for state in states)]
             if cut.fused:
                 grad = grad.to(weight.dtype).view(parts[0].shape)
@@ -133,6 +168,17 @@ def _update(
     for part, view, copied in zip(parts, views, cut.copied, strict=True):
         if copied:
             part.copy_(view.view(part.shape))
+
+
+def _sum(uses: Sequence[Use], tile: Tensor, start: int, stop: int) -> None:
+    """Rows ``[start, stop)`` of the uses' gradient."""
+    uses[0].write(tile, start, stop)
+    for use in uses[1:]:
+        use.add(tile, start, stop)
+
+
+def _tensors(weight: Stored, states: Sequence[Stored]) -> tuple[Tensor, list[Tensor]]:
+    return _at_least_1d(weight.values), [_at_least_1d(state.values) for state in states]
 
 
 def _at_least_1d(t: Tensor) -> Tensor:

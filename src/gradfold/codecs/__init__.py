@@ -1,6 +1,7 @@
 """Codecs: how weights and optimizer states are stored, and the random bits that round them."""
 
 from .base import BLOCK, Codec, Matrix, Part, Parts, matrix
+from .plain import Plain
 from .registry import MASTERS, STATES, WEIGHTS, state_codec, weight_codec
 from .rounding import WEIGHT, random_bits, round_stochastic, row_offsets, stream_key
 from .split import Split, export_master, import_master
@@ -15,6 +16,7 @@ __all__ = [
     "Matrix",
     "Part",
     "Parts",
+    "Plain",
     "Split",
     "export_master",
     "import_master",

@@ -12,19 +12,29 @@ from torch import Tensor
 from gradfold.backends import Backend, Use
 from gradfold.rules import Group, Rule
 
+from .storage import Storage, allocate_residuals, allocate_state, bind, keys_of, refuse_other_form, storage_of, tick
+
 States = MutableMapping[str, Any]
 
 
-def allocate(param: Tensor, state: States, rule: Rule, group: Group, waiting: dict[str, Tensor]) -> None:
-    """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``waiting`` until it steps."""
+def allocate(param: Tensor, state: States, rule: Rule, group: Group, waiting: dict[str, Tensor]) -> Storage:
+    """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``waiting`` until it steps.
+
+    Returns how they are stored.
+    """
+    storage = storage_of(param, rule, group)
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for name, start in rule.counters.items():
+    for name, start in storage.counters(rule).items():
         if name not in state:
             state[name] = torch.tensor(start, dtype=scalar)
-    for name, start, lazy in rule.states(group):
-        if name not in state and name not in waiting:
-            tensor = torch.full_like(param, start, memory_format=torch.preserve_format, requires_grad=False)
-            (waiting if lazy else state)[name] = tensor
+    for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+        keys = list(keys_of(spec.name, codec).values())
+        if any(key not in state and key not in waiting for key in keys):
+            refuse_other_form({**state, **waiting}, spec, keys)
+            (waiting if spec.lazy else state).update(allocate_state(param, spec, codec))
+    if any(key not in state for key in storage.residuals()):
+        state.update(allocate_residuals(param, storage))
+    return storage
 
 
 def apply(
@@ -35,16 +45,21 @@ def apply(
     group: Group,
     backend: Backend,
     waiting: dict[str, Tensor],
+    stream: str,
 ) -> None:
-    """Step one parameter in place with the sum of the uses as its gradient; ``waiting``: its lazy states."""
-    names = [spec.name for spec in rule.states(group)]
+    """Step one parameter in place with the sum of the uses as its gradient.
+
+    waiting: its lazy states. stream: its name in the streams of random bits.
+    """
     autocast = torch.is_autocast_enabled(param.device.type)
     with torch.no_grad(), torch.autocast(param.device.type, enabled=False) if autocast else nullcontext():
-        allocate(param, state, rule, group, waiting)
+        storage = allocate(param, state, rule, group, waiting)
         fresh = not (waiting.keys() <= state.keys())  # a loaded state_dict may have brought them already
         for name in list(waiting):
             state.setdefault(name, waiting.pop(name))
         numbers = rule.advance(state, group, fresh)
-        backend.step(param.detach(), [state[name] for name in names], uses, rule, group, numbers)
+        tick(state, rule, storage)
+        weight, states = bind(param, storage, state, stream, group.get("seed", 0))
+        backend.step(weight, states, uses, rule, group, numbers)
     # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
     torch.autograd.graph.increment_version(param)

@@ -20,6 +20,7 @@ from gradfold.errors import FoldError
 from .apply import allocate, apply
 from .parameters import refuse_parameter
 from .segments import Segment, node_in_forward
+from .storage import bind
 from .task import Demand, LeafHook, current_task, demand
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ class Slot:
         me = weakref.WeakMethod(self.join)
         self.hook = LeafHook(self.param, lambda: (join := me()) and join())
         self.allocate()
-        rule, group = self.ledger.optimizer.rule, self.group
-        held = {**self.waiting, **self.state}
-        states = [held[spec.name] for spec in rule.states(group)]
-        self.ledger.backend.reserve(self.param.detach(), states, rule, group)
 
     def allocate(self) -> None:
-        """Create the states a trainable parameter lacks, so that what fits is known before the first step."""
+        """Create the states and the scratch a trainable parameter lacks: what fits is known before the first step."""
         if self.param.requires_grad:
-            allocate(self.param, self.state, self.ledger.optimizer.rule, self.group, self.waiting)
+            rule, group = self.ledger.optimizer.rule, self.group
+            try:
+                storage = allocate(self.param, self.state, rule, group, self.waiting)
+            except ValueError as error:
+                raise FoldError(f"{self.name}: {error}") from None
+            weight, states = bind(self.param, storage, {**self.waiting, **self.state}, self.name, seed=0)
+            self.ledger.backend.reserve(weight, states, rule, group)
 
     def disarm(self) -> None:
         if self.hook:
@@ -174,7 +177,9 @@ class Slot:
         ledger = self.ledger
         for use in uses:
             use.wait(self.param.device)
-        apply(self.param, uses, self.state, ledger.optimizer.rule, self.group, ledger.backend, self.waiting)
+        optimizer = ledger.optimizer
+        stream = optimizer.stream_of(self.param)
+        apply(self.param, uses, self.state, optimizer.rule, self.group, ledger.backend, self.waiting, stream)
 
     def rearm(self) -> None:
         """Forget the step just closed, or the backward that failed."""

@@ -2,5 +2,20 @@
 
 from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
+from .masters import export_masters, import_masters
+from .options import StorageOptions
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RAdam", "RMSprop", "RuleOptimizer"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "RuleOptimizer",
+    "StorageOptions",
+    "export_masters",
+    "import_masters",
+]

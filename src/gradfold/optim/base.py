@@ -7,13 +7,16 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, UninitializedParameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
 from gradfold.engine import Ledger, apply, refuse_parameter
+from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
+
+from .convert import place, plain_states
+from .options import StorageOptions
 
 # Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups
 # here with torch's defaults, so that a state_dict loads into the torch optimizer of the same name.
@@ -30,11 +33,16 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     torch_only: ClassVar[tuple[str, ...]] = ("foreach", "capturable", "differentiable")
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], storage: StorageOptions | None = None):
         self._ledger: Ledger | None = None
         self._groups: dict[int, dict[str, Any]] = {}
+        self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
-        super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}})
+        storage = storage or {}
+        if unknown := storage.keys() - OPTIONS.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        # options that are not given stay out of the groups, whose keys are then torch's own
+        super().__init__(params, {**defaults, **storage, **{key: TORCH_ONLY[key] for key in self.torch_only}})
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
@@ -79,7 +87,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._backend = Reference(Scratch())
         backend = self._ledger.backend if self._ledger else self._backend
         waiting = self._ledger.slots[id(param)].waiting if self._ledger else {}
-        apply(param, [DenseUse(grad.detach())], self.state[param], self.rule, self.group_of(param), backend, waiting)
+        group, stream = self.group_of(param), self.stream_of(param)
+        apply(param, [DenseUse(grad.detach())], self.state[param], self.rule, group, backend, waiting, stream)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""
@@ -95,12 +104,33 @@ class RuleOptimizer(torch.optim.Optimizer):
             group = self._groups[id(param)]
         return group
 
+    def stream_of(self, param: Parameter) -> str:
+        """The parameter's name in the streams of random bits: as given with ``named_parameters()``, else its place.
+
+        Folding does not change it, and a loaded state_dict brings its own, so that a resumed run draws the same bits.
+        """
+        if id(param) not in self._streams:
+            names = _stream_names(self.param_groups)
+            params = [param for group in self.param_groups for param in group["params"]]
+            self._streams = {id(param): name for param, name in zip(params, names, strict=True)}
+        return self._streams[id(param)]
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for hyper-parameters out of range, and for storage a parameter cannot have."""
+        self.validate(group)
+        for param in group["params"]:
+            # fold and step say what is wrong with others
+            if param.is_floating_point() and not isinstance(param, UninitializedParameter):
+                storage_of(param, self.rule, group)
+        if not isinstance(seed := group.get("seed", 0), int):
+            raise ValueError(f"seed={seed!r}: an integer")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; folded, the new parameters join the fold."""
         super().add_param_group(param_group)
         self._groups.clear()
         try:
-            self.validate(self.param_groups[-1])
+            self._check(self.param_groups[-1])
             self._join_fold(self.param_groups[-1]["params"])
         except (ValueError, FoldError):
             self.param_groups.pop()
@@ -131,21 +161,48 @@ class RuleOptimizer(torch.optim.Optimizer):
     # state_dict -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own layout: states by parameter index, groups with torch's keys."""
+        """torch's own layout: states by parameter index, groups with torch's keys.
+
+        Every state is a plain tensor: what is stored in several parts has one entry each (``exp_avg.codes``,
+        ``exp_avg.scales``; a master's ``weight.residual``). ``torch_state_dict`` is what torch's optimizers read.
+        """
+        self._forget_empty()
+        return super().state_dict()
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """A state_dict for the torch optimizer of the same name: states decoded to fp32, torch's keys alone.
+
+        It loads back here as well, into whatever ``states=`` the optimizer then has. Masters are not part of it: see
+        ``export_masters``.
+        """
+        self._forget_empty()
+        packed = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in enumerate(params):
+            if index in packed["state"]:
+                storage = storage_of(param, self.rule, self.group_of(param))
+                packed["state"][index] = plain_states(param, self.state[param], storage, self.rule)
+                if not packed["state"][index]:
+                    del packed["state"][index]
+        ours = {*OPTIONS, "streams"}
+        packed["param_groups"] = [{k: v for k, v in g.items() if k not in ours} for g in packed["param_groups"]]
+        return packed
+
+    def _forget_empty(self) -> None:
         if self._ledger is not None:
             self._ledger.require_closed("state_dict()")
         for param in [param for param, states in self.state.items() if not states]:
             del self.state[param]  # torch has no entry for a parameter that keeps nothing
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of the torch optimizer of the same name.
 
-        torch casts every state to its parameter's dtype; here a state keeps the dtype it was saved in, and moves to
-        its parameter's device.
+        Its groups' options are taken over, as torch's hyper-parameters are. torch casts every state to its parameter's
+        dtype; here a state keeps the dtype it was saved in, unless a group's ``states=`` names another form: then it is
+        converted, to nearest.
 
         Raises:
-            ValueError: other groups, or a state whose shape is not its parameter's; nothing is changed then.
+            ValueError: other groups, or a state that is not this parameter's; nothing is changed then.
         """
         if self._ledger is not None:
             self._ledger.require_closed("load_state_dict()")
@@ -153,17 +210,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (replaced := hook(self, state_dict)) is not None:
                 state_dict = replaced
-        state = self._placed_states(state_dict)
-        saved = deepcopy(state_dict["param_groups"])
-        for group, own in zip(saved, self.param_groups, strict=True):
-            self.validate({**own, **group})
-        groups = [
-            {**own, **group, "params": own["params"]} for group, own in zip(saved, self.param_groups, strict=True)
-        ]
+        groups = self._merged_groups(state_dict["param_groups"])
+        state = self._placed_states(state_dict, groups)
         self.state.clear()
         self.state.update(state)
         self.param_groups[:] = groups
         self._groups.clear()
+        self._streams.clear()
         if self._ledger is not None:
             for slot in self._ledger.slots.values():
                 slot.waiting.clear()
@@ -172,48 +225,48 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _placed_states(self, state_dict: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-        saved, own = state_dict["param_groups"], self.param_groups
+    def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        own = self.param_groups
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
             raise ValueError(
                 f"state_dict has groups of {[len(g['params']) for g in saved]} parameters, this optimizer of "
                 f"{[len(g['params']) for g in own]}; build it from the same parameters in the same groups"
             )
-        ids = [key for group in saved for key in group["params"]]
-        params = [param for group in own for param in group["params"]]
+        saved = deepcopy(saved)
+        groups = [{**mine, **theirs, "params": mine["params"]} for theirs, mine in zip(saved, own, strict=True)]
+        for group in groups:
+            group.pop("streams", None)
+        streams, default = _stream_names(saved), _stream_names(groups)
+        for group, theirs in zip(groups, saved, strict=True):
+            self._check(group)
+            names, streams = streams[: len(theirs["params"])], streams[len(theirs["params"]) :]
+            usual, default = default[: len(theirs["params"])], default[len(theirs["params"]) :]
+            if names != usual:
+                group["streams"] = names
+        return groups
+
+    def _placed_states(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [(param, group) for group in groups for param in group["params"]]
         placed = {}
-        for key, param in zip(ids, params, strict=True):
-            if key not in state_dict["state"]:
-                continue
-            states = {name: value for name, value in state_dict["state"][key].items() if value is not None}
-            self._refuse_foreign(states)
-            placed[param] = {name: self._placed(name, value, param) for name, value in states.items()}
+        for key, (param, group) in zip(ids, params, strict=True):
+            if key in state_dict["state"]:
+                storage = storage_of(param, self.rule, group)
+                placed[param] = place(param, state_dict["state"][key], storage, self.rule, type(self).__name__)
         return placed
-
-    def _refuse_foreign(self, states: dict[str, Any]) -> None:
-        """Raise if these states are another optimizer's: they would start again from zero without a word."""
-        needed = self.rule.kept | self.rule.counters.keys()
-        if states and not needed <= states.keys() <= needed | self.rule.optional:
-            raise ValueError(
-                f"state_dict has states {sorted(states)}, {type(self).__name__} keeps "
-                f"{sorted(needed | self.rule.optional)}; it was saved by another optimizer"
-            )
-
-    def _placed(self, name: str, value: Any, param: Parameter) -> Any:
-        if not isinstance(value, Tensor):
-            return torch.tensor(float(value)) if name in self.rule.counters else deepcopy(value)
-        if name in self.rule.counters:
-            return value.detach().to("cpu", copy=True)
-        if value.shape != param.shape:
-            raise ValueError(
-                f"state {name!r} has shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}; "
-                "the parameters are in another order, or the state_dict is of another model"
-            )
-        return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ledger, self._backend, self._groups = None, None, {}
+        self._ledger, self._backend, self._groups, self._streams = None, None, {}, {}
+
+
+def _stream_names(groups: list[dict[str, Any]]) -> list[str]:
+    """Every parameter's name in the streams of random bits, group after group."""
+    names: list[str] = []
+    for group in groups:
+        places = [str(len(names) + index) for index in range(len(group["params"]))]
+        names += group.get("streams") or group.get("param_names") or places
+    return names

@@ -32,7 +32,7 @@ class Adagrad(Rule):
     kept = frozenset({"sum"})
 
     def states(self, group):
-        return (State("sum", init=group["initial_accumulator_value"]),)
+        return (State("sum", init=group["initial_accumulator_value"], signed=False),)
 
     def advance(self, counters, group, fresh):
         return Numbers(

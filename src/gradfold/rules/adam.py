@@ -40,8 +40,8 @@ class Adam(Rule):
     optional = frozenset({"max_exp_avg_sq"})
 
     def states(self, group):
-        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
-        return tuple(State(name) for name in names)
+        maximum = (State("max_exp_avg_sq", signed=False),) if group["amsgrad"] else ()
+        return (State("exp_avg"), State("exp_avg_sq", signed=False), *maximum)
 
     def advance(self, counters, group, fresh):
         beta1, beta2 = map(number, group["betas"])

@@ -17,6 +17,8 @@ class State(NamedTuple):
     name: str
     init: float = 0.0
     lazy: bool = False  # absent from state_dict until the first step, as torch's SGD keeps momentum_buffer
+    signed: bool = True  # False for a second moment: never negative, and only its relative precision matters
+    exact: bool = False  # the rule takes a difference that nearly cancels: coarser than fp32 it loses its sign
 
 
 def number(value: float | Tensor) -> float:

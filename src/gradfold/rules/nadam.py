@@ -40,7 +40,7 @@ class NAdam(Rule):
     counters: ClassVar = {"step": 0.0, "mu_product": 1.0}
 
     def states(self, group):
-        return (State("exp_avg"), State("exp_avg_sq"))
+        return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
         step, lr = tick(counters), number(group["lr"])

@@ -39,7 +39,7 @@ class RAdam(Rule):
     kept = frozenset({"exp_avg", "exp_avg_sq"})
 
     def states(self, group):
-        return (State("exp_avg"), State("exp_avg_sq"))
+        return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
         step, lr = tick(counters), number(group["lr"])

@@ -40,10 +40,11 @@ class RMSprop(Rule):
     optional = frozenset({"momentum_buffer", "grad_avg"})
 
     def states(self, group):
-        names = ["square_avg"]
-        names += ["momentum_buffer"] if group["momentum"] > 0 else []
-        names += ["grad_avg"] if group["centered"] else []
-        return tuple(State(name) for name in names)
+        centered = group["centered"]  # then the variance is a difference of two states
+        states = [State("square_avg", signed=False, exact=centered)]
+        states += [State("momentum_buffer")] if group["momentum"] > 0 else []
+        states += [State("grad_avg", exact=True)] if centered else []
+        return tuple(states)
 
     def advance(self, counters, group, fresh):
         return Numbers(

@@ -67,13 +67,11 @@ class SGD(Rule):
         weight.add_(grad, alpha=-n.lr)
 
     def fuses(self, weight):
-        # torch 2.13's CPU kernel skips all but the last few elements of a 16-bit weight
+        # torch 2.13's CPU kernel skips all but the last few elements of a 16-bit weight: pytorch issue 191763
         return weight.device.type != "cpu" or weight.dtype.itemsize >= 4
 
     def fused(self, weight, grad, states, numbers):
         n = numbers
-        if weight.device.type == "cpu" and weight.dtype.itemsize < 4:
-            return False  # torch's kernel leaves whole vectors of the weight as they were: pytorch issue 191763
         torch._fused_sgd_(
             [weight],
             [grad],

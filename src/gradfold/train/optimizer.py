@@ -11,13 +11,21 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import OptimizerRecipe, ScheduleRecipe
 
 
-def make_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any]) -> Any:
-    """gradfold's optimizer of that name. `parameters`: parameters or param_groups."""
+def make_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any], seed: int = 0) -> Any:
+    """gradfold's optimizer of that name. `parameters`: parameters or param_groups. `seed`: of stochastic rounding.
+
+    Raises RecipeError for settings that do not go together or not with these weights.
+    """
     kind = getattr(gradfold, recipe.name)
-    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.settings())
+    storage = recipe.storage() | ({"seed": seed} if recipe.storage() else {})
+    try:
+        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.settings(), **storage)
+    except ValueError as error:
+        raise RecipeError(f"optimizer: {error}") from None
 
 
 def make_plain_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -30,10 +38,10 @@ def make_plain_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any]) -> 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: those that decay; and vectors (norms, biases), which do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
-    kept = [parameter for parameter in trainable if parameter.ndim < 2]
+    """Trainable parameters in two groups, named: those that decay; and vectors (norms, biases), which do not."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [(name, parameter) for name, parameter in trainable if parameter.ndim >= 2]
+    kept = [(name, parameter) for name, parameter in trainable if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -20,6 +20,8 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
+STORAGE_SETTINGS = ("states", "rounding", "master", "small_size")
+"""How weights and states are stored: settings of every optimizer here, of none in torch."""
 
 
 def _bad(group: Any, name: str, way_out: str) -> RecipeError:
@@ -94,6 +96,14 @@ class OptimizerRecipe:
     """Adam and AdamW: keep the largest second moment."""
     maximize: bool | None = None
     """Climb instead of descend."""
+    states: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """How the states are stored; None: in the weights' dtype, as torch does."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    """How 16-bit weights and states are rounded; None: states stochastically where that helps, weights to nearest."""
+    master: Literal["split8", "split16"] | None = None
+    """What bf16 weights keep of what bf16 drops: 8 or 16 bits each."""
+    small_size: int | None = None
+    """Weights of fewer elements (default 4,096), and norms and biases, keep fp32 states."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -105,6 +115,8 @@ class OptimizerRecipe:
             raise _bad(self, "betas", "give two numbers from 0 to below 1")
         if self.eps is not None and self.eps < 0:
             raise _bad(self, "eps", "give 0 or more")
+        if self.small_size is not None:
+            _at_least(self, 0, "small_size")
         known = OPTIMIZER_SETTINGS[self.name]
         for name in self.settings():
             if name not in known:
@@ -115,8 +127,13 @@ class OptimizerRecipe:
 
     def settings(self) -> dict[str, Any]:
         """What was chosen beside lr and weight_decay, as keyword arguments of the optimizer."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("name", "lr", "weight_decay")]
+        apart = ("name", "lr", "weight_decay", *STORAGE_SETTINGS)
+        names = [f.name for f in dataclasses.fields(self) if f.name not in apart]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def storage(self) -> dict[str, Any]:
+        """What was chosen about storing weights and states, likewise."""
+        return {name: getattr(self, name) for name in STORAGE_SETTINGS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class Recipe:
     sequence_length: int = 512
     """Tokens a sequence."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of weights, states and arithmetic."""
+    """Of weights and arithmetic; of the states too, unless optimizer.states says otherwise."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ... auto: cuda if there is one."""
     gradient_checkpointing: bool = False

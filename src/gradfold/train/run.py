@@ -81,7 +81,8 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     if steps < progress.step:
         raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
     try:
-        optimizer = make_optimizer(recipe.optimizer, parameter_groups(model, recipe.optimizer.weight_decay))
+        groups = parameter_groups(model, recipe.optimizer.weight_decay)
+        optimizer = make_optimizer(recipe.optimizer, groups, recipe.seed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     scheduler = make_schedule(recipe.schedule, optimizer, steps)

@@ -1,0 +1,109 @@
+"""Bytes per parameter that an optimizer keeps beside the weights: every rule, `states=` and `master=`, counted.
+
+Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors). Counted are the storages that
+`gradfold.fold` leaves alive, less the scratch, which does not grow with the model. The table goes into
+docs/bytes_per_parameter.md.
+
+    python benchmarks/bytes_per_parameter.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradfold
+from common import llama, llama_config, print_table, write_result
+from gradfold.plan.trace import LiveBytes
+
+PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
+RULES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW, Adam, NAdam, RAdam": (gradfold.AdamW, {}),
+    "AdamW with amsgrad": (gradfold.AdamW, {"amsgrad": True}),
+    "Lion": (gradfold.Lion, {}),
+    "SGD with momentum": (gradfold.SGD, {"momentum": 0.9}),
+    "RMSprop": (gradfold.RMSprop, {}),
+    "RMSprop with momentum": (gradfold.RMSprop, {"momentum": 0.9}),
+    "Adagrad": (gradfold.Adagrad, {}),
+}
+STATES = ("fp32", "bf16", "int8", "int4")
+MASTERS = (None, "split8", "split16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
+    parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/bytes_per_parameter.json)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Lion with states='int4'")
+
+    model = llama(llama_config(args.layers), torch.bfloat16)
+    rows = [
+        {
+            "rule": rule,
+            "states": states,
+            "master": master,
+            "parameters": count(model),
+            **measure(model, rule, states, master),
+        }
+        for rule in RULES
+        for states in STATES
+        for master in MASTERS
+    ]
+    header, lines = table(rows)
+    print_table(header, lines)
+    args.page.write_text(with_table(args.page.read_text(encoding="utf-8"), header, lines), encoding="utf-8")
+    print(f"\nwritten to {write_result('bytes_per_parameter', rows, args.out)} and {args.page.name}")
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
+    """Live bytes that folding adds."""
+    kind, hyper = RULES[rule]
+    gc.collect()
+    with LiveBytes(timeline=False) as live:
+        live.track(model)
+        before = live.now_bytes
+        optimizer = kind(model.parameters(), lr=1e-4, states=states, master=master, **hyper)
+        fold = gradfold.fold(model, optimizer)
+        scratch = sum(t.untyped_storage().nbytes() for t in fold.scratch_tensors())
+        added = live.now_bytes - before - scratch
+        fold.remove()
+    return {"state_bytes": added, "bytes_per_parameter": added / count(model)}
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    figure = {(row["rule"], row["states"], row["master"]): row["bytes_per_parameter"] for row in rows}
+    header = ["rule", "master", *(f"`{states}`" for states in STATES)]
+    lines = [
+        [rule, f"`{master}`" if master else "-", *(f"{figure[rule, states, master]:.3f}" for states in STATES)]
+        for rule in RULES
+        for master in MASTERS
+    ]
+    return header, lines
+
+
+def with_table(page: str, header: list[str], lines: list[list[str]]) -> str:
+    """The page with what lies between its markers replaced."""
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+    new, found = re.subn(
+        r"(<!-- table -->\n).*?(\n<!-- end of table -->)", lambda m: m[1] + text + m[2], page, flags=re.DOTALL
+    )
+    if not found:
+        raise SystemExit("the page has no <!-- table --> ... <!-- end of table -->")
+    return new
+
+
+if __name__ == "__main__":
+    main()

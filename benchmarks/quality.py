@@ -1,0 +1,310 @@
+"""Does training notice how weights and states are stored? Held-out loss after the same steps, for each storage.
+
+    finetune   SmolLM2-135M on Python's documentation, lr 5e-5
+    tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
+    scratch    a Llama of 5.8 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
+
+Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured
+in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
+kept in results/quality.json as they finish; those that are there are not run again.
+
+    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite finetune tiny_lr
+    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite scratch --texts TEXTS
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import gradfold
+from common import RESULTS, print_table, write_result
+from gradfold.train.data import as_tensors
+from gradfold.train.display import Display
+from gradfold.train.evaluate import held_out_loss
+from gradfold.train.model import find_model, load_model
+from gradfold.train.optimizer import make_schedule
+from gradfold.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TextRecipe
+from gradfold.train.run import assemble
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
+REFERENCE = "fp32"
+VARIANTS: dict[str, dict[str, Any]] = {
+    REFERENCE: {"dtype": "float32"},
+    "bf16, stochastic, int8 states": {"dtype": "bfloat16", "states": "int8", "rounding": "stochastic"},
+    "the same + split8": {"dtype": "bfloat16", "states": "int8", "rounding": "stochastic", "master": "split8"},
+    "bf16, to nearest (as torch)": {"dtype": "bfloat16"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model with its data: what a variant trains on."""
+
+    build: Callable[[str, int], nn.Module]  # dtype, seed
+    batch: Callable[[int], dict[str, Tensor]]
+    held_out: Callable[[nn.Module], float]  # of an fp32 model, in nats per token
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    lr: float
+    steps: int
+    schedule: ScheduleRecipe
+    task: Callable[[argparse.Namespace, int], Task]
+    weight_decay: float = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, nargs="+", default=["finetune", "tiny_lr"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of the suite's own")
+    parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    args = parser.parse_args()
+    if "scratch" in args.suite and args.texts is None:
+        parser.error("--suite scratch needs --texts")
+    for name in args.suite:
+        for seed in range(args.seeds):
+            run_seed(args, name, seed)
+    rows = read(args.out)
+    print_table(*table(rows))
+    picture(rows, args.picture)
+    print(f"\nwritten to {args.out} and {args.picture}")
+
+
+def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
+    """All variants of one suite with one seed; those with a result are left out."""
+    suite = SUITES[name]
+    steps = args.steps or suite.steps
+    done = {(row["suite"], row["seed"], row["variant"]) for row in read(args.out)}
+    missing = [variant for variant in VARIANTS if (name, seed, variant) not in done]
+    if not missing:
+        return
+    task = suite.task(args, seed)
+    judge = task.build("float32", seed)
+    before = task.held_out(judge)
+    for variant in missing:
+        started = time.perf_counter()
+        model = task.build(VARIANTS[variant]["dtype"], seed)
+        losses, masters = train(model, variant, suite, steps, seed, task)
+        judge.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+        of_weights = task.held_out(judge)
+        judge.load_state_dict(masters, strict=False)  # tied weights have one name here, two there
+        judge.tie_weights()  # type: ignore[operator]
+        row = {
+            "suite": name,
+            "variant": variant,
+            "seed": seed,
+            "steps": steps,
+            "lr": suite.lr,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "held_out_loss_before": before,
+            "held_out_loss": task.held_out(judge) if "master" in VARIANTS[variant] else of_weights,
+            "held_out_loss_of_weights": of_weights,
+            "training_loss": losses,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        rows = [*read(args.out), row]
+        write_result("quality", rows, args.out)
+        figures = f"{before:.4f} -> {row['held_out_loss']:.4f} (weights {of_weights:.4f}), {row['seconds']} s"
+        print(f"{name} seed {seed} {variant}: {figures}", flush=True)
+
+
+def train(
+    model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, task: Task
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Training loss of every step, and the fp32 masters at the end."""
+    options = {key: value for key, value in VARIANTS[variant].items() if key != "dtype"}
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": suite.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = gradfold.AdamW(groups, lr=suite.lr, betas=(0.9, 0.99), seed=seed, **options)
+    schedule = make_schedule(suite.schedule, optimizer, steps)
+    fold = gradfold.fold(model, optimizer)
+    losses = []
+    for step in range(steps):
+        loss = model(**task.batch(step), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(round(loss.item(), 5))
+    fold.remove()
+    return losses, gradfold.export_masters(model, optimizer)
+
+
+# tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def smollm2(args: argparse.Namespace, seed: int) -> Task:
+    """SmolLM2-135M on the default data, as `gradfold train` prepares them; 256 tokens a step."""
+    recipe = Recipe(
+        steps=1,
+        batch_size=1,
+        sequence_length=256,
+        seed=seed,
+        fold=False,
+        text=TextRecipe(held_out=0.1),
+        optimizer=OptimizerRecipe(name="SGD"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
+    data, device = run.data, run.device
+    few = dataclasses.replace(data, held_out=data.held_out[:10])
+    loaded = load_model(find_model("smollm2"), recipe, device).train()
+
+    def build(dtype: str, seed: int) -> nn.Module:
+        return copy.deepcopy(loaded).to(getattr(torch, dtype))
+
+    return Task(
+        build,
+        lambda step: as_tensors(data.batch(step), device, recipe.text.packing),
+        lambda model: held_out_loss(model, few, device, recipe.text.packing, lambda: False) or math.nan,
+    )
+
+
+def shakespeare(args: argparse.Namespace, seed: int) -> Task:
+    """A Llama of 5.8 M parameters with a BPE tokenizer of 2,048 words trained on the texts; 1,024 tokens a step."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(args.texts.glob("*.txt"))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, show_progress=False)
+    )
+    ids = torch.tensor([i for text in texts for i in tokenizer.encode(text).ids])
+    length, batch_size = 256, 4
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held_out, training = windows[order[:64]], windows[order[64:]]
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
+
+    def build(dtype: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.to(getattr(torch, dtype)).train()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        start = step * batch_size % (len(training) - batch_size)
+        rows = training[start : start + batch_size]
+        return {"input_ids": rows, "labels": rows}
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> float:
+        model.eval()
+        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(16)]
+        model.train()
+        return statistics.fmean(losses)
+
+    return Task(build, batch, measure)
+
+
+SUITES = {
+    "finetune": Suite(5e-5, 30, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
+    "tiny_lr": Suite(1e-6, 20, ScheduleRecipe(name="constant", warmup=0.0), smollm2, weight_decay=0.0),
+    "scratch": Suite(1e-3, 200, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
+}
+
+
+# results --------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def differences(rows: list[dict[str, Any]], suite: str, variant: str) -> list[float]:
+    """Held-out loss above the fp32 run of the same seed."""
+    reference = {r["seed"]: r["held_out_loss"] for r in rows if r["suite"] == suite and r["variant"] == REFERENCE}
+    mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant and r["seed"] in reference]
+    return [r["held_out_loss"] - reference[r["seed"]] for r in mine]
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["suite, variant", "seeds", "before", "after", "above fp32: mean", "worst seed"]
+    lines = []
+    for suite in SUITES:
+        for variant in VARIANTS:
+            mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant]
+            above = differences(rows, suite, variant)
+            if mine and above:
+                before, after = (
+                    statistics.fmean(r[k] for r in mine) for k in ("held_out_loss_before", "held_out_loss")
+                )
+                lines.append(
+                    [
+                        f"{suite}, {variant}",
+                        str(len(mine)),
+                        f"{before:.4f}",
+                        f"{after:.4f}",
+                        f"{statistics.fmean(above):+.4f}",
+                        f"{max(above, key=abs):+.4f}",
+                    ]
+                )
+    return header, lines
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """For each suite: how much each storage's training improved the held-out loss, a dot per seed, fp32 beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    suites = [name for name in SUITES if any(row["suite"] == name for row in rows)]
+    colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728"), strict=True))
+    fig, axes = plt.subplots(1, len(suites), figsize=(4.6 * len(suites), 3.4), layout="constrained", squeeze=False)
+    for axis, suite in zip(axes[0], suites, strict=True):
+        for place, variant in enumerate(reversed(VARIANTS)):
+            gains = [
+                r["held_out_loss_before"] - r["held_out_loss"]
+                for r in rows
+                if r["suite"] == suite and r["variant"] == variant
+            ]
+            if gains:
+                axis.barh(place, statistics.fmean(gains), color=colors[variant], alpha=0.55, height=0.62)
+                axis.plot(gains, [place] * len(gains), "o", color=colors[variant], markersize=4)
+        some = next(row for row in rows if row["suite"] == suite)
+        axis.set_title(
+            f"{some['parameters'] / 1e6:.3g} M parameters, {some['steps']} steps, lr {some['lr']:g}", fontsize=10
+        )
+        axis.set_xlabel("held-out loss, nats below the start")
+        axis.set_yticks(range(len(VARIANTS)), list(reversed(VARIANTS)) if axis is axes[0][0] else [""] * len(VARIANTS))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    main()

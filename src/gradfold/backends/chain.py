@@ -1,0 +1,87 @@
+"""decode -> rule -> encode on a tile of a parameter whose weight or states are coded.
+
+Compiled where the processor and a compiler allow it (``native``), else these tensor operations, which are also what the
+compiled form is tested against. Either way the result does not depend on how a parameter is cut into tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gradfold.codecs import BLOCK, random_bits, row_offsets
+from gradfold.rules import Group, Rule
+
+from . import native
+from .stored import Stored
+
+PANE_ELEMENTS = 32 * 1024  # decoded at a time: some ten temporaries of this size are alive
+PANE_ELEMENTS_GPU = 4 * 1024 * 1024  # there a pane is some hundred kernel launches
+
+
+def step_tile(
+    weight: Stored,
+    states: Sequence[Stored],
+    grad: Tensor,
+    rule: Rule,
+    group: Group,
+    numbers: Any,
+    first_offset: int,
+    row_stride: int,
+) -> None:
+    """One tile, in place.
+
+    Args:
+        weight, states: 2-D views of the tile's rows, every one with a codec.
+        grad: fp32 ``[rows, columns]``; it stays as it is.
+        first_offset: where the tile begins in the whole parameter, counted in elements.
+        row_stride: columns of the whole parameter.
+    """
+    if grad.device.type == "cpu" and _compiled(weight, states, grad, rule, numbers, first_offset, row_stride):
+        return
+    rows, columns = grad.shape
+    limit = PANE_ELEMENTS if grad.device.type == "cpu" else PANE_ELEMENTS_GPU
+    for height, width in panes(rows, columns, limit):
+        cut = [
+            stored._replace(parts=stored.codec.view(stored.parts, columns, height, width))  # type: ignore[union-attr]
+            for stored in (weight, *states)
+        ]
+        n = width.stop - width.start
+        tiles = [stored.codec.decode(stored.parts, n) for stored in cut]  # type: ignore[union-attr]
+        scratch = [torch.empty_like(tiles[0]) for _ in range(rule.scratch_tiles(group))]
+        rule.update(tiles[0], grad[height, width].clone(), tiles[1:], numbers, scratch)
+        offsets = row_offsets(height, row_stride, first_offset + width.start, device=grad.device)
+        for stored, tile in zip(cut, tiles, strict=True):
+            bits = None if stored.key is None else random_bits(stored.key, offsets, n)
+            for name, fresh in stored.codec.encode(tile, bits).items():  # type: ignore[union-attr]
+                stored.parts[name].copy_(fresh)
+
+
+def _compiled(
+    weight: Stored, states: Sequence[Stored], grad: Tensor, rule: Rule, numbers: Any, first_offset: int, row_stride: int
+) -> bool:
+    """The tile by a native kernel, if there is one."""
+    keys = [weight.key, *(state.key for state in states)]
+    codecs = [stored.codec for stored in (weight, *states)]
+    fake = hasattr(grad, "fake_mode")
+    with _disable_current_modes() if fake else nullcontext():  # what a kernel is made of is real
+        kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
+    if kernel is None:
+        return False
+    if not fake:  # else: it would allocate nothing, and there is nothing to compute
+        kernel(weight.parts, [state.parts for state in states], grad, numbers, keys, first_offset, row_stride)
+    return True
+
+
+def panes(rows: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of at most about ``elements`` elements each; columns begin on a multiple of a block."""
+    width = min(columns, max(BLOCK, elements // BLOCK * BLOCK))
+    height = max(1, elements // max(1, width))
+    for top in range(0, rows, height):
+        for left in range(0, columns, max(1, width)):
+            yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))

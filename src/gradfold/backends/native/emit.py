@@ -1,0 +1,239 @@
+"""A traced program as C source.
+
+One function steps one block of 128 columns, in loops of constant length without branches, which compilers turn into
+vector code. A shorter block is copied to buffers of that length first: no element then meets other instructions than
+its neighbours do, so results depend neither on where a tile is cut nor on how a compiler treats a loop's remainder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gradfold.codecs import BLOCK
+
+from .program import Program, Stored, of, scalars
+from .statements import Body, element, function, indent, loop, scope
+from .trace import F32, Node
+
+PRELUDE = Path(__file__).with_name("prelude.h")
+C_TYPES = {
+    torch.float32: "float",
+    torch.bfloat16: "uint16_t",
+    torch.float16: "uint16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.int16: "int16_t",
+}
+
+
+def emit(program: Program) -> str:
+    """The source of a shared object with one function, ``gradfold_step`` (see ``launch.py`` for its arguments)."""
+    inputs = {scalar.source: f"scalars[{i}]" for i, scalar in enumerate(scalars(program))}
+    random = [stored for stored in program.tensors if stored.bits is not None]
+    hashes = [_random_bits(random, inputs)] if random else []
+    return "\n".join([PRELUDE.read_text(), *hashes, _block(program, random, inputs), _entry(program, random)])
+
+
+def _random_bits(random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
+    body = Body(inputs)
+    stores = [f"bits_{stored.name}[c] = {body.name(stored.bits)};" for stored in random if stored.bits]
+    outputs = [f"int32_t *restrict bits_{stored.name}" for stored in random]
+    head = ", ".join(["int start", "uint32_t low", "int32_t high", *_keys(random, "int32_t "), *outputs])
+    lines = [*body.before, *loop("BLOCK", [*body.inside, *stores], "start")]
+    arguments = ", ".join(["start", "low", "high", *_keys(random), *(f"bits_{stored.name}" for stored in random)])
+    return "\n".join(
+        [
+            "/* Random bits of the elements from `start` on, whose offsets share the high word. */",
+            function(f"INLINE void random_bits({head})", lines),
+            "/* The same, for the rare block that crosses a multiple of 2^32. */",
+            function(f"NOINLINE static void random_bits_after({head})", [f"random_bits({arguments});"]),
+        ]
+    )
+
+
+def _keys(random: Sequence[Stored], prefix: str = "") -> list[str]:
+    """One key for the parameter and one for each stream."""
+    return [f"{prefix}{key}" for key in ("key", *(f"key_{stored.name}" for stored in random))] if random else []
+
+
+def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
+    lines = ["const int half = (n + 1) / 2;"]
+    for stored in program.tensors:
+        lines.append(f"float {stored.name}[BLOCK];")
+        lines += [f"const {C_TYPES[a.dtype]} {a.name} = *{a.name}_at;" for a in stored.arrays if a.per_block == 1]
+    for stored in program.tensors:
+        lines += scope(f"decode: {stored.codec.name}", _decode(stored, inputs))
+    lines += [f"int32_t {name} = INT32_MIN;" for stored in program.tensors for name in _largest(stored)]
+    lines += scope("rule", _rule(program, inputs))
+    if any(stored.largest for stored in program.tensors):
+        lines += ["if (n < BLOCK) {", *indent(_largest_of_short(program, inputs)), "}"]
+    if random:
+        names = [f"bits_{stored.name}" for stored in random]
+        lines += [f"int32_t {', '.join(f'{name}[BLOCK]' for name in names)};"]
+        lines += ["const uint32_t low = (uint32_t)offset;", "const int32_t high = (int32_t)(offset >> 32);"]
+        arguments = ", ".join([*_keys(random), *names])
+        lines += [f"random_bits(0, low, high, {arguments});"]
+        lines += [f"if (low > -(uint32_t)BLOCK) random_bits_after(-low, low, high + 1, {arguments});"]
+    for stored in program.tensors:
+        lines += scope(f"encode: {stored.codec.name}", _encode(stored, inputs))
+    return function(f"NOINLINE static void block({', '.join(_block_parameters(program, random))})", lines)
+
+
+def _block_parameters(program: Program, random: Sequence[Stored]) -> list[str]:
+    pointers = [f"{matrix.c_type} *restrict {matrix.name}" for matrix in _matrices(program)]
+    return ["int n", "int64_t offset", "const float *restrict scalars", *pointers, *_keys(random, "int32_t ")]
+
+
+class Matrix(NamedTuple):
+    """What the kernel gets a pointer to."""
+
+    c_type: str
+    name: str
+    per_block: int  # elements of a whole block
+    is_read_only: bool = False
+
+    @property
+    def count(self) -> str:
+        """Elements of a block of n."""
+        return {BLOCK: "n", BLOCK // 2: "half", 1: "1"}[self.per_block]
+
+
+def _matrices(program: Program) -> list[Matrix]:
+    """The gradient and the tensors' parts, in the order of the arguments (``launch.py``)."""
+    arrays = [a for stored in program.tensors for a in stored.arrays]
+    parts = [Matrix(C_TYPES[a.dtype], f"{a.name}_at" if a.per_block == 1 else a.name, a.per_block) for a in arrays]
+    return [Matrix("const float", "grad", BLOCK, is_read_only=True), *parts]
+
+
+# 8- and 16-bit numbers are widened and narrowed in loops of their own. Beside them a compiler would pack 32-bit numbers
+# into vectors of as many elements, too, and run out of registers.
+
+
+def _decode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
+    lines = []
+    wide = {a.name: f"wide_{a.name}" for a in stored.arrays if a.per_block > 1 and a.dtype != F32}
+    for a in stored.arrays:
+        if a.name in wide:
+            lines.append(f"int32_t {wide[a.name]}[BLOCK];")
+            lines += loop(str(a.per_block), [f"{wide[a.name]}[c] = {a.name}[c];"])
+    for lane, node in enumerate(stored.decoded):  # in order: in a short block, lane 1 overwrites what lane 0 overshoots
+        body = Body(inputs, f"d{lane}_")
+        for load in of({"": node}, "load"):
+            body.call(load, f"{wide.get(load.args[0], load.args[0])}[c]")
+        store = f"{element(stored.name, lane)} = {body.name(node)};"
+        lines += [*body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, store])]
+    return lines
+
+
+def _rule(program: Program, inputs: Mapping[str, str]) -> list[str]:
+    """New values, and on the way the maxima that their encoding needs."""
+    body = Body(inputs)
+    stores = []
+    for stored, node in zip(program.tensors, program.updated, strict=True):
+        stores.append(f"{stored.name}[c] = {body.name(node)};")
+        stores += _update_largest(stored, body, body.name(node))
+    return [*body.before, *loop("BLOCK", [*body.inside, *stores])]
+
+
+def _largest(stored: Stored) -> list[str]:
+    return [f"largest{i}_{stored.name}" for i in range(len(stored.largest))]
+
+
+def _update_largest(stored: Stored, body: Body, value: str) -> list[str]:
+    updates = []
+    for name, node in zip(_largest(stored), stored.largest, strict=True):
+        for load in of({"": node}, "load"):
+            body.call(load, value)
+        candidate = body.name(node.operands[0])
+        updates.append(f"{name} = {candidate} > {name} ? {candidate} : {name};")
+    return updates
+
+
+def _largest_of_short(program: Program, inputs: Mapping[str, str]) -> list[str]:
+    """The maxima again, over a short block's own elements."""
+    lines = []
+    for stored in program.tensors:
+        body = Body(inputs, f"s_{stored.name}_")
+        updates = _update_largest(stored, body, element(stored.name))
+        lines += [f"{name} = INT32_MIN;" for name in _largest(stored)]
+        lines += [*body.before, *loop("n", [*body.inside, *updates])] if updates else []
+    return lines
+
+
+def _encode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
+    body = Body(inputs)
+    for node, name in zip(stored.largest, _largest(stored), strict=True):
+        body.call(node, name)
+    declare, stores, narrow, after = [], [], [], []
+    for a in stored.arrays:
+        value = body.name(_unwrapped(stored.encoded[a.part]))
+        if a.per_block == 1:
+            after.append(f"*{a.name}_at = {value};")
+        elif a.dtype == F32:
+            stores.append(f"{a.name}[c] = {value};")
+        else:
+            declare.append(f"int32_t wide_{a.name}[BLOCK];")
+            stores.append(f"wide_{a.name}[c] = {value};")
+            narrow += loop(str(a.per_block), [f"{a.name}[c] = ({C_TYPES[a.dtype]})wide_{a.name}[c];"])
+    lines = [*declare, *body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, *stores]), *narrow, *after]
+    if stored.encoded_odd:
+        lines += ["if (n & 1) {", *indent(_encode_last(stored, inputs)), "}"]
+    return lines
+
+
+def _encode_last(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
+    """The last stored element of an odd block, which holds one code."""
+    body = Body(inputs, "o")
+    for node, name in zip(stored.largest_odd, _largest(stored), strict=True):
+        body.call(node, name)
+    stores = [
+        f"{a.name}[c] = ({C_TYPES[a.dtype]}){body.name(_unwrapped(stored.encoded_odd[a.part]))};"
+        for a in stored.arrays
+        if a.per_block != 1
+    ]
+    return ["const int c = half - 1;", *body.before, *body.inside, *stores]
+
+
+def _unwrapped(node: Node) -> Node:
+    """A value that is about to be stored needs no wrapping: the store keeps its low bits."""
+    return _unwrapped(node.operands[0]) if node.op.startswith("wrap_") else node
+
+
+def _entry(program: Program, random: Sequence[Stored]) -> str:
+    """Walk over rows and blocks; short blocks by way of buffers."""
+    matrices = _matrices(program)
+    lines = []
+    for i, (c_type, name, *_) in enumerate(matrices):
+        lines.append(f"{c_type} *const {name}_base = ({c_type} *)(intptr_t)arguments[{2 * i}];")
+        lines.append(f"const int64_t {name}_stride = arguments[{2 * i + 1}];")
+    for i, stored in enumerate(random):
+        words, at = f"words_{stored.name}", 2 * len(matrices) + i
+        lines.append(f"const int32_t *const {words} = (const int32_t *)(intptr_t)arguments[{at}];")
+        lines.append(f"const int32_t key_{stored.name} = {words}[1];")
+        lines.append(f"if ({words}[0] != key) return 1;" if i else f"const int32_t key = {words}[0];")
+    step = ["const int n = columns_end - c < BLOCK ? (int)(columns_end - c) : BLOCK;"]
+    step += ["const int64_t offset = first_offset + r * row_stride + c;"]
+    for c_type, name, per_block, *_ in matrices:
+        step.append(f"{c_type} *const {name} = {name}_base + r * {name}_stride + c / BLOCK * {per_block};")
+    before, keys = ["offset", "scalars"], _keys(random)
+    direct = [*before, *(matrix.name for matrix in matrices), *keys]
+    step += ["if (n == BLOCK) {", f"  block(BLOCK, {', '.join(direct)});", "  continue;", "}"]
+    step += ["const int half = (n + 1) / 2;"]
+    buffered = [matrix for matrix in matrices if matrix.per_block > 1]
+    for c_type, name, *_ in buffered:
+        step.append(f"{c_type.removeprefix('const ')} {name}_short[BLOCK] = {{0}};")
+    step += [f"memcpy({m.name}_short, {m.name}, {m.count} * sizeof *{m.name});" for m in buffered]
+    short = [*before, *(f"{m.name}_short" if m in buffered else m.name for m in matrices), *keys]
+    step.append(f"block(n, {', '.join(short)});")
+    step += [f"memcpy({m.name}, {m.name}_short, {m.count} * sizeof *{m.name});" for m in buffered if not m.is_read_only]
+    columns = ["for (int64_t c = columns_start; c < columns_end; c += BLOCK) {", *indent(step), "}"]
+    lines += ["for (int64_t r = rows_start; r < rows_end; r++) {", *indent(columns), "}", "return 0;"]
+    head = (
+        "int gradfold_step(const int64_t *arguments, const float *scalars, int64_t rows_start, int64_t rows_end, "
+        "int64_t columns_start, int64_t columns_end, int64_t first_offset, int64_t row_stride)"
+    )
+    return function(head, lines)

@@ -1,0 +1,42 @@
+"""A weight or a state as a backend meets it: tensors, what they mean, and the random bits that round them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.codecs import Codec, Parts
+
+VALUES = "values"  # the part that is the weight itself, and the only one of a state kept as torch keeps it
+
+
+class Stored(NamedTuple):
+    """One weight, or one state of it.
+
+    Without a codec it is a tensor of the weight's shape in any dtype, rounded to nearest, as torch's optimizers keep
+    their states.
+    """
+
+    parts: Parts
+    codec: Codec | None = None
+    key: Tensor | None = None  # of the hash that rounds it stochastically (codecs.stream_key); None: to nearest
+
+    @classmethod
+    def plain(cls, values: Tensor) -> Stored:
+        return cls({VALUES: values})
+
+    @property
+    def values(self) -> Tensor:
+        """The part in the weight's own shape; a KeyError for codes, which have none."""
+        return self.parts[VALUES]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+
+def coded(weight: Stored) -> bool:
+    """Whether this parameter goes through codecs; then its weight and all of its states have one."""
+    return weight.codec is not None

@@ -1,0 +1,195 @@
+"""How a parameter's weight and states are stored: what its group's options mean for it.
+
+The options, in every param_group:
+
+    states      None (as torch: the weight's own dtype), "fp32", "bf16", "int8", "int4"
+    rounding    "nearest"; "stochastic"; None: stochastic for states and masters that ask for it, else to nearest
+    master      None; "split8", "split16": bf16 weights keep beside them what bf16 drops
+    small_size  parameters of fewer elements, and vectors (norms, biases), have fp32 states; 0: none of them
+
+A state's parts lie in ``optimizer.state[param]`` under ``exp_avg.codes`` and the like, a master's residual under
+``weight.residual``; what has one part of the weight's shape keeps torch's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import VALUES, Stored
+from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, state_codec, stream_key, weight_codec
+from gradfold.errors import FoldError
+from gradfold.rules import Group, Rule, State, number
+
+OPTIONS: dict[str, Any] = {"states": None, "rounding": None, "master": None, "small_size": 4096, "seed": 0}
+ROUNDINGS = ("nearest", "stochastic")
+STEP = "step"  # counted where random bits need it, whether or not the rule does
+
+
+class Storage(NamedTuple):
+    """The codecs of one parameter; None all over: kept and rounded as torch does."""
+
+    specs: tuple[State, ...]
+    weight: Codec | None
+    codecs: tuple[Codec | None, ...]  # of the states
+    random: tuple[bool, ...]  # rounded stochastically: the weight, then the states
+    fixed: bool  # the states' dtypes are the options' business; else a loaded state keeps its own
+
+    def counters(self, rule: Rule) -> dict[str, float]:
+        """Scalar states and where they start."""
+        return {**({STEP: 0.0} if any(self.random) else {}), **rule.counters}
+
+    def residuals(self) -> list[str]:
+        """The keys of what is stored beside the weight."""
+        return [] if self.weight is None else [key for key in keys_of(WEIGHT, self.weight).values() if key != WEIGHT]
+
+    def describe(self, state: Mapping[str, Tensor]) -> str:
+        """How the states are stored, in the words of the options."""
+        kinds = [
+            codec.name.partition(" ")[0] if codec is not None else str(state[spec.name].dtype).removeprefix("torch.")
+            for spec, codec in zip(self.specs, self.codecs, strict=True)
+        ]
+        if self.weight is not None and self.residuals():
+            kinds.append(self.weight.name)
+        return " + ".join(dict.fromkeys(kinds))
+
+
+def storage_of(param: Tensor, rule: Rule, group: Group) -> Storage:
+    """What the group's options mean for this parameter.
+
+    Raises:
+        ValueError: an unknown name, or options that this weight or rule cannot have.
+    """
+    options = [group.get(name, default) for name, default in OPTIONS.items() if name != "seed"]
+    return _storage(tuple(param.shape), param.dtype, rule.states(group), *options)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _storage(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    specs: tuple[State, ...],
+    states: str | None,
+    rounding: str | None,
+    master: str | None,
+    small_size: int,
+) -> Storage:
+    if rounding not in (None, *ROUNDINGS):
+        raise ValueError(f"rounding={rounding!r}: one of {', '.join(map(repr, ROUNDINGS))}, or None")
+    if not isinstance(small_size, int) or small_size < 0:
+        raise ValueError(f"small_size={small_size!r}: a number of elements, 0 or more")
+    if states is not None:
+        state_codec(states, signed=True)  # raises for an unknown name, even where no state will have it
+    if master is not None:
+        weight_codec(torch.bfloat16, master)
+    as_torch = Storage(specs, None, (None,) * len(specs), (False,) * (1 + len(specs)), fixed=False)
+    if dtype not in WEIGHTS:  # float64: as exact as it gets
+        if states is not None or (master is not None and dtype.itemsize < 4):
+            raise ValueError(
+                f"states={states!r}, master={master!r}: codecs compute in fp32; a {dtype} weight needs None"
+            )
+        return as_torch
+    weight = weight_codec(dtype, None if dtype == torch.float32 else master)  # an fp32 weight is its own master
+    small = small_size > 0 and (len(shape) < 2 or math.prod(shape) < small_size)
+    named = "fp32" if small and states is not None else states
+    codecs = [WEIGHTS[dtype] if named is None else state_codec(named, spec.signed) for spec in specs]
+    for spec, codec in zip(specs, codecs, strict=True):
+        if spec.exact and states is not None and codec is not WEIGHTS[torch.float32]:
+            raise ValueError(
+                f"states={states!r}: this rule subtracts {spec.name} from another state, and the difference of rounded "
+                "ones may be negative; use states='fp32' (RMSprop: or centered=False)"
+            )
+    asked = rounding == "stochastic"
+    random = (
+        weight.stochastic and (asked or (rounding is None and master is not None)),
+        *(codec.stochastic and (asked or (rounding is None and named is not None)) for codec in codecs),
+    )
+    same = all(isinstance(codec, Plain) and codec.dtype == dtype for codec in (weight, *codecs))
+    if same and not any(random):
+        return as_torch._replace(fixed=named is not None)
+    return Storage(specs, weight, tuple(codecs), random, fixed=named is not None)
+
+
+def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
+    """Where the parts of a state lie in ``optimizer.state[param]``: part -> key."""
+    parts = (VALUES,) if codec is None else tuple(codec.widths(1))
+    return {part: name if part == VALUES else f"{name}.{part}" for part in parts}
+
+
+def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str, Tensor]:
+    """New tensors of one state, by key."""
+    if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
+        dtype = param.dtype if codec is None else codec.dtype
+        values = torch.full_like(
+            param, spec.init, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+        )
+        return {spec.name: values}
+    parts = codec.allocate(param.shape, param.device, spec.init)
+    return {key: parts[part] for part, key in keys_of(spec.name, codec).items()}
+
+
+def allocate_residuals(param: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """New tensors of what a master keeps beside its weight: the weight as it is."""
+    if not storage.residuals():
+        return {}
+    assert storage.weight is not None
+    kinds = storage.weight.parts(param.shape)
+    keys = keys_of(WEIGHT, storage.weight)
+    return {
+        keys[part]: torch.zeros(kind.shape, dtype=kind.dtype, device=param.device)
+        for part, kind in kinds.items()
+        if part != VALUES
+    }
+
+
+def bind(
+    param: Tensor, storage: Storage, state: Mapping[str, Tensor], stream: str, seed: int
+) -> tuple[Stored, list[Stored]]:
+    """The weight and its states as a backend takes them, with this step's random bits.
+
+    ``state``: with its counters advanced. ``stream``: the parameter's name in the streams of random bits.
+
+    Raises:
+        FoldError: a state is not stored as the group says; somebody changed one of them.
+    """
+    if storage.weight is None:
+        return Stored.plain(param.detach()), [Stored.plain(state[spec.name]) for spec in storage.specs]
+    step = int(number(state[STEP])) if any(storage.random) else 0
+    bound = []
+    names = [WEIGHT, *(spec.name for spec in storage.specs)]
+    for name, codec, random in zip(names, (storage.weight, *storage.codecs), storage.random, strict=True):
+        assert codec is not None
+        keys = keys_of(name, codec)
+        parts = {part: param.detach() if key == WEIGHT else state[key] for part, key in keys.items()}
+        if isinstance(codec, Plain) and parts[VALUES].dtype != codec.dtype:  # a loaded state that kept its dtype
+            if storage.fixed:
+                raise FoldError(stored_otherwise(name, parts[VALUES].dtype))
+            codec = WEIGHTS[parts[VALUES].dtype]
+        random = random and codec.stochastic
+        bound.append(Stored(parts, codec, stream_key(seed, step, stream, name, param.device) if random else None))
+    return bound[0], bound[1:]
+
+
+def refuse_other_form(state: Mapping[str, Any], spec: State, keys: Iterable[str]) -> None:
+    """Raise if this state is there in another form, where a new one would start from nothing without a word."""
+    others = [key for key in state if key.partition(".")[0] == spec.name and key not in set(keys)]
+    if others:
+        raise FoldError(stored_otherwise(spec.name, ", ".join(others)))
+
+
+def stored_otherwise(name: str, found: object) -> str:
+    return (
+        f"state {name!r} is stored as {found}, not as its param_group's states= says; to convert, load this "
+        "optimizer's torch_state_dict() into a new one made with the states= you want"
+    )
+
+
+def tick(state: MutableMapping[str, Tensor], rule: Rule, storage: Storage) -> None:
+    """Count the step where the rule does not and random bits need it."""
+    if any(storage.random) and STEP not in rule.counters:
+        state[STEP] += 1

@@ -1,0 +1,147 @@
+"""States between the forms they are stored in: what load_state_dict accepts, and plain fp32 for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.codecs import WEIGHTS, Codec, Plain, matrix
+from gradfold.engine.storage import Storage, keys_of
+from gradfold.rules import Rule
+
+PANE_ELEMENTS = 2**20  # converted at a time: a few temporaries of this size are alive
+
+
+def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule, kind: str) -> dict[str, Any]:
+    """One parameter's saved states, on its device and in the form its group asks for.
+
+    Plain states become codes where the group has codes. Without ``states=`` they keep the dtype they were saved in.
+
+    Raises:
+        ValueError: they are another optimizer's, of another shape, or in a form that cannot be converted.
+    """
+    saved = {name: value for name, value in saved.items() if value is not None}
+    _refuse_foreign(saved, storage, rule, kind)
+    counters = storage.counters(rule)
+    placed = {name: _counter(value) for name, value in saved.items() if name in counters}
+    if saved:  # torch's SGD has no step, which random bits count from
+        placed |= {name: torch.tensor(start) for name, start in counters.items() if name not in placed}
+    residuals = storage.residuals()
+    known = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
+    for name in dict.fromkeys(key.partition(".")[0] for key in saved if key not in counters and key not in residuals):
+        placed |= _state(param, name, saved, known.get(name), storage.fixed)
+    if residuals and all(key in saved for key in residuals):
+        assert storage.weight is not None
+        kinds = storage.weight.parts(param.shape)
+        for part, key in keys_of("weight", storage.weight).items():
+            if key in residuals:
+                placed[key] = _part(key, saved[key], kinds[part].shape, kinds[part].dtype, param)
+    return placed
+
+
+def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind: str) -> None:
+    """Raise if these states are another optimizer's: they would start again from zero without a word."""
+    needed = rule.kept | rule.counters.keys()
+    allowed = needed | rule.optional | storage.counters(rule).keys()
+    residuals = {key for key in saved if key.startswith("weight.")}
+    if foreign := residuals - set(storage.residuals()):
+        raise ValueError(
+            f"state_dict has {', '.join(sorted(foreign))}, of another master= than its param_group's; without it the "
+            "master is the bf16 weight: to go on from there, remove the key"
+        )
+    names = {key.partition(".")[0] for key in saved if key not in residuals}
+    if saved and not needed <= names <= allowed:
+        raise ValueError(
+            f"state_dict has states {sorted(names)}, {kind} keeps {sorted(needed | rule.optional)}; it was saved by "
+            "another optimizer"
+        )
+
+
+def _counter(value: Any) -> Tensor:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(float(value))
+
+
+def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | None, fixed: bool) -> dict[str, Any]:
+    if name in saved and not isinstance(saved[name], Tensor):
+        return {name: deepcopy(saved[name])}
+    keys = keys_of(name, codec)
+    forms = {key for key in saved if key.partition(".")[0] == name}
+    if codec is not None and not isinstance(codec, Plain) and forms == set(keys.values()):  # codes, as they are
+        kinds = codec.parts(param.shape)
+        return {key: _part(key, saved[key], kinds[part].shape, kinds[part].dtype, param) for part, key in keys.items()}
+    if forms != {name}:
+        raise ValueError(
+            f"state {name!r} is saved as {', '.join(sorted(forms))}, and its param_group asks for "
+            f"{', '.join(keys.values())}; take torch_state_dict() of the optimizer that saved it"
+        )
+    value = saved[name]
+    _check_shape(name, value, tuple(param.shape), param)
+    if codec is None or isinstance(codec, Plain):
+        dtype = codec.dtype if codec is not None and (fixed or value.dtype not in WEIGHTS) else value.dtype
+        if codec is None and fixed:
+            dtype = param.dtype
+        return {name: torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())}
+    parts = codec.allocate(param.shape, param.device)
+    _by_panes(codec, parts, value.detach().to(param.device).reshape(param.shape), _encode)
+    return {key: parts[part] for part, key in keys.items()}
+
+
+def _part(key: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
+    _check_shape(key, value, shape, param)
+    if value.dtype != dtype:
+        raise ValueError(f"state {key!r} is {value.dtype}, its param_group's states= or master= asks for {dtype}")
+    return value.detach().to(param.device, copy=True).contiguous()
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], param: Tensor) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"state {name!r} has shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}"
+            f"{'' if shape == param.shape else f' (its part: {shape})'}; "
+            "the parameters are in another order, or the state_dict is of another model"
+        )
+
+
+def plain_states(param: Tensor, states: Mapping[str, Any], storage: Storage, rule: Rule) -> dict[str, Any]:
+    """One parameter's states as torch's optimizer of the same name keeps them, in fp32 (or wider, as stored)."""
+    plain = {name: value for name, value in states.items() if "." not in name}
+    if "step" not in rule.counters:
+        plain.pop("step", None)
+    for name, value in plain.items():
+        if isinstance(value, Tensor) and name not in rule.counters:
+            plain[name] = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+    for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+        if codec is None or isinstance(codec, Plain):
+            continue
+        parts = {part: states[key] for part, key in keys_of(spec.name, codec).items() if key in states}
+        if parts:
+            values = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+            _by_panes(codec, parts, values, _decode)
+            plain[spec.name] = values
+    return plain
+
+
+def _by_panes(codec: Codec, parts: dict[str, Tensor], values: Tensor, move: Callable[..., None]) -> None:
+    """``move`` rows of coded parts and of ``values``, contiguous and of the parameter's shape, a few at a time."""
+    seen = matrix(values.shape)
+    if not values.numel():
+        return
+    rows = codec.rows_of(parts, values.shape)
+    flat = values.reshape(seen.rows, seen.columns)
+    step = max(1, PANE_ELEMENTS // seen.columns)
+    for start in range(0, seen.rows, step):
+        height = slice(start, min(start + step, seen.rows))
+        move(codec, codec.view(rows, seen.columns, height), flat[height])
+
+
+def _encode(codec: Codec, parts: dict[str, Tensor], values: Tensor) -> None:
+    for name, fresh in codec.encode(values.to(torch.float32)).items():
+        parts[name].copy_(fresh)
+
+
+def _decode(codec: Codec, parts: dict[str, Tensor], values: Tensor) -> None:
+    values.copy_(codec.decode(parts, values.shape[1]))

@@ -1,0 +1,62 @@
+"""fp32 masters out of and into a model whose bf16 weights keep a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from gradfold.codecs import Split, export_master, import_master
+from gradfold.engine.apply import allocate
+from gradfold.engine.storage import storage_of
+
+from .base import RuleOptimizer
+
+RESIDUAL = "weight.residual"
+
+
+def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tensor]:
+    """Every parameter in fp32 by its name in ``model``: its master where it has one, else the weight widened."""
+    masters = {}
+    for name, param, split in _splits(model, optimizer):
+        residual = optimizer.state.get(param, {}).get(RESIDUAL)
+        if split is None or residual is None:
+            masters[name] = param.detach().to(torch.float32, copy=True)
+        else:
+            masters[name] = export_master(split, param, residual)
+    return masters
+
+
+def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[str, Tensor]) -> None:
+    """Write fp32 masters into a model's weights and their residuals; without a master, the weight is rounded.
+
+    Raises:
+        ValueError: names or shapes are not the model's; nothing is changed then.
+    """
+    params = dict(model.named_parameters())
+    if wrong := sorted(params.keys() ^ masters.keys()):
+        raise ValueError(f"masters: {', '.join(wrong[:5])} {'is' if len(wrong) == 1 else 'are'} not in both")
+    for name, param in params.items():
+        if masters[name].shape != param.shape:
+            raise ValueError(
+                f"masters: {name} has shape {tuple(masters[name].shape)}, the parameter {tuple(param.shape)}"
+            )
+    with torch.no_grad():
+        for name, param, split in _splits(model, optimizer):
+            if split is None:
+                param.copy_(masters[name])
+                continue
+            state = optimizer.state[param]
+            if RESIDUAL not in state:  # an unfolded optimizer that has not stepped yet
+                allocate(param, state, optimizer.rule, optimizer.group_of(param), {})
+            import_master(split, masters[name].to(param.device), param, state[RESIDUAL])
+
+
+def _splits(model: nn.Module, optimizer: RuleOptimizer) -> Iterator[tuple[str, Parameter, Split | None]]:
+    """Name, parameter, and the codec of its master."""
+    known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, param in model.named_parameters():
+        codec = storage_of(param, optimizer.rule, optimizer.group_of(param)).weight if id(param) in known else None
+        yield name, param, codec if isinstance(codec, Split) else None
