@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -116,14 +117,25 @@ def command_line() -> str:
     )
 
 
+def revision() -> str | None:
+    """The commit that is checked out, with `-dirty` behind it if files differ from it; None outside git."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
-    """Write rows, machine and command to benchmarks/results/NAME.json."""
+    """Write rows, machine, command and revision to benchmarks/results/NAME.json."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "command": command_line(),
+        "revision": revision(),
         "machine": machine(),
         "rows": rows,
     }

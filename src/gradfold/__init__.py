@@ -1,8 +1,14 @@
 """Train every weight of a model and never store a gradient."""
 
-from .errors import FoldError
-from .fold import Fold, fold
-from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import FoldError
+    from .fold import Fold, fold
+    from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -20,3 +26,32 @@ __all__ = [
     "fold",
     "import_masters",
 ]
+
+_HOMES = (".errors", ".fold", ".optim")
+_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "rules")
+"""Subpackages that loading the names above brings along."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load the library, and torch with it, when the first of its names is used: not every command needs them."""
+    if name not in __all__ and name not in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for home in _HOMES:
+        module = importlib.import_module(home, __name__)
+        globals().update({key: getattr(module, key) for key in __all__ if hasattr(module, key)})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """The import system binds a submodule to its name in the package; `gradfold.fold` stays the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -11,8 +11,16 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("gradfold.cli.train", "fine-tune every weight of a causal language model"),
+    "record": ("gradfold.cli.record", "verify, merge and sign the papers' records"),
 }
 """Name -> (module with `run(arguments) -> exit code`, what it does). A module loads when its command is called."""
+
+ERRORS = {
+    "gradfold.errors": "FoldError",
+    "gradfold.train.errors": "TrainError",
+    "gradfold.provenance.errors": "ProvenanceError",
+}
+"""Module -> its class of errors whose message is written for the user."""
 
 OK, ERROR, INTERRUPTED = 0, 2, 130
 
@@ -57,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _message(error: Exception) -> str | None:
     """One line for errors that a user can act on; None for the ones that are bugs of ours."""
-    from gradfold.errors import FoldError
-    from gradfold.train.errors import TrainError, one_line
+    from gradfold.train.errors import one_line
 
-    if isinstance(error, TrainError | FoldError):
+    # A class whose instance was raised has been loaded, so this loads nothing.
+    ours = tuple(getattr(sys.modules[module], name) for module, name in ERRORS.items() if module in sys.modules)
+    if isinstance(error, ours):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{f' ({error.filename})' if error.filename else ''}; free some space"

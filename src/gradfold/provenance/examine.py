@@ -1,0 +1,257 @@
+"""Every check of one event, and of all events of a document. Verifying and merging both go by what is found here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .canonical import check_json, part_sha256_hex
+from .errors import ProvenanceError
+from .events import (
+    ENTRY_FIELDS,
+    FIELDS,
+    LISTS,
+    OTHER_RECORDS,
+    RECORD,
+    SCHEMA_VERSION,
+    SIGNER_FIELDS,
+    content_sha256,
+    event_of,
+    is_event_id,
+)
+from .identity import identity_of, instant, split_number
+from .keys import PublicKey, check_entry
+from .report import Check, Checker, Status, brief, typed
+from .signatures import EVENT_MESSAGE, RECEIPT_MESSAGE, check_signature
+from .trust import RESERVED, Keyring, TrustStore
+
+MAX_EVENTS = 100_000
+NO_KEY = frozenset({"key", "receipt_key"})
+"""Checks that fail for want of a key, which another document may bring; all others lie in the event itself."""
+
+
+@dataclass
+class Examined:
+    """One event, where it stood, and its checks."""
+
+    where: str
+    event: Any
+    checks: list[Check]
+    signed: bool
+    """False for one rebuilt from a state."""
+
+    @property
+    def reasons(self) -> frozenset[str]:
+        """The names of the checks that failed; none if the event is valid. Whom one trusts is no part of it."""
+        return frozenset(check.name for check in self.checks if check.status is Status.FAIL and check.intrinsic)
+
+
+@dataclass
+class Document:
+    """A document taken apart: its kind, whose it is, its keys and events."""
+
+    kind: str
+    content: dict[str, Any]
+    subject: str | None
+    keys: Keyring
+    key_checks: list[Check] = field(default_factory=list)
+    events: list[Examined] = field(default_factory=list)
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        return self.content if self.kind == "state" else typed(self.content, "state", dict)
+
+
+def open_document(content: Any, store: TrustStore, every: bool = True) -> Document:
+    """Take a bundle, a state or an event apart and check its keys and each of its events.
+
+    Without `every`, checks that pass are not noted.
+    Raises ProvenanceError if it is none of these, or holds more than MAX_EVENTS events.
+    """
+    if type(content) is not dict:
+        raise ProvenanceError("holds no JSON object, so no open-graph document")
+    check_json(content)  # whatever follows may rely on JSON's types and a bounded depth
+    kind = _kind(content)
+    subject = content.get("subject_pith_number" if kind == "event" else "pith_number")
+    document = Document(kind, content, subject if split_number(subject) else None, Keyring(store))
+    if kind == "event":  # it has no room for keys: those that the user names are all there are
+        document.keys = Keyring(store, store.keys)
+    if kind == "bundle":
+        document.keys = Keyring(store, _claimed_keys(content, store, document.key_checks))
+    found = list(_events(document))
+    if len(found) > MAX_EVENTS:
+        raise ProvenanceError(f"holds {len(found):,} events; at most {MAX_EVENTS:,} are read")
+    for where, event in found:
+        at = Checker(where, every=every)
+        signed = kind != "state"
+        check_event(event, document.subject, document.keys, at, signed)
+        document.events.append(Examined(where, event, at.checks, signed))
+    return document
+
+
+def check_event(event: Any, subject: str | None, keys: Keyring, at: Checker, signed: bool = True) -> None:
+    """Note every check of an event of the paper `subject`. `signed=False`: one rebuilt from a state, which has no
+    signatures."""
+    if type(event) is not dict:
+        at.test("structure", False, "is {}, not an object", event)
+        return
+    wrong = [
+        name for name, kinds in FIELDS.items() if signed or name != "signature" if type(event.get(name)) not in kinds
+    ]
+    extra = event.keys() - FIELDS.keys()
+    if wrong:
+        at.test("structure", False, f"missing or of another type: {', '.join(wrong)}")
+    else:
+        at.test("structure", not extra, "has fields that are unknown, such as {}", min(extra, default=""))
+    at.test("event_type", event.get("event_type") in (RECORD, *LISTS), "{} is unknown", event.get("event_type"))
+    at.same("schema_version", event.get("schema_version"), SCHEMA_VERSION)
+    if subject is None:
+        at.note("subject", Status.FAIL, "the document has no pith number")
+    else:
+        at.same("subject", event.get("subject_pith_number"), subject)
+    at.test("created_at", instant(event.get("created_at")) is not None, "is {}, no time", event.get("created_at"))
+    digest = content_sha256(event)
+    at.same("content_sha256", event.get("content_sha256"), digest)
+    at.same("event_id", event.get("event_id"), f"sha256:{digest}")
+    supersedes = typed(event, "supersedes", list) or []
+    at.test(
+        "link_form",
+        (not supersedes or (all(map(is_event_id, supersedes)) and len(set(supersedes)) == len(supersedes)))
+        and (event.get("prev_event") is None or is_event_id(event.get("prev_event"))),
+        "prev_event and supersedes take event ids, each once",
+    )
+    _check_signer(event, keys, at, signed)
+    if signed:
+        block = typed(event, "signature", dict)
+        if block is None:
+            at.note("signature", Status.FAIL, "the event is not signed")
+        else:
+            check_signature(block, digest, EVENT_MESSAGE, keys, at, not_before=event.get("created_at"))
+    else:
+        at.note("signature", Status.NOT_PRESENT, "a state carries no event signatures; its bundle does")
+    if event.get("event_type") == RECORD:
+        _check_record(event, subject, keys, at, signed)
+
+
+def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: bool) -> None:
+    signer = typed(event, "signer", dict) or {}
+    sound = signer.keys() == set(SIGNER_FIELDS) and all(type(value) is str for value in signer.values())
+    if not at.test("signer", sound, f"is not an object of {', '.join(SIGNER_FIELDS)}"):
+        return
+    name, key_id, fingerprint = signer["signer_id"], signer["key_id"], signer["public_key_fingerprint"]
+    # A name of the registry's is wrong for everyone, that of another trusted key for those who trust it.
+    for store, intrinsic in ((RESERVED, True), (keys.store, False)):
+        owner = store.owner_of(key_id)
+        if owner is not None and owner.fingerprint != fingerprint:
+            detail = f"{brief(key_id)} is the id of a trusted key, but this is another key"
+            at.note("signer", Status.FAIL, detail, intrinsic)
+        if store.impostor(name, fingerprint):
+            detail = f"{brief(name)} is not the name of the signer with the key {brief(fingerprint)}"
+            at.note("signer", Status.FAIL, detail, intrinsic)
+    block = typed(event, "signature", dict)
+    if signed and block is not None:
+        at.same("signer_key_id", block.get("key_id"), key_id)
+        at.same("signer_fingerprint", block.get("public_key_fingerprint"), fingerprint)
+
+
+def _check_record(event: dict[str, Any], subject: str | None, keys: Keyring, at: Checker, signed: bool) -> None:
+    """`record_created`: the canonical record, its number, and the registry's receipt for it."""
+    payload = typed(event, "payload", dict) or {}
+    at.same("target", event.get("target"), "record")
+    record = payload.get("canonical_record")
+    if not at.test("canonical_record", type(record) is dict, "is missing or no object") or type(record) is not dict:
+        return
+    digest = part_sha256_hex(record)
+    at.same("canonical_record_schema_version", record.get("schema_version"), SCHEMA_VERSION)
+    at.same("canonical_sha256", payload.get("canonical_sha256"), digest)
+    split = split_number(subject)
+    at.test(
+        "pith_number", split is not None and split[1] == identity_of(digest), f"the record is {identity_of(digest)}"
+    )
+    if split is not None:
+        times = (event.get("created_at"), (typed(record, "metadata", dict) or {}).get("submitted_at"))
+        years = {str(time)[:4] for time in times if instant(time)}
+        at.test("pith_year", f"{split[0]:04}" in years, f"neither made nor submitted in {split[0]}")
+    source = typed(record, "source", dict) or {}
+    for name in ("kind", "id", "version"):
+        if f"source_{name}" in payload or name in source:
+            at.same(f"source_{name}", payload.get(f"source_{name}"), source.get(name))
+    receipt = payload.get("receipt")
+    if not at.test("receipt", type(receipt) is dict, "is missing or no object") or type(receipt) is not dict:
+        return
+    at.same("receipt_kind", receipt.get("kind"), "pith_receipt")
+    at.same("receipt_canonical_sha256", receipt.get("canonical_sha256"), digest)
+    signer = typed(event, "signer", dict) or {}
+    at.same("receipt_key_id", receipt.get("key_id"), signer.get("key_id"))
+    at.same("receipt_fingerprint", receipt.get("public_key_fingerprint"), signer.get("public_key_fingerprint"))
+    start = receipt.get("first_computed_at")
+    check_signature(receipt, digest, RECEIPT_MESSAGE, keys, at, "receipt_", start, brings_keys=signed)
+
+
+def _kind(content: dict[str, Any]) -> str:
+    """What a document is, by what it says or else by what it holds: a changed `bundle_type` is still a bundle's."""
+    if "bundle_type" in content or "bundle_signature" in content or "events" in content:
+        return "bundle"
+    if "state_type" in content or "state_sha256" in content or "current" in content:
+        return "state"
+    if "event_type" in content or "event_id" in content or "content_sha256" in content:
+        return "event"
+    raise ProvenanceError("is no open-graph bundle, state or event")
+
+
+def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check]) -> list[PublicKey]:
+    """The sound entries of a bundle's `public_keys`."""
+    at = Checker("public_keys", checks)
+    entries = content.get("public_keys")
+    if not at.test("structure", type(entries) is list, f"is {brief(entries)}, not a list") or type(entries) is not list:
+        return []
+    if len(entries) > MAX_EVENTS:
+        raise ProvenanceError(f"lists {len(entries):,} keys")
+    keys: list[PublicKey] = []
+    by_id: dict[str | None, bytes] = {}
+    for number, entry in enumerate(entries):
+        here = at.at(f"public_keys[{number}]")
+        key = check_entry(entry, here)
+        if key is None:
+            continue
+        if entry.get("rotates_at") is not None:
+            here.note("rotates_at", Status.NOT_CHECKED, "what a rotated key may still sign is not known")
+        owner = store.owner_of(key.key_id or "")
+        if owner is not None and owner.raw != key.raw:
+            here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is the id of a trusted key, but this is another key")
+        elif by_id.setdefault(key.key_id, key.raw) != key.raw:
+            here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is given to two keys")
+        keys.append(key)
+    return keys
+
+
+def _events(document: Document) -> Iterator[tuple[str, Any]]:
+    """(where, event) of everything that should be an event."""
+    content = document.content
+    if document.kind == "event":
+        yield "event", content
+    elif document.kind == "bundle":
+        for number, event in enumerate(typed(content, "events", list) or []):
+            yield f"events[{number}]", event
+    else:
+        yield from _rebuilt(typed(content, "current", dict) or {}, document.subject or "")
+
+
+def _rebuilt(current: dict[str, Any], subject: str) -> Iterator[tuple[str, Any]]:
+    """The events that a state's entries were made of."""
+    entries = (
+        [("record_created", RECORD, current["record_created"])] if current.get("record_created") is not None else []
+    )
+    for event_type, name in ((RECORD, OTHER_RECORDS), *LISTS.items()):
+        entries += [(f"{name}[{n}]", event_type, entry) for n, entry in enumerate(typed(current, name, list) or [])]
+    for where, event_type, entry in entries:
+        # What has other fields than an entry is checked as it stands, and fails.
+        is_entry = type(entry) is dict and entry.keys() <= ENTRY_FIELDS
+        yield f"current.{where}", event_of(entry, event_type, subject) if is_entry else entry
+
+
+def claimed_id(event: Any) -> str | None:
+    """The id an event gives itself, if it has the form of one."""
+    value = event.get("event_id") if type(event) is dict else None
+    return value if is_event_id(value) else None

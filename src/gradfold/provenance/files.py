@@ -1,0 +1,128 @@
+"""Reading and writing documents as files: bounded, and whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .canonical import MAX_BYTES, canonical_bytes, parse
+from .errors import ProvenanceError
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file (links are followed). Raises ProvenanceError, also for more than `most` bytes."""
+    try:
+        # Looked at before it is opened: opening a pipe without a writer would wait for ever.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise ProvenanceError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file")
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        raise ProvenanceError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ProvenanceError(f"{path}: cannot be read ({_reason(error)})") from None
+    if len(data) > most:
+        raise ProvenanceError(f"{path}: is larger than {most >> 20 or 1} MiB")
+    return data
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The strictly parsed value in a file. Raises ProvenanceError, which names the file."""
+    try:
+        return parse(read_bytes(path))
+    except ProvenanceError as error:
+        message = str(error)
+        raise ProvenanceError(message if message.startswith(f"{path}: ") else f"{path}: {message}") from None
+
+
+def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A bundle, a state or an event: the JSON object in a file. Raises ProvenanceError, which names the file."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ProvenanceError(f"{path}: holds no JSON object, so no open-graph document")
+    return value
+
+
+def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
+    """Replace a file by `document` in canonical form, as a whole. Raises ProvenanceError; the old file then stays."""
+    write_bytes(path, canonical_bytes(document) + b"\n")
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace a file through a temporary sibling, so that it is the old one or the new one, never a part.
+
+    A link stays, its target is replaced. Raises ProvenanceError.
+    """
+    with _saying(path):
+        target = Path(os.path.realpath(path))
+        _look(path, target)
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.writing")
+        try:
+            _fill(temporary, data, 0o666)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(target.parent)
+
+
+def write_secret(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that only its owner may read, and that must not exist yet. Raises ProvenanceError."""
+    with _saying(path):
+        target = Path(path)
+        _look(path, target)
+        try:
+            _fill(target, data, 0o600)
+        except FileExistsError:
+            raise ProvenanceError(f"{path}: exists already; name another file") from None
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(target)
+            raise
+        _sync_folder(target.parent)
+
+
+def _look(path: str | os.PathLike[str], target: Path) -> None:
+    if not target.parent.is_dir():
+        raise ProvenanceError(f"{path}: there is no folder {target.parent}; make it first")
+    if target.is_dir():
+        raise ProvenanceError(f"{path}: is a folder; name a file")
+
+
+def _fill(path: Path, data: bytes, mode: int) -> None:
+    """Create a file, which must not exist, and put its bytes on the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _saying(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the system's errors into ours."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

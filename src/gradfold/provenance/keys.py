@@ -1,0 +1,146 @@
+"""Public Ed25519 keys: as documents list them, as files hold them, and what a signature says under them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from .canonical import parse
+from .errors import ProvenanceError
+from .report import Checker, typed
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """32 raw bytes and the names they go by; a key from a bare PEM file has no names."""
+
+    raw: bytes
+    key_id: str | None = None
+    signer_id: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 32 hex digits of the SHA-256 of the raw key."""
+        return hashlib.sha256(self.raw).hexdigest()[:32]
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        return _verifies(self.raw, signature, message)
+
+    def as_entry(self) -> dict[str, Any]:
+        """The key as bundles list it under `public_keys`."""
+        digest = hashlib.sha256(self.raw).digest()
+        entry = {
+            "key_id": self.key_id or default_key_id(self),
+            "algorithm": "ed25519",
+            "format": "raw",
+            "public_key_b64": base64.b64encode(self.raw).decode("ascii"),
+            "public_key_hex": self.raw.hex(),
+            "fingerprint_sha256_b32_first128bits": base64.b32encode(digest).decode("ascii")[:26],
+            "fingerprint_sha256_hex": self.fingerprint,
+        }
+        if self.signer_id is not None:
+            entry["signer_id"] = self.signer_id
+        return entry
+
+
+@functools.lru_cache(2**15)  # the documents that are merged often hold the same events
+def _verifies(raw: bytes, signature: bytes, message: bytes) -> bool:
+    try:
+        _loaded(raw).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@functools.lru_cache(256)
+def _loaded(raw: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
+def default_key_id(key: PublicKey) -> str:
+    """A name for a key that was given none."""
+    return f"ed25519-{key.fingerprint[:8]}"
+
+
+def check_entry(entry: Any, at: Checker) -> PublicKey | None:
+    """Check an entry of `public_keys` in every form it gives the key in; the key, if the forms agree."""
+    if not at.test("structure", type(entry) is dict, "is not an object"):
+        return None
+    key_id = typed(entry, "key_id", str)
+    sound = at.test("key_id", bool(key_id), "has no key_id")
+    sound &= at.same("algorithm", entry.get("algorithm"), "ed25519")
+    sound &= at.same("format", entry.get("format"), "raw")
+    raw = decode_base64(entry.get("public_key_b64"), 32)
+    if not at.test("public_key_b64", raw is not None, "is not the base64 of 32 bytes") or raw is None:
+        return None
+    key = PublicKey(raw, key_id, typed(entry, "signer_id", str))
+    expected = key.as_entry()
+    for name in ("public_key_hex", "fingerprint_sha256_hex", "fingerprint_sha256_b32_first128bits"):
+        sound &= at.same(name, entry.get(name), expected[name])
+    return key if sound else None
+
+
+def read_keys(data: bytes) -> list[PublicKey]:
+    """The keys in a file that is trusted by being named: a PEM key, an entry as in `public_keys`, or a list of those.
+
+    An own private key without a passphrase stands for its public half. Raises ProvenanceError.
+    """
+    if data.lstrip()[:11] == b"-----BEGIN ":
+        return [PublicKey(_read_pem(data))]
+    value = parse(data)
+    if type(value) is dict and type(value.get("public_keys")) is list and "bundle_type" not in value:
+        value = value["public_keys"]
+    if type(value) is dict and "bundle_type" in value:
+        raise ProvenanceError("is a bundle, and the keys in a bundle are only claims; name the signer's key file")
+    entries = value if type(value) is list else [value]
+    keys = []
+    for number, entry in enumerate(entries, 1):
+        at = Checker("")
+        key = check_entry(entry, at)
+        if key is None:
+            failed = next(check for check in at.checks if check.status == "fail")
+            raise ProvenanceError(f"key {number}: {failed.name} {failed.detail}")
+        keys.append(key)
+    if not keys:
+        raise ProvenanceError("holds no key")
+    return keys
+
+
+def decode_base64(text: Any, size: int) -> bytes | None:
+    """The bytes of a base64 text in its one canonical spelling; None otherwise, or if they are not `size` bytes."""
+    if type(text) is not str or len(text) > 2 * size:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    # Bits that fill up the last letter are lost in decoding: without this another spelling would pass for the same.
+    return data if len(data) == size and base64.b64encode(data).decode("ascii") == text else None
+
+
+def raw_public(key: Ed25519PrivateKey | Ed25519PublicKey) -> bytes:
+    """The 32 bytes of a public key, or of the public half."""
+    return (key.public_key() if isinstance(key, Ed25519PrivateKey) else key).public_bytes_raw()
+
+
+def _read_pem(data: bytes) -> bytes:
+    try:
+        if b"PRIVATE KEY" in data:
+            key: Any = load_pem_private_key(data, password=None)
+        else:
+            key = load_pem_public_key(data)
+    except TypeError:
+        raise ProvenanceError("is a private key with a passphrase; name the public key's file") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ProvenanceError("is not a PEM key that can be read") from None
+    if not isinstance(key, Ed25519PrivateKey | Ed25519PublicKey):
+        raise ProvenanceError("is not an Ed25519 key")
+    return raw_public(key)

@@ -1,0 +1,217 @@
+"""`pith-open-graph-merge-v1`: the events of any number of documents, in any order, make one state.
+
+A document is reduced to a *pool*: its valid events by id, and its invalid ones by digest with the reasons. Pools are
+joined like sets, and a state is a function of the joined pool, so merging is permutation-invariant, idempotent and
+associative, also by way of states, which are documents themselves.
+
+Rules beyond those that the published documents show:
+
+- An event is judged within its own document, by the keys that document lists and the trusted ones. A valid copy
+  anywhere makes an event valid; trust plays no part, so that everyone computes the same state.
+- A state's entries are taken at the state's word, if their ids are right: a state carries no event signatures.
+- Order: `record_created` first, then by `created_at`, then by id. A second `record_created` goes to a list of its own.
+- Invalid events are set aside under the digest of the whole event as it was found, with the names of the checks that
+  failed. One that only lacked a key leaves the list once the same event is found valid.
+- **Equivocation**: two or more valid events by one key, of the same type, target and `prev_event` (so: for the same
+  place in what that key says about that target), of which none names another in `supersedes`. All of them stay in
+  their lists, and the slot with their ids stands in `equivocations`. An event superseded by its own signer is not
+  counted; nobody else can resolve an equivocation for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .canonical import part_sha256_hex
+from .errors import ProvenanceError
+from .events import LISTS, OTHER_RECORDS, RECORD, entry_of, is_digest, is_event_id, order_of
+from .examine import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
+from .identity import source_aliases
+from .report import brief, typed
+from .trust import TrustStore
+
+MERGE_VERSION = "pith-open-graph-merge-v1"
+STATE_TYPE, STATE_VERSION = "pith_open_graph_state", "1.0"
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """An invalid event: the digest of all of it, the id it gives itself, and the checks it failed."""
+
+    event_sha256: str
+    event_id: str | None
+    reasons: frozenset[str]
+
+
+@dataclass
+class Pool:
+    """What merging knows: valid events by id, invalid ones by digest. `unsigned`: ids that only states vouch for."""
+
+    valid: dict[str, dict[str, Any]] = field(default_factory=dict)
+    invalid: dict[str, SetAside] = field(default_factory=dict)
+    unsigned: set[str] = field(default_factory=set)
+
+    def set_aside(self, found: SetAside) -> None:
+        known = self.invalid.get(found.event_sha256)
+        reasons = found.reasons | known.reasons if known else found.reasons
+        # Want of a key counts only where nothing else is wrong: else the outcome would hang on the order of merging.
+        self.invalid[found.event_sha256] = SetAside(found.event_sha256, found.event_id, reasons - NO_KEY or reasons)
+
+    def join(self, other: Pool) -> None:
+        """Take up all that another pool knows."""
+        for event_id, event in other.valid.items():
+            if event_id not in self.valid:
+                self.valid[event_id] = event
+                if event_id in other.unsigned:
+                    self.unsigned.add(event_id)
+            elif event_id not in other.unsigned:
+                self.unsigned.discard(event_id)
+        for found in other.invalid.values():
+            self.set_aside(found)
+
+    def remaining(self) -> list[SetAside]:
+        """The invalid events, less those that lacked a key here and are valid elsewhere; in order of digest."""
+        return [
+            found
+            for _, found in sorted(self.invalid.items())
+            if not (found.reasons <= NO_KEY and found.event_id in self.valid)
+        ]
+
+
+class Merger:
+    """Merges documents one by one; they may be forgotten once added."""
+
+    def __init__(self, store: TrustStore | None = None):
+        self.store = TrustStore() if store is None else store
+        self.subject: str | None = None
+        self.pool = Pool()
+
+    def add(self, content: Any) -> None:
+        """Take up a bundle, a state or an event. Raises ProvenanceError, also if it is about another paper."""
+        document = open_document(content, self.store, every=False)
+        if document.subject is None:
+            raise ProvenanceError(f"is a {document.kind} without a pith number")
+        if self.subject not in (None, document.subject):
+            raise ProvenanceError(f"is about {document.subject}, another paper than {self.subject}")
+        found = pool_of(document)
+        self.subject = document.subject
+        self.pool.join(found)
+
+    def state(self) -> dict[str, Any]:
+        """The state of all that was added. Raises ProvenanceError if that is nothing."""
+        if self.subject is None:
+            raise ProvenanceError("there is nothing to merge")
+        return state_of(self.subject, self.pool)
+
+
+def merge(documents: Iterable[Any], store: TrustStore | None = None) -> dict[str, Any]:
+    """The state of one paper from any bundles, states and events about it. Raises ProvenanceError."""
+    merger = Merger(store)
+    for content in documents:
+        merger.add(content)
+    return merger.state()
+
+
+def pool_of(document: Document) -> Pool:
+    """Sort a document's events into valid and invalid ones. Raises ProvenanceError if it holds no lists of them."""
+    content = document.content
+    if document.kind == "bundle" and type(content.get("events")) is not list:
+        raise ProvenanceError(f"the bundle's `events` is {brief(content.get('events'))}, not a list")
+    if document.kind == "state" and type(content.get("current")) is not dict:
+        raise ProvenanceError(f"the state's `current` is {brief(content.get('current'))}, not an object")
+    pool = Pool()
+    for examined in document.events:
+        if not examined.reasons:
+            pool.valid[examined.event["event_id"]] = examined.event
+            if not examined.signed:
+                pool.unsigned.add(examined.event["event_id"])
+        else:
+            event = examined.event
+            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), examined.reasons))
+    if document.kind == "state":
+        for entry in _carried(content):
+            pool.set_aside(entry)
+    return pool
+
+
+def state_of(subject: str, pool: Pool) -> dict[str, Any]:
+    """The state that a pool of events about `subject` makes."""
+    events = sorted(pool.valid.values(), key=order_of)
+    records = [event for event in events if event["event_type"] == RECORD]
+    invalid = [
+        {"event_id": found.event_id, "event_sha256": found.event_sha256, "reasons": sorted(found.reasons)}
+        for found in pool.remaining()
+    ]
+    equivocations = find_equivocations(events)
+    current: dict[str, Any] = {"canonical_record": None, "source_aliases": [], RECORD: None}
+    if records:
+        record = records[0]["payload"]["canonical_record"]
+        current["canonical_record"] = record
+        current["source_aliases"] = source_aliases(record, subject, records[0]["created_at"])
+        current[RECORD] = entry_of(records[0])
+    for event_type, name in LISTS.items():
+        current[name] = [entry_of(event) for event in events if event["event_type"] == event_type]
+    if len(records) > 1:
+        current[OTHER_RECORDS] = [entry_of(event) for event in records[1:]]
+    state: dict[str, Any] = {
+        "state_type": STATE_TYPE,
+        "state_version": STATE_VERSION,
+        "pith_number": subject,
+        "merge_version": MERGE_VERSION,
+        "event_count": len(events) + len(invalid),
+        "valid_event_count": len(events),
+        "invalid_event_count": len(invalid),
+        "equivocation_count": len(equivocations),
+        "current": current,
+        "equivocations": equivocations,
+        "invalid_events": invalid,
+        "applied_event_ids": [event["event_id"] for event in events],
+    }
+    state["state_sha256"] = part_sha256_hex(state)
+    return state
+
+
+def find_equivocations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The slots that one key claims with several events (see the top of this file), in order."""
+    slots: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for event in events:
+        key = event["signer"]["public_key_fingerprint"]
+        slots.setdefault((key, event["event_type"], event["target"], event["prev_event"] or ""), []).append(event)
+    superseded = {(event["signer"]["public_key_fingerprint"], link) for event in events for link in event["supersedes"]}
+    found = []
+    for (key, event_type, target, prev_event), claims in sorted(slots.items()):
+        ids = sorted(event["event_id"] for event in claims if (key, event["event_id"]) not in superseded)
+        if len(ids) > 1:
+            found.append(
+                {
+                    "public_key_fingerprint": key,
+                    "event_type": event_type,
+                    "target": target,
+                    "prev_event": prev_event or None,
+                    "event_ids": ids,
+                }
+            )
+    return found
+
+
+def _carried(state: dict[str, Any]) -> list[SetAside]:
+    """The invalid events that a state lists. Raises ProvenanceError if they are not listed as a merge lists them."""
+    entries = typed(state, "invalid_events", list)
+    if entries is None or len(entries) > MAX_EVENTS:
+        raise ProvenanceError("the state's `invalid_events` is no list, or too long a one")
+    found = []
+    for number, entry in enumerate(entries):
+        reasons = typed(entry, "reasons", list) or []
+        if (
+            type(entry) is not dict
+            or entry.keys() != {"event_id", "event_sha256", "reasons"}
+            or not is_digest(entry["event_sha256"])
+            or not (entry["event_id"] is None or is_event_id(entry["event_id"]))
+            or not reasons
+            or not all(type(reason) is str for reason in reasons)
+        ):
+            raise ProvenanceError(f"the state's invalid_events[{number}] is not event_id, event_sha256 and reasons")
+        found.append(SetAside(entry["event_sha256"], entry["event_id"], frozenset(reasons)))
+    return found

@@ -1,0 +1,173 @@
+"""A replication record: what was measured for a paper's claim, how, and where, made from a benchmark's JSON result."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .canonical import parse
+from .errors import ProvenanceError
+from .files import read_bytes
+from .report import typed
+
+RECORD_VERSION = "1.0"
+ABOUT = ("benchmark", "date", "command", "machine", "revision", "claim", "rows")
+"""Keys of a result file that describe the run; everything else in it was measured or set."""
+
+# The benchmarks' rule is that units stand in names. The last word of a name that is one of these decides.
+UNITS = {
+    "bytes": "bytes",
+    "kib": "KiB",
+    "mib": "MiB",
+    "gib": "GiB",
+    "ns": "ns",
+    "us": "us",
+    "ms": "ms",
+    "s": "s",
+    "seconds": "s",
+    "hz": "Hz",
+    "w": "W",
+    "j": "J",
+    "percent": "%",
+    "nats": "nats",
+    "loss": "nats per token",
+    "perplexity": "1",
+    "ratio": "1",
+    "speedup": "1",
+    "accuracy": "1",
+}
+
+
+def replication_payload(
+    paper: dict[str, Any],
+    result_path: str | os.PathLike[str],
+    *,
+    claim: str | None = None,
+    command: str | None = None,
+    revision: str | None = None,
+    artifacts: Iterable[str | os.PathLike[str]] = (),
+) -> tuple[str, dict[str, Any]]:
+    """(target, payload) of a `replication_record` for `paper` (a bundle or a state) from a benchmark's result file.
+
+    The result's own `command`, `machine` and `revision` are taken where it has them; a revision that it has not is that
+    of the commit the file came with. Raises ProvenanceError, naming the file and the option that would help.
+    """
+    data = read_bytes(result_path)
+    try:
+        result = parse(data)
+    except ProvenanceError as error:
+        raise ProvenanceError(f"{result_path}: {error}") from None
+    if type(result) is not dict:
+        raise ProvenanceError(f"{result_path}: is not a benchmark's result (a JSON object)")
+    command = command or typed(result, "command", str)
+    if not command:
+        raise ProvenanceError(f"{result_path}: names no `command`; say how it was made with --command")
+    name = typed(result, "benchmark", str) or Path(result_path).stem
+    rows = [_row(row) for row in _rows(result, result_path)]
+    if not any(row["figures"] for row in rows):
+        raise ProvenanceError(f"{result_path}: holds no figure whose name says its unit (peak_bytes, step_ms, ...)")
+    record = {
+        "record_version": RECORD_VERSION,
+        "pith_number": paper.get("pith_number"),
+        "claim": claim or typed(result, "claim", str) or default_claim(paper, name),
+        "benchmark": name,
+        "measured_on": typed(result, "date", str),
+        "results": rows,
+        "command": command,
+        "code": _code(result, result_path, revision),
+        "environment": typed(result, "machine", dict),
+        "artifacts": [artifact(result_path, data), *(artifact(path) for path in artifacts)],
+    }
+    return f"replication:{name}", {"replication_record": record}
+
+
+def default_claim(paper: dict[str, Any], benchmark: str) -> str:
+    """What is stated when nobody states more: that this was measured."""
+    return (
+        f"The method of {title_of(paper) or 'the paper'}, implemented independently: figures of benchmark {benchmark}"
+    )
+
+
+def title_of(paper: dict[str, Any]) -> str | None:
+    """The title in a bundle's or state's newest graph snapshot."""
+    state = typed(paper, "state", dict) or paper
+    snapshots = typed(typed(state, "current", dict), "graph_snapshots", list) or []
+    for entry in reversed(snapshots):
+        snapshot = typed(typed(entry, "payload", dict), "graph_snapshot", dict)
+        title = typed(typed(snapshot, "paper", dict), "title", str)
+        if title:
+            return title
+    return None
+
+
+def artifact(path: str | os.PathLike[str], data: bytes | None = None) -> dict[str, Any]:
+    """A file's name, size and SHA-256. Raises ProvenanceError."""
+    data = read_bytes(path) if data is None else data
+    return {"name": Path(path).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def unit_of(path: str) -> str | None:
+    """The unit that a dotted name says: of `step.torch_ms_median` "ms"; None if it says none."""
+    for word in reversed(re.split(r"[._\[\]]+", path.lower())):
+        if word in UNITS:
+            return UNITS[word]
+    return None
+
+
+def _rows(result: dict[str, Any], path: str | os.PathLike[str]) -> list[Any]:
+    rows = result.get("rows")
+    if rows is None:
+        return [{key: value for key, value in result.items() if key not in ABOUT}]
+    if type(rows) is not list or not all(type(row) is dict for row in rows):
+        raise ProvenanceError(f"{path}: `rows` is not a list of objects")
+    return rows
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as figures with units, and the conditions they were measured under. Series stay in the artifact."""
+    figures, conditions = [], {}
+    for path, value in _leaves(row):
+        unit = unit_of(path) if type(value) in (int, float) else None
+        if unit is None:
+            conditions[path] = value
+        else:
+            figures.append({"name": path, "value": value, "unit": unit})
+    return {"conditions": conditions, "figures": figures}
+
+
+def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested objects but lists. Depth is bounded by `parse`."""
+    for key, item in value.items():
+        name = f"{path}.{key}" if path else key
+        if type(item) is dict:
+            yield from _leaves(item, name)
+        elif type(item) is not list:
+            yield name, item
+
+
+def _code(result: dict[str, Any], path: str | os.PathLike[str], given: str | None) -> dict[str, Any]:
+    """The revision of the code, and how it is known."""
+    recorded = typed(result, "revision", str)
+    if given or recorded:
+        return {"revision": given or recorded, "known_from": "the signer" if given else "the benchmark"}
+    commit = _git(path, "log", "-1", "--format=%H", "--", Path(path).name)
+    if not commit:
+        raise ProvenanceError(f"{path}: does not say which code made it, nor is it committed; use --revision COMMIT")
+    if _git(path, "status", "--porcelain", "--", Path(path).name):
+        raise ProvenanceError(f"{path}: was changed since it was committed; commit it, or use --revision COMMIT")
+    return {"revision": commit, "known_from": "the commit that the result came with"}
+
+
+def _git(path: str | os.PathLike[str], *words: str) -> str | None:
+    """What git says in the file's folder; None without git or outside a repository."""
+    folder = Path(path).resolve().parent
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,160 @@
+"""What a verification found: a list of checks, none of which stops the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNTRUSTED = "untrusted"
+    """A valid signature by a key that nothing but the document itself vouches for."""
+    NOT_PRESENT = "not-present"
+    NOT_CHECKED = "not-checked"
+
+
+class Check(NamedTuple):
+    """One question asked of a document: where, what, and how it ended.
+
+    `intrinsic`: the answer lies in the document and is the same for everyone, whomever they trust.
+    """
+
+    where: str
+    name: str
+    status: Status
+    detail: str = ""
+    intrinsic: bool = True
+
+    def as_dict(self) -> dict[str, str]:
+        return {"where": self.where, "check": self.name, "status": str(self.status), "detail": self.detail}
+
+
+@dataclass
+class Report:
+    """All checks of one document (`kind`: bundle, state or event)."""
+
+    kind: str
+    subject: str | None
+    checks: list[Check] = field(default_factory=list)
+    trusted_signatures: int = 0
+
+    @property
+    def failures(self) -> list[Check]:
+        return [check for check in self.checks if check.status is Status.FAIL]
+
+    @property
+    def untrusted(self) -> list[Check]:
+        return [check for check in self.checks if check.status is Status.UNTRUSTED]
+
+    @property
+    def verified(self) -> bool:
+        """No check failed, every signature is by a trusted key, and there is at least one."""
+        return not self.failures and not self.untrusted and self.trusted_signatures > 0
+
+    @property
+    def verdict(self) -> str:
+        if self.failures:
+            return f"failed {len(self.failures)} of {len(self.checks)} checks"
+        if self.untrusted:
+            return "valid signature, untrusted key"
+        if not self.verified:
+            return "nothing in it is signed"
+        unsigned = sum(check.name == "signature" and check.status is Status.NOT_PRESENT for check in self.checks)
+        return f"verified; {unsigned} events stand on the state's word alone" if unsigned else "verified"
+
+    def counts(self) -> dict[str, int]:
+        found = dict.fromkeys(map(str, Status), 0)
+        for check in self.checks:
+            found[str(check.status)] += 1
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "pith_number": self.subject,
+            "verified": self.verified,
+            "verdict": self.verdict,
+            "counts": self.counts(),
+            "checks": [check.as_dict() for check in self.checks],
+        }
+
+
+class Checker:
+    """Collects checks under one place of a document; without `every` only those that do not pass."""
+
+    def __init__(self, where: str, checks: list[Check] | None = None, every: bool = True):
+        self.where = where
+        self.every = every
+        self.checks: list[Check] = [] if checks is None else checks
+
+    def at(self, where: str) -> Checker:
+        """The same list, another place."""
+        return Checker(where, self.checks)
+
+    def test(self, name: str, passed: bool, otherwise: str = "", *values: Any) -> bool:
+        """Note a pass, or a failure with the reason `otherwise`, `values` put in its braces."""
+        if passed:
+            if self.every:
+                self.checks.append(Check(self.where, name, Status.PASS))
+        else:
+            self.note(name, Status.FAIL, otherwise.format(*map(brief, values)) if values else otherwise)
+        return passed
+
+    def same(self, name: str, found: Any, expected: Any) -> bool:
+        """Note whether a value is the expected one, of the same type (True is no 1)."""
+        passed = type(found) is type(expected) and found == expected
+        return self.test(name, passed, "is {}, should be {}", found, expected)
+
+    def note(self, name: str, status: Status, detail: str = "", intrinsic: bool = True) -> None:
+        self.checks.append(Check(self.where, name, status, detail, intrinsic))
+
+
+def brief(value: Any) -> str:
+    """A value in a message: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 90 else value[:87] + "...")
+    if value is None:
+        return "missing"
+    if isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**20 else "a very large number"
+    return {dict: "an object", list: "a list"}.get(type(value), type(value).__name__)
+
+
+def first_difference(found: Any, expected: Any, path: str = "") -> str:
+    """Where two values that differ first do so, in a few words."""
+    if type(found) is dict and type(expected) is dict:
+        for key in sorted(found.keys() | expected.keys()):
+            if key not in found or key not in expected:
+                return f"{'lacks' if key not in found else 'has no business with'} {path}.{key[:60]}".replace(" .", " ")
+            if differ(found[key], expected[key]):
+                return first_difference(found[key], expected[key], f"{path}.{key[:60]}")
+    if type(found) is list and type(expected) is list:
+        for number, (one, other) in enumerate(zip(found, expected)):
+            if differ(one, other):
+                return first_difference(one, other, f"{path}[{number}]")
+        return f"has {len(found)} entries{path and ' in '}{path.lstrip('.')}, should have {len(expected)}"
+    return f"{path.lstrip('.')} is {brief(found)}, should be {brief(expected)}".lstrip()
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two JSON values are not the same: unlike `!=`, this tells 1, 1.0 and True apart."""
+    if type(one) is not type(other):
+        return True
+    if type(one) is dict:
+        return one.keys() != other.keys() or any(differ(value, other[key]) for key, value in one.items())
+    if type(one) is list:
+        return len(one) != len(other) or any(map(differ, one, other))
+    return repr(one) != repr(other) if type(one) is float else one != other
+
+
+def typed(mapping: Any, key: str, kind: type) -> Any:
+    """`mapping[key]` if it is there and of that very type, else None. Documents may hold anything anywhere."""
+    value = mapping.get(key) if type(mapping) is dict else None
+    return value if type(value) is kind else None

@@ -1,0 +1,138 @@
+"""Which keys count: those built in and those the user names. A key inside a document is only a claim."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import ProvenanceError
+from .files import read_bytes
+from .keys import PublicKey, read_keys
+from .report import brief
+
+PITH_REGISTRY = PublicKey(
+    bytes.fromhex("b2d552b68890857171a78b36a5dccf368a953413288c353f7c9d9d6f94b709b3"),
+    key_id="pith-v1-2026-05",
+    signer_id="pith.science",
+)
+"""The registry's published key (https://pith.science/pith-signing-key.json), fingerprint 8d4b5ee7...8b0d54."""
+
+KNOWN_SIGNATURES = {
+    "953c1334c881b59c9946750fb5ed160a5babeb2c1de42be54538ba0f8fed4213": (
+        "e369997a6bf66c50145302c888e5eba4434d8b3c541a859aaa7ef484ab8e74f2"
+    ),
+}
+"""SHA-256 of a bundle -> that of its whole `bundle_signature`, for bundles this project was built on.
+
+A bundle signature's own `signed_at` is in no digest and under no signature, so a change of it shows only beside a copy
+of the original. For other bundles it is reported as not checked.
+"""
+
+KEY_FILE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A key for a signature, and what is to be said of it."""
+
+    key: PublicKey
+    trusted: bool
+    listed: bool
+    """Whether the document itself brings it; the registry's counts as brought by all."""
+    clash: str = ""
+    """What contradicts the names under which keys are trusted."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there is no key: `name` is the check that fails."""
+
+    name: str
+    reason: str
+
+
+class TrustStore:
+    """Keys that are trusted because somebody said so; by default the registry's alone."""
+
+    def __init__(self, keys: Iterable[PublicKey] = (PITH_REGISTRY,)):
+        self._by_fingerprint: dict[str, PublicKey] = {}
+        self._by_id: dict[str, PublicKey] = {}
+        self._by_signer: dict[str, set[str]] = {}
+        for key in keys:
+            self.add(key)
+
+    def add(self, key: PublicKey) -> None:
+        """Trust a key too. Raises ProvenanceError if its id is that of another trusted key."""
+        known = self._by_fingerprint.get(key.fingerprint)
+        if known is not None and known.key_id is not None:
+            if key.key_id not in (None, known.key_id):
+                raise ProvenanceError(f"the key {key.fingerprint} is trusted as {known.key_id}, not as {key.key_id}")
+            return
+        if key.key_id is not None:
+            other = self._by_id.setdefault(key.key_id, key)
+            if other.raw != key.raw:
+                raise ProvenanceError(f"the key id {key.key_id} is that of another trusted key; rename yours")
+        self._by_fingerprint[key.fingerprint] = key
+        if key.signer_id is not None:
+            self._by_signer.setdefault(key.signer_id, set()).add(key.fingerprint)
+
+    def add_file(self, path: str | os.PathLike[str]) -> None:
+        """Trust the keys in a file. Raises ProvenanceError, which names the file."""
+        data = read_bytes(path, KEY_FILE_BYTES)
+        try:
+            for key in read_keys(data):
+                self.add(key)
+        except ProvenanceError as error:
+            raise ProvenanceError(f"{path}: {error}") from None
+
+    @property
+    def keys(self) -> list[PublicKey]:
+        return list(self._by_fingerprint.values())
+
+    def find(self, fingerprint: str) -> PublicKey | None:
+        return self._by_fingerprint.get(fingerprint)
+
+    def owner_of(self, key_id: str) -> PublicKey | None:
+        """The trusted key that goes by this id."""
+        return self._by_id.get(key_id)
+
+    def impostor(self, signer_id: str, fingerprint: str) -> bool:
+        """Whether a signer's name belongs to a trusted key other than this one, or this key to another name."""
+        owners = self._by_signer.get(signer_id)
+        if owners is not None:
+            return fingerprint not in owners
+        key = self._by_fingerprint.get(fingerprint)
+        return key is not None and key.signer_id is not None
+
+
+RESERVED = TrustStore()
+"""The registry's names belong to its key in everyone's eyes, whatever they trust."""
+
+
+class Keyring:
+    """The keys that one document's signatures are checked with: those it lists itself, and the trusted ones."""
+
+    def __init__(self, store: TrustStore, claims: Iterable[PublicKey] = ()):
+        self.store = store
+        self._claims: dict[str, list[PublicKey]] = {}
+        for key in (PITH_REGISTRY, *claims):
+            self._claims.setdefault(key.fingerprint, []).append(key)
+
+    def find(self, key_id: str, fingerprint: str) -> Found | Missing:
+        """The key that a signature names by id and fingerprint."""
+        if (owner := RESERVED.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
+            return Missing("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
+        listed = self._claims.get(fingerprint, [])
+        ids = [key.key_id for key in listed]
+        if ids and None not in ids and key_id not in ids:
+            return Missing("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
+        trusted = self.store.find(fingerprint)
+        clash = ""
+        if (owner := self.store.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
+            clash = f"{brief(key_id)} is the id of a trusted key, but this is another key"
+        elif trusted is not None and trusted.key_id not in (None, key_id):
+            clash = f"is {brief(key_id)}, but that key is trusted as {brief(trusted.key_id)}"
+        if listed or trusted is not None:
+            return Found(trusted or listed[0], trusted is not None, bool(listed), clash)
+        return Missing("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")
