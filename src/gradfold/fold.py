@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, native
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .engine.storage import storage_of
+from .engine.timing import Timing
 from .errors import FoldError
 from .modules import SLOT, restore, swap
 from .optim import RuleOptimizer
@@ -34,6 +36,13 @@ def fold(
     model: nn.Module,
     optimizer: RuleOptimizer,
     *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    norm_type: float = 2.0,
+    clip: Literal["exact", "two_pass", "delayed"] = "exact",
+    error_if_nonfinite: bool = False,
+    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise",
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -45,14 +54,29 @@ def fold(
     Args:
         model: any module; its trainable parameters must be those of ``optimizer``.
         optimizer: one of gradfold's.
+        accumulate: how many backwards one ``optimizer.step()`` sums, exactly. All but the last leave the inputs of
+            their gradients on a tape, which is never larger than the gradients would be; the last steps as it goes.
+        clip_norm: the gradients of all parameters together are scaled down to this norm, exactly as
+            ``torch.nn.utils.clip_grad_norm_`` does it; every weight then steps in ``optimizer.step()``. A param_group's
+            own ``clip_norm`` clips it by its own norm, or not at all if None.
+        clip_value: every element of a gradient is brought within +-this, after ``clip_norm``; also by param_group.
+        norm_type: 2.0, ``inf``, or another order of the norm.
+        clip: "exact" keeps a tape; "two_pass" keeps none and runs backward twice, by ``fold.backward(loss)``; "delayed"
+            scales by the norm of the step before: an approximation, which after a sudden large gradient clips one step
+            too late, and the step after it too much.
+        error_if_nonfinite: raise if the norm is not finite, as ``clip_grad_norm_``.
+        on_nonfinite: what to do about a gradient that is not finite. Its parameter does not step in any case, and
+            where all wait for ``optimizer.step()`` none does; "raise" then raises there, "skip" goes on. "ignore"
+            does not look.
         backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
     Raises:
-        FoldError: the optimizer has no element-wise rule; a trainable parameter has no optimizer, or the other way
+        FoldError: an option is out of range; the optimizer has no element-wise rule; a trainable parameter has no optimizer, or the other way
             round; a module or parameter cannot be routed; a data-parallel wrapper is around the model. Nothing has
             been changed then.
     """
+    timing = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite)
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
@@ -75,7 +99,7 @@ def fold(
                     f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
                     "model, so no folded backward would step it; give it an optimizer of its own"
                 )
-    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes))
+    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), timing)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     modules = swap(model, slots)
     for slot in slots.values():
@@ -130,6 +154,8 @@ class Row:
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int
     state_bytes: int
+    tape: str = ""  # what waits for optimizer.step(): "uses", or "gradient" where the tape has collapsed into one
+    tape_bytes: int = 0  # that it pays for: what several weights hold is counted for one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +189,33 @@ class Fold:
     def __init__(self, ledger: Ledger, modules: list[nn.Module]):
         self._ledger = ledger
         self._modules = modules
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's gradient over all parameters, before clipping; None before the first step.
+
+        Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite.
+        """
+        return self._ledger.grad_norm
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """A context whose backwards leave their uses on the tape, for any number of them before the last."""
+        self._ledger.accumulating += 1
+        try:
+            yield
+        finally:
+            self._ledger.accumulating -= 1
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()``; with ``clip="two_pass"`` the norm first, then the step, clipped by it."""
+        ledger = self._ledger
+        if ledger.timing.clip != "two_pass":
+            loss.backward()
+            return
+        with ledger.first_pass():
+            loss.backward(retain_graph=True)
+        loss.backward()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -233,5 +286,7 @@ class Fold:
             route=route,
             states=stored,
             weight_bytes=param.numel() * param.element_size(),
+            tape="" if slot is None or not slot.tape else "uses" if slot.tape.collapsed is None else "gradient",
+            tape_bytes=0 if slot is None else slot.tape.cost_bytes,
             state_bytes=sum(state.numel() * state.element_size() for state in states.values()),
         )

@@ -208,6 +208,22 @@ class Ledger:
     def guarded(self) -> bool:
         return self.timing.on_nonfinite != "ignore"
 
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """A backward that only takes the norm; the next one steps with what comes of it."""
+        self.require_closed("fold.backward()")
+        self.measuring = True
+        try:
+            yield
+        finally:
+            self.measuring = False
+            failed = bool(self.running)
+            powers, nonfinite = dict(self.powers), list(self.nonfinite)
+            self.rearm()
+        if not failed:
+            self.powers, self.nonfinite = powers, nonfinite
+            self.coefficients = coefficients(self)
+
     def change(self, group: dict[str, Any]) -> Change:
         """What happens to the gradients of a weight that steps inside backward."""
         if self.timing.clip == "delayed" and self.grad_norm is not None and math.isfinite(self.grad_norm):

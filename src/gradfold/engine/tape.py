@@ -39,6 +39,13 @@ class Tape:
         param = self.slot.param
         return param.numel() * accumulation_dtype(param.dtype).itemsize
 
+    @property
+    def cost_bytes(self) -> int:
+        """What this tape costs now."""
+        if self.collapsed is not None:
+            return self.collapsed.numel() * self.collapsed.element_size()
+        return self.holdings.cost(self)
+
     def add(self, uses: Sequence[Use]) -> None:
         """Take over the uses of one backward."""
         for use in uses:
@@ -54,8 +61,8 @@ class Tape:
 
     def collapse(self) -> None:
         """Sum the uses into one gradient and let go of them."""
-        uses, self.uses = self.uses, []
-        self._check()
+        uses = self.peek()
+        self.uses = []
         if len(uses) == 1 and isinstance(uses[0], DenseUse):
             self.collapsed = uses[0].grad
         else:
@@ -64,30 +71,32 @@ class Tape:
         self.holdings.release(self)
 
     def _accumulate(self, uses: Sequence[Use]) -> None:
-        param, ledger = self.slot.param, self.slot.ledger
+        """Add uses to the sum, in place."""
+        param = self.slot.param
         for use in uses:
             use.wait(param.device)
-        dtype = accumulation_dtype(param.dtype)
+        dtype, before = accumulation_dtype(param.dtype), self.collapsed
         with torch.no_grad():
-            before = self.collapsed
-            if before is None:
+            if before is None or before.dtype != dtype or not before.is_contiguous():
                 self.collapsed = torch.empty(param.shape, dtype=dtype, device=param.device)
-            elif before.dtype != dtype or not before.is_contiguous() or before._base is not None:
-                self.collapsed, before = torch.empty(param.shape, dtype=dtype, device=param.device).copy_(before), None
-                ledger.backend.gradient(param.detach(), uses, self.collapsed, add=True)
-                return
-            ledger.backend.gradient(param.detach(), uses, self.collapsed, add=before is not None)
+                if before is not None:  # a dense gradient as autograd left it
+                    self.collapsed.copy_(before)
+            out = self.collapsed
+            assert out is not None
+            self.slot.ledger.backend.gradient(param.detach(), uses, out, add=before is not None)
 
     def take(self) -> list[Use]:
         """The uses to step with; the tape is empty afterwards."""
-        self._check()
-        uses = [DenseUse(self.collapsed)] if self.collapsed is not None else self.uses
+        uses = self.peek()
         self.clear()
         return uses
 
     def peek(self) -> list[Use]:
         """The uses to step with; the tape keeps them."""
-        return [DenseUse(self.collapsed)] if self.collapsed is not None else list(self.uses)
+        self._check()
+        if self.collapsed is not None:
+            return [DenseUse(self.collapsed)]
+        return list(self.uses)
 
     def clear(self) -> None:
         self.uses, self.collapsed = [], None
