@@ -1,7 +1,7 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
 from .choose import choose
-from .gemm import multiply
+from .gemm import linear, multiply
 from .reference import Backend, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Stored
@@ -19,6 +19,7 @@ __all__ = [
     "Stored",
     "Use",
     "choose",
+    "linear",
     "multiply",
     "rows",
 ]
