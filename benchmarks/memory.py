@@ -29,7 +29,13 @@ class NullBackend:
 
     def reserve(self, weight: Any, states: Any, rule: Any, group: Any) -> None: ...
 
-    def step(self, weight: Any, states: Any, uses: Any, rule: Any, group: Any, numbers: Any) -> None: ...
+    def finite(self, weight: Any, uses: Any) -> bool:
+        return True
+
+    def step(
+        self, weight: Any, states: Any, uses: Any, rule: Any, group: Any, numbers: Any, change: Any = None
+    ) -> float:
+        return 0.0
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         return []

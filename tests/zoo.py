@@ -262,7 +262,10 @@ class Recorder:
     def scratch_tensors(self) -> list[Tensor]:
         return []
 
-    def step(self, stored: Stored, states: Any, uses: Any, rule: Any, group: Any, numbers: Any) -> None:
+    def finite(self, weight: Tensor, uses: Any) -> bool:
+        return True
+
+    def step(self, stored: Stored, states: Any, uses: Any, rule: Any, group: Any, numbers: Any, change: Any) -> float:
         weight = stored.values
         (name,) = {n for n, p in self.model.named_parameters() if p.data_ptr() == weight.data_ptr()}
         assert name not in self.grads, f"{name} steps twice"
@@ -280,6 +283,7 @@ class Recorder:
                 use.add(grad[start:stop], start, stop)
         self.grads[name] = grad.view(weight.shape)
         self.bounds[name] = float(sum(_bound(use, weight) for use in uses).norm())
+        return 0.0
 
 
 def _bound(use: Any, weight: Tensor) -> Tensor:

@@ -72,9 +72,9 @@ def fold(
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
     Raises:
-        FoldError: an option is out of range; the optimizer has no element-wise rule; a trainable parameter has no optimizer, or the other way
-            round; a module or parameter cannot be routed; a data-parallel wrapper is around the model. Nothing has
-            been changed then.
+        FoldError: an option is out of range; the optimizer has no element-wise rule; a trainable parameter has no
+            optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
+            the model. Nothing has been changed then.
     """
     timing = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite)
     _check_optimizer(optimizer)
@@ -215,7 +215,8 @@ class Fold:
             return
         with ledger.first_pass():
             loss.backward(retain_graph=True)
-        loss.backward()
+        if not ledger.nonfinite or not ledger.guarded:  # else this step is left out as a whole
+            loss.backward()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

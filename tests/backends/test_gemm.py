@@ -27,6 +27,22 @@ def test_multiply(shape, columns, dtype, native, block_bytes, monkeypatch):
     assert np.all(error <= 2 * ULP[dtype] * scale)
 
 
+@pytest.mark.parametrize(("shape", "columns"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_linear(shape, columns, dtype, native, biased, monkeypatch):
+    monkeypatch.setattr(gemm, "_native", lambda dtype: native)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(columns, shape[-1]).to(dtype)
+    bias = torch.randn(columns).to(dtype) if biased else None
+    got = gemm.linear(x, weight, bias)
+    assert got.shape == (*shape[:-1], columns) and got.dtype == dtype
+    left, right = x.double().reshape(-1, shape[-1]).t().numpy(), weight.double().t().numpy()  # [K, T], [K, N]
+    added = 0 if bias is None else bias.double().numpy()
+    want, scale = oracle.linear_grad(left, right) + added, oracle.linear_grad(abs(left), abs(right)) + abs(added)
+    assert np.all(np.abs(got.double().numpy().reshape(want.shape) - want) <= 2 * ULP[dtype] * scale)
+
+
 def test_float32_and_float64_are_left_to_torch():
     for dtype in (torch.float32, torch.float64):
         a, b = torch.randn(5, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype)

@@ -21,7 +21,11 @@ class NullBackend:
 
     def reserve(self, weight, states, rule, group): ...
 
-    def step(self, weight, states, uses, rule, group, numbers): ...
+    def finite(self, weight, uses):
+        return True
+
+    def step(self, weight, states, uses, rule, group, numbers, change):
+        return 0.0
 
     def scratch_tensors(self):
         return []

@@ -1,7 +1,7 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
 from .choose import choose
-from .gemm import multiply
+from .gemm import linear, multiply
 from .norms import accumulation_dtype, norm_of
 from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
@@ -23,6 +23,7 @@ __all__ = [
     "Use",
     "accumulation_dtype",
     "choose",
+    "linear",
     "multiply",
     "norm_of",
     "rows",

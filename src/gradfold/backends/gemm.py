@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 2**20  # of widened operand alive at a time
@@ -42,6 +43,25 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     for start in range(0, b.shape[0], block):
         out.addmm_(a2[:, start : start + block].float(), b[start : start + block].float())
     return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` in x's dtype; x: ``[*, K]``, weight: ``[N, K]``, bias: ``[N]``."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    batched = any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
+    if batched or not all(emulated(t) for t in tensors):
+        return F.linear(x, weight, bias)
+    rows, columns = weight.shape
+    wide = x.reshape(-1, x.shape[-1]).float()  # [T, K]
+    out = x.new_empty(wide.shape[0], rows)
+    block = max(16, BLOCK_BYTES // (4 * max(1, columns, wide.shape[0])))
+    for start in range(0, rows, block):
+        part = wide @ weight[start : start + block].float().t()  # [T, block]
+        if bias is not None:
+            part += bias[start : start + block]
+        out[:, start : start + block] = part
+    return out.view(*x.shape[:-1], rows)
 
 
 def accumulate(tile: Tensor, left: Tensor, right: Tensor, beta: int) -> None:

@@ -6,6 +6,7 @@ most once; what the books cannot explain is an error that names the parameter.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import warnings
@@ -19,8 +20,8 @@ from gradfold.backends import Backend, Change, DenseUse
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
+from .play import coefficients, not_finite, play
 from .segments import Segment, node_around_backward, on_calling_thread
-from .play import play
 from .slot import Slot, second_backward
 from .tape import Holdings
 from .task import Demand, at_task_end, demand
@@ -55,8 +56,9 @@ class Ledger:
         self.grad_norm: float | None = None  # of the last step
         self.backwards = 0  # completed since the step opened
         self.accumulating = 0  # depth of nested ``accumulating()`` contexts
-        self.measuring = False  # in the first pass of two, or
-        self.coefficient: float | None = None  # in the second, with this coefficient
+        self.measuring = False  # in the first pass of two
+        self.measured = False  # that pass is over, and the second may come
+        self.coefficients: dict[int, float] = {}  # id of a slot -> what clipping multiplies its gradient by
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
@@ -108,6 +110,8 @@ class Ledger:
             return self._parents[task]
         node = node_around_backward()
         if node is None:
+            if self.timing.clip == "two_pass" and not (self.measuring or self.measured):
+                raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
             self._refuse_second()
             self._forget_failed()
             if not self.open:  # a functional_call has given the parameters back by now
@@ -210,25 +214,31 @@ class Ledger:
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
-        """A backward that only takes the norm; the next one steps with what comes of it."""
+        """A backward that only takes the norm; the next one steps with what comes of it.
+
+        Raises:
+            FoldError: in the middle of a step; or the gradient is not finite, and nothing moves.
+        """
         self.require_closed("fold.backward()")
         self.measuring = True
         try:
             yield
         finally:
             self.measuring = False
-            failed = bool(self.running)
             powers, nonfinite = dict(self.powers), list(self.nonfinite)
             self.rearm()
-        if not failed:
-            self.powers, self.nonfinite = powers, nonfinite
-            self.coefficients = coefficients(self)
+        if nonfinite and self.timing.on_nonfinite == "raise":
+            raise FoldError(not_finite(nonfinite, moved=False))
+        self.powers, self.nonfinite = powers, nonfinite
+        self.coefficients = coefficients(self, [slot for slot in self.slots.values() if id(slot) in powers])
+        self.measured = True
 
-    def change(self, group: dict[str, Any]) -> Change:
-        """What happens to the gradients of a weight that steps inside backward."""
+    def change(self, slot: Slot) -> Change:
+        """What happens to this slot's gradient on its way to the rule."""
+        scale = self.coefficients.get(id(slot), 1.0)
         if self.timing.clip == "delayed" and self.grad_norm is not None and math.isfinite(self.grad_norm):
-            return change_for(group, self.timing, coefficient(limit_of(group, self.timing)[0], self.grad_norm))
-        return change_for(group, self.timing, 1.0 if self.coefficient is None else self.coefficient)
+            scale = coefficient(limit_of(slot.group, self.timing)[0], self.grad_norm)
+        return change_for(slot.group, self.timing, scale)
 
     def require_closed(self, action: str) -> None:
         if self.open:
@@ -289,7 +299,8 @@ class Ledger:
         self.powers.clear()
         self.nonfinite.clear()
         self.backwards = 0
-        self.coefficient = None
+        self.coefficients.clear()
+        self.measured = False
         self._storages = set()
         self.surveyed = False
         self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}

@@ -9,7 +9,7 @@ import torch
 
 from gradfold.errors import FoldError
 
-from .timing import add_power, change_for, coefficient, limit_of, norm_from
+from .timing import add_power, coefficient, limit_of, norm_from
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -31,9 +31,11 @@ def play(ledger: Ledger) -> None:
             if not slot.finite(slot.tape.peek()):
                 ledger.nonfinite.append(slot.name)
     if taped and not ledger.nonfinite:
-        coefficients = _coefficients(ledger, taped) if ledger.clips else {}
+        if ledger.clips:
+            measure(ledger, taped)
+            ledger.coefficients = coefficients(ledger, taped)
         for slot in taped:
-            change = change_for(slot.group, ledger.timing, coefficients.get(id(slot), 1.0))
+            change = ledger.change(slot)
             power = ledger.powers.get(id(slot))
             slot.step(slot.tape.take(), change, checked=True)
             if power is not None:
@@ -44,7 +46,7 @@ def play(ledger: Ledger) -> None:
     elif ledger.nonfinite:
         ledger.grad_norm = math.nan
     if ledger.nonfinite and ledger.timing.on_nonfinite == "raise":
-        raise FoldError(_not_finite(ledger, bool(taped)))
+        raise FoldError(not_finite(ledger.nonfinite, moved=not taped))
 
 
 def _norm_type(ledger: Ledger) -> float:
@@ -52,28 +54,37 @@ def _norm_type(ledger: Ledger) -> float:
     return ledger.timing.norm_type if ledger.clips and ledger.timing.clip == "exact" else 2.0
 
 
-def _coefficients(ledger: Ledger, taped: list[Slot]) -> dict[int, float]:
-    """What each slot's gradient is multiplied by; groups with a ``clip_norm`` of their own have their own norm."""
+def measure(ledger: Ledger, slots: list[Slot]) -> None:
+    """Take the norms of gradients that wait on tapes, without writing them out."""
     norm_type = _norm_type(ledger)
     with torch.no_grad():
-        for slot in taped:
+        for slot in slots:
             ledger.powers[id(slot)] = ledger.backend.power(slot.param.detach(), slot.tape.peek(), norm_type)
+
+
+def coefficients(ledger: Ledger, slots: list[Slot]) -> dict[int, float]:
+    """What each slot's gradient is multiplied by; groups with a ``clip_norm`` of their own have their own norm.
+
+    Raises:
+        FoldError: a norm is not finite, and ``error_if_nonfinite`` is set.
+    """
     together: list[Slot] = []
     apart: dict[int, list[Slot]] = {}
-    for slot in taped:
+    for slot in slots:
         _, own = limit_of(slot.group, ledger.timing)
         (apart.setdefault(id(slot.group), []) if own else together).append(slot)
     found = {}
-    for slots in (together, *apart.values()):
-        if not slots:
+    for members in (together, *apart.values()):
+        if not members:
             continue
-        limit, _ = limit_of(slots[0].group, ledger.timing)
-        norm = _norm(ledger, slots)
+        limit, _ = limit_of(members[0].group, ledger.timing)
+        norm = _norm(ledger, members)
         if limit is not None and not math.isfinite(norm) and ledger.timing.error_if_nonfinite:
             raise FoldError(
-                f"the gradient's norm of order {norm_type} is {norm}, and error_if_nonfinite=True; nothing has moved"
+                f"the gradient's norm of order {_norm_type(ledger):g} is {norm}, and error_if_nonfinite=True; nothing "
+                "has moved"
             )
-        found |= {id(slot): coefficient(limit, norm) for slot in slots}
+        found |= {id(slot): coefficient(limit, norm) for slot in members}
     return found
 
 
@@ -84,10 +95,12 @@ def _norm(ledger: Ledger, slots: list[Slot]) -> float:
     return norm_from(total, norm_type)
 
 
-def _not_finite(ledger: Ledger, waited: bool) -> str:
-    names = ledger.nonfinite
+def not_finite(names: list[str], moved: bool) -> str:
+    """What to say about gradients that are not finite; ``moved``: the other weights have stepped."""
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    kept = "no weight has moved" if waited else "they have not moved, the other weights have"
+    kept = (
+        f"{'they have' if others else 'it has'} not moved, the other weights have" if moved else "no weight has moved"
+    )
     return (
         f"{names[0]}{others}: the gradient is not finite; {kept}, and no weight or state holds it. Go on with the next "
         "batch, or look for the cause (learning rate, data); on_nonfinite='skip' goes on by itself"

@@ -182,7 +182,7 @@ class Slot:
         elif ledger.deferring:
             self.tape.add(uses)
         else:
-            self.step(self.tape.take() + uses, ledger.change(self.group))
+            self.step(self.tape.take() + uses, ledger.change(self))
 
     def measure(self, uses: list[Use]) -> None:
         """Only take the norm, in the first pass of two."""

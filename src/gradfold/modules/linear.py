@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.backends import MatmulUse, multiply, rows
+from gradfold.backends import MatmulUse, linear, multiply, rows
 from gradfold.engine import Demand, Slot
 
 from .live import Folded, is_plain, live, not_a_view
@@ -67,7 +66,7 @@ def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | 
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    return F.linear(x, weight.t() if transposed else weight, bias)
+    return linear(x, weight.t() if transposed else weight, bias)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
