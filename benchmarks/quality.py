@@ -49,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16, to nearest (as torch)": {"dtype": "bfloat16"},
 }
 
+WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" not in options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -66,6 +68,7 @@ class Suite:
     schedule: ScheduleRecipe
     task: Callable[[argparse.Namespace, int], Task]
     weight_decay: float = 0.01
+    variants: tuple[str, ...] = tuple(VARIANTS)
 
 
 def main() -> None:
@@ -93,7 +96,7 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
     suite = SUITES[name]
     steps = args.steps or suite.steps
     done = {(row["suite"], row["seed"], row["variant"]) for row in read(args.out)}
-    missing = [variant for variant in VARIANTS if (name, seed, variant) not in done]
+    missing = [variant for variant in suite.variants if (name, seed, variant) not in done]
     if not missing:
         return
     task = suite.task(args, seed)
@@ -230,7 +233,7 @@ def shakespeare(args: argparse.Namespace, seed: int) -> Task:
 
 SUITES = {
     "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
-    "tiny_lr": Suite(1e-6, 12, ScheduleRecipe(name="constant", warmup=0.0), smollm2, weight_decay=0.0),
+    "tiny_lr": Suite(1e-6, 12, ScheduleRecipe(name="constant", warmup=0.0), smollm2, 0.0, WITHOUT_MASTER),
     "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
 }
 

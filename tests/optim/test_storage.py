@@ -246,7 +246,7 @@ def test_a_bf16_second_moment_decays_only_when_rounded_stochastically():
 
 def test_split16_is_fp32_training():
     """fp32 master weights, bit for bit, seen through their bf16 rounding."""
-    options = {"states": "fp32", "master": "split16", "small_size": 0}
+    options = {"states": "fp32", "master": "split16", "small_size": 0, "rounding": "nearest"}
     model, optimizer = make(options, folded=False)
     twin = Model().float()
     plain = gradfold.AdamW(twin.parameters(), lr=1e-2, states="fp32")
@@ -261,6 +261,24 @@ def test_split16_is_fp32_training():
     for name, theirs in twin.named_parameters():
         torch.testing.assert_close(masters[name], theirs.detach(), rtol=1e-6, atol=2e-8)
         assert torch.equal(dict(model.named_parameters())[name].float(), masters[name].bfloat16().float())
+
+
+@pytest.mark.parametrize("master", ["split8", "split16"])
+def test_new_masters_lie_anywhere_within_the_rounding_of_their_weights(master):
+    """So that weights follow them in the mean; and all of a model's weights stay as they are."""
+    model, optimizer = make({"master": master})
+    before = Model()
+    masters = gradfold.export_masters(model, optimizer)
+    for name, param in before.named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], param), name
+        ulp = param.detach().float().abs().log2().floor().exp2() * 2**-7
+        place = ((masters[name] - param.detach().float()) / ulp)[param.detach() != 0]
+        assert (place.abs() <= 0.5).all()
+        if place.numel() > 5_000:
+            assert abs(place.mean()) < 0.02 and place.var() == pytest.approx(1 / 12, rel=0.05)
+    for rounding, dithered in (("nearest", False), ("stochastic", True)):
+        _, optimizer = make({"master": master, "rounding": rounding})
+        assert any(state["weight.residual"].any() for state in optimizer.state.values()) == dithered
 
 
 @pytest.mark.parametrize("master", ["split8", "split16"])

@@ -10,6 +10,8 @@ The weight is the master rounded to nearest, ties away from zero (torch's own ca
 exact ties only). split8 is rounded stochastically where bits are given: with a step under 2^-17 of the weight, rounding
 to nearest would stand still here too.
 
+A new master begins at a random place within the rounding of its weight (``dither``), or on it.
+
 Whatever else writes the weight (a checkpoint that is loaded, an edit by hand) leaves a stale residual, at most half a
 unit in the weight's last place: a master that is meant is brought in with ``import_master``.
 """
@@ -19,8 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Codec
-from .rounding import quiet
+from .base import Codec, matrix
+from .rounding import quiet, random_bits, row_offsets
+
+_PANE_ELEMENTS = 2**20  # dithered at a time: a few temporaries of this size are alive
 
 
 class Split(Codec):
@@ -55,6 +59,23 @@ class Split(Codec):
             "values": high.to(torch.int16).view(torch.bfloat16),
             "residual": residual.to(self.residual_dtype),
         }
+
+
+def dither(residual: Tensor, weight: Tensor, key: Tensor) -> None:
+    """Fill a residual with random bits: a master anywhere among the numbers that round to its weight, alike likely.
+
+    Not beside zeros, around which bf16 is as fine as fp32, nor beside infinities.
+    """
+    seen = matrix(residual.shape)
+    values = weight.detach().reshape(seen.rows, seen.columns)
+    flat = residual.view(seen.rows, seen.columns)
+    kept = 8 * residual.element_size()
+    step = max(1, _PANE_ELEMENTS // max(1, seen.columns))
+    for start in range(0, seen.rows, step):
+        rows = slice(start, min(start + step, seen.rows))
+        bits = random_bits(key, row_offsets(rows, seen.columns, device=residual.device), seen.columns)
+        ordinary = (values[rows] != 0) & values[rows].isfinite()
+        flat[rows] = ((bits >> (16 - kept)) - (1 << (kept - 1))).to(residual.dtype) * ordinary
 
 
 def export_master(codec: Split, weight: Tensor, residual: Tensor) -> Tensor:

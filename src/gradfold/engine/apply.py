@@ -17,10 +17,12 @@ from .storage import Storage, allocate_residuals, allocate_state, bind, keys_of,
 States = MutableMapping[str, Any]
 
 
-def allocate(param: Tensor, state: States, rule: Rule, group: Group, waiting: dict[str, Tensor]) -> Storage:
+def allocate(
+    param: Tensor, state: States, rule: Rule, group: Group, waiting: dict[str, Tensor], stream: str
+) -> Storage:
     """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``waiting`` until it steps.
 
-    Returns how they are stored.
+    stream: the parameter's name in the streams of random bits. Returns how the states are stored.
     """
     storage = storage_of(param, rule, group)
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -33,7 +35,7 @@ def allocate(param: Tensor, state: States, rule: Rule, group: Group, waiting: di
             refuse_other_form({**state, **waiting}, spec, keys)
             (waiting if spec.lazy else state).update(allocate_state(param, spec, codec))
     if any(key not in state for key in storage.residuals()):
-        state.update(allocate_residuals(param, storage))
+        state.update(allocate_residuals(param, storage, stream, group.get("seed", 0)))
     return storage
 
 
@@ -54,7 +56,7 @@ def apply(
     """
     autocast = torch.is_autocast_enabled(param.device.type)
     with torch.no_grad(), torch.autocast(param.device.type, enabled=False) if autocast else nullcontext():
-        storage = allocate(param, state, rule, group, waiting)
+        storage = allocate(param, state, rule, group, waiting, stream)
         fresh = not (waiting.keys() <= state.keys())  # a loaded state_dict may have brought them already
         for name in list(waiting):
             state.setdefault(name, waiting.pop(name))

@@ -72,12 +72,13 @@ class Slot:
     def allocate(self) -> None:
         """Create the states and the scratch a trainable parameter lacks: what fits is known before the first step."""
         if self.param.requires_grad:
-            rule, group = self.ledger.optimizer.rule, self.group
+            optimizer, group = self.ledger.optimizer, self.group
+            rule, stream = optimizer.rule, optimizer.stream_of(self.param)
             try:
-                storage = allocate(self.param, self.state, rule, group, self.waiting)
+                storage = allocate(self.param, self.state, rule, group, self.waiting, stream)
             except ValueError as error:
                 raise FoldError(f"{self.name}: {error}") from None
-            weight, states = bind(self.param, storage, {**self.waiting, **self.state}, self.name, seed=0)
+            weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, seed=0)
             self.ledger.backend.reserve(weight, states, rule, group)
 
     def disarm(self) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradfold.backends import VALUES, Stored
-from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, state_codec, stream_key, weight_codec
+from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, Split, dither, state_codec, stream_key, weight_codec
 from gradfold.errors import FoldError
 from gradfold.rules import Group, Rule, State, number
 
@@ -39,6 +39,7 @@ class Storage(NamedTuple):
     codecs: tuple[Codec | None, ...]  # of the states
     random: tuple[bool, ...]  # rounded stochastically: the weight, then the states
     fixed: bool  # the states' dtypes are the options' business; else a loaded state keeps its own
+    dithered: bool = False  # new masters begin at random places within the rounding of their weights
 
     def counters(self, rule: Rule) -> dict[str, float]:
         """Scalar states and where they start."""
@@ -112,7 +113,8 @@ def _storage(
     same = all(isinstance(codec, Plain) and codec.dtype == dtype for codec in (weight, *codecs))
     if same and not any(random):
         return as_torch._replace(fixed=named is not None)
-    return Storage(specs, weight, tuple(codecs), random, fixed=named is not None)
+    dithered = isinstance(weight, Split) and rounding != "nearest"
+    return Storage(specs, weight, tuple(codecs), random, fixed=named is not None, dithered=dithered)
 
 
 def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
@@ -133,18 +135,24 @@ def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str,
     return {key: parts[part] for part, key in keys_of(spec.name, codec).items()}
 
 
-def allocate_residuals(param: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """New tensors of what a master keeps beside its weight: the weight as it is."""
-    if not storage.residuals():
-        return {}
-    assert storage.weight is not None
-    kinds = storage.weight.parts(param.shape)
-    keys = keys_of(WEIGHT, storage.weight)
-    return {
-        keys[part]: torch.zeros(kind.shape, dtype=kind.dtype, device=param.device)
-        for part, kind in kinds.items()
-        if part != VALUES
-    }
+def allocate_residuals(param: Tensor, storage: Storage, stream: str, seed: int) -> dict[str, Tensor]:
+    """New tensors of what a master keeps beside its weight.
+
+    The master of a weight that comes as bf16 begins at a random place among the numbers that round to it. Were it the
+    weight itself, no weight of the model would change until its master has moved by half a unit in the last place, and
+    then most would at once: a model that trains on gradients of where it was. Begun at random, the weights follow
+    their masters in the mean from the first step on.
+    """
+    made = {}
+    if isinstance(storage.weight, Split):
+        for part, kind in storage.weight.parts(param.shape).items():
+            if part != VALUES:
+                made[keys_of(WEIGHT, storage.weight)[part]] = residual = torch.zeros(
+                    kind.shape, dtype=kind.dtype, device=param.device
+                )
+                if storage.dithered:
+                    dither(residual, param, stream_key(seed, 0, stream, part, param.device))
+    return made
 
 
 def bind(

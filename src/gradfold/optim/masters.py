@@ -50,7 +50,7 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
                 continue
             state = optimizer.state[param]
             if RESIDUAL not in state:  # an unfolded optimizer that has not stepped yet
-                allocate(param, state, optimizer.rule, optimizer.group_of(param), {})
+                allocate(param, state, optimizer.rule, optimizer.group_of(param), {}, optimizer.stream_of(param))
             import_master(split, masters[name].to(param.device), param, state[RESIDUAL])
 
 
