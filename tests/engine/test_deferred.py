@@ -79,8 +79,6 @@ def scene_loss(kind, model, step):
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("kind", ["none", "reentrant", "non_reentrant"])
 def test_scenes(scene, kind, mode):
-    if mode == "two passes" and kind == "reentrant":
-        pytest.skip("torch's reentrant checkpoints cannot run backward twice")
     check(functools.partial(Net, scene), functools.partial(scene_loss, kind), MODES[mode])
 
 

@@ -54,7 +54,7 @@ class Ledger:
         self.powers: dict[int, float] = {}  # id of a slot -> of its gradient in this step: sum of squares, mostly
         self.nonfinite: list[str] = []  # whose gradient in this step was not finite
         self.grad_norm: float | None = None  # of the last step
-        self.backwards = 0  # completed since the step opened
+        self.backwards = 0  # completed since the step opened, outside of ``accumulating()``
         self.accumulating = 0  # depth of nested ``accumulating()`` contexts
         self.measuring = False  # in the first pass of two
         self.measured = False  # that pass is over, and the second may come
@@ -174,7 +174,7 @@ class Ledger:
         self.running.pop(task, None)
         if parent is None:
             self._flush()
-            self.backwards += 1
+            self.backwards += not self.accumulating  # those come on top of what ``accumulate`` counts
             return
         parent.done = True
         for slot in self.slots.values():
@@ -226,6 +226,8 @@ class Ledger:
         finally:
             self.measuring = False
             powers, nonfinite = dict(self.powers), list(self.nonfinite)
+            for segment in self.segments.values():
+                segment.done = False  # the second pass will go through it again
             self.rearm()
         if nonfinite and self.timing.on_nonfinite == "raise":
             raise FoldError(not_finite(nonfinite, moved=False))

@@ -56,7 +56,7 @@ class Tape:
             for tensor in tensors_of(use):
                 self.versions.append((tensor, tensor._version))
                 self.holdings.hold(self, tensor)
-        if self.collapsed is None and self.holdings.cost(self) > self.gradient_bytes:
+        if self.collapsed is None and self.holdings.cost(self) >= self.gradient_bytes > 0:
             self.collapse()
 
     def collapse(self) -> None:
