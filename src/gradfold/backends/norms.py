@@ -3,7 +3,7 @@
 For a weight whose gradient is ``dYᵀ X`` there are two ways to its sum of squares:
 
     tiles   compute the gradient a tile at a time, square, forget: T N K multiplications
-    Gram    ||dYᵀ X||² = <X Xᵀ, dY dYᵀ>: T (T + 1) / 2 (N + K), the cheaper one where T < 2 N K / (N + K)
+    Gram    ||dYᵀ X||² = <X Xᵀ, dY dYᵀ>: T T (N + K), the cheaper one where T < N K / (N + K)
 
 The Gram form sums terms that may cancel: where their magnitudes add up to far more than the result, fp32 has too few
 digits for the difference, and the tiles are summed after all.
@@ -71,7 +71,7 @@ def gram_is_cheaper(uses: Sequence[Use], shape: tuple[int, int]) -> bool:
         return False
     rows, columns = shape
     tokens = sum(use.left.shape[0] for use in uses)  # type: ignore[union-attr]
-    return tokens * (rows + columns) < 1.5 * rows * columns  # small products run below a GEMM's speed
+    return tokens * (rows + columns) < rows * columns
 
 
 def gram(uses: Sequence[MatmulUse]) -> tuple[float, float]:
