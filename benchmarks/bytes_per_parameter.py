@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 import gradfold
-from common import llama, llama_config, print_table, write_result
+from common import fill_table, llama, llama_config, print_table, write_result
 from gradfold.plan.trace import LiveBytes
 
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
@@ -60,7 +59,7 @@ def main() -> None:
     ]
     header, lines = table(rows)
     print_table(header, lines)
-    args.page.write_text(with_table(args.page.read_text(encoding="utf-8"), header, lines), encoding="utf-8")
+    fill_table(args.page, "table", header, lines)
     print(f"\nwritten to {write_result('bytes_per_parameter', rows, args.out)} and {args.page.name}")
 
 
@@ -92,17 +91,6 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         for master in MASTERS
     ]
     return header, lines
-
-
-def with_table(page: str, header: list[str], lines: list[list[str]]) -> str:
-    """The page with what lies between its markers replaced."""
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-    new, found = re.subn(
-        r"(<!-- table -->\n).*?(\n<!-- end of table -->)", lambda m: m[1] + text + m[2], page, flags=re.DOTALL
-    )
-    if not found:
-        raise SystemExit("the page has no <!-- table --> ... <!-- end of table -->")
-    return new
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -153,6 +154,17 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cells))
         if n == 0:
             print("  ".join("-" * w for w in widths))
+
+
+def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) -> None:
+    """Put a Markdown table between `<!-- NAME -->` and `<!-- end of NAME -->` of a page."""
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    old = page.read_text(encoding="utf-8")
+    between = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
+    new, found = re.subn(between, lambda m: m[1] + text + m[2], old, flags=re.DOTALL)
+    if not found:
+        raise SystemExit(f"{page.name} has no <!-- {name} --> ... <!-- end of {name} -->")
+    page.write_text(new, encoding="utf-8")
 
 
 def _cpu_name() -> str:

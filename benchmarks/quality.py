@@ -2,7 +2,7 @@
 
     finetune   SmolLM2-135M on Python's documentation, lr 5e-5
     tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
-    scratch    a Llama of 5.8 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
+    scratch    a Llama of 6.2 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
 
 Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured
 in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import gradfold
-from common import RESULTS, print_table, write_result
+from common import RESULTS, fill_table, print_table, write_result
 from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
 from gradfold.train.evaluate import held_out_loss
@@ -41,6 +41,7 @@ from gradfold.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TextR
 from gradfold.train.run import assemble
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
+PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
 REFERENCE = "fp32"
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {"dtype": "float32"},
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the suite's own")
     parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     if "scratch" in args.suite and args.texts is None:
@@ -87,6 +89,7 @@ def main() -> None:
             run_seed(args, name, seed)
     rows = read(args.out)
     print_table(*table(rows))
+    fill_table(args.page, "quality", *table(rows))
     picture(rows, args.picture)
     print(f"\nwritten to {args.out} and {args.picture}")
 
@@ -184,7 +187,7 @@ def smollm2(args: argparse.Namespace, seed: int) -> Task:
 
 
 def shakespeare(args: argparse.Namespace, seed: int) -> Task:
-    """A Llama of 5.8 M parameters with a BPE tokenizer of 2,048 words trained on the texts; 1,024 tokens a step."""
+    """A Llama of 6.2 M parameters with a BPE tokenizer of 2,048 words trained on the texts; 1,024 tokens a step."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -233,7 +236,7 @@ def shakespeare(args: argparse.Namespace, seed: int) -> Task:
 
 SUITES = {
     "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
-    "tiny_lr": Suite(1e-6, 12, ScheduleRecipe(name="constant", warmup=0.0), smollm2, 0.0, WITHOUT_MASTER),
+    "tiny_lr": Suite(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), smollm2, 0.0, WITHOUT_MASTER),
     "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
 }
 
@@ -296,6 +299,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             if gains:
                 axis.barh(place, statistics.fmean(gains), color=colors[variant], alpha=0.55, height=0.62)
                 axis.plot(gains, [place] * len(gains), "o", color=colors[variant], markersize=4)
+            else:
+                axis.text(0, place, "  not run", color="#888888", fontsize=8, va="center")
         some = next(row for row in rows if row["suite"] == suite)
         axis.set_title(
             f"{some['parameters'] / 1e6:.3g} M parameters, {some['steps']} steps, lr {some['lr']:g}", fontsize=10
