@@ -208,7 +208,10 @@ class Fold:
             self._ledger.accumulating -= 1
 
     def backward(self, loss: Tensor) -> None:
-        """``loss.backward()``; with ``clip="two_pass"`` the norm first, then the step, clipped by it."""
+        """``loss.backward()``; with ``clip="two_pass"`` the norm first, then the step, clipped by it.
+
+        Two passes add the gradient of a leaf that is no parameter (an input that requires grad) to its ``.grad`` twice.
+        """
         ledger = self._ledger
         if ledger.timing.clip != "two_pass":
             loss.backward()

@@ -5,13 +5,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import gradfold
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, norms
 from gradfold.errors import FoldError
-from tests.cases import SHAPES
 from tests.zoo import CHECKPOINTS, SCENES, Net, batches, distance, no_gradients, ours, torchs, twins
 
 MICRO = 4
@@ -198,6 +194,29 @@ def test_delayed_clipping_uses_the_last_norm():
     assert distance(folded, plain) <= 1e-10
 
 
+def test_delayed_clipping_of_a_group_by_its_own_last_norm():
+    plain, folded = twins(lambda: Net("untied"))
+    optimizers = []
+    for model, kind, own in ((plain, torch.optim.AdamW, {}), (folded, gradfold.AdamW, {"clip_norm": 0.01})):
+        rest = [p for name, p in model.named_parameters() if not name.startswith("head")]
+        optimizers.append(kind([{"params": rest}, {"params": [*model.head.parameters()], **own}], lr=1e-2))
+    gradfold.fold(folded, optimizers[1], clip_norm=0.05, clip="delayed")
+    limits, last = (0.05, 0.01), (None, None)
+    for ids in batches(3):
+        plain.loss(ids).backward()
+        groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizers[0].param_groups]
+        norms = tuple(float(torch.nn.utils.get_total_norm(grads)) for grads in groups)
+        for grads, limit, norm in zip(groups, limits, last, strict=True):
+            for grad in grads:
+                grad *= 1.0 if norm is None else min(1.0, limit / (norm + 1e-6))
+        last = norms
+        folded.loss(ids).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(folded, plain) <= 1e-10
+
+
 def test_grad_norm_is_there_without_clipping():
     model = Net("tied").double()
     optimizer = ours(model)
@@ -210,240 +229,6 @@ def test_grad_norm_is_there_without_clipping():
     optimizer.step()
     norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters() if p.grad is not None])
     assert fold.grad_norm == pytest.approx(float(norm), rel=1e-12)
-
-
-# tapes ---------------------------------------------------------------------------------------------------------------
-
-
-class Shared(nn.Module):
-    """q, k and v read one input."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(40, 32)
-        self.q, self.k, self.v = (nn.Linear(32, 32, bias=False) for _ in range(3))
-        self.norm = nn.LayerNorm(32)
-
-    def forward(self, ids):
-        x = self.norm(self.embed(ids))
-        return self.q(x).sigmoid() * self.k(x).tanh() * self.v(x)
-
-
-def test_a_shared_input_is_counted_once():
-    model = Shared()
-    optimizer = gradfold.AdamW(model.parameters())
-    fold = gradfold.fold(model, optimizer, accumulate=2)
-    model(torch.arange(4)).square().sum().backward()
-    rows = {row.name: row for row in fold.report().rows}
-    tape = 4 * 32 * 4  # bytes of one [4, 32] in fp32
-    costs = sorted(rows[f"{name}.weight"].tape_bytes for name in "qkv")
-    assert costs == [tape, tape, 2 * tape]
-    assert {rows[f"{name}.weight"].tape for name in "qkv"} == {"uses"}
-    assert rows["norm.weight"].tape == "gradient"
-    optimizer.step()
-    assert not any(row.tape or row.tape_bytes for row in fold.report().rows)
-
-
-def test_a_tape_never_costs_more_than_the_gradient():
-    model = Shared()
-    optimizer = gradfold.AdamW(model.parameters())
-    fold = gradfold.fold(model, optimizer, accumulate=9)
-    for step in range(8):
-        model(torch.arange(7) + step).square().sum().backward()
-        for row in fold.report().rows:
-            assert row.tape_bytes <= math.prod(row.shape) * 4
-    assert {row.tape for row in fold.report().rows} == {"gradient"}
-    optimizer.zero_grad()
-
-
-def test_low_precision_accumulates_in_fp32():
-    """Eight gradients of which each alone is lost in bf16's rounding of the sum."""
-    model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
-    optimizer = gradfold.SGD(model.parameters(), lr=1.0, states="fp32", master="split16")
-    nn.init.zeros_(model.weight)
-    gradfold.fold(model, optimizer, accumulate=9)
-    for scale in (1.0, *[2**-9] * 8):
-        model(torch.full((1, 4), scale, dtype=torch.bfloat16)).sum().backward()
-    optimizer.step()
-    masters = gradfold.export_masters(model, optimizer)["weight"]
-    assert torch.equal(masters, torch.full((4, 4), -(1 + 8 * 2**-9)))
-
-
-def test_an_input_changed_in_place_is_refused():
-    model = nn.Linear(8, 8)
-    optimizer = gradfold.AdamW(model.parameters())
-    gradfold.fold(model, optimizer, accumulate=2)
-    x = torch.randn(2, 8)
-    model(x).sum().backward()
-    x.copy_(torch.randn(2, 8))  # the next micro-batch, in the same memory
-    with pytest.raises(FoldError, match=r"weight.*changed in place.*clone"):
-        model(x).sum().backward()
-    optimizer.zero_grad()
-
-
-# norms ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
-def test_power_of_a_dense_gradient(shape, norm_type):
-    weight, grad = torch.zeros(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    power = Reference(Scratch(500)).power(weight, [DenseUse(grad)], norm_type)
-    want = grad.abs().max() if norm_type == math.inf and grad.numel() else grad.abs().pow(norm_type).sum()
-    assert power == pytest.approx(float(want) if grad.numel() else 0.0, rel=1e-13)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 40, 600])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_gram_and_tiles_agree(tokens, dtype):
-    left, right = torch.randn(tokens, 60, dtype=torch.float64), torch.randn(tokens, 50, dtype=torch.float64)
-    uses = [MatmulUse(a.to(dtype), b.to(dtype)) for a, b in zip(left.split(250), right.split(250), strict=True)]
-    exact = (left.to(dtype).double().t() @ right.to(dtype).double()).square().sum()
-    squares, magnitudes = norms.gram(uses)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert squares == pytest.approx(float(exact), rel=tolerance) and magnitudes >= squares
-    weight = torch.zeros(60, 50, dtype=dtype)
-    assert Reference(Scratch(3_000)).power(weight, uses) == pytest.approx(float(exact), rel=tolerance)
-
-
-def test_where_the_gram_form_cancels_the_tiles_are_summed():
-    """Two tokens whose gradients all but cancel: fp32 Grams have no digits left for the difference."""
-    x, dy = torch.randn(1, 64), torch.randn(1, 64)
-    use = MatmulUse(torch.cat([dy, -dy * (1 + 1e-4)]), torch.cat([x, x]))
-    exact = float((use.left.double().t() @ use.right.double()).square().sum())
-    assert norms.gram_is_cheaper([use], (64, 64))
-    assert norms.gram([use])[0] != pytest.approx(exact, rel=1e-3)
-    assert Reference(Scratch(2**20)).power(torch.zeros(64, 64), [use]) == pytest.approx(exact, rel=1e-3)
-
-
-def test_the_norm_of_large_gradients_does_not_overflow():
-    grad = torch.full((8, 8), 1e30)
-    assert norms.norm_of(grad) == pytest.approx(8e30)
-    uses = [GatherUse(torch.arange(3), torch.full((3, 8), 1e30))]
-    assert Reference(Scratch(100)).power(torch.zeros(5, 8), uses) == pytest.approx(24e60)
-
-
-# what is not finite --------------------------------------------------------------------------------------------------
-
-TIMINGS = {
-    "immediate": {},
-    "clipped": {"clip_norm": 1.0},
-    "accumulated": {"accumulate": 2},
-    "two passes": {"clip_norm": 1.0, "clip": "two_pass"},
-    "delayed": {"clip_norm": 1.0, "clip": "delayed"},
-}
-
-
-class Injected(torch.autograd.Function):
-    """Lets a value through, and spoils one element of it, or of its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, value, where):
-        ctx.value, ctx.where = value, where
-        return spoilt(x, value) if where == "X" else x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (spoilt(grad, ctx.value) if ctx.where == "dY" else grad), None, None
-
-
-def spoilt(x, value):
-    x = x.clone()
-    x.view(-1)[1] = value
-    return x
-
-
-@pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("where", ["X", "dY"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("options", [{}, {"states": "int8", "small_size": 0}], ids=["plain", "int8"])
-def test_nothing_that_is_not_finite_reaches_a_weight_or_state(timing, where, value, options):
-    """Injected at every folded layer in turn."""
-    names = [name for name, _ in Net("untied").named_modules() if name == "head" or name.endswith(("up", "down"))]
-    for name in names:
-        torch.manual_seed(0)
-        model = Net("untied")
-        optimizer = gradfold.AdamW(model.parameters(), lr=1e-2, **options)
-        fold = gradfold.fold(model, optimizer, **TIMINGS[timing])
-        count = TIMINGS[timing].get("accumulate", 1)
-
-        def go(model=model, fold=fold, optimizer=optimizer, count=count):
-            for ids in batches(count):
-                fold.backward(model.loss(ids))
-            optimizer.step()
-            optimizer.zero_grad()
-
-        go()
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        module = model.get_submodule(name)
-        if where == "X":
-            handle = module.register_forward_pre_hook(lambda m, args: Injected.apply(args[0], value, where))
-        else:
-            handle = module.register_forward_hook(lambda m, args, y: Injected.apply(y, value, where))
-        with pytest.raises(FoldError, match="not finite") as caught:
-            go()
-        optimizer.zero_grad()
-        handle.remove()
-        assert any(n in str(caught.value) for n in before)
-        if where == "dY" and name == "head" and timing == "immediate":
-            assert "head.weight" in str(caught.value)
-        for param in model.parameters():
-            assert param.isfinite().all()
-            for key, state in optimizer.state[param].items():
-                assert not state.is_floating_point() or state.isfinite().all(), key
-        if timing in ("clipped", "two passes"):
-            assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        go()  # and on
-        assert all(p.isfinite().all() for p in model.parameters())
-        assert math.isfinite(fold.grad_norm)
-
-
-@pytest.mark.parametrize("timing", TIMINGS)
-def test_skipping_goes_on(timing):
-    model = Net("untied")
-    optimizer = ours(model)
-    fold = gradfold.fold(model, optimizer, on_nonfinite="skip", **TIMINGS[timing])
-    for step, factor in enumerate((1.0, math.nan, 1.0)):
-        for ids in batches(TIMINGS[timing].get("accumulate", 1)):
-            fold.backward(model.loss(ids) * factor)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert math.isfinite(fold.grad_norm) == (step != 1)
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
-
-
-def test_ignoring_is_torchs_way():
-    model = nn.Linear(3, 3)
-    optimizer = ours(model)
-    gradfold.fold(model, optimizer, on_nonfinite="ignore")
-    (model(torch.ones(1, 3)).sum() * math.nan).backward()
-    optimizer.step()
-    assert model.weight.isnan().all()
-
-
-def test_a_product_that_overflows_is_not_finite():
-    """dY and X are, their product is not: no tile of the weight may move."""
-    model = nn.Linear(4, 300, bias=False)
-    optimizer = gradfold.AdamW(model.parameters())
-    gradfold.fold(model, optimizer, scratch_bytes=256)
-    before = model.weight.detach().clone()
-    scale = torch.ones(300)
-    scale[-1] = 1e30
-    (F.linear(torch.full((1, 4), 1e30), model.weight.detach()) * 0).sum()
-    (model(torch.full((1, 4), 1e30)) * scale).sum().backward()
-    with pytest.raises(FoldError, match="weight.*not finite"):
-        optimizer.step()
-    assert torch.equal(model.weight, before)
-
-
-def test_large_but_finite_gradients_step():
-    model = nn.Linear(4, 4, bias=False)
-    optimizer = gradfold.SGD(model.parameters(), lr=1e-38)
-    fold = gradfold.fold(model, optimizer)
-    (model(torch.full((1, 4), 1e19)) * 1e18).sum().backward()
-    optimizer.step()
-    assert fold.grad_norm == pytest.approx(4e37, rel=1e-5)
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
@@ -462,6 +247,7 @@ def test_large_but_finite_gradients_step():
         ({"clip": "two_pass"}, "clip='two_pass' without clip_norm"),
         ({"clip_norm": 1.0, "clip": "two_pass", "accumulate": 2}, "clip='two_pass' with accumulate=2"),
         ({"clip_norm": 1.0, "clip": "delayed", "norm_type": 1.0}, "norm_type=1.0"),
+        ({"clip_norm": 1.0, "clip": "delayed", "error_if_nonfinite": True}, "error_if_nonfinite"),
         ({"on_nonfinite": "warn"}, "on_nonfinite='warn'.*'skip'"),
     ],
     ids=str,

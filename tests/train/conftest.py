@@ -15,6 +15,7 @@ from rich.console import Console  # noqa: E402
 
 from gradfold.train import report  # noqa: E402
 from gradfold.train.display import Display  # noqa: E402
+from tests.train.parts import Parts  # noqa: E402
 from tests.train.tiny import build_tokenizer, save_tiny, sentence  # noqa: E402
 
 
@@ -49,3 +50,8 @@ def no_pictures(monkeypatch):
     """Runs end without tracing and drawing, which take longer than all of their steps."""
     monkeypatch.setattr(report, "_trace_memory", lambda run, display: {})
     monkeypatch.setattr(report, "draw_loss", lambda records, path, name: None)
+
+
+@pytest.fixture
+def parts(tokenizer, tmp_path):
+    return Parts(tokenizer, tmp_path / "checkpoints")

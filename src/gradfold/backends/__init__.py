@@ -2,7 +2,7 @@
 
 from .choose import choose
 from .gemm import linear, multiply
-from .norms import accumulation_dtype, norm_of
+from .norms import accumulation_dtype
 from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Stored
@@ -25,6 +25,5 @@ __all__ = [
     "choose",
     "linear",
     "multiply",
-    "norm_of",
     "rows",
 ]

@@ -40,9 +40,8 @@ def total_power(uses: Sequence[Use], shape: tuple[int, int], tiles: Tiles, norm_
     """
     if norm_type == 2 and gram_is_cheaper(uses, shape):
         squares, magnitudes = gram(uses)  # type: ignore[arg-type]
-        if not math.isfinite(squares):
-            return squares
-        if squares > 0 and magnitudes < CANCELLATION * squares:
+        # else they cancel, or overflow where the gradient itself may not
+        if 0 < magnitudes < CANCELLATION * squares < math.inf:
             return squares
     total = 0.0
     for tile in tiles():

@@ -245,7 +245,7 @@ class Reference:
             dtype = torch.float32 if emulated(weight) else weight.dtype
             tiles, shares = 1, 1 + (dtype != weight.dtype)
             return _Cut(True, columns, self._block_rows(rows, columns, shares, dtype), tiles, dtype, ())
-        dtype = _arithmetic_dtype(weight.dtype)
+        dtype = accumulation_dtype(weight.dtype)  # low-precision weights meet their states in fp32, rounded once
         copied = tuple(not s.is_contiguous() or s.dtype != dtype for s in (weight, *states))
         tiles = 1 + rule.scratch_tiles(group) + sum(copied)
         return _Cut(False, columns, self._block_rows(rows, columns, tiles, dtype), tiles, dtype, copied)
@@ -298,8 +298,3 @@ def _tensors(weight: Stored, states: Sequence[Stored]) -> tuple[Tensor, list[Ten
 
 def _at_least_1d(t: Tensor) -> Tensor:
     return t if t.dim() else t.view(1)
-
-
-def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the rule computes in: low-precision weights meet their states in fp32, and are rounded once."""
-    return dtype if dtype.itemsize >= 4 else torch.float32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradfold.codecs import Codec, Parts
@@ -31,10 +30,6 @@ class Stored(NamedTuple):
     def values(self) -> Tensor:
         """The part in the weight's own shape; a KeyError for codes, which have none."""
         return self.parts[VALUES]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
 
 
 def coded(weight: Stored) -> bool:

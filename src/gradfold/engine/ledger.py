@@ -7,7 +7,6 @@ most once; what the books cannot explain is an error that names the parameter.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from .segments import Segment, node_around_backward, on_calling_thread
 from .slot import Slot, second_backward
 from .tape import Holdings
 from .task import Demand, at_task_end, demand
-from .timing import Timing, change_for, coefficient, limit_of
+from .timing import Timing, change_for
 from .wrappers import refuse_wrappers
 
 
@@ -59,6 +58,7 @@ class Ledger:
         self.measuring = False  # in the first pass of two
         self.measured = False  # that pass is over, and the second may come
         self.coefficients: dict[int, float] = {}  # id of a slot -> what clipping multiplies its gradient by
+        self.following: dict[int, float] = {}  # ... in the step after, for clip="delayed"
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
@@ -237,10 +237,8 @@ class Ledger:
 
     def change(self, slot: Slot) -> Change:
         """What happens to this slot's gradient on its way to the rule."""
-        scale = self.coefficients.get(id(slot), 1.0)
-        if self.timing.clip == "delayed" and self.grad_norm is not None and math.isfinite(self.grad_norm):
-            scale = coefficient(limit_of(slot.group, self.timing)[0], self.grad_norm)
-        return change_for(slot.group, self.timing, scale)
+        found = self.following if self.timing.clip == "delayed" else self.coefficients
+        return change_for(slot.group, self.timing, found.get(id(slot), 1.0))
 
     def require_closed(self, action: str) -> None:
         if self.open:

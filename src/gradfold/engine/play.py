@@ -45,8 +45,11 @@ def play(ledger: Ledger) -> None:
         ledger.grad_norm = _norm(ledger, list(ledger.slots.values()))
     elif ledger.nonfinite:
         ledger.grad_norm = math.nan
+    if ledger.timing.clip == "delayed":
+        known = [slot for slot in ledger.slots.values() if id(slot) in ledger.powers]
+        ledger.following = coefficients(ledger, known) if not ledger.nonfinite else {}
     if ledger.nonfinite and ledger.timing.on_nonfinite == "raise":
-        raise FoldError(not_finite(ledger.nonfinite, moved=not taped))
+        raise FoldError(not_finite(ledger.nonfinite, moved=bool(ledger.powers)))
 
 
 def _norm_type(ledger: Ledger) -> float:

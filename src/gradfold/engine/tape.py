@@ -142,10 +142,6 @@ class Holdings:
             if not holders:
                 del self._holders[key], self._bytes[key]
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(self._bytes.values())
-
 
 def tensors_of(use: Use) -> Iterator[Tensor]:
     """What a use keeps alive."""

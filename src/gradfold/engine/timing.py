@@ -45,6 +45,11 @@ class Timing:
                 f"clip={self.clip!r} with accumulate={self.accumulate}: the norm of a sum is known when its last part "
                 "is; use clip='exact'"
             )
+        if self.clip == "delayed" and self.error_if_nonfinite:
+            raise FoldError(
+                "error_if_nonfinite=True with clip='delayed': the norm is known when the weights have moved; use "
+                "on_nonfinite='raise', or clip='exact'"
+            )
         if self.clip != "exact" and self.norm_type != 2:
             raise FoldError(
                 f"clip={self.clip!r} with norm_type={self.norm_type}: these count squares; use clip='exact'"
@@ -72,8 +77,11 @@ def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float = 1.
 
 
 def coefficient(limit: float | None, norm: float) -> float:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by."""
-    return 1.0 if limit is None else min(1.0, limit / (norm + TINY))
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; NaN for a norm that is."""
+    if limit is None:
+        return 1.0
+    wanted = limit / (norm + TINY)
+    return 1.0 if wanted > 1.0 else wanted
 
 
 def norm_from(power: float, norm_type: float) -> float:
