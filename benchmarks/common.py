@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -9,7 +10,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +95,28 @@ def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
     """One sequence [1, tokens], which is also its own labels."""
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
+
+
+def interleaved_ms(steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+    """Times of every step, one after the other in each round, the order turned from round to round.
+
+    What the machine does meanwhile then hits all of them; ratios are taken within a round.
+    """
+    times: list[list[float]] = [[] for _ in steps]
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-warm_up, rounds):
+            turned = range(len(steps)) if number % 2 else reversed(range(len(steps)))
+            for index in turned:
+                start = time.perf_counter()
+                steps[index]()
+                elapsed_ms = 1e3 * (time.perf_counter() - start)
+                if number >= 0:
+                    times[index].append(elapsed_ms)
+    finally:
+        gc.enable()
+    return times
 
 
 def machine() -> dict[str, Any]:

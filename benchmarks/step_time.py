@@ -10,16 +10,14 @@ median of the per-pair ratios (folded / torch), its quartiles, and the median ti
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import gradfold
-from common import DTYPES, PEERS, llama, llama_config, print_table, random_batch, write_result
+from common import DTYPES, PEERS, interleaved_ms, llama, llama_config, print_table, random_batch, write_result
 
 
 def main() -> None:
@@ -83,20 +81,9 @@ def compare(
     gradfold.fold(folded, optimizer)
     folded_step = stepper(folded, optimizer, batch)
 
-    times_ms: dict[Callable, list[float]] = {plain_step: [], folded_step: []}
-    gc.collect()
-    gc.disable()
-    for pair in range(-warm_up, pairs):
-        order = (plain_step, folded_step) if pair % 2 else (folded_step, plain_step)
-        for step in order:
-            start = time.perf_counter()
-            step()
-            elapsed_ms = 1e3 * (time.perf_counter() - start)
-            if pair >= 0:
-                times_ms[step].append(elapsed_ms)
-    gc.enable()
+    torch_ms, folded_ms = interleaved_ms([plain_step, folded_step], pairs, warm_up)
     losses = plain_step(), folded_step()
-    ratios = [f / p for f, p in zip(times_ms[folded_step], times_ms[plain_step], strict=True)]
+    ratios = [f / p for f, p in zip(folded_ms, torch_ms, strict=True)]
     first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "rule": rule,
@@ -106,8 +93,8 @@ def compare(
         "parameters": sum(p.numel() for p in folded.parameters()),
         "pairs": pairs,
         "torch_options": peer.torch_options,
-        "torch_ms_median": statistics.median(times_ms[plain_step]),
-        "folded_ms_median": statistics.median(times_ms[folded_step]),
+        "torch_ms_median": statistics.median(torch_ms),
+        "folded_ms_median": statistics.median(folded_ms),
         "ratio_median": median,
         "ratio_quartile_1": first,
         "ratio_quartile_3": third,

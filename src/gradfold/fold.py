@@ -43,6 +43,7 @@ def fold(
     clip: Literal["exact", "two_pass", "delayed"] = "exact",
     error_if_nonfinite: bool = False,
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise",
+    timing: Literal["auto", "deferred"] = "auto",
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -68,6 +69,8 @@ def fold(
         on_nonfinite: what to do about a gradient that is not finite. Its parameter does not step in any case, and
             where all wait for ``optimizer.step()`` none does; "raise" then raises there, "skip" goes on. "ignore"
             does not look.
+        timing: "auto" lets every weight step inside backward unless clipping makes it wait; "deferred" makes them all
+            wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
         backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
@@ -76,7 +79,7 @@ def fold(
             optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
             the model. Nothing has been changed then.
     """
-    timing = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite)
+    when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing)
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
@@ -99,7 +102,7 @@ def fold(
                     f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
                     "model, so no folded backward would step it; give it an optimizer of its own"
                 )
-    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), timing)
+    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), when)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     modules = swap(model, slots)
     for slot in slots.values():

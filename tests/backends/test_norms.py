@@ -64,3 +64,11 @@ def test_the_coefficient_is_torchs():
         param.grad = torch.ones_like(grad)
         torch.nn.utils.clip_grads_with_norm_([param], limit, grad[0])
         assert coefficient(limit, norm) == pytest.approx(float(param.grad), rel=1e-15, nan_ok=True)
+
+
+def test_fp16_factors_may_overflow_where_fp32_would_not():
+    """Under autocast their product has fp16's range, whatever the weight's dtype."""
+    factor = torch.full((64, 4), 100.0, dtype=torch.float16)
+    assert norms.certainly_finite([MatmulUse(factor, factor)], torch.float32) is None
+    assert norms.certainly_finite([MatmulUse(factor.float(), factor.float())], torch.float32) is True
+    assert norms.safe_magnitude([MatmulUse(factor, factor)], torch.float32) < 65504

@@ -302,7 +302,7 @@ def test_gradscaler():
     f = Folded()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(f.loss()).backward()
-    f.refused(lambda: scaler.step(f.optimizer), "GradScaler", "bfloat16")
+    f.refused(lambda: scaler.step(f.optimizer), "GradScaler", "deferred", "bfloat16")
     off = torch.amp.GradScaler("cpu", enabled=False)
     f.optimizer.step()
     off.scale(f.loss()).backward()

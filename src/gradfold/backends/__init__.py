@@ -2,7 +2,7 @@
 
 from .choose import choose
 from .gemm import linear, multiply
-from .norms import accumulation_dtype
+from .norms import accumulation_dtype, safe_magnitude
 from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Stored
@@ -26,4 +26,5 @@ __all__ = [
     "linear",
     "multiply",
     "rows",
+    "safe_magnitude",
 ]

@@ -108,9 +108,19 @@ def certainly_finite(uses: Sequence[Use], dtype: torch.dtype) -> bool | None:
             bound += largest(use.grad)
     if math.isnan(bound):
         return False
-    if bound < 0.25 * torch.finfo(dtype).max:
-        return True
-    return None
+    return True if bound < safe_magnitude(uses, dtype) else None
+
+
+def safe_magnitude(uses: Sequence[Use], dtype: torch.dtype) -> float:
+    """A gradient of these uses whose elements are below it is finite in ``dtype`` and on the way there.
+
+    Under autocast a product has the precision of its operands, and fp16 ends at 65504.
+    """
+    return 0.25 * min(torch.finfo(kind).max for kind in (dtype, *(tensor.dtype for tensor in map(_factor, uses))))
+
+
+def _factor(use: Use) -> Tensor:
+    return use.left if isinstance(use, MatmulUse) else use.grad
 
 
 def largest(x: Tensor) -> float:

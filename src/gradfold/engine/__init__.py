@@ -3,6 +3,7 @@
 from .apply import allocate, apply
 from .ledger import Ledger, outside
 from .parameters import refuse_parameter
+from .scaling import scaler_is_looking
 from .slot import Slot
 from .task import NO_TASK, Demand, current_task
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
@@ -20,5 +21,6 @@ __all__ = [
     "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",
+    "scaler_is_looking",
     "wrapper_of",
 ]

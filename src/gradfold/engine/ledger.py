@@ -20,6 +20,7 @@ from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
 from .play import coefficients, not_finite, play
+from .scaling import Marker
 from .segments import Segment, node_around_backward, on_calling_thread
 from .slot import Slot, second_backward
 from .tape import Holdings
@@ -50,6 +51,8 @@ class Ledger:
     def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend, timing: Timing | None = None):
         self.timing = timing or Timing()
         self.holdings = Holdings()
+        self.marker = Marker()
+        self.unscale = 1.0  # the inverse of the loss scale, where a GradScaler has looked
         self.powers: dict[int, float] = {}  # id of a slot -> of its gradient in this step: sum of squares, mostly
         self.nonfinite: list[str] = []  # whose gradient in this step was not finite
         self.grad_norm: float | None = None  # of the last step
@@ -197,11 +200,14 @@ class Ledger:
         return self.timing.clip_norm is not None or any(g.get("clip_norm") for g in self.optimizer.param_groups)
 
     @property
+    def waits(self) -> bool:
+        """Whether every weight waits for ``optimizer.step()``."""
+        return self.timing.timing == "deferred" or (self.timing.clip == "exact" and self.clips)
+
+    @property
     def deferring(self) -> bool:
         """Whether the backward now running leaves its uses on the tape."""
-        if self.accumulating or self.backwards < self.timing.accumulate - 1:
-            return True
-        return self.timing.clip == "exact" and self.clips
+        return bool(self.accumulating) or self.backwards < self.timing.accumulate - 1 or self.waits
 
     @property
     def full(self) -> bool:
@@ -238,7 +244,7 @@ class Ledger:
     def change(self, slot: Slot) -> Change:
         """What happens to this slot's gradient on its way to the rule."""
         found = self.following if self.timing.clip == "delayed" else self.coefficients
-        return change_for(slot.group, self.timing, found.get(id(slot), 1.0))
+        return change_for(slot.group, self.timing, self.unscale * found.get(id(slot), 1.0))
 
     def require_closed(self, action: str) -> None:
         if self.open:
@@ -301,6 +307,8 @@ class Ledger:
         self.backwards = 0
         self.coefficients.clear()
         self.measured = False
+        self.unscale = 1.0
+        self.marker.take()
         self._storages = set()
         self.surveyed = False
         self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}

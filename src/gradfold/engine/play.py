@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradfold.backends import safe_magnitude
 from gradfold.errors import FoldError
 
 from .timing import add_power, coefficient, limit_of, norm_from
@@ -24,15 +25,17 @@ def play(ledger: Ledger) -> None:
             the ones it names have not.
     """
     taped = [slot for slot in ledger.slots.values() if slot.tape]
-    if taped and ledger.guarded:
-        for slot in taped:
-            for use in slot.tape.peek():
-                use.wait(slot.param.device)
-            if not slot.finite(slot.tape.peek()):
-                ledger.nonfinite.append(slot.name)
+    ledger.unscale = ledger.marker.take()
+    for slot in taped:
+        for use in slot.tape.peek():
+            use.wait(slot.param.device)
+    if taped and ledger.clips:
+        measure(ledger, taped)
+    if ledger.guarded:
+        ledger.nonfinite += [slot.name for slot in taped if not _finite(ledger, slot)]
+    moved = any(slot.stepped and slot.name not in ledger.nonfinite for slot in ledger.slots.values())
     if taped and not ledger.nonfinite:
         if ledger.clips:
-            measure(ledger, taped)
             ledger.coefficients = coefficients(ledger, taped)
         for slot in taped:
             change = ledger.change(slot)
@@ -49,7 +52,13 @@ def play(ledger: Ledger) -> None:
         known = [slot for slot in ledger.slots.values() if id(slot) in ledger.powers]
         ledger.following = coefficients(ledger, known) if not ledger.nonfinite else {}
     if ledger.nonfinite and ledger.timing.on_nonfinite == "raise":
-        raise FoldError(not_finite(ledger.nonfinite, moved=bool(ledger.powers)))
+        raise FoldError(not_finite(ledger.nonfinite, moved))
+
+
+def _finite(ledger: Ledger, slot: Slot) -> bool:
+    """Whether the gradient on a slot's tape is finite. Its norm tells, where it is known and fits the weight's dtype."""
+    power, uses = ledger.powers.get(id(slot), math.inf), slot.tape.peek()
+    return norm_from(power, _norm_type(ledger)) < safe_magnitude(uses, slot.param.dtype) or slot.finite(uses)
 
 
 def _norm_type(ledger: Ledger) -> float:
@@ -95,7 +104,7 @@ def _norm(ledger: Ledger, slots: list[Slot]) -> float:
     norm_type, total = _norm_type(ledger), 0.0
     for slot in slots:
         total = add_power(total, ledger.powers.get(id(slot), 0.0), norm_type)
-    return norm_from(total, norm_type)
+    return ledger.unscale * norm_from(total, norm_type)
 
 
 def not_finite(names: list[str], moved: bool) -> str:

@@ -208,6 +208,13 @@ class Slot:
             self.param, uses, self.state, optimizer.rule, self.group, ledger.backend, self.waiting, stream, change
         )
 
+    def on_tape_finite(self) -> bool:
+        """Whether what waits for ``optimizer.step()`` is finite."""
+        uses = self.tape.peek()
+        for use in uses:
+            use.wait(self.param.device)
+        return self.finite(uses)
+
     def finite(self, uses: list[Use]) -> bool:
         with torch.no_grad():
             return self.ledger.backend.finite(self.param.detach(), uses)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gradfold.backends import Change
 from gradfold.errors import FoldError
 
+TIMINGS = ("auto", "deferred")
 CLIPS = ("exact", "two_pass", "delayed")
 ON_NONFINITE = ("raise", "skip", "ignore")
 TINY = 1e-6  # torch's clip_grad_norm_ adds it to the norm it divides by
@@ -26,6 +27,7 @@ class Timing:
     clip: Literal["exact", "two_pass", "delayed"] = "exact"
     error_if_nonfinite: bool = False
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+    timing: Literal["auto", "deferred"] = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
@@ -38,6 +40,13 @@ class Timing:
             raise FoldError(f"clip={self.clip!r}: one of {', '.join(map(repr, CLIPS))}")
         if self.on_nonfinite not in ON_NONFINITE:
             raise FoldError(f"on_nonfinite={self.on_nonfinite!r}: one of {', '.join(map(repr, ON_NONFINITE))}")
+        if self.timing not in TIMINGS:
+            raise FoldError(f"timing={self.timing!r}: one of {', '.join(map(repr, TIMINGS))}")
+        if self.clip != "exact" and self.timing == "deferred":
+            raise FoldError(
+                f"timing='deferred' with clip={self.clip!r}, which steps inside backward: use clip='exact', whose "
+                "weights wait for optimizer.step()"
+            )
         if self.clip != "exact" and self.clip_norm is None:
             raise FoldError(f"clip={self.clip!r} without clip_norm: say how far to clip")
         if self.clip != "exact" and self.accumulate > 1:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter, UninitializedParameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
-from gradfold.engine import Ledger, apply, refuse_parameter
+from gradfold.engine import Ledger, apply, refuse_parameter, scaler_is_looking
 from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
@@ -47,6 +47,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
         """Raise ValueError for a group's hyper-parameter out of range."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """As torch's; a GradScaler that looks for gradients is shown what stands for those of a folded model."""
+        if self._ledger is not None and not self._ledger.paused and scaler_is_looking():
+            return self._ledger.marker.show(self._ledger)
+        return self.__dict__["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
 
     # stepping ---------------------------------------------------------------------------------------------------------
 
@@ -147,16 +158,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 refuse_parameter(names[id(param)], param)
         for param in added:
             self._ledger.claim(names[id(param)], param).arm()
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """What GradScaler asks before it steps an optimizer."""
-        if self._ledger is not None:
-            raise FoldError(
-                "GradScaler: the folded backward has stepped the weights with gradients that were still scaled; "
-                "train in bfloat16, which needs no scaler, or without fold"
-            )
-        return False
 
     # state_dict -------------------------------------------------------------------------------------------------------
 

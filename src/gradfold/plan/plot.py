@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gradfold.plan.step import PHASES, StepMemory
-from gradfold.plan.trace import CATEGORIES, Timeline
+from gradfold.plan.trace import CATEGORIES, Moment, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,8 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
     ax.set_title(step.label, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
     edges = _phase_edges(step.timeline)
-    for name, start, end in zip(PHASES, edges[:-1], edges[1:], strict=True):
+    names = [phase.label for phase in _phases(step.timeline)]
+    for name, start, end in zip(names, edges[:-1], edges[1:], strict=True):
         if start > 0:
             ax.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         ax.annotate(
@@ -173,18 +174,27 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
         )
 
 
-def _phases(timeline: Timeline) -> list[tuple[int, int, int, int]]:
-    """(first event, last event + 1, touched bytes at the start, at the end) of each phase."""
-    marks = {moment.label: (moment.event, moment.touched_bytes) for moment in timeline.moments}
-    end = marks.get("end", (len(timeline.live_bytes), timeline.end_touched_bytes))
-    at = [*(marks[name] for name in PHASES), end]
-    return [(a[0], b[0], a[1], b[1]) for a, b in pairwise(at)]
+class _Phase(NamedTuple):
+    label: str
+    first: int  # event
+    last: int  # event, exclusive
+    start: int  # touched bytes
+    stop: int
+
+
+def _phases(timeline: Timeline) -> list[_Phase]:
+    """Forward, backward, step; several micro-batches have a forward and a backward each."""
+    end = Moment("end", len(timeline.live_bytes), timeline.end_touched_bytes)
+    marks = [moment for moment in timeline.moments if moment.label in (*PHASES, "end")]
+    if marks[-1].label != "end":
+        marks.append(end)
+    return [_Phase(a.label, a.event, b.event, a.touched_bytes, b.touched_bytes) for a, b in pairwise(marks)]
 
 
 def _phase_edges(timeline: Timeline) -> np.ndarray:
     """Where each phase begins and the last one ends, in 0..1: as long as the bytes it touches, with a floor."""
-    lengths = np.array([stop - start for _, _, start, stop in _phases(timeline)], dtype=np.float64)
-    shares = np.maximum(lengths / max(lengths.sum(), 1), MIN_PHASE_SHARE)
+    lengths = np.array([phase.stop - phase.start for phase in _phases(timeline)], dtype=np.float64)
+    shares = np.maximum(lengths / max(lengths.sum(), 1), min(MIN_PHASE_SHARE, 1 / len(lengths)))
     return np.concatenate([[0.0], (shares / shares.sum()).cumsum()])
 
 
@@ -192,11 +202,11 @@ def _resampled(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
     """x [B] and live bytes [B, C]: of all events that share a bin the largest and the latest, so no peak is lost."""
     edges = _phase_edges(timeline)
     phases = _phases(timeline)
-    first, last = phases[0][0], phases[-1][1]
+    first, last = phases[0].first, phases[-1].last
     x = np.concatenate(
         [
             left + (timeline.touched_bytes[a:b] - start) / max(stop - start, 1) * (right - left)
-            for (a, b, start, stop), left, right in zip(phases, edges[:-1], edges[1:], strict=True)
+            for (_, a, b, start, stop), left, right in zip(phases, edges[:-1], edges[1:], strict=True)
         ]
     )  # [E]
     live = timeline.live_bytes[first:last]  # [E, C]

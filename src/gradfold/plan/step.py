@@ -65,6 +65,7 @@ def step_memory(
     fold: FoldArgument = True,
     loss: LossFunction | None = None,
     label: str | None = None,
+    micro_batches: int = 1,
 ) -> StepMemory:
     """Predict a training step's memory by running the real step on fake tensors. Touches no weight, allocates none.
 
@@ -72,8 +73,9 @@ def step_memory(
     the optimizer from the parameters, e.g. `lambda params: gradfold.AdamW(params, lr=1e-4)`. `batch`: keyword arguments
     of the model as a mapping of tensors (anything else is given to `loss` only), real or fake; only shapes and dtypes
     are read, and whether a mask masks anything. `fold`: False for a plain step, True for `gradfold.fold(model,
-    optimizer)`, or a function that does it. `loss(model, batch)` defaults to `model(**batch).loss`. Raises what the
-    model's own code raises on fake tensors, above all `DataDependentOutputException` where it looks at values.
+    optimizer)`, or a function that does it. `loss(model, batch)` defaults to `model(**batch).loss`. `micro_batches`:
+    how many forwards and backwards, each of `batch`, come before `optimizer.step()`. Raises what the model's own code
+    raises on fake tensors, above all `DataDependentOutputException` where it looks at values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_batch = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), without_idle_mask(batch))
@@ -86,7 +88,14 @@ def step_memory(
             _make_states(fake_optimizer)
         ready = bool(fold) or isinstance(fake_optimizer, torch.optim.Optimizer)
         return measure_step(
-            fake_model, fake_optimizer, fake_batch, fold=fold, loss=loss, label=label, warm_up_steps=0 if ready else 1
+            fake_model,
+            fake_optimizer,
+            fake_batch,
+            fold=fold,
+            loss=loss,
+            label=label,
+            warm_up_steps=0 if ready else 1,
+            micro_batches=micro_batches,
         )
 
 
@@ -99,11 +108,13 @@ def measure_step(
     loss: LossFunction | None = None,
     label: str | None = None,
     warm_up_steps: int = 1,
+    micro_batches: int = 1,
 ) -> StepMemory:
     """Run training steps for real and count the last one's live bytes. **Trains the model**, `warm_up_steps` + 1 steps.
 
-    The warm-up lets lazily made states and scratch come into being. `fold`, `batch` and `loss` as in `step_memory`;
-    leave `fold=False` for a model that is folded already or whose hooks step it. A fold made here is removed again.
+    The warm-up lets lazily made states and scratch come into being. `fold`, `batch`, `loss` and `micro_batches` as in
+    `step_memory`; leave `fold=False` for a model that is folded already or whose hooks step it. A fold made here is
+    removed again.
     """
     loss = loss or _loss_of_model
     made_fold = None
@@ -113,7 +124,8 @@ def measure_step(
         made_fold = fold(model, optimizer)
     try:
         for _ in range(warm_up_steps):
-            loss(model, batch).backward()
+            for _ in range(micro_batches):
+                loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
         gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
@@ -122,11 +134,12 @@ def measure_step(
             if made_fold is not None:
                 live.track(made_fold.scratch_tensors(), category="scratch")
             resting_bytes = live.now_bytes
-            live.moment("forward")
-            value = loss(model, batch)
-            live.moment("backward")
-            value.backward()
-            del value
+            for _ in range(micro_batches):
+                live.moment("forward")
+                value = loss(model, batch)
+                live.moment("backward")
+                value.backward()
+                del value
             live.moment("step")
             for parameter in model.parameters():
                 if parameter.grad is not None:
