@@ -56,7 +56,7 @@ def play(ledger: Ledger) -> None:
 
 
 def _finite(ledger: Ledger, slot: Slot) -> bool:
-    """Whether the gradient on a slot's tape is finite. Its norm tells, where it is known and fits the weight's dtype."""
+    """Whether the gradient on a slot's tape is finite: its norm tells, where it is known and not too large."""
     power, uses = ledger.powers.get(id(slot), math.inf), slot.tape.peek()
     return norm_from(power, _norm_type(ledger)) < safe_magnitude(uses, slot.param.dtype) or slot.finite(uses)
 
