@@ -44,6 +44,7 @@ def fold(
     error_if_nonfinite: bool = False,
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise",
     timing: Literal["auto", "deferred"] = "auto",
+    tape: Literal["device", "host"] = "device",
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -71,6 +72,8 @@ def fold(
             does not look.
         timing: "auto" lets every weight step inside backward unless clipping makes it wait; "deferred" makes them all
             wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
+        tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
+            weight's part of it at a time.
         backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
@@ -79,7 +82,7 @@ def fold(
             optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
             the model. Nothing has been changed then.
     """
-    when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing)
+    when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape)
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")

@@ -1,5 +1,6 @@
 """Accumulation and clipping: what torch does with stored gradients, from tapes."""
 
+import contextlib
 import functools
 import math
 
@@ -245,3 +246,34 @@ def test_state_dict_and_pause_wait_for_the_step():
             action()
     optimizer.step()
     optimizer.state_dict()
+
+
+def test_sharpness_aware_minimization():
+    """Two backwards a step: the first inside paused() moves the weights away, the second steps where they were."""
+    plain, folded = twins(lambda: Net("tied"))
+    theirs, mine = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, mine, timing="deferred")
+    for step in range(3):
+        for model, optimizer, first in ((plain, theirs, contextlib.nullcontext), (folded, mine, fold.paused)):
+            with first():
+                model.loss(batches(20)[step]).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            away = [0.05 * p.grad / norm if p.grad is not None else 0.0 for p in model.parameters()]
+            optimizer.zero_grad()
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for p, e in zip(model.parameters(), away):
+                        p += sign * e
+                if sign == 1:
+                    model.loss(batches(20)[step]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(folded, plain) <= 1e-10
+
+
+def test_its_second_backward_is_refused_where_weights_step_at_once():
+    model = Net("untied")
+    gradfold.fold(model, ours(model))
+    model.loss(batches(1)[0]).backward()
+    with pytest.raises(FoldError, match=r"SAM.*timing='deferred'"):
+        model.loss(batches(1)[0]).backward()

@@ -1,13 +1,20 @@
 """Tapes: what they cost, when they collapse, and what may not happen to what they hold."""
 
+import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import gradfold
+from gradfold.backends import MatmulUse
+from gradfold.engine.offload import Host
 from gradfold.errors import FoldError
+from tests.accumulated import check
+from tests.zoo import Net, batches
 
 
 class Shared(nn.Module):
@@ -74,3 +81,45 @@ def test_an_input_changed_in_place_is_refused():
     with pytest.raises(FoldError, match=r"weight.*changed in place.*clone"):
         model(x).sum().backward()
     optimizer.zero_grad()
+
+
+class Elsewhere(Host):
+    """A host that copies even from the CPU, so that what lies there is not what was sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.brought = [], 0
+
+    def to_host(self, tensor):
+        self.sent.append(weakref.ref(tensor.untyped_storage()))
+        return tensor.clone()
+
+    def from_host(self, tensor, device):
+        self.brought += 1
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 3, "clip_norm": 0.05}])
+@pytest.mark.parametrize("scene", ["untied", "tied"])
+@pytest.mark.parametrize("width", ["tape", "collapsed"])
+def test_in_host_memory(options, scene, width, monkeypatch):
+    monkeypatch.setattr("gradfold.engine.ledger.Host", Elsewhere)
+    if width == "tape":  # else micro-batches of this size collapse
+        monkeypatch.setattr("gradfold.engine.tape.Tape.gradient_bytes", 1 << 30)
+    kind = functools.partial(Net, scene)
+    _, fold = check(kind, lambda model, step: model.loss(batches(20)[step % 20]), {**options, "tape": "host"})
+    host = fold._ledger.host
+    assert host.brought and host.sent
+    gc.collect()
+    assert all(ref() is None for ref in host.sent)  # nothing of what was sent stays on the device
+
+
+def test_what_three_weights_share_is_sent_once():
+    host = Elsewhere()
+    x, grads = torch.randn(5, 3), [torch.randn(5, 2) for _ in range(3)]
+    uses = [host.send(MatmulUse(grad, x)) for grad in grads]
+    assert len(host.sent) == 4
+    assert uses[0].right is uses[1].right is uses[2].right is not x
+    del x, uses
+    host.send(MatmulUse(grads[0], torch.randn(5, 3)))  # which may have been given the same address
+    assert len(host.sent) == 6

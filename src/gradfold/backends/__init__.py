@@ -6,7 +6,7 @@ from .norms import accumulation_dtype, safe_magnitude
 from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Stored
-from .uses import DenseUse, GatherUse, MatmulUse, Use, rows
+from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, rows, tensors_of
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
@@ -24,7 +24,9 @@ __all__ = [
     "accumulation_dtype",
     "choose",
     "linear",
+    "mapped",
     "multiply",
     "rows",
     "safe_magnitude",
+    "tensors_of",
 ]

@@ -7,7 +7,7 @@ weight's first dimension; a tile is ``[stop - start, columns]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
@@ -122,6 +122,26 @@ def rows(x: Tensor) -> Tensor:
 
 
 Use = MatmulUse | GatherUse | DenseUse
+
+
+def tensors_of(use: Use) -> tuple[Tensor, ...]:
+    """What a use keeps alive."""
+    if isinstance(use, MatmulUse):
+        return use.left, use.right
+    return (use.ids, use.grad) if isinstance(use, GatherUse) else (use.grad,)
+
+
+def mapped(use: Use, change: Callable[[Tensor], Tensor]) -> Use:
+    """The same use of other tensors."""
+    tensors = [change(tensor) for tensor in tensors_of(use)]
+    if isinstance(use, MatmulUse):
+        made: Use = MatmulUse(*tensors)
+    elif isinstance(use, GatherUse):
+        made = GatherUse(tensors[0], tensors[1], use.padding_idx)
+    else:
+        made = DenseUse(*tensors)
+    made.ready = use.ready
+    return made
 
 
 def _gemm_ready(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from gradfold.backends import Backend, Change, DenseUse
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
+from .offload import Host
 from .play import coefficients, not_finite, play
 from .scaling import Marker
 from .segments import Segment, node_around_backward, on_calling_thread
@@ -34,9 +35,11 @@ class Owner(Protocol):
 
     rule: ClassVar[Rule]
     state: Any
-    param_groups: list[dict[str, Any]]
 
     _ledger: Any
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
     def group_of(self, param: Parameter) -> dict[str, Any]: ...
 
@@ -51,6 +54,7 @@ class Ledger:
     def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend, timing: Timing | None = None):
         self.timing = timing or Timing()
         self.holdings = Holdings()
+        self.host = Host() if self.timing.tape == "host" else None
         self.marker = Marker()
         self.unscale = 1.0  # the inverse of the loss scale, where a GradScaler has looked
         self.powers: dict[int, float] = {}  # id of a slot -> of its gradient in this step: sum of squares, mostly

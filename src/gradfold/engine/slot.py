@@ -44,7 +44,7 @@ class Slot:
         self.read_unseen = False  # one of them read it through something that is not folded
         self.outer_due = False  # the outermost backward will reach the weight outside them, and has not yet
         self.waiting: dict[str, Tensor] = {}
-        self.tape = Tape(self, ledger.holdings)
+        self.tape = Tape(self, ledger.holdings, ledger.host)
         self.hook: LeafHook | None = None
         self.placement = _placement(param)
 
@@ -252,8 +252,9 @@ def create_graph(name: str) -> str:
 def second_backward(name: str) -> str:
     return (
         f"{name}: a second backward reached this weight before optimizer.step(), and it has already stepped; sum the "
-        "losses and call backward once, or call optimizer.step() after each backward (after a backward that raised: "
-        "optimizer.zero_grad(), then run the batch again)"
+        "losses and call backward once, fold with accumulate=n, or call optimizer.step() after each backward (after a "
+        "backward that raised: optimizer.zero_grad(), then run the batch again; methods that look at a gradient first, "
+        "as SAM: that backward inside fold.paused(), and timing='deferred')"
     )
 
 

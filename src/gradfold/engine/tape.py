@@ -2,29 +2,32 @@
 
 A slot's tape holds its uses by reference. What several slots hold, as q, k and v hold their input, is counted once, for
 the first of them. Where a tape would cost more than the gradient itself it collapses into one: the gradient of all its
-uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once.
+uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once. With a ``Host`` all of this
+lies in host memory, and is on the device for one weight at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use, accumulation_dtype
+from gradfold.backends import DenseUse, Use, accumulation_dtype, tensors_of
 from gradfold.errors import FoldError
 
 if TYPE_CHECKING:
+    from .offload import Host
     from .slot import Slot
 
 
 class Tape:
     """The uses of one slot since the step opened."""
 
-    def __init__(self, slot: Slot, holdings: Holdings):
+    def __init__(self, slot: Slot, holdings: Holdings, host: Host | None = None):
         self.slot = slot
+        self.host = host
         self.holdings = holdings
         self.uses: list[Use] = []
         self.versions: list[tuple[Tensor, int]] = []
@@ -52,6 +55,9 @@ class Tape:
             if self.collapsed is not None:
                 self._accumulate([use])
                 continue
+            if self.host is not None:
+                use = self.host.send(use)
+                use.record(self.slot.param.device)
             self.uses.append(use)
             for tensor in tensors_of(use):
                 self.versions.append((tensor, tensor._version))
@@ -64,7 +70,7 @@ class Tape:
         uses = self.peek()
         self.uses = []
         if len(uses) == 1 and isinstance(uses[0], DenseUse):
-            self.collapsed = uses[0].grad
+            self._keep(uses[0].grad)
         else:
             self._accumulate(uses)
         self.versions.clear()
@@ -75,15 +81,26 @@ class Tape:
         param = self.slot.param
         for use in uses:
             use.wait(param.device)
-        dtype, before = accumulation_dtype(param.dtype), self.collapsed
+        dtype, before = accumulation_dtype(param.dtype), self._gradient()
         with torch.no_grad():
             if before is None or before.dtype != dtype or not before.is_contiguous():
-                self.collapsed = torch.empty(param.shape, dtype=dtype, device=param.device)
+                out = torch.empty(param.shape, dtype=dtype, device=param.device)
                 if before is not None:  # a dense gradient as autograd left it
-                    self.collapsed.copy_(before)
-            out = self.collapsed
-            assert out is not None
+                    out.copy_(before)
+            else:
+                out = before
             self.slot.ledger.backend.gradient(param.detach(), uses, out, add=before is not None)
+        self._keep(out)
+
+    def _keep(self, gradient: Tensor) -> None:
+        """Let the gradient be what the tape has collapsed into."""
+        self.collapsed = gradient if self.host is None else self.host.to_host(gradient)
+
+    def _gradient(self) -> Tensor | None:
+        """What the tape has collapsed into, on the device."""
+        if self.collapsed is None or self.host is None:
+            return self.collapsed
+        return self.host.from_host(self.collapsed, self.slot.param.device)
 
     def take(self) -> list[Use]:
         """The uses to step with; the tape is empty afterwards."""
@@ -94,9 +111,14 @@ class Tape:
     def peek(self) -> list[Use]:
         """The uses to step with; the tape keeps them."""
         self._check()
-        if self.collapsed is not None:
-            return [DenseUse(self.collapsed)]
-        return list(self.uses)
+        if (gradient := self._gradient()) is not None:
+            return [DenseUse(gradient)]
+        if self.host is None:
+            return list(self.uses)
+        device = self.slot.param.device
+        for use in self.uses:
+            use.wait(device)
+        return [self.host.bring(use, device) for use in self.uses]
 
     def clear(self) -> None:
         self.uses, self.collapsed = [], None
@@ -141,15 +163,3 @@ class Holdings:
             holders.remove(tape)
             if not holders:
                 del self._holders[key], self._bytes[key]
-
-
-def tensors_of(use: Use) -> Iterator[Tensor]:
-    """What a use keeps alive."""
-    if isinstance(use, MatmulUse):
-        yield use.left
-        yield use.right
-    elif isinstance(use, GatherUse):
-        yield use.ids
-        yield use.grad
-    else:
-        yield use.grad

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gradfold.backends import Change
 from gradfold.errors import FoldError
 
+TAPES = ("device", "host")
 TIMINGS = ("auto", "deferred")
 CLIPS = ("exact", "two_pass", "delayed")
 ON_NONFINITE = ("raise", "skip", "ignore")
@@ -28,6 +29,7 @@ class Timing:
     error_if_nonfinite: bool = False
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     timing: Literal["auto", "deferred"] = "auto"
+    tape: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
@@ -40,6 +42,8 @@ class Timing:
             raise FoldError(f"clip={self.clip!r}: one of {', '.join(map(repr, CLIPS))}")
         if self.on_nonfinite not in ON_NONFINITE:
             raise FoldError(f"on_nonfinite={self.on_nonfinite!r}: one of {', '.join(map(repr, ON_NONFINITE))}")
+        if self.tape not in TAPES:
+            raise FoldError(f"tape={self.tape!r}: one of {', '.join(map(repr, TAPES))}")
         if self.timing not in TIMINGS:
             raise FoldError(f"timing={self.timing!r}: one of {', '.join(map(repr, TIMINGS))}")
         if self.clip != "exact" and self.timing == "deferred":

@@ -1,0 +1,48 @@
+"""Tapes in host memory: what they hold leaves the device when a use arrives, and returns when its weight steps."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import Use, mapped
+
+
+class Host:
+    """Copies to pinned memory and back. A tensor that several weights' tapes hold is copied once."""
+
+    def __init__(self) -> None:
+        # a storage's address may be taken over by another, so it counts only while that storage lives
+        self._sent: dict[tuple, tuple[weakref.ref, weakref.ref]] = {}
+
+    def send(self, use: Use) -> Use:
+        """The use with its tensors in host memory; it is complete once ``use.wait`` has been called."""
+        return mapped(use, self._sent_once)
+
+    def bring(self, use: Use, device: torch.device) -> Use:
+        """The use with its tensors on the device again."""
+        return mapped(use, lambda tensor: self.from_host(tensor, device))
+
+    def _sent_once(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if key in self._sent:
+            source, copy = self._sent[key]
+            if source() is not None and (found := copy()) is not None:
+                return found
+        made = self.to_host(tensor)
+        self._sent = {k: refs for k, refs in self._sent.items() if refs[0]() is not None and refs[1]() is not None}
+        self._sent[key] = (weakref.ref(storage), weakref.ref(made))
+        return made
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """On the CPU it is there already. The copy runs on the current stream, before what may reuse the memory."""
+        if tensor.device.type == "cpu":
+            return tensor
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return pinned.copy_(tensor, non_blocking=True)
+
+    def from_host(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device, non_blocking=True)
