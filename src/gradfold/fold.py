@@ -284,10 +284,13 @@ class Fold:
         states: dict[str, Tensor] = {}
         stored = ""
         if slot is not None:
-            held = {**self._ledger.optimizer.state.get(param, {}), **slot.waiting}
+            held = dict(self._ledger.optimizer.state.get(param, {}))
+            for part in slot.parts:
+                held |= part.waiting
             states = {key: value for key, value in held.items() if isinstance(value, Tensor)}
             if states:
                 stored = storage_of(param, self._ledger.optimizer.rule, slot.group).describe(states)
+        tapes = [] if slot is None else [part.tape for part in slot.parts if part.tape]
         route = "frozen" if slot is None or not param.requires_grad else "folded" if slot.folded else "hooked"
         return Row(
             name=name,
@@ -296,7 +299,7 @@ class Fold:
             route=route,
             states=stored,
             weight_bytes=param.numel() * param.element_size(),
-            tape="" if slot is None or not slot.tape else "uses" if slot.tape.collapsed is None else "gradient",
-            tape_bytes=0 if slot is None else slot.tape.cost_bytes,
+            tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
+            tape_bytes=sum(tape.cost_bytes for tape in tapes),
             state_bytes=sum(state.numel() * state.element_size() for state in states.values()),
         )

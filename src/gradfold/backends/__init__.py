@@ -5,8 +5,8 @@ from .gemm import linear, multiply
 from .norms import accumulation_dtype, safe_magnitude
 from .reference import UNCHANGED, Backend, Change, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
-from .stored import VALUES, Stored
-from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, rows, tensors_of
+from .stored import VALUES, Place, Stored
+from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, narrowed, rows, tensors_of
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
@@ -17,6 +17,7 @@ __all__ = [
     "DenseUse",
     "GatherUse",
     "MatmulUse",
+    "Place",
     "Reference",
     "Scratch",
     "Stored",
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "mapped",
     "multiply",
+    "narrowed",
     "rows",
     "safe_magnitude",
     "tensors_of",

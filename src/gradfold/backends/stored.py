@@ -11,6 +11,14 @@ from gradfold.codecs import Codec, Parts
 VALUES = "values"  # the part that is the weight itself, and the only one of a state kept as torch keeps it
 
 
+class Place(NamedTuple):
+    """Where a slice of a parameter lies in it. The random bits that round an element are those of its place."""
+
+    shape: tuple[int, ...]  # of the whole parameter
+    offset: int  # of the slice's first element, counted in elements
+    stride: int  # from one index of the first dimension to the next, likewise
+
+
 class Stored(NamedTuple):
     """One weight, or one state of it.
 
@@ -21,6 +29,7 @@ class Stored(NamedTuple):
     parts: Parts
     codec: Codec | None = None
     key: Tensor | None = None  # of the hash that rounds it stochastically (codecs.stream_key); None: to nearest
+    place: Place | None = None  # of a slice; None: a whole parameter
 
     @classmethod
     def plain(cls, values: Tensor) -> Stored:

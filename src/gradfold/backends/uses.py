@@ -60,7 +60,8 @@ class MatmulUse(Ready):
 class GatherUse(Ready):
     """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
 
-    def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None):
+    def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None, first: int = 0):
+        self.first = first  # the row of the weight that is row 0 here; ids of others are passed over
         self.ids = ids.reshape(-1)  # [T]
         self.grad = rows(grad)  # [T, H]
         self.padding_idx = padding_idx
@@ -78,7 +79,8 @@ class GatherUse(Ready):
             tokens = self.ids.numel()
             bounds = [tokens * edge // rows for edge in edges]
         else:
-            bounds = torch.searchsorted(self.sorted_ids, self.sorted_ids.new_tensor(edges)).tolist()
+            at = self.sorted_ids.new_tensor([self.first + edge for edge in edges])
+            bounds = torch.searchsorted(self.sorted_ids, at).tolist()
         self.bounds = dict(zip(edges, bounds, strict=True))
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
@@ -93,7 +95,7 @@ class GatherUse(Ready):
             grad = self.grad[self.order[first:last]].to(tile.dtype)  # [tokens, H], a copy: indexing gathers
             if self.padding_idx is not None:
                 grad.masked_fill_((ids == self.padding_idx)[:, None], 0)
-            tile.index_add_(0, ids - start, grad)
+            tile.index_add_(0, ids - (self.first + start), grad)
 
 
 class DenseUse(Ready):
@@ -137,9 +139,25 @@ def mapped(use: Use, change: Callable[[Tensor], Tensor]) -> Use:
     if isinstance(use, MatmulUse):
         made: Use = MatmulUse(*tensors)
     elif isinstance(use, GatherUse):
-        made = GatherUse(tensors[0], tensors[1], use.padding_idx)
+        made = GatherUse(tensors[0], tensors[1], use.padding_idx, use.first)
     else:
         made = DenseUse(*tensors)
+    made.ready = use.ready
+    return made
+
+
+def narrowed(use: Use, dim: int, start: int, stop: int) -> Use:
+    """The same use of a weight of which only ``start`` to ``stop`` along a dimension are left; nothing is copied."""
+    if isinstance(use, MatmulUse):
+        cut = slice(start, stop)
+        made: Use = MatmulUse(use.left[:, cut], use.right) if dim == 0 else MatmulUse(use.left, use.right[:, cut])
+    elif isinstance(use, GatherUse):
+        if dim == 0:
+            made = GatherUse(use.ids, use.grad, use.padding_idx, use.first + start)
+        else:
+            made = GatherUse(use.ids, use.grad[:, start:stop], use.padding_idx, use.first)
+    else:
+        made = DenseUse(use.grad.narrow(dim, start, stop - start) if use.grad.dim() else use.grad)
     made.ready = use.ready
     return made
 

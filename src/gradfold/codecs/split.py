@@ -61,8 +61,10 @@ class Split(Codec):
         }
 
 
-def dither(residual: Tensor, weight: Tensor, key: Tensor) -> None:
+def dither(residual: Tensor, weight: Tensor, key: Tensor, offset: int = 0, row_stride: int | None = None) -> None:
     """Fill a residual with random bits: a master anywhere among the numbers that round to its weight, alike likely.
+
+    offset, row_stride: where a slice of a parameter begins and how far apart its rows are there, in elements.
 
     Not beside zeros, around which bf16 is as fine as fp32, nor beside infinities.
     """
@@ -73,7 +75,8 @@ def dither(residual: Tensor, weight: Tensor, key: Tensor) -> None:
     step = max(1, _PANE_ELEMENTS // max(1, seen.columns))
     for start in range(0, seen.rows, step):
         rows = slice(start, min(start + step, seen.rows))
-        bits = random_bits(key, row_offsets(rows, seen.columns, device=residual.device), seen.columns)
+        offsets = row_offsets(rows, row_stride or seen.columns, offset, device=residual.device)
+        bits = random_bits(key, offsets, seen.columns)
         ordinary = (values[rows] != 0) & values[rows].isfinite()
         flat[rows] = ((bits >> (16 - kept)) - (1 << (kept - 1))).to(residual.dtype) * ordinary
 

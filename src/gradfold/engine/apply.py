@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Backend, Change, Use
+from gradfold.backends import UNCHANGED, Backend, Change, Place, Use
 from gradfold.rules import Group, Rule
 
 from .storage import Storage, allocate_residuals, allocate_state, bind, keys_of, refuse_other_form, storage_of, tick
@@ -18,13 +18,20 @@ States = MutableMapping[str, Any]
 
 
 def allocate(
-    param: Tensor, state: States, rule: Rule, group: Group, waiting: dict[str, Tensor], stream: str
+    param: Tensor,
+    state: States,
+    rule: Rule,
+    group: Group,
+    waiting: dict[str, Tensor],
+    stream: str,
+    place: Place | None = None,
 ) -> Storage:
     """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``waiting`` until it steps.
 
-    stream: the parameter's name in the streams of random bits. Returns how the states are stored.
+    stream: the parameter's name in the streams of random bits. place: of a slice in its parameter. Returns how the
+    states are stored.
     """
-    storage = storage_of(param, rule, group)
+    storage = storage_of(param, rule, group, place)
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     for name, start in storage.counters(rule).items():
         if name not in state:
@@ -35,7 +42,7 @@ def allocate(
             refuse_other_form({**state, **waiting}, spec, keys)
             (waiting if spec.lazy else state).update(allocate_state(param, spec, codec))
     if any(key not in state for key in storage.residuals()):
-        state.update(allocate_residuals(param, storage, stream, group.get("seed", 0)))
+        state.update(allocate_residuals(param, storage, stream, group.get("seed", 0), place))
     return storage
 
 
@@ -49,20 +56,22 @@ def apply(
     waiting: dict[str, Tensor],
     stream: str,
     change: Change = UNCHANGED,
+    place: Place | None = None,
 ) -> float:
     """Step one parameter in place with the sum of the uses as its gradient; returns the gradient's sum of squares.
 
     waiting: its lazy states. stream: its name in the streams of random bits. change: of the gradient on its way.
+    place: of a slice in its parameter.
     """
     autocast = torch.is_autocast_enabled(param.device.type)
     with torch.no_grad(), torch.autocast(param.device.type, enabled=False) if autocast else nullcontext():
-        storage = allocate(param, state, rule, group, waiting, stream)
+        storage = allocate(param, state, rule, group, waiting, stream, place)
         fresh = not (waiting.keys() <= state.keys())  # a loaded state_dict may have brought them already
         for name in list(waiting):
             state.setdefault(name, waiting.pop(name))
         numbers = rule.advance(state, group, fresh)
         tick(state, rule, storage)
-        weight, states = bind(param, storage, state, stream, group.get("seed", 0))
+        weight, states = bind(param, storage, state, stream, group.get("seed", 0), place)
         squares = backend.step(weight, states, uses, rule, group, numbers, change)
     # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
     torch.autograd.graph.increment_version(param)

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 from torch.nn import Parameter
 
-from gradfold.backends import Backend, Change, DenseUse
+from gradfold.backends import Backend, Change
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
 from .offload import Host
+from .part import Part
 from .play import coefficients, not_finite, play
 from .scaling import Marker
 from .segments import Segment, node_around_backward, on_calling_thread
@@ -57,14 +58,14 @@ class Ledger:
         self.host = Host() if self.timing.tape == "host" else None
         self.marker = Marker()
         self.unscale = 1.0  # the inverse of the loss scale, where a GradScaler has looked
-        self.powers: dict[int, float] = {}  # id of a slot -> of its gradient in this step: sum of squares, mostly
+        self.powers: dict[int, float] = {}  # id of a part -> of its gradient in this step: sum of squares, mostly
         self.nonfinite: list[str] = []  # whose gradient in this step was not finite
         self.grad_norm: float | None = None  # of the last step
         self.backwards = 0  # completed since the step opened, outside of ``accumulating()``
         self.accumulating = 0  # depth of nested ``accumulating()`` contexts
         self.measuring = False  # in the first pass of two
         self.measured = False  # that pass is over, and the second may come
-        self.coefficients: dict[int, float] = {}  # id of a slot -> what clipping multiplies its gradient by
+        self.coefficients: dict[int, float] = {}  # pool -> what clipping multiplies its gradients by
         self.following: dict[int, float] = {}  # ... in the step after, for clip="delayed"
         self.model = model
         self.optimizer = optimizer
@@ -196,7 +197,7 @@ class Ledger:
     @property
     def open(self) -> bool:
         """Whether some parameter has stepped, or waits to, and ``optimizer.step()`` has not yet closed the step."""
-        return any(slot.stepped or slot.deferred or slot.tape for slot in self.slots.values())
+        return any(slot.stepped or slot.deferred or slot.taped for slot in self.slots.values())
 
     @property
     def clips(self) -> bool:
@@ -242,13 +243,26 @@ class Ledger:
         if nonfinite and self.timing.on_nonfinite == "raise":
             raise FoldError(not_finite(nonfinite, moved=False))
         self.powers, self.nonfinite = powers, nonfinite
-        self.coefficients = coefficients(self, [slot for slot in self.slots.values() if id(slot) in powers])
+        self.coefficients = coefficients(self, [part for part in self.parts() if id(part) in powers])
         self.measured = True
 
-    def change(self, slot: Slot) -> Change:
-        """What happens to this slot's gradient on its way to the rule."""
+    def pool(self, group: dict[str, Any]) -> int:
+        """What is clipped by one norm: all groups together (-1), but a group with a ``clip_norm`` key by its own."""
+        if "clip_norm" not in group:
+            return -1
+        return next(index for index, other in enumerate(self.optimizer.param_groups) if other is group)
+
+    def change(self, part: Part) -> Change:
+        """What happens to this part's gradient on its way to the rule."""
         found = self.following if self.timing.clip == "delayed" else self.coefficients
-        return change_for(slot.group, self.timing, self.unscale * found.get(id(slot), 1.0))
+        return change_for(part.group, self.timing, self.unscale * found.get(self.pool(part.group), 1.0))
+
+    def parts(self) -> list[Part]:
+        """Everything that may step now."""
+        return [part for slot in self.slots.values() for part in slot.parts]
+
+    def fired(self, slot: Slot) -> None:
+        """All uses of this slot in a backward are there."""
 
     def require_closed(self, action: str) -> None:
         if self.open:
@@ -284,7 +298,8 @@ class Ledger:
         for slot in list(self._unhooked_gradients()):
             # unfrozen after the forward began: autograd wrote its gradient before the gate was there
             grad, slot.param.grad = slot.param.grad, None
-            slot.tape.add([DenseUse(grad.detach())])  # type: ignore[union-attr]
+            for part in slot.parts:
+                part.add_late(grad.detach())  # type: ignore[union-attr]
         for slot in self.slots.values():
             slot.arm()
         try:

@@ -1,8 +1,9 @@
-"""The end of a step: its norm, its clipping, and the slots that have waited for both."""
+"""The end of a step: its norm, its clipping, and what has waited for both."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,96 +15,88 @@ from .timing import add_power, coefficient, limit_of, norm_from
 
 if TYPE_CHECKING:
     from .ledger import Ledger
-    from .slot import Slot
+    from .part import Part
 
 
 def play(ledger: Ledger) -> None:
-    """Step every slot that has a tape, all of them or none; work out the norm of the step.
+    """Step every part that has a tape, all of them or none; work out the norm of the step.
 
     Raises:
-        FoldError: a gradient was not finite. Slots with a tape have not moved then; of those that step inside backward
+        FoldError: a gradient was not finite. Parts with a tape have not moved then; of those that step inside backward
             the ones it names have not.
     """
-    taped = [slot for slot in ledger.slots.values() if slot.tape]
+    taped = [part for part in ledger.parts() if part.tape]
     ledger.unscale = ledger.marker.take()
-    for slot in taped:
-        for use in slot.tape.peek():
-            use.wait(slot.param.device)
+    for part in taped:
+        part.wait(part.tape.peek())
     if taped and ledger.clips:
         measure(ledger, taped)
     if ledger.guarded:
-        ledger.nonfinite += [slot.name for slot in taped if not _finite(ledger, slot)]
-    moved = any(slot.stepped and slot.name not in ledger.nonfinite for slot in ledger.slots.values())
+        ledger.nonfinite += [part.name for part in taped if not _finite(ledger, part)]
+    moved = any(part.slot.stepped and part.name not in ledger.nonfinite for part in ledger.parts())
     if taped and not ledger.nonfinite:
         if ledger.clips:
             ledger.coefficients = coefficients(ledger, taped)
-        for slot in taped:
-            change = ledger.change(slot)
-            power = ledger.powers.get(id(slot))
-            slot.step(slot.tape.take(), change, checked=True)
+        for part in taped:
+            power = ledger.powers.get(id(part))
+            part.step(part.tape.take(), ledger.change(part), checked=True)
             if power is not None:
-                ledger.powers[id(slot)] = power
-    stepped = bool(ledger.powers)
-    if stepped and not ledger.nonfinite:
-        ledger.grad_norm = _norm(ledger, list(ledger.slots.values()))
+                ledger.powers[id(part)] = power
+    if ledger.powers and not ledger.nonfinite:
+        ledger.grad_norm = _norm(ledger, ledger.parts())
     elif ledger.nonfinite:
         ledger.grad_norm = math.nan
     if ledger.timing.clip == "delayed":
-        known = [slot for slot in ledger.slots.values() if id(slot) in ledger.powers]
+        known = [part for part in ledger.parts() if id(part) in ledger.powers]
         ledger.following = coefficients(ledger, known) if not ledger.nonfinite else {}
     if ledger.nonfinite and ledger.timing.on_nonfinite == "raise":
         raise FoldError(not_finite(ledger.nonfinite, moved))
 
 
-def _finite(ledger: Ledger, slot: Slot) -> bool:
-    """Whether the gradient on a slot's tape is finite: its norm tells, where it is known and not too large."""
-    power, uses = ledger.powers.get(id(slot), math.inf), slot.tape.peek()
-    return norm_from(power, _norm_type(ledger)) < safe_magnitude(uses, slot.param.dtype) or slot.finite(uses)
+def _finite(ledger: Ledger, part: Part) -> bool:
+    """Whether the gradient on a part's tape is finite: its norm tells, where it is known and not too large."""
+    power, uses = ledger.powers.get(id(part), math.inf), part.tape.peek()
+    return norm_from(power, _norm_type(ledger)) < safe_magnitude(uses, part.param.dtype) or part.finite(uses)
 
 
 def _norm_type(ledger: Ledger) -> float:
-    """Slots that step inside backward count squares; only where all wait is another norm known."""
+    """Parts that step inside backward count squares; only where all wait is another norm known."""
     return ledger.timing.norm_type if ledger.clips and ledger.timing.clip == "exact" else 2.0
 
 
-def measure(ledger: Ledger, slots: list[Slot]) -> None:
+def measure(ledger: Ledger, parts: Sequence[Part]) -> None:
     """Take the norms of gradients that wait on tapes, without writing them out."""
     norm_type = _norm_type(ledger)
     with torch.no_grad():
-        for slot in slots:
-            ledger.powers[id(slot)] = ledger.backend.power(slot.param.detach(), slot.tape.peek(), norm_type)
+        for part in parts:
+            ledger.powers[id(part)] = ledger.backend.power(part.param.detach(), part.tape.peek(), norm_type)
 
 
-def coefficients(ledger: Ledger, slots: list[Slot]) -> dict[int, float]:
-    """What each slot's gradient is multiplied by; groups with a ``clip_norm`` of their own have their own norm.
+def coefficients(ledger: Ledger, parts: Sequence[Part]) -> dict[int, float]:
+    """What the gradients of each pool are multiplied by (``Ledger.pool``): a pool is clipped by its own norm.
 
     Raises:
         FoldError: a norm is not finite, and ``error_if_nonfinite`` is set.
     """
-    together: list[Slot] = []
-    apart: dict[int, list[Slot]] = {}
-    for slot in slots:
-        _, own = limit_of(slot.group, ledger.timing)
-        (apart.setdefault(id(slot.group), []) if own else together).append(slot)
+    pools: dict[int, list[Part]] = {}
+    for part in parts:
+        pools.setdefault(ledger.pool(part.group), []).append(part)
     found = {}
-    for members in (together, *apart.values()):
-        if not members:
-            continue
-        limit, _ = limit_of(members[0].group, ledger.timing)
-        norm = _norm(ledger, members)
+    for pool, members in pools.items():
+        limit, norm = limit_of(members[0].group, ledger.timing), _norm(ledger, members)
         if limit is not None and not math.isfinite(norm) and ledger.timing.error_if_nonfinite:
             raise FoldError(
                 f"the gradient's norm of order {_norm_type(ledger):g} is {norm}, and error_if_nonfinite=True; nothing "
                 "has moved"
             )
-        found |= {id(slot): coefficient(limit, norm) for slot in members}
+        found[pool] = coefficient(limit, norm)
     return found
 
 
-def _norm(ledger: Ledger, slots: list[Slot]) -> float:
+def _norm(ledger: Ledger, parts: Iterable[Part]) -> float:
     norm_type, total = _norm_type(ledger), 0.0
-    for slot in slots:
-        total = add_power(total, ledger.powers.get(id(slot), 0.0), norm_type)
+    for part in parts:
+        total = add_power(total, ledger.powers.get(id(part), 0.0), norm_type)
     return ledger.unscale * norm_from(total, norm_type)
 
 

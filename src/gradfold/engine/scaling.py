@@ -46,7 +46,7 @@ class Marker:
                 "with timing='deferred', where every weight waits for optimizer.step(), or train in bfloat16, which "
                 "needs no scaler"
             )
-        finite = all(slot.on_tape_finite() for slot in ledger.slots.values())
+        finite = all(part.on_tape_finite() for part in ledger.parts() if part.tape)
         device = next(iter(ledger.slots.values())).param.device
         param = torch.zeros((), device=device)
         param.grad = self._shown = torch.full((), 1.0 if finite else math.inf, device=device)

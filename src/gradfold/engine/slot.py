@@ -7,7 +7,6 @@ interrupted or never reaches the weight cannot mix with another.
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING
 
@@ -15,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradfold.backends import Change, DenseUse, GatherUse, MatmulUse, Use
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
 from gradfold.errors import FoldError
 
-from .apply import allocate, apply
 from .parameters import refuse_parameter
+from .part import Part
 from .segments import Segment, node_in_forward
-from .storage import bind
-from .tape import Tape
 from .task import Demand, LeafHook, current_task, demand
 
 if TYPE_CHECKING:
@@ -43,8 +40,7 @@ class Slot:
         self.segments: set[Segment] = set()  # reentrant checkpoints that read the weight in their first pass
         self.read_unseen = False  # one of them read it through something that is not folded
         self.outer_due = False  # the outermost backward will reach the weight outside them, and has not yet
-        self.waiting: dict[str, Tensor] = {}
-        self.tape = Tape(self, ledger.holdings, ledger.host)
+        self.parts = [Part(self)]  # what steps of it now
         self.hook: LeafHook | None = None
         self.placement = _placement(param)
 
@@ -70,16 +66,10 @@ class Slot:
         self.allocate()
 
     def allocate(self) -> None:
-        """Create the states and the scratch a trainable parameter lacks: what fits is known before the first step."""
+        """Create what its parts lack, if it is trainable."""
         if self.param.requires_grad:
-            optimizer, group = self.ledger.optimizer, self.group
-            rule, stream = optimizer.rule, optimizer.stream_of(self.param)
-            try:
-                storage = allocate(self.param, self.state, rule, group, self.waiting, stream)
-            except ValueError as error:
-                raise FoldError(f"{self.name}: {error}") from None
-            weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, seed=0)
-            self.ledger.backend.reserve(weight, states, rule, group)
+            for part in self.parts:
+                part.allocate()
 
     def disarm(self) -> None:
         if self.hook:
@@ -176,61 +166,29 @@ class Slot:
             self.fire(uses)
 
     def fire(self, uses: list[Use]) -> None:
-        """All uses of one backward are there: step, or keep them until ``optimizer.step()``."""
-        ledger = self.ledger
-        if ledger.measuring:
-            self.measure(uses)
-        elif ledger.deferring:
-            self.tape.add(uses)
-        else:
-            self.step(self.tape.take() + uses, ledger.change(self))
-
-    def measure(self, uses: list[Use]) -> None:
-        """Only take the norm, in the first pass of two."""
-        for use in uses:
-            use.wait(self.param.device)
-        power = self.ledger.backend.power(self.param.detach(), uses)
-        self.ledger.powers[id(self)] = power
-        if not math.isfinite(power):
-            self.ledger.nonfinite.append(self.name)
-
-    def step(self, uses: list[Use], change: Change, checked: bool = False) -> None:
-        """Step with the sum of the uses, unless their gradient is not finite (``checked``: it is)."""
-        self.stepped = True
-        ledger, optimizer = self.ledger, self.ledger.optimizer
-        for use in uses:
-            use.wait(self.param.device)
-        if not checked and ledger.guarded and not self.finite(uses):
-            ledger.nonfinite.append(self.name)
-            return
-        stream = optimizer.stream_of(self.param)
-        ledger.powers[id(self)] = apply(
-            self.param, uses, self.state, optimizer.rule, self.group, ledger.backend, self.waiting, stream, change
-        )
-
-    def on_tape_finite(self) -> bool:
-        """Whether what waits for ``optimizer.step()`` is finite."""
-        uses = self.tape.peek()
-        for use in uses:
-            use.wait(self.param.device)
-        return self.finite(uses)
-
-    def finite(self, uses: list[Use]) -> bool:
-        with torch.no_grad():
-            return self.ledger.backend.finite(self.param.detach(), uses)
+        """All uses of one backward are there."""
+        self.ledger.fired(self)
+        for part in self.parts:
+            part.fire(uses)
 
     def rearm(self) -> None:
         """Forget the step just closed, or the backward that failed."""
         self.stepped = self.outer_due = False
         self.pending.clear()
         self.deferred.clear()
-        self.tape.clear()
+        for part in self.parts:
+            part.tape.clear()
         self.segments = {segment for segment in self.segments if segment.alive}
 
     @property
     def done(self) -> bool:
         """Whether this step takes no further use of the weight."""
-        return self.stepped or (bool(self.tape) and self.ledger.full)
+        return self.stepped or (self.taped and self.ledger.full)
+
+    @property
+    def taped(self) -> bool:
+        """Whether uses of it wait for ``optimizer.step()``."""
+        return any(part.tape for part in self.parts)
 
     def _refuse_second_step(self) -> None:
         if self.done:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import VALUES, Stored
+from gradfold.backends import VALUES, Place, Stored
 from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, Split, dither, state_codec, stream_key, weight_codec
 from gradfold.errors import FoldError
 from gradfold.rules import Group, Rule, State, number
@@ -60,14 +60,15 @@ class Storage(NamedTuple):
         return " + ".join(dict.fromkeys(kinds))
 
 
-def storage_of(param: Tensor, rule: Rule, group: Group) -> Storage:
-    """What the group's options mean for this parameter.
+def storage_of(param: Tensor, rule: Rule, group: Group, place: Place | None = None) -> Storage:
+    """What the group's options mean for this parameter, or for a slice that is stored as the whole would be.
 
     Raises:
         ValueError: an unknown name, or options that this weight or rule cannot have.
     """
     options = [group.get(name, default) for name, default in OPTIONS.items() if name != "seed"]
-    return _storage(tuple(param.shape), param.dtype, rule.states(group), *options)
+    shape = tuple(param.shape) if place is None else place.shape
+    return _storage(shape, param.dtype, rule.states(group), *options)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -135,7 +136,9 @@ def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str,
     return {key: parts[part] for part, key in keys_of(spec.name, codec).items()}
 
 
-def allocate_residuals(param: Tensor, storage: Storage, stream: str, seed: int) -> dict[str, Tensor]:
+def allocate_residuals(
+    param: Tensor, storage: Storage, stream: str, seed: int, place: Place | None = None
+) -> dict[str, Tensor]:
     """New tensors of what a master keeps beside its weight.
 
     The master of a weight that comes as bf16 begins at a random place among the numbers that round to it. Were it the
@@ -151,12 +154,14 @@ def allocate_residuals(param: Tensor, storage: Storage, stream: str, seed: int) 
                     kind.shape, dtype=kind.dtype, device=param.device
                 )
                 if storage.dithered:
-                    dither(residual, param, stream_key(seed, 0, stream, part, param.device))
+                    offset, stride = (0, None) if place is None else place[1:]
+                    rows = stride if param.dim() == 2 else None  # of more or fewer dimensions: slices are contiguous
+                    dither(residual, param, stream_key(seed, 0, stream, part, param.device), offset, rows)
     return made
 
 
 def bind(
-    param: Tensor, storage: Storage, state: Mapping[str, Tensor], stream: str, seed: int
+    param: Tensor, storage: Storage, state: Mapping[str, Tensor], stream: str, seed: int, place: Place | None = None
 ) -> tuple[Stored, list[Stored]]:
     """The weight and its states as a backend takes them, with this step's random bits.
 
@@ -179,7 +184,8 @@ def bind(
                 raise FoldError(stored_otherwise(name, parts[VALUES].dtype))
             codec = WEIGHTS[parts[VALUES].dtype]
         random = random and codec.stochastic
-        bound.append(Stored(parts, codec, stream_key(seed, step, stream, name, param.device) if random else None))
+        key = stream_key(seed, step, stream, name, param.device) if random else None
+        bound.append(Stored(parts, codec, key, place))
     return bound[0], bound[1:]
 
 

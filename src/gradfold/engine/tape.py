@@ -1,6 +1,6 @@
 """Tapes: the uses of weights that step later, and what they cost.
 
-A slot's tape holds its uses by reference. What several slots hold, as q, k and v hold their input, is counted once, for
+A part's tape holds its uses by reference. What several hold, as those of q, k and v hold their input, is counted once, for
 the first of them. Where a tape would cost more than the gradient itself it collapses into one: the gradient of all its
 uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once. With a ``Host`` all of this
 lies in host memory, and is on the device for one weight at a time.
@@ -19,14 +19,14 @@ from gradfold.errors import FoldError
 
 if TYPE_CHECKING:
     from .offload import Host
-    from .slot import Slot
+    from .part import Part
 
 
 class Tape:
-    """The uses of one slot since the step opened."""
+    """The uses of one part since the step opened."""
 
-    def __init__(self, slot: Slot, holdings: Holdings, host: Host | None = None):
-        self.slot = slot
+    def __init__(self, part: Part, holdings: Holdings, host: Host | None = None):
+        self.part = part
         self.host = host
         self.holdings = holdings
         self.uses: list[Use] = []
@@ -39,7 +39,7 @@ class Tape:
     @property
     def gradient_bytes(self) -> int:
         """What this weight's gradient would cost, in the dtype it is summed in."""
-        param = self.slot.param
+        param = self.part.param
         return param.numel() * accumulation_dtype(param.dtype).itemsize
 
     @property
@@ -57,7 +57,7 @@ class Tape:
                 continue
             if self.host is not None:
                 use = self.host.send(use)
-                use.record(self.slot.param.device)
+                use.record(self.part.param.device)
             self.uses.append(use)
             for tensor in tensors_of(use):
                 self.versions.append((tensor, tensor._version))
@@ -78,7 +78,7 @@ class Tape:
 
     def _accumulate(self, uses: Sequence[Use]) -> None:
         """Add uses to the sum, in place."""
-        param = self.slot.param
+        param = self.part.param
         for use in uses:
             use.wait(param.device)
         dtype, before = accumulation_dtype(param.dtype), self._gradient()
@@ -89,7 +89,7 @@ class Tape:
                     out.copy_(before)
             else:
                 out = before
-            self.slot.ledger.backend.gradient(param.detach(), uses, out, add=before is not None)
+            self.part.slot.ledger.backend.gradient(param.detach(), uses, out, add=before is not None)
         self._keep(out)
 
     def _keep(self, gradient: Tensor) -> None:
@@ -100,7 +100,7 @@ class Tape:
         """What the tape has collapsed into, on the device."""
         if self.collapsed is None or self.host is None:
             return self.collapsed
-        return self.host.from_host(self.collapsed, self.slot.param.device)
+        return self.host.from_host(self.collapsed, self.part.param.device)
 
     def take(self) -> list[Use]:
         """The uses to step with; the tape is empty afterwards."""
@@ -115,7 +115,7 @@ class Tape:
             return [DenseUse(gradient)]
         if self.host is None:
             return list(self.uses)
-        device = self.slot.param.device
+        device = self.part.param.device
         for use in self.uses:
             use.wait(device)
         return [self.host.bring(use, device) for use in self.uses]
@@ -130,7 +130,7 @@ class Tape:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise FoldError(
-                    f"{self.slot.name}: an input of its module, or the gradient of its output, of shape "
+                    f"{self.part.name}: an input of its module, or the gradient of its output, of shape "
                     f"{tuple(tensor.shape)} was changed in place after backward, and its step still needs it; give the "
                     "model a new tensor for each micro-batch (batch.clone())"
                 )

@@ -74,12 +74,11 @@ def refuse_limit(name: str, value: Any) -> None:
         raise FoldError(f"{name}={value!r}: a number above 0, or None")
 
 
-def limit_of(group: Mapping[str, Any], timing: Timing) -> tuple[float | None, bool]:
-    """How far a param_group is clipped by norm, and whether by a norm of its own (its ``clip_norm`` key)."""
-    if "clip_norm" in group:
-        refuse_limit("clip_norm", group["clip_norm"])
-        return group["clip_norm"], True
-    return timing.clip_norm, False
+def limit_of(group: Mapping[str, Any], timing: Timing) -> float | None:
+    """How far a param_group is clipped by norm: its own ``clip_norm`` key, if it has one."""
+    limit = group.get("clip_norm", timing.clip_norm)
+    refuse_limit("clip_norm", limit)
+    return limit
 
 
 def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float = 1.0) -> Change:

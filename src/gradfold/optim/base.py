@@ -97,7 +97,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._backend is None:
             self._backend = Reference(Scratch())
         backend = self._ledger.backend if self._ledger else self._backend
-        waiting = self._ledger.slots[id(param)].waiting if self._ledger else {}
+        waiting = self._ledger.slots[id(param)].parts[0].waiting if self._ledger else {}
         group, stream = self.group_of(param), self.stream_of(param)
         apply(param, [DenseUse(grad.detach())], self.state[param], self.rule, group, backend, waiting, stream)
 
@@ -220,7 +220,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._streams.clear()
         if self._ledger is not None:
             for slot in self._ledger.slots.values():
-                slot.waiting.clear()
+                for part in slot.parts:
+                    part.waiting.clear()
                 slot.rearm()
                 slot.allocate()
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -1,0 +1,168 @@
+"""What steps: a parameter, or with a working set the slices of it that are awake, each with states of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import Change, DenseUse, Place, Use, narrowed
+from gradfold.errors import FoldError
+
+from .apply import allocate, apply
+from .storage import bind
+from .tape import Tape
+
+if TYPE_CHECKING:
+    from .slot import Slot
+
+
+class Region(NamedTuple):
+    """Elements ``start`` to ``stop`` of one dimension of a parameter."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+    def of_use(self, use: Use) -> Use:
+        """The use, of this region's gradient alone."""
+        return narrowed(use, self.dim, self.start, self.stop)
+
+    def place(self, shape: Sequence[int]) -> Place:
+        """Where its elements lie in a parameter of this shape, in elements."""
+        stride = math.prod(shape[1:])
+        return Place(tuple(shape), self.start * stride if self.dim == 0 else self.start, stride)
+
+    def __str__(self) -> str:
+        return f"[{', '.join([':'] * self.dim + [f'{self.start}:{self.stop}'])}]"
+
+
+class RegionStates(MutableMapping[str, Any]):
+    """The states of one region among those of its parameter: ``exp_avg`` is kept there as ``exp_avg[0:128]``."""
+
+    def __init__(self, states: MutableMapping[str, Any], region: Region):
+        self.states, self.suffix = states, str(region)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.states[name + self.suffix]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.states[name + self.suffix] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.states[name + self.suffix]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name.removesuffix(self.suffix) for name in self.states if name.endswith(self.suffix)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Part:
+    """One region of a slot's parameter, or all of it (``region`` None): its tape and its states."""
+
+    def __init__(self, slot: Slot, region: Region | None = None):
+        self.slot = slot
+        self.region = region
+        self.name = slot.name if region is None else f"{slot.name}{region}"
+        self.waiting: dict[str, Tensor] = {}  # lazy states, until it steps
+        self.tape = Tape(self, slot.ledger.holdings, slot.ledger.host)
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter, or the view of it that steps."""
+        param = self.slot.param
+        return param if self.region is None else self.region.of(param.detach())
+
+    @property
+    def group(self) -> dict[str, Any]:
+        return self.slot.group
+
+    @property
+    def state(self) -> MutableMapping[str, Any]:
+        state = self.slot.state
+        return state if self.region is None else RegionStates(state, self.region)
+
+    @property
+    def place(self) -> Place | None:
+        return None if self.region is None else self.region.place(self.slot.param.shape)
+
+    def allocate(self) -> None:
+        """Create the states and the scratch it lacks: what fits is known before the first step."""
+        ledger, group = self.slot.ledger, self.group
+        rule, stream = ledger.optimizer.rule, ledger.optimizer.stream_of(self.slot.param)
+        try:
+            storage = allocate(self.param, self.state, rule, group, self.waiting, stream, self.place)
+        except ValueError as error:
+            raise FoldError(f"{self.name}: {error}") from None
+        weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, 0, self.place)
+        ledger.backend.reserve(weight, states, rule, group)
+
+    def fire(self, uses: list[Use]) -> None:
+        """All uses of one backward are there: step, or keep them until ``optimizer.step()``."""
+        ledger = self.slot.ledger
+        if self.region is not None:
+            uses = [self.region.of_use(use) for use in uses]
+        if ledger.measuring:
+            self.measure(uses)
+        elif ledger.deferring:
+            self.tape.add(uses)
+        else:
+            self.step(self.tape.take() + uses, ledger.change(self))
+
+    def add_late(self, grad: Tensor) -> None:
+        """A gradient of the whole parameter that autograd wrote before the gate was there."""
+        use = DenseUse(grad)
+        self.tape.add([use if self.region is None else self.region.of_use(use)])
+
+    def measure(self, uses: list[Use]) -> None:
+        """Only take the norm, in the first pass of two."""
+        ledger = self.slot.ledger
+        self.wait(uses)
+        with torch.no_grad():
+            power = ledger.powers[id(self)] = ledger.backend.power(self.param.detach(), uses)
+        if not math.isfinite(power):
+            ledger.nonfinite.append(self.name)
+
+    def step(self, uses: list[Use], change: Change, checked: bool = False) -> None:
+        """Step with the sum of the uses, unless their gradient is not finite (``checked``: it is)."""
+        slot, ledger, optimizer = self.slot, self.slot.ledger, self.slot.ledger.optimizer
+        slot.stepped = True
+        self.wait(uses)
+        if not checked and ledger.guarded and not self.finite(uses):
+            ledger.nonfinite.append(self.name)
+            return
+        stream = optimizer.stream_of(slot.param)
+        ledger.powers[id(self)] = apply(
+            self.param,
+            uses,
+            self.state,
+            optimizer.rule,
+            self.group,
+            ledger.backend,
+            self.waiting,
+            stream,
+            change,
+            self.place,
+        )
+
+    def wait(self, uses: Sequence[Use]) -> None:
+        for use in uses:
+            use.wait(self.slot.param.device)
+
+    def on_tape_finite(self) -> bool:
+        """Whether what waits for ``optimizer.step()`` is finite."""
+        uses = self.tape.peek()
+        self.wait(uses)
+        return self.finite(uses)
+
+    def finite(self, uses: list[Use]) -> bool:
+        with torch.no_grad():
+            return self.slot.ledger.backend.finite(self.param.detach(), uses)
