@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,26 @@ class Fold:
         Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite.
         """
         return self._ledger.grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step takes from the last one beside weights and the optimizer's states: with
+        ``clip="delayed"``, by which factor each parameter's gradient is scaled. Else it is empty."""
+        ledger = self._ledger
+        ledger.require_closed("fold.state_dict()")
+        factors = {slot.name: ledger.following.get(id(slot)) for slot in ledger.slots.values()}
+        return {"following": {name: factor for name, factor in factors.items() if factor is not None}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue as the fold that gave this would have.
+
+        Raises:
+            FoldError: in the middle of a step; a name that no parameter of this model has. Nothing has changed then.
+        """
+        self._ledger.require_closed("fold.load_state_dict()")
+        slots = {slot.name: slot for slot in self._ledger.slots.values()}
+        if unknown := state_dict["following"].keys() - slots.keys():
+            raise FoldError(f"state_dict has {min(unknown)}, which is no trainable parameter of this model")
+        self._ledger.following = {id(slots[name]): factor for name, factor in state_dict["following"].items()}
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
