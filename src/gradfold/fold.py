@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,26 @@ class Fold:
         Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite.
         """
         return self._ledger.grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step takes from the last one beside weights and the optimizer's states: with
+        ``clip="delayed"``, by which factor gradients are scaled (of each param_group that is clipped by its own norm;
+        -1: of all others). Else it is empty."""
+        self._ledger.require_closed("fold.state_dict()")
+        return {"following": {str(pool): factor for pool, factor in self._ledger.following.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue as the fold that gave this would have.
+
+        Raises:
+            FoldError: in the middle of a step; a param_group that the optimizer has not. Nothing has changed then.
+        """
+        self._ledger.require_closed("fold.load_state_dict()")
+        following = {int(pool): float(factor) for pool, factor in state_dict["following"].items()}
+        groups = len(self._ledger.optimizer.param_groups)
+        if unknown := [pool for pool in following if not -1 <= pool < groups]:
+            raise FoldError(f"state_dict has param_group {unknown[0]}, and the optimizer has {groups} groups")
+        self._ledger.following = following
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:

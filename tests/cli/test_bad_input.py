@@ -178,6 +178,24 @@ CASES = {
         lambda place, m: ["--model", m, "--data", "pydoc", "--device", "abacus"],
         "device = 'abacus': cannot be used",
     ),
+    "no batch to sum": (lambda place, m: ["--gradient.accumulate", 0], "gradient.accumulate = 0: give a whole number"),
+    "clipping to nothing": (lambda place, m: ["--gradient.clip-norm", 0], "gradient.clip_norm = 0.0: give a number"),
+    "clipping by no norm": (
+        lambda place, m: ["--gradient.clip", "two_pass"],
+        "gradient.clip = 'two_pass': clips nothing without gradient.clip_norm; say how far to clip",
+    ),
+    "clipping a sum by two passes": (
+        lambda place, m: ["--gradient.clip", "two_pass", "--gradient.clip-norm", 1, "--gradient.accumulate", 4],
+        "gradient.clip = 'two_pass': does not go with gradient.accumulate = 4",
+    ),
+    "delayed clipping of stored gradients": (
+        lambda place, m: ["--gradient.clip", "delayed", "--gradient.clip-norm", 1, "--no-fold"],
+        "gradient.clip = 'delayed' with fold = False: stored gradients are there to be measured",
+    ),
+    "an option by its name in transformers": (
+        lambda place, m: ["--gradient-accumulation-steps", 4],
+        "unknown option --gradient-accumulation-steps; did you mean '--gradient.accumulate'?",
+    ),
     "a setting the optimizer has not": (
         lambda place, m: ["--optimizer.momentum", 0.9],
         "optimizer.momentum = 0.9: AdamW has no such setting",

@@ -51,6 +51,8 @@ def test_help_names_every_field(capsys):
         "--optimizer.lr",
         "--text.no-packing",
         "--no-fold",
+        "--gradient.accumulate",
+        "--gradient.clip-norm",
     ):
         assert flag in text
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 
 import pytest
@@ -154,6 +155,30 @@ def test_delayed_clipping_uses_the_last_norm():
     assert distance(folded, plain) <= 1e-10
 
 
+def test_delayed_clipping_goes_on_from_a_saved_fold():
+    """The factor of the next step is neither in a weight nor in the optimizer's states."""
+    whole, parts = twins(lambda: Net("tied"))
+    options = {"clip_norm": 0.05, "clip": "delayed"}
+    optimizers = [ours(whole), ours(parts)]
+    gradfold.fold(whole, optimizers[0], **options)
+    fold = gradfold.fold(parts, optimizers[1], **options)
+    assert fold.state_dict() == {"following": {}}
+    for count, ids in enumerate(batches(4)):
+        if count == 2:
+            saved = json.loads(json.dumps(fold.state_dict()))
+            fold.remove()
+            fold = gradfold.fold(parts, optimizers[1], **options)
+            fold.load_state_dict(saved)
+            assert fold.state_dict() == saved
+        for model, optimizer in zip((whole, parts), optimizers, strict=True):
+            model.loss(ids).backward()
+            optimizer.step()
+    assert distance(parts, whole) == 0
+    with pytest.raises(FoldError, match="state_dict has param_group 7"):
+        fold.load_state_dict({"following": {"7": 1.0}})
+    assert fold.state_dict()["following"]
+
+
 def test_delayed_clipping_of_a_group_by_its_own_last_norm():
     plain, folded = twins(lambda: Net("untied"))
     optimizers = []
@@ -241,7 +266,7 @@ def test_state_dict_and_pause_wait_for_the_step():
     optimizer = ours(model)
     fold = gradfold.fold(model, optimizer, accumulate=2)
     model.loss(batches(1)[0]).backward()
-    for action in (optimizer.state_dict, fold.remove, lambda: fold.paused().__enter__()):
+    for action in (optimizer.state_dict, fold.state_dict, fold.remove, lambda: fold.paused().__enter__()):
         with pytest.raises(FoldError, match="middle of a step"):
             action()
     optimizer.step()

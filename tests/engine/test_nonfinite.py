@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfold
-from gradfold.errors import FoldError
+from gradfold.errors import FoldError, NonFiniteError
 from tests.zoo import Net, batches, ours
 
 TIMINGS = {
@@ -66,8 +66,9 @@ def test_nothing_that_is_not_finite_reaches_a_weight_or_state(timing, where, val
             handle = module.register_forward_pre_hook(lambda m, args: Injected.apply(args[0], value, where))
         else:
             handle = module.register_forward_hook(lambda m, args, y: Injected.apply(y, value, where))
-        with pytest.raises(FoldError, match="not finite") as caught:
+        with pytest.raises(NonFiniteError, match="not finite") as caught:
             go()
+        assert str(caught.value).startswith(f"{caught.value.what}. ")
         optimizer.zero_grad()
         handle.remove()
         assert any(n in str(caught.value) for n in before)

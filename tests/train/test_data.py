@@ -47,13 +47,15 @@ def test_every_sequence_comes_once_an_epoch_in_an_order_of_its_own(tokenizer, te
     assert n == -(-len(data.train) // 4)
     epochs = []
     for epoch in range(2):
-        batches = [data.batch(epoch * n + i) for i in range(n)]
+        batches = [batch for i in range(n) for batch in data.batches(epoch * n + i)]
         assert sum(len(batch.input_ids) for batch in batches) == len(data.train)
         assert sum(batch.tokens for batch in batches) == len(data.tokens.ids)
         epochs.append(np.concatenate([batch.input_ids[:, 0] for batch in batches]).tolist())
     assert epochs[0] != epochs[1]
     again = prepare_data(recipe(tiny, texts, batch_size=4, text__held_out=0.0), tokenizer)
-    assert np.array_equal(again.batch(n + 1).input_ids, data.batch(n + 1).input_ids)  # of the step number alone
+    assert np.array_equal(
+        again.batches(n + 1)[0].input_ids, data.batches(n + 1)[0].input_ids
+    )  # of the step number alone
     assert again.sha256 == data.sha256
 
 

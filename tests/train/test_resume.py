@@ -74,6 +74,28 @@ SETUPS = {
         "optimizer.small_size": 0,
     },
     "across an epoch": {"batch_size": 5, "steps": 9},
+    "accumulated and clipped, across an epoch": {
+        "batch_size": 1,
+        "gradient.accumulate": 3,
+        "gradient.clip_norm": 0.5,
+        "gradient.clip_value": 0.1,
+        "steps": 9,
+    },
+    "accumulated and clipped, coded states": {
+        "gradient.accumulate": 3,
+        "gradient.clip_norm": 0.5,
+        "dtype": "bfloat16",
+        "optimizer.states": "int8",
+        "optimizer.rounding": "stochastic",
+        "optimizer.small_size": 0,
+    },
+    "clipped in two passes": {"gradient.clip_norm": 0.5, "gradient.clip": "two_pass"},
+    "clipped by the last step's norm": {"gradient.clip_norm": 0.5, "gradient.clip": "delayed"},
+    "accumulated and clipped, from stored gradients": {
+        "fold": False,
+        "gradient.accumulate": 3,
+        "gradient.clip_norm": 0.5,
+    },
 }
 
 
@@ -189,6 +211,7 @@ CHANGES = [
     ({"optimizer.name": "SGD"}, "optimizer.name (was 'AdamW', now 'SGD')"),
     ({"batch_size": 4, "text.packing": False}, "batch_size (was 3, now 4), text.packing (was True, now False)"),
     ({"fold": False}, "fold (was True, now False)"),
+    ({"gradient.accumulate": 2}, "gradient.accumulate (was 1, now 2)"),
     ({"steps": 3}, "steps = 3: the checkpoint is at step 4 already"),
 ]
 

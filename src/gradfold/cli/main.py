@@ -77,7 +77,8 @@ def _message(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: no permission; name a folder of your own"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
-            f"out of memory ({one_line(error)}); lower batch_size or sequence_length, or use --gradient-checkpointing"
+            f"out of memory ({one_line(error)}); lower batch_size (gradient.accumulate makes up for it) "
+            "or sequence_length, or use --gradient-checkpointing"
         )
     return None
 

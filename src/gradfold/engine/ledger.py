@@ -241,7 +241,7 @@ class Ledger:
                 segment.done = False  # the second pass will go through it again
             self.rearm()
         if nonfinite and self.timing.on_nonfinite == "raise":
-            raise FoldError(not_finite(nonfinite, moved=False))
+            raise not_finite(nonfinite, moved=False)
         self.powers, self.nonfinite = powers, nonfinite
         self.coefficients = coefficients(self, [part for part in self.parts() if id(part) in powers])
         self.measured = True

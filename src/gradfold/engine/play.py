@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradfold.backends import safe_magnitude
-from gradfold.errors import FoldError
+from gradfold.errors import FoldError, NonFiniteError
 
 from .timing import add_power, coefficient, limit_of, norm_from
 
@@ -50,7 +50,7 @@ def play(ledger: Ledger) -> None:
         known = [part for part in ledger.parts() if id(part) in ledger.powers]
         ledger.following = coefficients(ledger, known) if not ledger.nonfinite else {}
     if ledger.nonfinite and ledger.timing.on_nonfinite == "raise":
-        raise FoldError(not_finite(ledger.nonfinite, moved))
+        raise not_finite(ledger.nonfinite, moved)
 
 
 def _finite(ledger: Ledger, part: Part) -> bool:
@@ -100,13 +100,13 @@ def _norm(ledger: Ledger, parts: Iterable[Part]) -> float:
     return ledger.unscale * norm_from(total, norm_type)
 
 
-def not_finite(names: list[str], moved: bool) -> str:
+def not_finite(names: list[str], moved: bool) -> NonFiniteError:
     """What to say about gradients that are not finite; ``moved``: the other weights have stepped."""
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     kept = (
         f"{'they have' if others else 'it has'} not moved, the other weights have" if moved else "no weight has moved"
     )
-    return (
-        f"{names[0]}{others}: the gradient is not finite; {kept}, and no weight or state holds it. Go on with the next "
-        "batch, or look for the cause (learning rate, data); on_nonfinite='skip' goes on by itself"
+    return NonFiniteError(
+        f"{names[0]}{others}: the gradient is not finite; {kept}, and no weight or state holds it",
+        "Go on with the next batch, or look for the cause (learning rate, data); on_nonfinite='skip' goes on by itself",
     )

@@ -3,7 +3,7 @@
     checkpoints/step-000500/
         config.json, model.safetensors, tokenizer.json, ...   loads in plain transformers
         optimizer.safetensors      states by parameter name, random-number states
-        trainer.json               the rest: param groups, scheduler, progress
+        trainer.json               the rest: param groups, scheduler, fold, progress
         recipe.yaml, manifest.json every file's size and SHA-256
 
 A folder of that name is complete: it is written beside and renamed (`atomic`).
@@ -40,6 +40,7 @@ class Progress:
     """How far a run is. `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl."""
 
     step: int = 0
+    skipped_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     data_sha256: str = ""
@@ -79,11 +80,18 @@ class Saved:
 
 
 def save_checkpoint(
-    folder: Path, model: Any, tokenizer: Any, optimizer: Any, scheduler: Any, recipe: Recipe, progress: Progress
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    optimizer: Any,
+    scheduler: Any,
+    recipe: Recipe,
+    progress: Progress,
+    fold: Any = None,
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 
-    Raises CheckpointError if the disk is full; nothing has changed then.
+    `fold`: None where the model is not folded. Raises CheckpointError if the disk is full; nothing has changed then.
     """
     target = folder / f"step-{progress.step:06d}"
     tensors, optimizer_tree = pack_optimizer(optimizer, model)
@@ -94,6 +102,7 @@ def save_checkpoint(
         "progress": asdict(progress),
         "optimizer": optimizer_tree,
         "scheduler": scheduler_tree,
+        "fold": pack(fold.state_dict(), "fold", tensors) if fold else None,
         "random": random_tree,
     }
 
@@ -175,14 +184,17 @@ def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
         raise _damaged(path, f"{name} has changed since it was written")
 
 
-def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """Put the saved states into the optimizer and the scheduler, and then into the random-number generators.
+def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any = None) -> None:
+    """Put the saved states into the optimizer, the scheduler and the fold, and then into the random-number generators.
 
     Lets go of the saved tensors. Raises CheckpointError if they are not of this model and optimizer.
     """
     try:
         optimizer.load_state_dict(unpack_optimizer(saved.tensors, saved.trainer["optimizer"], optimizer, model))
         scheduler.load_state_dict(unpack(saved.trainer["scheduler"], saved.tensors))
+        # Checkpoints from before gradients could be clipped have none; a step then took nothing from the one before.
+        if fold and saved.trainer.get("fold"):
+            fold.load_state_dict(unpack(saved.trainer["fold"], saved.tensors))
         restore_random(saved.tensors, saved.trainer["random"], model.device)
         saved.tensors.clear()
         # What the schedule says, also if the run has been made longer since; the same bits if it has not.

@@ -12,6 +12,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gradfold.train.errors import RecipeError
 
+TRAINER_NAMES = {
+    "gradient_accumulation_steps": "accumulate",
+    "max_grad_norm": "clip_norm",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "max_length": "sequence_length",
+}
+"""What fields are called in transformers and TRL, for the hint to those who know them from there."""
+
 
 def conform_fields(record: Any, group: str) -> None:
     """Check every field of a frozen dataclass against its annotation and store it in the field's own type.
@@ -86,15 +99,21 @@ def from_words(annotation: Any, words: list[str], dotted: str) -> Any:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'lr'?"` for the nearest known name (its last part alone may be meant), or nothing."""
     known = list(known)
-    by_leaf = {full.rpartition(".")[2].lower(): full for full in reversed(known)}
+    by_leaf = {_leaf_of(full): full for full in reversed(known)}
     by_name = {full.lower(): full for full in known}
-    leaf = name.rpartition(".")[2].lower()
+    leaf = _leaf_of(name)
+    leaf = TRAINER_NAMES.get(leaf, leaf)
     if leaf in by_leaf:
         return f"; did you mean {by_leaf[leaf]!r}?"
     for wanted, choices in ((name.lower(), by_name), (leaf, by_leaf)):
         for match in difflib.get_close_matches(wanted, choices, n=1, cutoff=0.6):
             return f"; did you mean {choices[match]!r}?"
     return ""
+
+
+def _leaf_of(dotted: str) -> str:
+    """The last part, in the spelling of recipe files: flags have dashes."""
+    return dotted.rpartition(".")[2].lower().replace("-", "_")
 
 
 def _conform_tuple(annotation: Any, args: tuple[Any, ...], value: Any, dotted: str) -> tuple[Any, ...]:

@@ -38,12 +38,13 @@ class Data:
     pad_id: int
     seed: int
     batch_size: int
+    accumulate: int
     sha256: str
 
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may take fewer sequences."""
-        return -(-len(self.train) // self.batch_size)
+        return -(-len(self.train) // (self.batch_size * self.accumulate))
 
     @property
     def largest_id(self) -> int:
@@ -51,11 +52,16 @@ class Data:
         sizes = [int(tokens.ids.max()) for tokens in (self.tokens, self.held_out_tokens) if len(tokens.ids)]
         return max(sizes)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of step number `step` (from 0): a function of the seed and of `step` alone."""
+    def batches(self, step: int) -> list[Batch]:
+        """The batches that step number `step` (from 0) sums: a function of the seed and of `step` alone.
+
+        Together they hold the sequences that one batch `accumulate` times as large would hold, in the same order.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
-        chosen = _order(self.seed, epoch, len(self.train))[within * self.batch_size : (within + 1) * self.batch_size]
-        return build_batch(self.tokens, [self.train[i] for i in chosen], self.pad_id)
+        size = self.batch_size * self.accumulate
+        chosen = _order(self.seed, epoch, len(self.train))[within * size : (within + 1) * size]
+        parts = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
+        return [build_batch(self.tokens, [self.train[i] for i in part], self.pad_id) for part in parts]
 
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""
@@ -109,6 +115,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         seed=recipe.seed,
         batch_size=recipe.batch_size,
+        accumulate=recipe.gradient.accumulate,
         sha256=_sha256(tokens, held_out_tokens),
     )
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from gradfold.plan.plot import format_bytes
 
 if TYPE_CHECKING:
+    from gradfold.train.recipe import GradientRecipe
     from gradfold.train.run import Run
 
 LOG_LINES = 20  # how often a run without a terminal says how far it is
@@ -45,7 +46,12 @@ class Display:
         trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
         tokens = int(data.tokens.starts[-1])
         epochs = run.steps / data.steps_per_epoch
-        how = "folded into backward: no gradient is stored" if recipe.fold else "from stored gradients (--no-fold)"
+        if not recipe.fold:
+            how = "from stored gradients (--no-fold)"
+        elif recipe.gradient.waits:
+            how = "folded into backward; what waits for the step is never larger than the gradients"
+        else:
+            how = "folded into backward: no gradient is stored"
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column()
@@ -54,9 +60,12 @@ class Display:
         sizes = f"{len(data.tokens):,} rows, {tokens:,} tokens"
         sequences = f"{len(data.train):,} training and {len(data.held_out):,} held-out sequences"
         grid.add_row("data", f"{escape(', '.join(recipe.data))}: {sizes}; {sequences}")
-        batch = f"{recipe.batch_size} x {recipe.sequence_length} tokens"
-        grid.add_row("training", f"{run.steps:,} steps ({epochs:.2g} epochs) of {batch}")
+        size = f"{recipe.batch_size} x {recipe.sequence_length} tokens"
+        batches = f"{recipe.gradient.accumulate} batches of {size}" if recipe.gradient.accumulate > 1 else size
+        grid.add_row("training", f"{run.steps:,} steps ({epochs:.2g} epochs) of {batches}")
         grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")
+        if clipping := _clipping(recipe.gradient):
+            grid.add_row("gradients", clipping)
         grid.add_row("results", escape(str(run.out)))
         self.console.print(grid)
         if skipped := data.tokens.skipped:
@@ -133,7 +142,10 @@ class Bar:
         """Show one step's metrics."""
         peak = record.get("peak_cuda_bytes") or record["peak_rss_bytes"]
         speed = f"{record['tokens_per_s']:,.0f} tok/s"
-        figures = f"loss {record['loss']:.4f}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
+        norm = "" if record["grad_norm"] is None else f"  grad norm {record['grad_norm']:#.3g}"
+        if record.get("skipped"):
+            self._display.note(f"step {record['step']}: a gradient is not finite; what has one does not step")
+        figures = f"loss {record['loss']:.4f}{norm}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record["step"], figures=figures)
         elif record["step"] % self._every == 0:
@@ -147,12 +159,24 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
 
 
+def _clipping(gradient: GradientRecipe) -> str:
+    parts = []
+    if gradient.clip_norm is not None:
+        how = {"exact": "", "two_pass": ", measured by a backward of its own", "delayed": " by the last step's norm"}
+        parts.append(f"clipped to norm {gradient.clip_norm:g}{how[gradient.clip]}")
+    if gradient.clip_value is not None:
+        parts.append(f"elements clipped to ±{gradient.clip_value:g}")
+    return ", ".join(parts)
+
+
 def _totals(summary: dict[str, Any]) -> str:
     parts = [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['training_s']:,.0f} s "
         f"({summary['tokens_per_s']:,.0f} tokens/s)",
         f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}",
     ]
+    if skipped := summary["skipped_steps"]:
+        parts.append(f"{skipped:,} of the steps with gradients that were not finite and reached no weight")
     if summary["peak_cuda_bytes"]:
         parts.append(f"of the GPU {format_bytes(summary['peak_cuda_bytes'])}")
     return ", ".join(parts)

@@ -11,10 +11,10 @@ from typing import Any
 
 from gradfold.train import atomic
 from gradfold.train.checkpoint import RECIPE, Progress, Saved, save_checkpoint
-from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
-from gradfold.train.errors import CheckpointError, TrainError
+from gradfold.train.errors import CheckpointError
 from gradfold.train.evaluate import held_out_loss, measure
+from gradfold.train.gradient import step_weights
 from gradfold.train.interrupt import Interrupted, StopRequest, held_back_signals
 from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
 from gradfold.train.recipe import Recipe
@@ -108,32 +108,29 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
 def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
     """One optimizer step; returns its metrics."""
     started = time.perf_counter()
-    batch = run.data.batch(progress.step)
+    batches = run.data.batches(progress.step)
     lr = run.optimizer.param_groups[0]["lr"]
-    loss = run.model(**as_tensors(batch, run.device, run.recipe.text.packing), use_cache=False).loss
-    loss_value = loss.item()
-    if not math.isfinite(loss_value):  # asked before backward, which would already change the weights
-        raise TrainError(
-            f"step {progress.step + 1}: the loss is {loss_value}; lower optimizer.lr (it was {float(lr):.3g})"
-        )
-    loss.backward()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.scheduler.step()
+    loss, norm = step_weights(run, batches)
     seconds = time.perf_counter() - started
     memory = meter.read()
+    tokens = sum(batch.tokens for batch in batches)
+    skipped = norm is not None and math.isnan(norm)
     progress.step += 1
-    progress.tokens += batch.tokens
+    progress.skipped_steps += skipped
+    progress.tokens += tokens
     progress.seconds += seconds
     progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory["peak_rss_bytes"])
     progress.peak_cuda_bytes = max(progress.peak_cuda_bytes, memory.get("peak_cuda_bytes", 0))
     return {
         "step": progress.step,
-        "loss": loss_value,
+        "loss": loss,
+        # JSON has no NaN, nor the infinity that a norm of huge gradients can be
+        "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
+        **({"skipped": True} if skipped else {}),
         "lr": float(lr),
-        "tokens": batch.tokens,
-        "targets": batch.targets,
-        "tokens_per_s": batch.tokens / seconds,
+        "tokens": tokens,
+        "targets": sum(batch.targets for batch in batches),
+        "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
         **memory,
     }
@@ -143,7 +140,7 @@ def _save(run: Run, metrics: MetricsLog) -> Path:
     metrics.sync()
     run.progress.metrics_lines = metrics.lines
     return save_checkpoint(
-        run.checkpoints, run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress
+        run.checkpoints, run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold
     )
 
 

@@ -137,6 +137,51 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True)
+class GradientRecipe:
+    """What becomes of gradients between a backward and the step."""
+
+    GROUP: ClassVar[str] = "gradient"
+
+    accumulate: int = 1
+    """Batches that one optimizer step sums: as one batch so many times as large, in the memory of one."""
+    clip_norm: float | None = None
+    """Scale the gradients of all weights down to this norm together, as clip_grad_norm_ does. None: no clipping."""
+    clip_value: float | None = None
+    """Bring every element of a gradient within plus or minus this, after clip_norm."""
+    clip: Literal["exact", "two_pass", "delayed"] = "exact"
+    """How clip_norm learns the norm. exact: weights wait for it. two_pass: backward runs twice, for less memory.
+    delayed: the last step's norm is taken, an approximation."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """A gradient that is not finite never reaches a weight. raise: the run then stops. skip: it goes on."""
+
+    def __post_init__(self) -> None:
+        conform_fields(self, self.GROUP)
+        _at_least(self, 1, "accumulate")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise _bad(self, name, "give a number above 0, or None not to clip")
+        if self.clip != "exact" and self.clip_norm is None:
+            raise _bad(self, "clip", "clips nothing without gradient.clip_norm; say how far to clip")
+        if self.clip != "exact" and self.accumulate > 1:
+            raise _bad(
+                self,
+                "clip",
+                f"does not go with gradient.accumulate = {self.accumulate}, for the norm of a sum is known when its "
+                "last part is; use exact",
+            )
+
+    @property
+    def waits(self) -> bool:
+        """Whether a fold keeps what gradients are made of (or, where smaller, a gradient) until the step."""
+        return self.accumulate > 1 or (self.clip_norm is not None and self.clip == "exact")
+
+    def fold_options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `gradfold.fold`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class ScheduleRecipe:
     """How the learning rate moves."""
 
@@ -217,7 +262,7 @@ class Recipe:
     epochs: float | None = None
     """Passes over the data, if steps is not given. None: 1."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Sequences a batch. A step takes one batch, or as many as gradient.accumulate says."""
     sequence_length: int = 512
     """Tokens a sequence."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -230,6 +275,7 @@ class Recipe:
     """Of the split, the order of the data and dropout."""
     text: TextRecipe = field(default_factory=TextRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    gradient: GradientRecipe = field(default_factory=GradientRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -252,6 +298,11 @@ class Recipe:
             raise _bad(self, "epochs", "give a number above 0")
         _at_least(self, 1, "batch_size")
         _at_least(self, 2, "sequence_length")
+        if not self.fold and self.gradient.clip != "exact":
+            raise RecipeError(
+                f"gradient.clip = {self.gradient.clip!r} with fold = False: stored gradients are there to be measured, "
+                "so that clipping is exact; leave gradient.clip out, or fold"
+            )
         if not 0 <= self.seed < 2**32:
             raise _bad(self, "seed", "give a whole number from 0 to 2**32 - 1")
 

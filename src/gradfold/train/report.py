@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import gradfold
 from gradfold.plan.step import StepMemory, step_memory
 from gradfold.train import atomic
 from gradfold.train.data import as_tensors
@@ -47,6 +48,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         "folded": recipe.fold,
         "steps": progress.step,
         "epochs": progress.step / run.data.steps_per_epoch,
+        "skipped_steps": progress.skipped_steps,
         "tokens": progress.tokens,
         "training_s": progress.seconds,
         "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else 0.0,
@@ -83,9 +85,15 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
 
 def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
     """Live bytes over one step, `folded` and `plain`, on fake tensors: no weight changes, no random number is drawn."""
-    recipe = run.recipe.optimizer
-    batch: dict[str, Any] = dict(as_tensors(run.data.batch(0), run.device, run.recipe.text.packing))
+    recipe, gradient = run.recipe.optimizer, run.recipe.gradient
+    batches = run.data.batches(0)
+    batch: dict[str, Any] = dict(as_tensors(batches[0], run.device, run.recipe.text.packing))
     batch["use_cache"] = False
+    # A step of one batch: of several the gradients, or the fold's tapes, that wait for the last would come on top.
+    part = f", one of {len(batches)} batches" if len(batches) > 1 else ""
+    clipping: dict[str, Any] = {"clip_value": gradient.clip_value}
+    if gradient.clip == "exact":  # two passes, and the last step's norm, need no tapes
+        clipping["clip_norm"] = gradient.clip_norm
     try:
         return {
             "plain": step_memory(
@@ -93,14 +101,14 @@ def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
                 lambda parameters: make_plain_optimizer(recipe, parameters),
                 batch,
                 fold=False,
-                label=f"plain {recipe.name}",
+                label=f"plain {recipe.name}{part}",
             ),
             "folded": step_memory(
                 run.model,
                 lambda parameters: make_optimizer(recipe, parameters),
                 batch,
-                fold=True,
-                label=f"folded {recipe.name}",
+                fold=lambda model, optimizer: gradfold.fold(model, optimizer, **clipping),
+                label=f"folded {recipe.name}{part}",
             ),
         }
     except Exception as error:

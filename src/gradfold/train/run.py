@@ -86,10 +86,10 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    fold = gradfold.fold(model, optimizer) if recipe.fold else None
+    fold = gradfold.fold(model, optimizer, **recipe.gradient.fold_options()) if recipe.fold else None
     seed_all(recipe.seed)
     if saved is not None:
-        restore(saved, model, optimizer, scheduler)
+        restore(saved, model, optimizer, scheduler, fold)
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
 
 
