@@ -18,6 +18,7 @@ from .engine.timing import Timing
 from .errors import FoldError
 from .modules import SLOT, restore, swap
 from .optim import RuleOptimizer
+from .workset import Rotation, WorkingSet
 
 # why a torch optimizer's update cannot run inside backward, for those that have no counterpart here
 _UNFOLDABLE = {
@@ -45,6 +46,7 @@ def fold(
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise",
     timing: Literal["auto", "deferred"] = "auto",
     tape: Literal["device", "host"] = "device",
+    working_set: WorkingSet | None = None,
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -74,6 +76,7 @@ def fold(
             wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
         tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
             weight's part of it at a time.
+        working_set: train a chunk of the model at a time, see ``WorkingSet``.
         backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
@@ -107,11 +110,23 @@ def fold(
                 )
     ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), when)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
+    rotation = None if working_set is None else Rotation(working_set, ledger)
     modules = swap(model, slots)
-    for slot in slots.values():
-        slot.arm()
+    if rotation is None:
+        for slot in slots.values():
+            slot.arm()
     optimizer._ledger = ledger
-    return Fold(ledger, modules)
+    made = Fold(ledger, modules)
+    if rotation is not None:
+        kept = {param: dict(states) for param, states in optimizer.state.items()}
+        try:
+            rotation.begin()
+        except (ValueError, FoldError) as error:
+            made.remove()
+            optimizer.state.clear()
+            optimizer.state.update(kept)
+            raise FoldError(f"working_set=: {error}") from None
+    return made
 
 
 def _check_optimizer(optimizer: object) -> None:

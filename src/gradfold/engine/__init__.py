@@ -1,8 +1,10 @@
 """The engine: when a weight's last use in a backward completes, and the books of one step."""
 
 from .apply import allocate, apply
+from .contracts import Turns
 from .ledger import Ledger, outside
 from .parameters import refuse_parameter
+from .part import Part, Region
 from .scaling import scaler_is_looking
 from .slot import Slot
 from .task import NO_TASK, Demand, current_task
@@ -12,7 +14,10 @@ __all__ = [
     "NO_TASK",
     "Demand",
     "Ledger",
+    "Part",
+    "Region",
     "Slot",
+    "Turns",
     "allocate",
     "apply",
     "current_task",

@@ -10,43 +10,26 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
 from gradfold.backends import Backend, Change
 from gradfold.errors import FoldError
-from gradfold.rules import Rule
 
+from .contracts import Owner, Turns
 from .offload import Host
 from .part import Part
 from .play import coefficients, not_finite, play
 from .scaling import Marker
-from .segments import Segment, node_around_backward, on_calling_thread
+from .segments import Segment, node_around_backward, node_in_forward, on_calling_thread
 from .slot import Slot, second_backward
 from .tape import Holdings
 from .task import Demand, at_task_end, demand
 from .timing import Timing, change_for
 from .wrappers import refuse_wrappers
-
-
-class Owner(Protocol):
-    """What the ledger needs of an optimizer."""
-
-    rule: ClassVar[Rule]
-    state: Any
-
-    _ledger: Any
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-
-    def group_of(self, param: Parameter) -> dict[str, Any]: ...
-
-    def stream_of(self, param: Parameter) -> str: ...
-
-    def apply(self, param: Parameter) -> None: ...
 
 
 class Ledger:
@@ -67,6 +50,7 @@ class Ledger:
         self.measured = False  # that pass is over, and the second may come
         self.coefficients: dict[int, float] = {}  # pool -> what clipping multiplies its gradients by
         self.following: dict[int, float] = {}  # ... in the step after, for clip="delayed"
+        self.turns: Turns | None = None  # a working set, where there is one
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
@@ -86,6 +70,8 @@ class Ledger:
 
     def release(self) -> None:
         """The optimizer is an ordinary one again."""
+        if self.turns is not None:
+            self.turns.end()
         if self.optimizer._ledger is self:
             self.optimizer._ledger = None
         self.slots.clear()
@@ -105,9 +91,26 @@ class Ledger:
             return
         refuse_wrappers(self.model)
         self._refuse_moved()
+        if self.turns is not None:
+            self.turns.look()
         for slot in self.slots.values():
             slot.arm()
         self._looked = True
+
+    def look_in_turns(self) -> None:
+        """``look``, where a working set decides what requires grad.
+
+        Raises:
+            FoldError: inside a reentrant checkpoint.
+        """
+        if torch.is_grad_enabled():
+            self.look()
+        elif node_in_forward() is not None:
+            raise FoldError(
+                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, which "
+                "those of sleeping layers do not; use use_reentrant=False (transformers: "
+                "gradient_checkpointing_enable({'use_reentrant': False}))"
+            )
 
     def enter(self, task: int) -> Segment | None:
         """A backward has reached the fold; returns the reentrant segment it runs in.
@@ -210,9 +213,14 @@ class Ledger:
         return self.timing.timing == "deferred" or (self.timing.clip == "exact" and self.clips)
 
     @property
+    def last_backward(self) -> bool:
+        """Whether the backward now running is the last that this step sums."""
+        return not self.accumulating and self.backwards >= self.timing.accumulate - 1
+
+    @property
     def deferring(self) -> bool:
         """Whether the backward now running leaves its uses on the tape."""
-        return bool(self.accumulating) or self.backwards < self.timing.accumulate - 1 or self.waits
+        return not self.last_backward or self.waits
 
     @property
     def full(self) -> bool:
@@ -261,8 +269,10 @@ class Ledger:
         """Everything that may step now."""
         return [part for slot in self.slots.values() for part in slot.parts]
 
-    def fired(self, slot: Slot) -> None:
-        """All uses of this slot in a backward are there."""
+    def fired(self) -> None:
+        """All uses of some weight in a backward are there."""
+        if self.turns is not None and not self.measuring and self.last_backward:
+            self.turns.fired()
 
     def require_closed(self, action: str) -> None:
         if self.open:
@@ -300,12 +310,17 @@ class Ledger:
             grad, slot.param.grad = slot.param.grad, None
             for part in slot.parts:
                 part.add_late(grad.detach())  # type: ignore[union-attr]
+        if self.turns is not None:
+            self.turns.look()
         for slot in self.slots.values():
             slot.arm()
         try:
             play(self)
+            power = sum(self.powers.values())
         finally:
             self.rearm()
+        if self.turns is not None:
+            self.turns.stepped(power)
 
     def drop(self) -> None:
         """``zero_grad``: drop what a failed backward left pending, and open the next step."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import Change, DenseUse, Place, Use, narrowed
+from gradfold.backends import UNCHANGED, Change, DenseUse, Place, Use, narrowed
 from gradfold.errors import FoldError
 
 from .apply import allocate, apply
@@ -90,6 +90,10 @@ class Part:
         state = self.slot.state
         return state if self.region is None else RegionStates(state, self.region)
 
+    def key(self, name: str) -> str:
+        """Where a state of this part lies in ``optimizer.state[param]``."""
+        return name if self.region is None else f"{name}{self.region}"
+
     @property
     def place(self) -> Place | None:
         return None if self.region is None else self.region.place(self.slot.param.shape)
@@ -119,8 +123,11 @@ class Part:
 
     def add_late(self, grad: Tensor) -> None:
         """A gradient of the whole parameter that autograd wrote before the gate was there."""
+        self.tape.add([self._of_gradient(grad)])
+
+    def _of_gradient(self, grad: Tensor) -> Use:
         use = DenseUse(grad)
-        self.tape.add([use if self.region is None else self.region.of_use(use)])
+        return use if self.region is None else self.region.of_use(use)
 
     def measure(self, uses: list[Use]) -> None:
         """Only take the norm, in the first pass of two."""
@@ -131,27 +138,36 @@ class Part:
         if not math.isfinite(power):
             ledger.nonfinite.append(self.name)
 
-    def step(self, uses: list[Use], change: Change, checked: bool = False) -> None:
-        """Step with the sum of the uses, unless their gradient is not finite (``checked``: it is)."""
-        slot, ledger, optimizer = self.slot, self.slot.ledger, self.slot.ledger.optimizer
-        slot.stepped = True
-        self.wait(uses)
-        if not checked and ledger.guarded and not self.finite(uses):
-            ledger.nonfinite.append(self.name)
-            return
-        stream = optimizer.stream_of(slot.param)
-        ledger.powers[id(self)] = apply(
+    def apply(self, uses: Sequence[Use], change: Change = UNCHANGED) -> float:
+        """The rule with the sum of the uses; returns their gradient's sum of squares."""
+        slot, optimizer = self.slot, self.slot.ledger.optimizer
+        stream, backend = optimizer.stream_of(slot.param), slot.ledger.backend
+        return apply(
             self.param,
             uses,
             self.state,
             optimizer.rule,
             self.group,
-            ledger.backend,
+            backend,
             self.waiting,
             stream,
             change,
             self.place,
         )
+
+    def apply_gradient(self, grad: Tensor) -> None:
+        """The rule with a gradient of the whole parameter, as plain PyTorch's ``step()``."""
+        self.apply([self._of_gradient(grad)])
+
+    def step(self, uses: list[Use], change: Change, checked: bool = False) -> None:
+        """Step with the sum of the uses, unless their gradient is not finite (``checked``: it is)."""
+        slot, ledger = self.slot, self.slot.ledger
+        slot.stepped = True
+        self.wait(uses)
+        if not checked and ledger.guarded and not self.finite(uses):
+            ledger.nonfinite.append(self.name)
+            return
+        ledger.powers[id(self)] = self.apply(uses, change)
 
     def wait(self, uses: Sequence[Use]) -> None:
         for use in uses:

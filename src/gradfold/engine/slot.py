@@ -167,7 +167,7 @@ class Slot:
 
     def fire(self, uses: list[Use]) -> None:
         """All uses of one backward are there."""
-        self.ledger.fired(self)
+        self.ledger.fired()
         for part in self.parts:
             part.fire(uses)
 

@@ -28,6 +28,8 @@ def live(module: nn.Module) -> Slot | None:
         slot.ledger.look()
         return None
     task = current_task()
+    if task == NO_TASK and slot.ledger.turns is not None:
+        slot.ledger.look_in_turns()  # it may put this very weight to sleep
     if not weight.requires_grad:
         return None
     if task != NO_TASK:

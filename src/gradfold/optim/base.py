@@ -10,13 +10,14 @@ import torch
 from torch.nn import Parameter, UninitializedParameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
-from gradfold.engine import Ledger, apply, refuse_parameter, scaler_is_looking
+from gradfold.engine import Ledger, Region, Turns, apply, refuse_parameter, scaler_is_looking
 from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
 from .convert import place, plain_states
 from .options import StorageOptions
+from .slices import cut, join, named, sliced, states_of, view
 
 # Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups
 # here with torch's defaults, so that a state_dict loads into the torch optimizer of the same name.
@@ -94,12 +95,21 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if grad.layout != torch.strided:
             raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
+        if self._ledger is not None:
+            for part in self._ledger.slots[id(param)].parts:
+                part.apply_gradient(grad.detach())
+            return
+        if sliced(self.state[param]):
+            raise FoldError(
+                f"a parameter of shape {tuple(param.shape)} has states of slices, each with its own count of steps: fold "
+                "with the same working_set= again, or start anew with optimizer.state.clear()"
+            )
         if self._backend is None:
             self._backend = Reference(Scratch())
-        backend = self._ledger.backend if self._ledger else self._backend
-        waiting = self._ledger.slots[id(param)].parts[0].waiting if self._ledger else {}
-        group, stream = self.group_of(param), self.stream_of(param)
-        apply(param, [DenseUse(grad.detach())], self.state[param], self.rule, group, backend, waiting, stream)
+        uses = [DenseUse(grad.detach())]
+        apply(
+            param, uses, self.state[param], self.rule, self.group_of(param), self._backend, {}, self.stream_of(param)
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""
@@ -168,7 +178,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         ``exp_avg.scales``; a master's ``weight.residual``). ``torch_state_dict`` is what torch's optimizers read.
         """
         self._forget_empty()
-        return super().state_dict()
+        packed = super().state_dict()
+        if self._turns is not None:
+            for index, param in enumerate(self._params):
+                if states := self._turns.states(param):
+                    packed["state"][index] = states
+            packed["working_set"] = self._turns.state_dict()
+        return packed
+
+    @property
+    def _turns(self) -> Turns | None:
+        return None if self._ledger is None else self._ledger.turns
+
+    @property
+    def _params(self) -> list[Parameter]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict for the torch optimizer of the same name: states decoded to fp32, torch's keys alone.
@@ -178,16 +202,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         self._forget_empty()
         packed = super().state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in enumerate(params):
-            if index in packed["state"]:
-                storage = storage_of(param, self.rule, self.group_of(param))
-                packed["state"][index] = plain_states(param, self.state[param], storage, self.rule)
-                if not packed["state"][index]:
-                    del packed["state"][index]
+        for index, param in enumerate(self._params):
+            if joined := self._plain_states(param, str(index)):
+                packed["state"][index] = joined
+            else:
+                packed["state"].pop(index, None)
         ours = {*OPTIONS, "streams"}
         packed["param_groups"] = [{k: v for k, v in g.items() if k not in ours} for g in packed["param_groups"]]
         return packed
+
+    def _plain_states(self, param: Parameter, name: str) -> dict[str, Any]:
+        """One parameter's states as torch keeps them."""
+        storage = storage_of(param, self.rule, self.group_of(param))
+        found = []
+        for region, states in self.slices_of(param):
+            found.append((region, plain_states(view(param, region), states, storage, self.rule)))
+        return join(f"parameter {name}", param, found, self.rule)
+
+    def slices_of(self, param: Parameter) -> list[tuple[Region | None, dict[str, Any]]]:
+        """A parameter's slices, with the states of each under their plain names; whole, it is one (None)."""
+        if self._turns is None:
+            return [(None, self.state.get(param, {}))]
+        states = self._turns.states(param)
+        return [(region, states_of(states, region)) for region in self._turns.regions(param)]
 
     def _forget_empty(self) -> None:
         if self._ledger is not None:
@@ -212,9 +249,20 @@ class RuleOptimizer(torch.optim.Optimizer):
             if (replaced := hook(self, state_dict)) is not None:
                 state_dict = replaced
         groups = self._merged_groups(state_dict["param_groups"])
-        state = self._placed_states(state_dict, groups)
+        saved = self._saved_states(state_dict)
+        turns = self._turns
+        regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
+        placed: dict[Parameter, dict[str, Any]] = {}
+        owners = {id(param): group for group in groups for param in group["params"]}
+        for param in self._params:  # all of them before anything changes
+            for region in regions[id(param)]:
+                states = self._placed(param, owners[id(param)], saved, region)
+                if turns is None and param in saved:
+                    placed[param] = states
+        if turns is not None:
+            turns.check(state_dict.get("working_set"))
         self.state.clear()
-        self.state.update(state)
+        self.state.update(placed)
         self.param_groups[:] = groups
         self._groups.clear()
         self._streams.clear()
@@ -223,6 +271,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for part in slot.parts:
                     part.waiting.clear()
                 slot.rearm()
+            if turns is not None:
+                turns.load(
+                    state_dict.get("working_set"), lambda p, region: self._placed(p, owners[id(p)], saved, region)
+                )
+            for slot in self._ledger.slots.values():
                 slot.allocate()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -247,15 +300,32 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group["streams"] = names
         return groups
 
-    def _placed_states(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    def _saved_states(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [(param, group) for group in groups for param in group["params"]]
-        placed = {}
-        for key, (param, group) in zip(ids, params, strict=True):
-            if key in state_dict["state"]:
-                storage = storage_of(param, self.rule, group)
-                placed[param] = place(param, state_dict["state"][key], storage, self.rule, type(self).__name__)
-        return placed
+        found = zip(ids, self._params, strict=True)
+        return {param: state_dict["state"][key] for key, param in found if key in state_dict["state"]}
+
+    def _placed(
+        self,
+        param: Parameter,
+        group: dict[str, Any],
+        saved: dict[Parameter, dict[str, Any]],
+        region: Region | None,
+    ) -> dict[str, Any]:
+        """The saved states of one slice, or of the whole, on its device and in the form its group asks for."""
+        states = saved.get(param, {})
+        if region is None and sliced(states):
+            raise ValueError(
+                f"state_dict has states of slices ({next(name for name in states if '[' in name)}): fold the model with "
+                "the working_set= they were saved with, then load them"
+            )
+        storage = storage_of(param, self.rule, group)
+        if region is not None and states and not sliced(states):
+            states = cut(param, place(param, states, storage, self.rule, type(self).__name__), region, storage)
+        else:
+            states = states_of(states, region)
+        placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
+        return named(placed, region)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer

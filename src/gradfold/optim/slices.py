@@ -1,0 +1,97 @@
+"""The states of parameters that step in slices (working sets): apart by slice, joined, and cut anew.
+
+A slice's states are kept beside each other in ``optimizer.state[param]``: ``exp_avg[0:128]``, ``step[0:128]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.codecs import Plain, matrix
+from gradfold.engine import Region
+from gradfold.engine.storage import Storage, keys_of
+from gradfold.errors import FoldError
+from gradfold.rules import Rule
+
+Regions = Iterable[Region | None]
+
+
+def suffix(region: Region | None) -> str:
+    return "" if region is None else str(region)
+
+
+def view(param: Tensor, region: Region | None) -> Tensor:
+    return param.detach() if region is None else region.of(param.detach())
+
+
+def sliced(states: Mapping[str, Any]) -> bool:
+    return any("[" in name for name in states)
+
+
+def states_of(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
+    """One slice's states under their plain names."""
+    end = suffix(region)
+    return {name.removesuffix(end): value for name, value in states.items() if ("[" in name) == bool(end) and name.endswith(end)}
+
+
+def named(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
+    """And back."""
+    return {name + suffix(region): value for name, value in states.items()}
+
+
+def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Storage) -> dict[str, Any]:
+    """A slice's part of a whole parameter's states; its counters are the whole's.
+
+    Raises:
+        ValueError: the slice splits a block of codes.
+    """
+    codecs = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
+    if storage.weight is not None:
+        codecs["weight"] = storage.weight
+    found: dict[str, Any] = {}
+    for name, codec in codecs.items():
+        keys = {part: key for part, key in keys_of(name, codec).items() if key in states}
+        if codec is None or isinstance(codec, Plain) or all(states[key].shape == param.shape for key in keys.values()):
+            found |= {key: region.of(states[key]) for key in keys.values()}
+        elif region.dim == 0 and param.dim() > 1:
+            found |= {key: region.of(states[key]) for key in keys.values()}
+        else:
+            seen = matrix(param.shape)
+            columns = slice(region.start, region.stop)
+            parts = {part: states[key] for part, key in keys.items()}
+            parts = codec.view(codec.rows_of(parts, param.shape), seen.columns, slice(None), columns)
+            found |= {keys[part]: value for part, value in parts.items()}
+    others = {name: value for name, value in states.items() if name.partition(".")[0] not in codecs}
+    return {**others, **found}
+
+
+def join(name: str, param: Tensor, slices: Iterable[tuple[Region | None, Mapping[str, Any]]], rule: Rule) -> dict[str, Any]:
+    """Plain states of all slices as the whole parameter's.
+
+    Raises:
+        FoldError: some have stepped more often than others, of which torch's optimizers know nothing.
+    """
+    slices = list(slices)
+    if len(slices) == 1 and slices[0][0] is None:
+        return dict(slices[0][1])
+    if not any(states for _, states in slices):
+        return {}
+    counts = [{key: float(states.get(key, start)) for key, start in rule.counters.items()} for _, states in slices]
+    if any(count != counts[0] for count in counts):
+        steps = sorted({count.get("step", 0.0) for count in counts})
+        raise FoldError(
+            f"{name}: its slices have stepped {steps[0]:g} to {steps[-1]:g} times, and torch's optimizers keep one count "
+            "for a parameter; ask after whole rounds of the working set, or save state_dict(), which keeps them apart"
+        )
+    first = slices[0][1]
+    joined: dict[str, Any] = {key: first[key] for key in first if key in rule.counters}
+    for key in (key for key in first if key not in rule.counters):
+        whole = torch.empty(param.shape, dtype=first[key].dtype, device=param.device)
+        for region, states in slices:
+            view(whole, region).copy_(states[key])
+        joined[key] = whole
+    return joined

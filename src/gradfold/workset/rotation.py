@@ -1,0 +1,272 @@
+"""A working set at work: which slices are awake, when the next ones wake, and where the others' states are.
+
+Sleeping parameters do not require grad. Autograd then neither computes their gradients nor saves what those would need,
+and a backward ends below the lowest one that is awake. ``requires_grad`` remains the user's: what was set here is
+remembered, and any other value found is the user's freezing or unfreezing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradfold.codecs import WEIGHTS
+from gradfold.engine import Ledger, Part, Region, Slot
+from gradfold.engine.storage import storage_of
+from gradfold.errors import FoldError
+
+from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .config import WorkingSet
+from .schedule import Schedule
+from .store import Disk, Host, Resident, Store
+
+
+class Rotation:
+    """The working set of one fold."""
+
+    def __init__(self, config: WorkingSet, ledger: Ledger):
+        self.config = config
+        self.ledger = ledger
+        trainable = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
+        self.always = [slot for slot in trainable if _named(slot.name, config.always)]
+        if missing := [name for name in config.always if not any(_named(slot.name, [name]) for slot in trainable)]:
+            raise FoldError(f"WorkingSet(always=[{missing[0]!r}]): no trainable parameter's name contains it")
+        self.turning = [slot for slot in trainable if slot not in self.always]
+        self.chunks = self._cut()
+        self.slices: dict[Slot, list[tuple[int, Region | None]]] = {slot: [] for slot in self.turning}
+        by_name = {slot.name: slot for slot in self.turning}
+        for index, chunk in enumerate(self.chunks):
+            for slice_ in chunk:
+                slot = by_name[slice_.name]
+                self.slices[slot].append((index, _region(slice_, slot.param)))
+        self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
+        self.store = _store(config)
+        self.awake: dict[Slot, bool] = {}  # what requires_grad was set to here
+        self.frozen: set[Slot] = set()  # by the user, of those that take turns
+        self._fetching = False
+
+    # the cut ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> list[Chunk]:
+        config = self.config
+        pieces = self.pieces()
+        if not pieces:
+            raise FoldError("working_set=: every trainable parameter is in always=, so that none takes turns")
+        if config.by == "bytes":
+            assert config.chunks is not None
+            chunks = cut_bytes(pieces, config.chunks, config.axis)
+        elif config.by == "layer":
+            chunks = cut_layers(pieces, config.chunks)
+        else:
+            chunks = cut_own(pieces, config.by)  # type: ignore[arg-type]
+        check_coverage(pieces, chunks)
+        return chunks
+
+    def pieces(self) -> list[Piece]:
+        """The parameters that take turns, as the cut sees them."""
+        names = {id(slot.param): slot.name for slot in self.turning}
+        mates: dict[str, str] = {}
+        for module in self.ledger.model.modules():
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and bias.dim() == 1:
+                if id(weight) in names and id(bias) in names and weight.shape[0] == bias.shape[0]:
+                    mates.setdefault(names[id(bias)], names[id(weight)])
+        rule = self.ledger.optimizer.rule
+        made = []
+        for slot in self.turning:
+            storage = storage_of(slot.param, rule, slot.group)
+            grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
+            size_bytes = weight_and_state_bytes(slot)
+            made.append(Piece(slot.name, tuple(slot.param.shape), size_bytes, mates.get(slot.name), grain))
+        return made
+
+    # turns ------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Put all but the first chunk to sleep. States that the optimizer has already are cut like their parameters."""
+        optimizer = self.ledger.optimizer
+        saved = optimizer.state_dict() if any(optimizer.state.values()) else None
+        if saved is not None:
+            optimizer.state.clear()
+        for slot in self.turning:
+            slot.parts = []
+            self._set(slot, False)
+        self._wake()
+        for slot in self.ledger.slots.values():
+            slot.arm()
+        self.ledger.turns = self
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+
+    def end(self) -> None:
+        """``requires_grad`` as the user would have it, and all states with the optimizer."""
+        for slot in self.turning:
+            for name, tensors in self._sleeping(slot):
+                self.ledger.optimizer.state[slot.param].update(tensors)
+                self.store.drop(name)
+            slot.param.requires_grad_(slot not in self.frozen)
+
+    def look(self) -> None:
+        """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
+        for slot in self.turning:
+            if slot.param.requires_grad != self.awake[slot]:
+                if slot.param.requires_grad:
+                    self.frozen.discard(slot)
+                else:
+                    self.frozen.add(slot)
+            self._set(slot, bool(slot.parts) and slot not in self.frozen)
+
+    def fired(self) -> None:
+        """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""
+        schedule, ledger = self.schedule, self.ledger
+        last = schedule.step == self.config.interval - 1 and ledger.last_backward and not ledger.measuring
+        if last and self.config.prefetch and not self._fetching and self.config.states == "keep":
+            self._fetching = True
+            for slot in self.turning:
+                names = [_name(slot, region) for index, region in self.slices[slot] if index == schedule.next]
+                self.store.prefetch(names, slot.param.device)
+
+    def stepped(self, power: float) -> None:
+        """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake."""
+        before = self.schedule.index
+        if self.schedule.stepped(power) and self.schedule.index != before:
+            self._sleep()
+            self._wake()
+        self._fetching = False
+
+    def _wake(self) -> None:
+        """Give the slots of the active chunk their parts and states."""
+        state = self.ledger.optimizer.state
+        for slot in self.turning:
+            regions = [region for index, region in self.slices[slot] if index == self.schedule.index]
+            slot.parts = [Part(slot, region) for region in regions]
+            for part in slot.parts:
+                if tensors := self.store.take(part.name, slot.param.device):
+                    state[slot.param].update(tensors)
+            self._set(slot, bool(slot.parts) and slot not in self.frozen)
+            if slot.parts:
+                slot.arm()
+
+    def _sleep(self) -> None:
+        """Take parts and states from those that are awake."""
+        for slot in self.turning:
+            for part in slot.parts:
+                states = part.state
+                tensors = {part.key(name): states[name] for name in list(states)}
+                if self.config.states == "keep" and tensors:
+                    self.store.put(part.name, tensors)
+                for name in list(states):
+                    del states[name]
+            slot.parts = []
+            slot.disarm()
+
+    def _set(self, slot: Slot, requires_grad: bool) -> None:
+        self.awake[slot] = requires_grad
+        if slot.param.requires_grad != requires_grad:
+            slot.param.requires_grad_(requires_grad)
+        if not requires_grad:
+            slot.param.grad = None
+
+    # states -----------------------------------------------------------------------------------------------------------
+
+    def _sleeping(self, slot: Slot) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Names of sleeping slices that have states, and those states."""
+        for index, region in self.slices[slot]:
+            if index != self.schedule.index:
+                name = _name(slot, region)
+                if (tensors := self.store.peek(name)) is not None:
+                    yield name, tensors
+
+    def regions(self, param: nn.Parameter) -> list[Region | None]:
+        slot = self.ledger.slots.get(id(param))
+        return [region for _, region in self.slices[slot]] if slot in self.slices else [None]
+
+    def states(self, param: nn.Parameter) -> dict[str, Any]:
+        found = dict(self.ledger.optimizer.state.get(param, {}))
+        slot = self.ledger.slots.get(id(param))
+        if slot in self.slices:
+            for _, tensors in self._sleeping(slot):
+                found |= tensors
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cut, and where in it the rotation is: plain numbers and names."""
+        return {"cut": _cut_of(self.chunks), "schedule": self.schedule.state_dict()}
+
+    def check(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None:
+            return
+        if saved["cut"] != _cut_of(self.chunks):
+            raise ValueError(
+                f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
+                "working_set=; fold with the one it was saved with (the cut depends on chunks=, by=, axis=, always= and "
+                "on how states are stored)"
+            )
+        trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
+        try:
+            trial.load_state_dict(saved["schedule"])
+        except FoldError as error:
+            raise ValueError(f"state_dict: {error}") from None
+
+    def load(
+        self,
+        saved: Mapping[str, Any] | None,
+        states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
+    ) -> None:
+        self.check(saved)
+        for name in self.store.keys():
+            self.store.drop(name)
+        for slot in self.turning:
+            slot.parts = []
+            slot.disarm()
+        if saved is not None:
+            self.schedule.load_state_dict(saved["schedule"])
+        self._fetching = False
+        optimizer = self.ledger.optimizer
+        for slot in self.ledger.slots.values():
+            for index, region in self.slices.get(slot, [(self.schedule.index, None)]):
+                if found := states(slot.param, region):
+                    if index == self.schedule.index:
+                        optimizer.state[slot.param].update(found)
+                    else:
+                        self.store.put(_name(slot, region), found)
+        self._wake()
+
+
+def _cut_of(chunks: list[Chunk]) -> list[list[list[Any]]]:
+    return [[list(slice_) for slice_ in chunk] for chunk in chunks]
+
+
+def weight_and_state_bytes(slot: Slot) -> float:
+    """Bytes of a parameter and all of its states."""
+    param, rule = slot.param, slot.ledger.optimizer.rule
+    storage = storage_of(param, rule, slot.group)
+    codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
+    each = sum(param.element_size() if codec is None else codec.bytes_per_element(param.shape) for codec in codecs)
+    weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(param.shape)
+    return (each + weight) * param.numel()
+
+
+def _region(slice_: Slice, param: Tensor) -> Region | None:
+    size = param.shape[slice_.dim] if param.dim() else 1
+    return None if (slice_.start, slice_.stop) == (0, size) else Region(slice_.dim, slice_.start, slice_.stop)
+
+
+def _name(slot: Slot, region: Region | None) -> str:
+    return slot.name if region is None else f"{slot.name}{region}"
+
+
+def _named(name: str, wanted: Any) -> bool:
+    return any(part in name or fnmatch.fnmatchcase(name, part) for part in wanted)
+
+
+def _store(config: WorkingSet) -> Store:
+    if config.offload == "disk":
+        assert config.folder is not None
+        return Disk(config.folder)
+    if config.offload == "cpu":
+        return Host()
+    return Resident() if config.offload is None else config.offload  # type: ignore[return-value]
