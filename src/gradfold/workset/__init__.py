@@ -1,0 +1,5 @@
+"""The moving working set: which slices of which parameters are active, which come next, where other states live."""
+
+from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+
+__all__ = ["Chunk", "Own", "Piece", "Slice", "check_coverage", "cut_bytes", "cut_layers", "cut_own"]
