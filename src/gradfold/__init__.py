@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .errors import FoldError
     from .fold import Fold, fold
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
+    from .workset import WorkingSet
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -22,13 +23,14 @@ __all__ = [
     "NAdam",
     "RAdam",
     "RMSprop",
+    "WorkingSet",
     "export_masters",
     "fold",
     "import_masters",
 ]
 
-_HOMES = (".errors", ".fold", ".optim")
-_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "rules")
+_HOMES = (".errors", ".fold", ".optim", ".workset")
+_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 
 

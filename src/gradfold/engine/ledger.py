@@ -107,8 +107,8 @@ class Ledger:
             self.look()
         elif node_in_forward() is not None:
             raise FoldError(
-                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, which "
-                "those of sleeping layers do not; use use_reentrant=False (transformers: "
+                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, "
+                "which those of sleeping layers do not; use use_reentrant=False (transformers: "
                 "gradient_checkpointing_enable({'use_reentrant': False}))"
             )
 

@@ -42,10 +42,7 @@ def play(ledger: Ledger) -> None:
             part.step(part.tape.take(), ledger.change(part), checked=True)
             if power is not None:
                 ledger.powers[id(part)] = power
-    if ledger.powers and not ledger.nonfinite:
-        ledger.grad_norm = _norm(ledger, ledger.parts())
-    elif ledger.nonfinite:
-        ledger.grad_norm = math.nan
+    ledger.grad_norm = math.nan if ledger.nonfinite else _norm(ledger, ledger.parts())
     if ledger.timing.clip == "delayed":
         known = [part for part in ledger.parts() if id(part) in ledger.powers]
         ledger.following = coefficients(ledger, known) if not ledger.nonfinite else {}

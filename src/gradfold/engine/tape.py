@@ -1,9 +1,9 @@
 """Tapes: the uses of weights that step later, and what they cost.
 
 A part's tape holds its uses by reference. What several hold, as those of q, k and v hold their input, is counted once,
-for the first of them. Where a tape would cost more than the gradient itself it collapses into one: the gradient of all its
-uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once. With a ``Host`` all of this
-lies in host memory, and is on the device for one weight at a time.
+for the first of them. Where a tape would cost more than the gradient itself it collapses into one: the gradient of all
+its uses so far, summed in fp32 (fp64 for fp64 weights), to which later uses are added at once. With a ``Host`` all of
+this lies in host memory, and is on the device for one weight at a time.
 """
 
 from __future__ import annotations

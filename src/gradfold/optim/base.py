@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
@@ -101,15 +102,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         if sliced(self.state[param]):
             raise FoldError(
-                f"a parameter of shape {tuple(param.shape)} has states of slices, each with its own count of steps: fold "
-                "with the same working_set= again, or start anew with optimizer.state.clear()"
+                f"a parameter of shape {tuple(param.shape)} has states of slices, each with its own count of steps: "
+                "fold with the same working_set= again, or start anew with optimizer.state.clear()"
             )
         if self._backend is None:
             self._backend = Reference(Scratch())
         uses = [DenseUse(grad.detach())]
-        apply(
-            param, uses, self.state[param], self.rule, self.group_of(param), self._backend, {}, self.stream_of(param)
-        )
+        apply(param, uses, self.state[param], self.rule, self.group_of(param), self._backend, {}, self.stream_of(param))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""
@@ -252,7 +251,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved = self._saved_states(state_dict)
         turns = self._turns
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
-        placed: dict[Parameter, dict[str, Any]] = {}
+        placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
         for param in self._params:  # all of them before anything changes
             for region in regions[id(param)]:
@@ -316,8 +315,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         states = saved.get(param, {})
         if region is None and sliced(states):
             raise ValueError(
-                f"state_dict has states of slices ({next(name for name in states if '[' in name)}): fold the model with "
-                "the working_set= they were saved with, then load them"
+                f"state_dict has states of slices ({next(name for name in states if '[' in name)}): fold the model "
+                "with the working_set= they were saved with, then load them"
             )
         storage = storage_of(param, self.rule, group)
         if region is not None and states and not sliced(states):

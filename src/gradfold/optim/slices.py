@@ -35,7 +35,11 @@ def sliced(states: Mapping[str, Any]) -> bool:
 def states_of(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
     """One slice's states under their plain names."""
     end = suffix(region)
-    return {name.removesuffix(end): value for name, value in states.items() if ("[" in name) == bool(end) and name.endswith(end)}
+    return {
+        name.removesuffix(end): value
+        for name, value in states.items()
+        if ("[" in name) == bool(end) and name.endswith(end)
+    }
 
 
 def named(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
@@ -55,9 +59,12 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
     found: dict[str, Any] = {}
     for name, codec in codecs.items():
         keys = {part: key for part, key in keys_of(name, codec).items() if key in states}
-        if codec is None or isinstance(codec, Plain) or all(states[key].shape == param.shape for key in keys.values()):
-            found |= {key: region.of(states[key]) for key in keys.values()}
-        elif region.dim == 0 and param.dim() > 1:
+        if (
+            codec is None
+            or isinstance(codec, Plain)
+            or all(states[key].shape == param.shape for key in keys.values())
+            or (region.dim == 0 and param.dim() > 1)
+        ):
             found |= {key: region.of(states[key]) for key in keys.values()}
         else:
             seen = matrix(param.shape)
@@ -69,7 +76,9 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
     return {**others, **found}
 
 
-def join(name: str, param: Tensor, slices: Iterable[tuple[Region | None, Mapping[str, Any]]], rule: Rule) -> dict[str, Any]:
+def join(
+    name: str, param: Tensor, slices: Iterable[tuple[Region | None, Mapping[str, Any]]], rule: Rule
+) -> dict[str, Any]:
     """Plain states of all slices as the whole parameter's.
 
     Raises:
@@ -84,8 +93,9 @@ def join(name: str, param: Tensor, slices: Iterable[tuple[Region | None, Mapping
     if any(count != counts[0] for count in counts):
         steps = sorted({count.get("step", 0.0) for count in counts})
         raise FoldError(
-            f"{name}: its slices have stepped {steps[0]:g} to {steps[-1]:g} times, and torch's optimizers keep one count "
-            "for a parameter; ask after whole rounds of the working set, or save state_dict(), which keeps them apart"
+            f"{name}: its slices have stepped {steps[0]:g} to {steps[-1]:g} times, and torch's optimizers keep one "
+            "count for a parameter; ask after whole rounds of the working set, or save state_dict(), which keeps them "
+            "apart"
         )
     first = slices[0][1]
     joined: dict[str, Any] = {key: first[key] for key in first if key in rule.counters}

@@ -1,6 +1,25 @@
 """The moving working set: which slices of which parameters are active, which come next, where other states live."""
 
 from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .config import WorkingSet
+from .rotation import Rotation
 from .schedule import Schedule
+from .store import Disk, Host, Resident, Store
 
-__all__ = ["Chunk", "Own", "Piece", "Schedule", "Slice", "check_coverage", "cut_bytes", "cut_layers", "cut_own"]
+__all__ = [
+    "Chunk",
+    "Disk",
+    "Host",
+    "Own",
+    "Piece",
+    "Resident",
+    "Rotation",
+    "Schedule",
+    "Slice",
+    "Store",
+    "WorkingSet",
+    "check_coverage",
+    "cut_bytes",
+    "cut_layers",
+    "cut_own",
+]

@@ -83,14 +83,14 @@ class _Item(NamedTuple):
 
 
 def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] = "out") -> list[Chunk]:
-    """Equal bytes, to within one row (``axis="out"``) or one column block (``axis="in"``).
+    """Equal bytes, to within one row (``axis="out"``) or one column block (``axis="in"``, of matrices).
 
     The cuts lie at multiples of total / chunks, each moved to the nearest place where a tensor may be cut. ``"out"``:
     between any two rows; a mate is cut with its weight. ``"in"``: between columns, on multiples of the grain; vectors
     and scalars go whole where their middle byte falls, a mate with the first slice of its weight.
 
     Raises:
-        FoldError: an argument is out of range, or a chunk would be smaller than the largest row.
+        FoldError: an argument is out of range, or a chunk would be empty, smaller than the row that it falls into.
     """
     if axis not in ("out", "in"):
         raise FoldError(f"axis={axis!r}: 'out' (rows) or 'in' (columns)")
@@ -99,20 +99,21 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
     items = _items(pieces, axis)
     ends = list(accumulate(item.before(item.extent) for item in items))
     total, widest = ends[-1], max(items, key=_Item.widest_bytes)
-    # No row larger than a chunk: then each boundary is within half a row of its target, and no two are the same.
-    if chunks * widest.widest_bytes() > total:
-        part = "the whole of it" if widest.extent <= widest.grain else "one " + ("row", "block of columns")[widest.dim]
-        raise FoldError(
-            f"chunks={chunks}: a chunk would have {float(total / chunks):.0f} bytes, but {widest.piece.name} is cut no "
-            f"finer than {float(widest.widest_bytes()):.0f} ({part}); chunks={total // widest.widest_bytes()} "
-            "is the most that can be equal"
-        )
     cuts = [(0, 0)]  # (item, line)
     for i in range(1, chunks):
         at = bisect_left(ends, total * i / chunks)  # the item that holds the last byte before the target
         start = ends[at - 1] if at else Fraction(0)
         cuts.append((at, items[at].nearest(total * i / chunks - start)))
     cuts.append((len(items) - 1, items[-1].extent))
+    reached = [(ends[at - 1] if at else Fraction(0)) + items[at].before(line) for at, line in cuts]
+    # Each boundary is within half a row of its target; two are the same only where a row is larger than a chunk.
+    if any(a == b for a, b in pairwise(reached)):
+        part = "the whole of it" if widest.extent <= widest.grain else "one " + ("row", "block of columns")[widest.dim]
+        raise FoldError(
+            f"chunks={chunks}: a chunk would have {float(total / chunks):.0f} bytes, but {widest.piece.name} is cut no "
+            f"finer than {float(widest.widest_bytes()):.0f} ({part}), and some chunk would be empty; "
+            f"chunks={max(1, total // widest.widest_bytes())} is sure to do"
+        )
     made = []
     for (first, start), (last, stop) in pairwise(cuts):
         slices: list[Slice] = []
@@ -276,6 +277,9 @@ def _items(pieces: Sequence[Piece], axis: str) -> list[_Item]:
             items.append(_Item(piece, follow, 0, extent, 1, (own + theirs) / extent, Fraction(0)))
         elif len(piece.shape) < 2:
             items.append(_Item(piece, follow, -1, 1, 1, own + theirs, Fraction(0)))
+        elif len(piece.shape) > 2:  # its columns are not evenly spaced in memory
+            extent = rows(piece.shape)
+            items.append(_Item(piece, follow, 0, extent, 1, own / extent, theirs))
         else:
             extent = piece.shape[1]
             items.append(_Item(piece, follow, 1, extent, max(1, piece.grain), own / extent, theirs))

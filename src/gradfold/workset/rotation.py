@@ -202,8 +202,8 @@ class Rotation:
         if saved["cut"] != _cut_of(self.chunks):
             raise ValueError(
                 f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
-                "working_set=; fold with the one it was saved with (the cut depends on chunks=, by=, axis=, always= and "
-                "on how states are stored)"
+                "working_set=; fold with the one it was saved with (the cut depends on chunks=, by=, axis=, always= "
+                "and on how states are stored)"
             )
         trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
         try:
@@ -217,7 +217,7 @@ class Rotation:
         states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
     ) -> None:
         self.check(saved)
-        for name in self.store.keys():
+        for name in list(self.store.keys()):  # noqa: SIM118
             self.store.drop(name)
         for slot in self.turning:
             slot.parts = []
