@@ -1,6 +1,23 @@
 """The moving working set: which slices of which parameters are active, which come next, where other states live."""
 
 from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .disk import Disk
+from .host import Host
 from .schedule import Schedule
+from .store import Resident, Store
 
-__all__ = ["Chunk", "Own", "Piece", "Schedule", "Slice", "check_coverage", "cut_bytes", "cut_layers", "cut_own"]
+__all__ = [
+    "Chunk",
+    "Disk",
+    "Host",
+    "Own",
+    "Piece",
+    "Resident",
+    "Schedule",
+    "Slice",
+    "Store",
+    "check_coverage",
+    "cut_bytes",
+    "cut_layers",
+    "cut_own",
+]
