@@ -2,9 +2,11 @@
 
 from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
+from .disk import Disk
+from .host import Host
 from .rotation import Rotation
 from .schedule import Schedule
-from .store import Disk, Host, Resident, Store
+from .store import Resident, Store
 
 __all__ = [
     "Chunk",

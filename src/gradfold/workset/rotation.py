@@ -20,8 +20,10 @@ from gradfold.errors import FoldError
 
 from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
+from .disk import Disk
+from .host import Host
 from .schedule import Schedule
-from .store import Disk, Host, Resident, Store
+from .store import Resident, Store
 
 
 class Rotation:
@@ -217,7 +219,7 @@ class Rotation:
         states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
     ) -> None:
         self.check(saved)
-        for name in list(self.store.keys()):  # noqa: SIM118
+        for name in list(self.store.keys()):
             self.store.drop(name)
         for slot in self.turning:
             slot.parts = []

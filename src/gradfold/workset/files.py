@@ -1,0 +1,203 @@
+"""One file of tensors in the safetensors format: whole or not there, read without a second copy in memory.
+
+Written here rather than by the library so that one tensor at a time goes from where it is to the file, and a full disk
+is told from other errors. The header carries the key, the order of names and a CRC-32 of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.errors import FoldError
+
+from .store import counters
+
+TEMPORARY = ".writing-"
+_TO_NAME = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TO_DTYPE = {name: dtype for dtype, name in _TO_NAME.items()}
+_BLANK_CRC = "????????"
+
+
+class Header(NamedTuple):
+    key: str
+    counters: set[str]
+    crc: str
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]  # dtype, shape, first byte in the file, bytes
+
+
+def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
+    """Make the file, on the disk when this returns; its bytes.
+
+    Raises:
+        FoldError: it cannot be written. No part of it is left, and the tensors are as they were.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TO_NAME:
+            raise FoldError(f"{key}: {name} is {tensor.dtype}, which the file format does not have; use offload='cpu'")
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that each begins on its own alignment
+    facts = {"key": key, "names": json.dumps(list(tensors)), "counters": json.dumps(sorted(counters(tensors)))}
+    entries: dict[str, Any] = {"__metadata__": {"crc32": _BLANK_CRC, **facts}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _TO_NAME[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            _write_all(file, len(head).to_bytes(8, "little") + head)
+            crc = 0
+            for name in order:
+                data = _bytes(tensors[name].detach().cpu()).numpy().data
+                crc = zlib.crc32(data, crc)
+                _write_all(file, data)
+            file.seek(8 + head.index(_BLANK_CRC.encode()))
+            _write_all(file, f"{crc:08x}".encode())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        for left in (temporary, path):
+            with contextlib.suppress(OSError):
+                left.unlink()
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else str(error)
+            raise FoldError(
+                f"{path}: {why}, so the {8 + len(head) + end} bytes of {key} were not written; they are still in "
+                "memory. Make room, or give another folder"
+            ) from error
+        raise
+    return 8 + len(head) + end
+
+
+def read_header(path: Path) -> Header:
+    """What is in the file; its length is checked, its data is not.
+
+    Raises:
+        FoldError: it is missing, or not whole.
+    """
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= total - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
+            entries = json.loads(file.read(length))
+        facts = entries.pop("__metadata__")
+        layout = {}
+        for name in json.loads(facts["names"]):
+            dtype, (start, end) = _TO_DTYPE[entries[name]["dtype"]], entries[name]["data_offsets"]
+            shape = tuple(entries[name]["shape"])
+            if torch.Size(shape).numel() * dtype.itemsize != end - start:
+                raise ValueError(f"{name} has {end - start} bytes")
+            layout[name] = (dtype, shape, 8 + length + start, end - start)
+        data = sum(size for _, _, _, size in layout.values())
+        if total != 8 + length + data:
+            raise ValueError(f"{total} bytes instead of {8 + length + data}")
+        return Header(facts["key"], set(json.loads(facts["counters"])), facts["crc32"], layout)
+    except FileNotFoundError:
+        raise FoldError(f"{path}: missing; the states of a working set were there") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def read(path: Path, pin: bool = False) -> tuple[Header, dict[str, Tensor]]:
+    """All tensors, in host memory of their own (pinned if asked), checked against the CRC.
+
+    Raises:
+        FoldError: the file is missing or damaged.
+    """
+    header = read_header(path)
+    made = {}
+    for name, (dtype, shape, _, _) in header.layout.items():
+        made[name] = torch.empty(shape, dtype=dtype, pin_memory=pin)
+    crc = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            for name, (_, _, start, size) in sorted(header.layout.items(), key=lambda item: (item[1][2], item[1][3])):
+                file.seek(start)
+                view = _bytes(made[name]).numpy().data
+                done = 0
+                while done < size:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise ValueError(f"ends within {name}")
+                    done += got
+                crc = zlib.crc32(view, crc)
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    if f"{crc:08x}" != header.crc:
+        raise damaged(path, ValueError(f"CRC-32 {crc:08x} instead of {header.crc}"))
+    return header, made
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """All tensors as views of the file, loaded page by page when they are looked at; writes do not reach the file.
+
+    Raises:
+        FoldError: the file is missing, or not whole.
+    """
+    header = read_header(path)
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    made = {}
+    for name, (dtype, shape, start, size) in header.layout.items():
+        flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0)
+        made[name] = flat.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    return made
+
+
+def damaged(path: Path, why: object) -> FoldError:
+    return FoldError(f"{path}: damaged ({why}); resume from an older checkpoint, or begin with states='reset'")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A host tensor as uint8 [bytes], a view where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _write_all(file: Any, data: bytes | memoryview) -> None:
+    """An unbuffered write may stop short, at 2 GiB or at the end of the disk."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
