@@ -330,10 +330,11 @@ def main() -> None:
         print(f"{contestant}, {column}: {note}")
     if args.only and not args.out:
         return  # a look: the published figures stay those of a full run
+    written = write_result("correctness", rows, args.out)
     if page := args.page or (None if args.only else PAGE):
         fill_table(page, "correctness", header, lines)
         fill_table(page, "notes", ["", "column", "note"], notes(rows))
-    print(f"\nwritten to {write_result('correctness', rows, args.out).name}")
+    print(f"\nwritten to {written.name}")
 
 
 if __name__ == "__main__":
