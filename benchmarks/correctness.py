@@ -282,7 +282,7 @@ def row(kind: type[Contestant]) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="(?s).*`lr_scheduler.step.*`optimizer.step")
         for column in COLUMNS:
             cell = judge(kind, column)
-            result |= {column: cell.verdict, f"{column}_distance": cell.distance, f"{column}_note": cell.note}
+            result |= {column: cell.verdict, f"{column}_distance_ratio": cell.distance, f"{column}_note": cell.note}
     return result
 
 
@@ -296,7 +296,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         if "unavailable" in each:
             lines.append([name, each["unavailable"], *["-"] * (len(COLUMNS) - 1)])
         else:
-            lines.append([name, *(str(Cell(each[key], each[f"{key}_distance"])) for key in COLUMNS)])
+            lines.append([name, *(str(Cell(each[key], each[f"{key}_distance_ratio"])) for key in COLUMNS)])
     return ["", *COLUMNS.values()], lines
 
 
