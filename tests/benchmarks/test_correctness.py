@@ -1,6 +1,7 @@
 """The judge of the peers: it passes what is exact, and a contestant that must fail does."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -69,3 +70,11 @@ def test_a_peer_that_raises_is_quoted_and_one_that_is_missing_gets_a_row(correct
     assert missing["unavailable"] == "not installed (pip install surely-not-installed)"
     _, lines = correctness.table([row, missing])
     assert len(lines[0]) == len(lines[1]) == 1 + len(correctness.COLUMNS)
+
+
+def test_the_published_table_is_that_of_the_published_figures(correctness):
+    rows = json.loads((BENCHMARKS / "results" / "correctness.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["contestant"] for row in rows] == list(correctness.CONTESTANTS)
+    page = correctness.PAGE.read_text(encoding="utf-8")
+    for line in [*correctness.table(rows)[1], *correctness.notes(rows)]:
+        assert "| " + " | ".join(line) + " |" in page
