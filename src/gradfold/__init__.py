@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _HOMES = (".errors", ".fold", ".optim", ".workset")
-_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "rules", "workset")
+_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "report", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, native
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
-from .engine.storage import storage_of
 from .engine.timing import Timing
 from .errors import FoldError
 from .modules import SLOT, restore, swap
 from .optim import RuleOptimizer
-from .workset import Rotation, WorkingSet
+from .report import Report, report_of
+from .workset import Rotation, Turn, WorkingSet
 
 # why a torch optimizer's update cannot run inside backward, for those that have no counterpart here
 _UNFOLDABLE = {
@@ -164,46 +162,6 @@ def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One parameter in ``Fold.report()``."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    route: str  # folded, hooked or frozen
-    states: str  # how they are stored: "float32", "int8", "bf16 + split8"
-    weight_bytes: int
-    state_bytes: int
-    tape: str = ""  # what waits for optimizer.step(): "uses", or "gradient" where the tape has collapsed into one
-    tape_bytes: int = 0  # that it pays for: what several weights hold is counted for one of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Every parameter's route and bytes; printing it gives a table."""
-
-    rows: tuple[Row, ...]
-    backend: str  # "reference, compiled" where coded parameters step in native kernels
-    scratch_bytes: int
-
-    def __str__(self) -> str:
-        lines = [("parameter", "shape", "dtype", "route", "states", "weight MiB", "states MiB")]
-        for row in self.rows:
-            shape = " x ".join(map(str, row.shape)) or "scalar"
-            sizes = (f"{row.weight_bytes / 2**20:.3f}", f"{row.state_bytes / 2**20:.3f}")
-            lines.append((row.name, shape, str(row.dtype).removeprefix("torch."), row.route, row.states, *sizes))
-        total = (sum(row.weight_bytes for row in self.rows), sum(row.state_bytes for row in self.rows))
-        lines.append(("total", "", "", "", "", f"{total[0] / 2**20:.3f}", f"{total[1] / 2**20:.3f}"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(f"{cell:<{width}}" if i < 5 else f"{cell:>{width}}" for i, (cell, width) in enumerate(pairs))
-            for pairs in (zip(line, widths, strict=True) for line in lines)
-        ]
-        scratch = f"backend {self.backend}, scratch {self.scratch_bytes / 2**20:.3f} MiB, stored gradients 0"
-        return "\n".join([*text, scratch])
-
-
 class Fold:
     """A folded model and optimizer."""
 
@@ -218,6 +176,17 @@ class Fold:
         Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite.
         """
         return self._ledger.grad_norm
+
+    @property
+    def working_set(self) -> Turn | None:
+        """Which chunk of the working set is awake; None without one."""
+        turns = self._ledger.turns
+        return turns.turn() if isinstance(turns, Rotation) else None
+
+    def describe_working_set(self) -> str:
+        """The cut and its settings, in one line; empty without a working set."""
+        turns = self._ledger.turns
+        return turns.describe() if isinstance(turns, Rotation) else ""
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step takes from the last one beside weights and the optimizer's states: with
@@ -299,46 +268,6 @@ class Fold:
 
     def report(self) -> Report:
         """Print and return every parameter's route and bytes."""
-        report = Report(
-            rows=tuple(self._row(name, param) for name, param in self._ledger.model.named_parameters()),
-            backend=self._backend(),
-            scratch_bytes=sum(t.numel() * t.element_size() for t in self.scratch_tensors()),
-        )
+        report = report_of(self._ledger)
         print(report)
         return report
-
-    def _backend(self) -> str:
-        """The backend's name, and how it steps coded parameters, if there are any."""
-        name, optimizer = self._ledger.backend.name, self._ledger.optimizer
-        slots = [slot for slot in self._ledger.slots.values() if slot.param.requires_grad]
-        if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
-            return name
-        if any(not slot.param.is_cpu for slot in slots):
-            return f"{name}, coded steps in tensor operations"
-        why = native.reason()
-        return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
-
-    def _row(self, name: str, param: nn.Parameter) -> Row:
-        slot = self._ledger.slots.get(id(param))
-        states: dict[str, Tensor] = {}
-        stored = ""
-        if slot is not None:
-            held = dict(self._ledger.optimizer.state.get(param, {}))
-            for part in slot.parts:
-                held |= part.waiting
-            states = {key: value for key, value in held.items() if isinstance(value, Tensor)}
-            if states:
-                stored = storage_of(param, self._ledger.optimizer.rule, slot.group).describe(states)
-        tapes = [] if slot is None else [part.tape for part in slot.parts if part.tape]
-        route = "frozen" if slot is None or not param.requires_grad else "folded" if slot.folded else "hooked"
-        return Row(
-            name=name,
-            shape=tuple(param.shape),
-            dtype=param.dtype,
-            route=route,
-            states=stored,
-            weight_bytes=param.numel() * param.element_size(),
-            tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
-            tape_bytes=sum(tape.cost_bytes for tape in tapes),
-            state_bytes=sum(state.numel() * state.element_size() for state in states.values()),
-        )

@@ -76,10 +76,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._ledger is None or self._ledger.paused:
             if self._ledger is not None:
                 self._ledger.require_closed("optimizer.step() inside fold.paused()")
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        self.apply(param)
+            stepping = [param for param in self._params if param.grad is not None]
+            if self._ledger is None:
+                self._refuse_slices(stepping)
+            for param in stepping:
+                self.apply(param)
         else:
             self._ledger.close()
         self._groups.clear()  # a parameter may move to another group between steps
@@ -100,15 +101,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             for part in self._ledger.slots[id(param)].parts:
                 part.apply_gradient(grad.detach())
             return
-        if sliced(self.state[param]):
-            raise FoldError(
-                f"a parameter of shape {tuple(param.shape)} has states of slices, each with its own count of steps: "
-                "fold with the same working_set= again, or start anew with optimizer.state.clear()"
-            )
         if self._backend is None:
             self._backend = Reference(Scratch())
         uses = [DenseUse(grad.detach())]
         apply(param, uses, self.state[param], self.rule, self.group_of(param), self._backend, {}, self.stream_of(param))
+
+    def _refuse_slices(self, params: Iterable[Parameter]) -> None:
+        for param in params:
+            if sliced(self.state.get(param, {})):
+                raise FoldError(
+                    f"a parameter of shape {tuple(param.shape)} has states of slices, each with its own count of "
+                    "steps: fold with the same working_set= again, or start anew with optimizer.state.clear()"
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""

@@ -13,6 +13,7 @@ from gradfold.engine.apply import allocate
 from gradfold.engine.storage import storage_of
 
 from .base import RuleOptimizer
+from .slices import view
 
 RESIDUAL = "weight.residual"
 
@@ -21,11 +22,12 @@ def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tens
     """Every parameter in fp32 by its name in ``model``: its master where it has one, else the weight widened."""
     masters = {}
     for name, param, split in _splits(model, optimizer):
-        residual = optimizer.state.get(param, {}).get(RESIDUAL)
-        if split is None or residual is None:
-            masters[name] = param.detach().to(torch.float32, copy=True)
-        else:
-            masters[name] = export_master(split, param, residual)
+        masters[name] = master = param.detach().to(torch.float32, copy=True)
+        for region, states in optimizer.slices_of(param) if split is not None else ():
+            if RESIDUAL in states:
+                assert split is not None
+                residual = states[RESIDUAL].to(param.device)
+                view(master, region).copy_(export_master(split, view(param, region), residual))
     return masters
 
 
@@ -33,12 +35,16 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
     """Write fp32 masters into a model's weights and their residuals; without a master, the weight is rounded.
 
     Raises:
-        ValueError: names or shapes are not the model's; nothing is changed then.
+        ValueError: names or shapes are not the model's; it is folded with a working set. Nothing is changed then.
     """
-    params = dict(model.named_parameters())
-    if wrong := sorted(params.keys() ^ masters.keys()):
+    if optimizer._turns is not None:
+        raise ValueError(
+            "import_masters: the model is folded with a working set; import before fold(), or after remove()"
+        )
+    named = dict(model.named_parameters())
+    if wrong := sorted(named.keys() ^ masters.keys()):
         raise ValueError(f"masters: {', '.join(wrong[:5])} {'is' if len(wrong) == 1 else 'are'} not in both")
-    for name, param in params.items():
+    for name, param in named.items():
         if masters[name].shape != param.shape:
             raise ValueError(
                 f"masters: {name} has shape {tuple(masters[name].shape)}, the parameter {tuple(param.shape)}"

@@ -66,6 +66,8 @@ class Display:
         grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")
         if clipping := _clipping(recipe.gradient):
             grid.add_row("gradients", clipping)
+        if run.fold is not None and (working_set := run.fold.describe_working_set()):
+            grid.add_row("working set", working_set)
         grid.add_row("results", escape(str(run.out)))
         self.console.print(grid)
         if skipped := data.tokens.skipped:
@@ -145,7 +147,8 @@ class Bar:
         norm = "" if record["grad_norm"] is None else f"  grad norm {record['grad_norm']:#.3g}"
         if record.get("skipped"):
             self._display.note(f"step {record['step']}: a gradient is not finite; what has one does not step")
-        figures = f"loss {record['loss']:.4f}{norm}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
+        chunk = f"  chunk {record['chunk'] + 1}/{record['chunks']}" if "chunk" in record else ""
+        figures = f"loss {record['loss']:.4f}{norm}{chunk}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record["step"], figures=figures)
         elif record["step"] % self._every == 0:

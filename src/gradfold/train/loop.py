@@ -110,6 +110,7 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
     started = time.perf_counter()
     batches = run.data.batches(progress.step)
     lr = run.optimizer.param_groups[0]["lr"]
+    turn = None if run.fold is None else run.fold.working_set  # before the step, which may wake the next chunk
     loss, norm = step_weights(run, batches)
     seconds = time.perf_counter() - started
     memory = meter.read()
@@ -127,6 +128,7 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
         # JSON has no NaN, nor the infinity that a norm of huge gradients can be
         "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
         **({"skipped": True} if skipped else {}),
+        **({} if turn is None else {"chunk": turn.chunk, "chunks": turn.chunks}),
         "lr": float(lr),
         "tokens": tokens,
         "targets": sum(batch.targets for batch in batches),

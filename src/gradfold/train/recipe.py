@@ -182,6 +182,52 @@ class GradientRecipe:
 
 
 @dataclass(frozen=True)
+class WorkingSetRecipe:
+    """Train a chunk of the model at a time while the rest sleeps. Off, unless chunks is given or by is layer."""
+
+    GROUP: ClassVar[str] = "working_set"
+
+    chunks: int | None = None
+    """Into how many chunks the model is cut. With by = layer, None makes one of each layer."""
+    interval: int = 4
+    """Optimizer steps before the next chunk wakes."""
+    by: Literal["bytes", "layer"] = "bytes"
+    """bytes: equal chunks, tensors sliced where a cut falls. layer: whole layers."""
+    axis: Literal["out", "in"] = "out"
+    """Slice tensors by rows (out) or matrices by columns (in)."""
+    order: Literal["forward", "backward", "random", "importance"] = "forward"
+    """Which chunk comes next. importance: the one with the largest gradients, and each within two rounds."""
+    always: tuple[str, ...] = ()
+    """Parameters whose names contain one of these are always awake, e.g. norm."""
+    states: Literal["keep", "reset"] = "keep"
+    """Optimizer states of a chunk that wakes again: as they were, or new."""
+    offload: Literal["cpu", "disk"] | None = None
+    """Where the states of sleeping chunks are. disk: in the run's folder. None: on the device."""
+    prefetch: int = 1
+    """Chunks whose states are fetched before their turn: 1 or 0."""
+
+    def __post_init__(self) -> None:
+        conform_fields(self, self.GROUP)
+        if self.chunks is not None:
+            _at_least(self, 1, "chunks")
+        _at_least(self, 1, "interval")
+        if self.prefetch not in (0, 1):
+            raise _bad(self, "prefetch", "give 0 or 1")
+        if not self.used:
+            for spec in dataclasses.fields(self):
+                if getattr(self, spec.name) != spec.default:
+                    raise _bad(self, spec.name, "does nothing without working_set.chunks; say how many")
+
+    @property
+    def used(self) -> bool:
+        return self.chunks is not None or self.by == "layer"
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `gradfold.WorkingSet`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class ScheduleRecipe:
     """How the learning rate moves."""
 
@@ -276,6 +322,7 @@ class Recipe:
     text: TextRecipe = field(default_factory=TextRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     gradient: GradientRecipe = field(default_factory=GradientRecipe)
+    working_set: WorkingSetRecipe = field(default_factory=WorkingSetRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -302,6 +349,10 @@ class Recipe:
             raise RecipeError(
                 f"gradient.clip = {self.gradient.clip!r} with fold = False: stored gradients are there to be measured, "
                 "so that clipping is exact; leave gradient.clip out, or fold"
+            )
+        if not self.fold and self.working_set.used:
+            raise RecipeError(
+                "working_set with fold = False: only a folded model has one; leave working_set out, or fold"
             )
         if not 0 <= self.seed < 2**32:
             raise _bad(self, "seed", "give a whole number from 0 to 2**32 - 1")

@@ -30,6 +30,8 @@ from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_gr
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import differing_fields
 
+STATES = "sleeping-states"  # in the run's folder, with working_set.offload = disk
+
 
 @dataclass
 class Run:
@@ -86,11 +88,27 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    fold = gradfold.fold(model, optimizer, **recipe.gradient.fold_options()) if recipe.fold else None
+    fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
     seed_all(recipe.seed)
     if saved is not None:
         restore(saved, model, optimizer, scheduler, fold)
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
+
+
+def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
+    """The fold that a recipe asks for. Raises RecipeError for a working set that this model cannot have."""
+    working_set = None
+    if recipe.working_set.used:
+        options: dict[str, Any] = recipe.working_set.options() | {"seed": recipe.seed}
+        if recipe.working_set.offload == "disk":
+            options["folder"] = out / STATES
+        working_set = gradfold.WorkingSet(**options)
+    try:
+        return gradfold.fold(model, optimizer, working_set=working_set, **recipe.gradient.fold_options())
+    except gradfold.FoldError as error:
+        if working_set is None:
+            raise
+        raise RecipeError(one_line(error)) from None
 
 
 def check_continues(saved: Saved, recipe: Recipe) -> None:

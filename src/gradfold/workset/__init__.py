@@ -4,7 +4,7 @@ from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_lay
 from .config import WorkingSet
 from .disk import Disk
 from .host import Host
-from .rotation import Rotation
+from .rotation import Rotation, Turn
 from .schedule import Schedule
 from .store import Resident, Store
 
@@ -19,6 +19,7 @@ __all__ = [
     "Schedule",
     "Slice",
     "Store",
+    "Turn",
     "WorkingSet",
     "check_coverage",
     "cut_bytes",

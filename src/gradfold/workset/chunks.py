@@ -337,7 +337,8 @@ def _even(sizes: Sequence[Fraction], parts: int) -> list[int]:
 
 def _known(by_name: dict[str, Piece], name: object) -> None:
     if name not in by_name:
-        close = difflib.get_close_matches(str(name), by_name, n=3, cutoff=0.5)
+        starts = {".".join(key.split(".")[:n]) for key in by_name for n in range(1, key.count(".") + 2)}
+        close = difflib.get_close_matches(str(name), sorted(starts), n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise FoldError(f"{name!r} is no trainable parameter, nor the start of one's dotted name{hint}")
 

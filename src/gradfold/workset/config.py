@@ -33,7 +33,8 @@ class WorkingSet:
         states: what a slice's states are when it wakes again: "keep", as they were, or "reset", new.
         offload: where the states of sleeping slices are: "cpu", "disk", None (they stay on the weights' device), or a
             ``gradfold.workset.Store`` of your own.
-        folder: for ``offload="disk"``.
+        folder: for ``offload="disk"``. One run's own: what an earlier one left there is deleted. Checkpoints hold the
+            states themselves.
         prefetch: how many chunks' states are on their way to the device before their turn, 1 or 0. It begins in the
             last backward of a turn, when the loss head's memory is free again.
         seed: of ``order="random"``.

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,3 +201,24 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sole_user(folder: Path) -> IO[str] | None:
+    """Lock a folder until the file returned is closed, or its process ends. None where the system has no such locks.
+
+    Raises:
+        FoldError: somebody else has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise FoldError(
+            f"folder={str(folder)!r}: another working set keeps its states there; give this one its own"
+        ) from None
+    return lock

@@ -7,9 +7,10 @@ remembered, and any other value found is the user's freezing or unfreezing.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
@@ -21,9 +22,20 @@ from gradfold.errors import FoldError
 from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
 from .disk import Disk
+from .files import sole_user
 from .host import Host
 from .schedule import Schedule
 from .store import Resident, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Which chunk is awake."""
+
+    chunk: int  # from 0
+    chunks: int  # how many there are
+    step: int  # optimizer steps taken with this one, since it woke
+    interval: int  # ... before the next one wakes
 
 
 class Rotation:
@@ -39,13 +51,14 @@ class Rotation:
         self.turning = [slot for slot in trainable if slot not in self.always]
         self.chunks = self._cut()
         self.slices: dict[Slot, list[tuple[int, Region | None]]] = {slot: [] for slot in self.turning}
-        by_name = {slot.name: slot for slot in self.turning}
+        self._by_name = by_name = {slot.name: slot for slot in self.turning}
         for index, chunk in enumerate(self.chunks):
             for slice_ in chunk:
                 slot = by_name[slice_.name]
                 self.slices[slot].append((index, _region(slice_, slot.param)))
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
-        self.store = _store(config)
+        self._lock: IO[str] | None = None
+        self.store = self._store()
         self.awake: dict[Slot, bool] = {}  # what requires_grad was set to here
         self.frozen: set[Slot] = set()  # by the user, of those that take turns
         self._fetching = False
@@ -85,6 +98,52 @@ class Rotation:
             made.append(Piece(slot.name, tuple(slot.param.shape), size_bytes, mates.get(slot.name), grain))
         return made
 
+    def name_of(self, slice_: Slice) -> str:
+        """``model.layers.0.mlp.up_proj.weight[0:128]``; without brackets where it is the whole parameter."""
+        slot = self._by_name[slice_.name]
+        return _name(slot, _region(slice_, slot.param))
+
+    def chunk_bytes(self, index: int) -> float:
+        """Weights and states of one chunk."""
+        total = 0.0
+        for name, dim, start, stop in self.chunks[index]:
+            param = self._by_name[name].param
+            total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
+        return total
+
+    def chunks_of(self, slot: Slot) -> str:
+        """In which chunks a parameter is, for a table."""
+        if slot not in self.slices:
+            return "always" if slot in self.always else ""
+        found = sorted({index for index, _ in self.slices[slot]})
+        joined = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+        return f"{found[0]}-{found[-1]}" if joined else ", ".join(map(str, found))
+
+    def describe(self) -> str:
+        """The settings, in one line."""
+        config, sizes = self.config, [self.chunk_bytes(index) / 2**20 for index in range(len(self.chunks))]
+        by = config.by if isinstance(config.by, str) else "hand"
+        return (
+            f"{len(self.chunks)} chunks of {min(sizes):.3f} to {max(sizes):.3f} MiB, by {by}"
+            f"{f' ({config.axis})' if by == 'bytes' else ''}, {config.order}, {config.interval} steps each; "
+            f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}"
+        )
+
+    def turn(self) -> Turn:
+        return Turn(self.schedule.index, len(self.chunks), self.schedule.step, self.config.interval)
+
+    def _store(self) -> Store:
+        config = self.config
+        if config.offload == "disk":
+            assert config.folder is not None
+            store = Disk(config.folder)
+            self._lock = sole_user(store.folder)
+            store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
+            return store
+        if config.offload == "cpu":
+            return Host()
+        return Resident() if config.offload is None else config.offload
+
     # turns ------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -110,6 +169,10 @@ class Rotation:
                 self.ledger.optimizer.state[slot.param].update(tensors)
                 self.store.drop(name)
             slot.param.requires_grad_(slot not in self.frozen)
+        if isinstance(self.store, Disk):
+            self.store.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def look(self) -> None:
         """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
@@ -263,12 +326,3 @@ def _name(slot: Slot, region: Region | None) -> str:
 
 def _named(name: str, wanted: Any) -> bool:
     return any(part in name or fnmatch.fnmatchcase(name, part) for part in wanted)
-
-
-def _store(config: WorkingSet) -> Store:
-    if config.offload == "disk":
-        assert config.folder is not None
-        return Disk(config.folder)
-    if config.offload == "cpu":
-        return Host()
-    return Resident() if config.offload is None else config.offload  # type: ignore[return-value]

@@ -1,0 +1,160 @@
+"""``Fold.report()``: every parameter's route, storage and bytes, and the cut of a working set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from .backends import native
+from .engine import Ledger
+from .engine.storage import storage_of
+from .optim import RuleOptimizer
+from .workset import Rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter in ``Fold.report()``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    route: str  # folded, hooked, frozen; or asleep, where a working set will wake it
+    states: str  # how they are stored: "float32", "int8", "bf16 + split8"
+    weight_bytes: int
+    state_bytes: int  # wherever they are
+    tape: str = ""  # what waits for optimizer.step(): "uses", or "gradient" where the tape has collapsed into one
+    tape_bytes: int = 0  # that it pays for: what several weights hold is counted for one of them
+    chunks: str = ""  # of the working set: "3", "3-5" if it is cut, "always"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRow:
+    """One chunk of a working set."""
+
+    index: int
+    bytes: float  # weights and states
+    first: str  # slice
+    last: str
+    awake: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every parameter's route and bytes; printing it gives a table."""
+
+    rows: tuple[Row, ...]
+    backend: str  # "reference, compiled" where coded parameters step in native kernels
+    scratch_bytes: int
+    chunks: tuple[ChunkRow, ...] = ()
+    working_set: str = ""  # its settings, in words
+    host_bytes: int = 0  # of sleeping states
+    disk_bytes: int = 0
+
+    def __str__(self) -> str:
+        text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
+        text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
+        if self.chunks:
+            lines = [(str(c.index), c.first, c.last, _mib(c.bytes), "awake" if c.awake else "") for c in self.chunks]
+            text += ["", *_table(("chunk", "from", "to", "MiB", ""), lines, left=3)]
+            text.append(
+                f"working set: {self.working_set}; sleeping states: {_mib(self.host_bytes)} MiB in host memory, "
+                f"{_mib(self.disk_bytes)} MiB on disk"
+            )
+        return "\n".join(text)
+
+    def _parameters(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        lines = []
+        for row in self.rows:
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            words = (row.name, shape, str(row.dtype).removeprefix("torch."), row.route, row.states)
+            chunks = (row.chunks,) if self.chunks else ()
+            lines.append((*words, *chunks, _mib(row.weight_bytes), _mib(row.state_bytes)))
+        total = _mib(sum(row.weight_bytes for row in self.rows)), _mib(sum(row.state_bytes for row in self.rows))
+        empty = ("",) * (5 if self.chunks else 4)
+        lines.append(("total", *empty, *total))
+        head = ("parameter", "shape", "dtype", "route", "states", *(("chunk",) if self.chunks else ()))
+        return (*head, "weight MiB", "states MiB"), lines
+
+
+def report_of(ledger: Ledger) -> Report:
+    """The report of a fold as it is now."""
+    rows = tuple(_row(ledger, name, param) for name, param in ledger.model.named_parameters())
+    scratch_bytes = sum(t.numel() * t.element_size() for t in ledger.backend.scratch_tensors())
+    made = Report(rows, _backend(ledger), scratch_bytes)
+    turns = ledger.turns
+    if not isinstance(turns, Rotation):
+        return made
+    chunks = []
+    for index, chunk in enumerate(turns.chunks):
+        names = [turns.name_of(slice_) for slice_ in chunk]
+        awake = index == turns.schedule.index
+        chunks.append(ChunkRow(index, turns.chunk_bytes(index), names[0], names[-1], awake))
+    return dataclasses.replace(
+        made,
+        chunks=tuple(chunks),
+        working_set=turns.describe(),
+        host_bytes=turns.store.host_bytes,
+        disk_bytes=turns.store.disk_bytes,
+    )
+
+
+def _backend(ledger: Ledger) -> str:
+    """The backend's name, and how it steps coded parameters, if there are any."""
+    name, optimizer = ledger.backend.name, ledger.optimizer
+    slots = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
+    if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
+        return name
+    if any(not slot.param.is_cpu for slot in slots):
+        return f"{name}, coded steps in tensor operations"
+    why = native.reason()
+    return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
+
+
+def _row(ledger: Ledger, name: str, param: nn.Parameter) -> Row:
+    slot = ledger.slots.get(id(param))
+    held: list[Tensor] = []
+    stored, chunks = "", ""
+    if slot is not None:
+        assert isinstance(ledger.optimizer, RuleOptimizer)
+        waiting = {key: value for part in slot.parts for key, value in part.waiting.items()}
+        for _, states in ledger.optimizer.slices_of(param):
+            found = {key: value for key, value in {**states, **waiting}.items() if isinstance(value, Tensor)}
+            held += found.values()
+            if found and not stored:
+                stored = storage_of(param, ledger.optimizer.rule, slot.group).describe(found)
+        if isinstance(ledger.turns, Rotation):
+            chunks = ledger.turns.chunks_of(slot)
+    tapes = [] if slot is None else [part.tape for part in slot.parts if part.tape]
+    asleep = slot is not None and not slot.parts
+    frozen = slot is None or not (asleep or param.requires_grad)
+    route = "frozen" if frozen else "asleep" if asleep else "folded" if slot is not None and slot.folded else "hooked"
+    return Row(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        route=route,
+        states=stored,
+        weight_bytes=param.numel() * param.element_size(),
+        state_bytes=sum(state.numel() * state.element_size() for state in held),
+        tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
+        tape_bytes=sum(tape.cost_bytes for tape in tapes),
+        chunks=chunks,
+    )
+
+
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], left: int) -> list[str]:
+    """Columns of even width; the first ``left`` of them are words."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in (head, *lines)
+    ]
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**20:.3f}"
