@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.errors import FoldError
+from tests.models.test_models import MODELS
 from tests.workset.sliced import active_slices, snapshot, untouched
 from tests.workset.test_steps import coded_loss, coded_pair
 from tests.zoo import Net, batches, distance, no_gradients, ours, torchs, twins
@@ -357,3 +359,31 @@ def test_a_loss_without_anything_awake():
         fold.backward(model.loss(batches(20)[step]))
         optimizer.step()
         assert (fold.grad_norm == 0) == untouched(before, model, []) == (step == asleep)
+
+
+def test_transformers_checkpointing_does_not_keep_backward_going():
+    """gradient_checkpointing_enable makes embeddings' outputs require grad, for reentrant checkpoints."""
+    make, loss = MODELS["llama"]
+    model = make().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    needs = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: needs.append(args[0].requires_grad))
+    fold = gradfold.fold(model, ours(model), working_set=gradfold.WorkingSet(by="layer"))
+    found = {}
+    for _ in range(len(fold._ledger.turns.chunks)):
+        needs.clear()
+        turn = fold.working_set.chunk
+        loss(model, 0).backward()
+        found[fold._ledger.turns.chunks[turn][0].name] = needs[:2]
+        fold._ledger.optimizer.step()
+    assert found["model.embed_tokens.weight"] == [True, True]
+    assert found["model.layers.0.self_attn.q_proj.weight"] == [False, True]
+    assert found["model.layers.1.self_attn.q_proj.weight"] == [False, False]
+    fold.remove()
+    needs.clear()
+    model.model.embed_tokens.requires_grad_(False)
+    loss(model, 0)
+    assert needs == [True, True]  # as the user had it

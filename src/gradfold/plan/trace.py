@@ -31,9 +31,10 @@ _DEVICE_OF = torch.ops.prim.device.default
 class _Block:
     """One storage: how many bytes it holds now. Its number in the timeline says what they are for."""
 
-    __slots__ = ("index", "nbytes", "ref")
+    __slots__ = ("aside", "index", "nbytes", "ref")
 
     def __init__(self, index: int):
+        self.aside = False
         self.index = index
         self.nbytes = 0
         self.ref: _StorageRef | None = None
@@ -141,6 +142,14 @@ class LiveBytes(TorchDispatchMode):
         """Say what a storage is for, for the whole of its life, also the part that has passed."""
         self._see(tensor, _category_index(category), relabel=True)
 
+    def set_aside(self, *tensors: torch.Tensor) -> None:
+        """Stop counting tensors that would be in another memory by now, until an operator or `track` meets them."""
+        with self._lock:
+            for storage in (storage for tensor in tensors for storage in _storages(tensor)):
+                if (block := self._blocks.get(storage._cdata)) is not None:
+                    block.aside = True
+                    self._resize(block, 0)
+
     def moment(self, label: str) -> None:
         """Mark that a new phase begins here."""
         self._recheck()
@@ -186,6 +195,7 @@ class LiveBytes(TorchDispatchMode):
                     block = self._born(storage, category)
                 elif relabel and self._categories is not None:
                     self._categories[block.index] = category
+                block.aside = False
                 nbytes = storage.nbytes()
                 if nbytes != block.nbytes:
                     self._resize(block, nbytes)
@@ -220,7 +230,7 @@ class LiveBytes(TorchDispatchMode):
         with self._lock:
             for block in list(self._blocks.values()):
                 storage = block.ref() if block.ref is not None else None
-                if storage is not None and storage.nbytes() != block.nbytes:
+                if storage is not None and not block.aside and storage.nbytes() != block.nbytes:
                     self._resize(block, storage.nbytes())
 
     def _free(self, ref: _StorageRef) -> None:

@@ -61,6 +61,7 @@ class Rotation:
         self.store = self._store()
         self.awake: dict[Slot, bool] = {}  # what requires_grad was set to here
         self.frozen: set[Slot] = set()  # by the user, of those that take turns
+        self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
 
     # the cut ----------------------------------------------------------------------------------------------------------
@@ -169,6 +170,8 @@ class Rotation:
                 self.ledger.optimizer.state[slot.param].update(tensors)
                 self.store.drop(name)
             slot.param.requires_grad_(slot not in self.frozen)
+        for model in self._let_inputs:
+            model.enable_input_require_grads()
         if isinstance(self.store, Disk):
             self.store.close()
         if self._lock is not None:
@@ -176,6 +179,7 @@ class Rotation:
 
     def look(self) -> None:
         """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
+        self._stop_early()
         for slot in self.turning:
             if slot.param.requires_grad != self.awake[slot]:
                 if slot.param.requires_grad:
@@ -183,6 +187,14 @@ class Rotation:
                 else:
                     self.frozen.add(slot)
             self._set(slot, bool(slot.parts) and slot not in self.frozen)
+
+    def _stop_early(self) -> None:
+        """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
+        embeddings' outputs that require grad, so that every backward would run to the bottom."""
+        for model in self.ledger.model.modules():
+            if getattr(model, "_require_grads_hooks", None):
+                model.disable_input_require_grads()  # type: ignore[operator]
+                self._let_inputs.append(model)
 
     def fired(self) -> None:
         """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""

@@ -1,0 +1,164 @@
+"""Peak of live bytes on the device while a working set goes round, by running the real steps on fake tensors.
+
+Llama-2-7B's shape, bf16, checkpointed layers, AdamW with fp32 states that are in host memory while their slices sleep.
+Some turns of one round are sampled, first and last included; of each the last step, in which the next chunk's states
+are fetched, and the change of chunks after it. What sleeps in host memory is not counted, what is on its way back is.
+
+    python benchmarks/workset_memory.py                      # about ... minutes
+    python benchmarks/workset_memory.py --turns 3 --batch 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gradfold
+from common import print_table, write_result
+from gradfold.plan.fake import SkipWrites
+from gradfold.plan.trace import LiveBytes
+from gradfold.workset import Host
+
+GIB = 2**30
+
+
+class Metered(Host):
+    """Host memory, where a device is only played: tells the meter what leaves it and what comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter: LiveBytes | None = None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        super().put(key, tensors)
+        if self.meter is not None:
+            self.meter.set_aside(*tensors.values())
+
+    def prefetch(self, keys: Sequence[str], device: Any) -> None:
+        for key in keys:
+            self._arrive(key)
+
+    def take(self, key: str, device: Any) -> dict[str, Tensor] | None:
+        self._arrive(key)
+        return super().take(key, device)
+
+    def _arrive(self, key: str) -> None:
+        if self.meter is not None and (held := self.peek(key)) is not None:
+            self.meter.track(list(held.values()), category="states")
+
+
+def llama_2_7b() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunks", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=9, help="sampled of one round")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prefetch", type=int, choices=[0, 1], nargs="+", default=[1])
+    parser.add_argument("--states", default="fp32")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/workset_memory.json)")
+    args = parser.parse_args()
+
+    rows = []
+    for batch in args.batch:
+        for prefetch in args.prefetch:
+            rows.append(measure(args, batch, prefetch))
+            print(rows[-1], flush=True)
+    table = [
+        [
+            f"batch {row['batch']}, K = {row['chunks']}, prefetch {row['prefetch']}",
+            *(f"{row[key] / GIB:.2f}" for key in ("weights_bytes", "most_peak_bytes", "least_peak_bytes")),
+            f"{row['floor_bytes'] / GIB:.2f}",
+        ]
+        for row in rows
+    ]
+    print_table(["", "weights GiB", "highest peak", "lowest peak", "no states"], table)
+    print(f"\nwritten to {write_result('workset_memory', rows, args.out)}")
+
+
+def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
+    """One row: peaks over the sampled turns."""
+    from transformers import AutoModelForCausalLM
+
+    config = llama_2_7b()
+    config.num_hidden_layers = args.layers
+    started = time.perf_counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), SkipWrites():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = AutoModelForCausalLM.from_config(config).train()
+        finally:
+            torch.set_default_dtype(before)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.zeros(batch, args.tokens, dtype=torch.int64)
+        optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
+        store = Metered()
+        working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
+        fold = gradfold.fold(model, optimizer, working_set=working_set)
+        rotation = fold._ledger.turns
+        weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}
+        peaks, states = {}, {}
+        turns = sorted({round(i * (args.chunks - 1) / max(1, args.turns - 1)) for i in range(args.turns)})
+        for turn in turns:
+            rotation.schedule.next = turn  # jump there
+            step(model, optimizer, ids)
+            with LiveBytes(timeline=False) as live:
+                store.meter = live
+                live.track(model, optimizer, ids)
+                live.track(fold.scratch_tensors(), category="scratch")
+                states[turn] = sum(
+                    t.numel() * t.element_size() for held in optimizer.state.values() for t in held.values()
+                )
+                # a turn's states exist already when it comes round again
+                rotation.schedule.next = (turn + 1) % args.chunks
+                step(model, optimizer, ids)
+                peaks[turn] = live.peak_bytes
+                where = f"{live.peak_op}"
+                store.meter = None
+            print(f"  turn {turn}: {peaks[turn] / GIB:.3f} GiB at {where}, states {states[turn] / GIB:.3f}", flush=True)
+    return {
+        "batch": batch,
+        "tokens": args.tokens,
+        "chunks": args.chunks,
+        "prefetch": prefetch,
+        "states": args.states,
+        "weights_bytes": sum(weights.values()),
+        "most_peak_bytes": max(peaks.values()),
+        "least_peak_bytes": min(peaks.values()),
+        "floor_bytes": max(peaks[turn] - states[turn] for turn in turns),
+        "chunk_state_bytes": max(states.values()),
+        "peak_bytes_by_turn": peaks,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def step(model: torch.nn.Module, optimizer: Any, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

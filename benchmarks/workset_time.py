@@ -1,0 +1,125 @@
+"""Time of training steps with a working set, beside torch's fused AdamW on all weights, and BAdam.
+
+The three take one step each, in turn; the working set's chunk (and BAdam's block) changes with every step, so that
+the mean over a round weighs every depth of backward alike. Reported: each method's mean over whole rounds of its own,
+as a part of torch's mean over the same steps.
+
+    OMP_NUM_THREADS=1 python benchmarks/workset_time.py      # needs `pip install badam`, else without it; quiet machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradfold
+from common import DTYPES, PEERS, interleaved_ms, llama, llama_config, print_table, random_batch, write_result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="of the working set's; BAdam's have as many steps as blocks"
+    )
+    parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--axis", choices=["out", "in"], nargs="+", default=["out"])
+    parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/workset_time.json)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    config = llama_config(args.layers)
+    batch = random_batch(config, args.tokens)
+    steps: dict[str, Callable[[], Any]] = {}
+    blocks: dict[str, int] = {}
+    peer = PEERS["adamw"]
+    plain = llama(config, DTYPES[args.dtype])
+    steps["torch"] = stepper(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
+    for axis in args.axis:
+        model = llama(config, DTYPES[args.dtype])
+        optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
+        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
+        steps[name := f"working set, {axis}"] = stepper(model, optimizer, batch)
+        blocks[name] = args.chunks
+    if importlib.util.find_spec("badam"):
+        steps["badam"], blocks["badam"] = badam_step(config, args.dtype, batch)
+
+    span = args.chunks * args.rounds
+    if "badam" in blocks:  # whole rounds of both
+        span = max(span, blocks["badam"] * -(-span // blocks["badam"]))
+        span = args.chunks * -(-span // args.chunks)
+    times = dict(
+        zip(steps, interleaved_ms(list(steps.values()), span, warm_up=max([0, *blocks.values()])), strict=True)
+    )
+    rows = []
+    for name, block_count in blocks.items():
+        whole = span // block_count * block_count
+        mine, theirs = times[name][:whole], times["torch"][:whole]
+        rows.append(
+            {
+                "method": name,
+                "blocks": block_count,
+                "tokens": args.tokens,
+                "dtype": args.dtype,
+                "parameters": sum(p.numel() for p in plain.parameters()),
+                "steps": whole,
+                "mean_step_ms": statistics.mean(mine),
+                "torch_mean_step_ms": statistics.mean(theirs),
+                "ratio_of_means": statistics.mean(mine) / statistics.mean(theirs),
+                "ratio_by_block": [
+                    round(statistics.mean(mine[b::block_count]) / statistics.mean(theirs), 4)
+                    for b in range(block_count)
+                ],
+            }
+        )
+    table = [
+        [
+            row["method"],
+            str(row["blocks"]),
+            str(row["steps"]),
+            f"{row['mean_step_ms']:.0f}",
+            f"{row['ratio_of_means']:.3f}",
+        ]
+        for row in rows
+    ]
+    print_table(["", "chunks", "steps", "mean ms", "of torch's fused AdamW"], table)
+    print(f"\nwritten to {write_result('workset_time', rows, args.out)}")
+
+
+def stepper(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def badam_step(config: Any, dtype: str, batch: dict) -> tuple[Callable[[], None], int]:
+    """BAdam with a block for each layer, and for embedding and head, in order; how many blocks it has."""
+    from badam import BlockOptimizer
+
+    model = llama(config, DTYPES[dtype])
+    base = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = BlockOptimizer(
+        base_optimizer=base,
+        named_parameters_list=list(model.named_parameters()),
+        switch_block_every=1,
+        switch_mode="ascending",
+        include_embedding=True,
+        include_lm_head=True,
+        verbose=0,
+    )
+    return stepper(model, optimizer, batch), optimizer.block_num
+
+
+if __name__ == "__main__":
+    main()
