@@ -204,7 +204,8 @@ class Rotation:
             self._fetching = True
             for slot in self.turning:
                 names = [_name(slot, region) for index, region in self.slices[slot] if index == schedule.next]
-                self.store.prefetch(names, slot.param.device)
+                if names:
+                    self.store.prefetch(names, slot.param.device)
 
     def stepped(self, power: float) -> None:
         """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake."""
