@@ -109,7 +109,12 @@ def fold(
     ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), when)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, ledger)
-    modules = swap(model, slots)
+    try:
+        modules = swap(model, slots)
+    except FoldError:
+        if rotation is not None:
+            rotation.close()
+        raise
     if rotation is None:
         for slot in slots.values():
             slot.arm()
@@ -121,6 +126,7 @@ def fold(
             rotation.begin()
         except (ValueError, FoldError) as error:
             made.remove()
+            rotation.close()
             optimizer.state.clear()
             optimizer.state.update(kept)
             raise FoldError(f"working_set=: {error}") from None

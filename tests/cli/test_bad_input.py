@@ -192,6 +192,35 @@ CASES = {
         lambda place, m: ["--gradient.clip", "delayed", "--gradient.clip-norm", 1, "--no-fold"],
         "gradient.clip = 'delayed' with fold = False: stored gradients are there to be measured",
     ),
+    "a working set that never turns": (
+        lambda place, m: ["--working-set.chunks", 4, "--working-set.interval", 0],
+        "working_set.interval = 0: give a whole number, 1 or more",
+    ),
+    "chunks fetched too early": (
+        lambda place, m: ["--working-set.chunks", 4, "--working-set.prefetch", 2],
+        "working_set.prefetch = 2: give 0 or 1",
+    ),
+    "an order of no chunks": (
+        lambda place, m: ["--working-set.order", "random"],
+        "working_set.order = 'random': does nothing without working_set.chunks; say how many",
+    ),
+    "a working set of stored gradients": (
+        lambda place, m: ["--working-set.chunks", 4, "--no-fold"],
+        "working_set with fold = False: only a folded model has one; leave working_set out, or fold",
+    ),
+    "more chunks than rows": (
+        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.chunks", 100_000,
+                          "--working-set.offload", "disk"],
+        "working_set.chunks = 100000: a chunk would have ",
+    ),
+    "more chunks than layers": (
+        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.by", "layer", "--working-set.chunks", 99],
+        "working_set.chunks = 99: the model has 4 layers to train; at most that many, or None",
+    ),
+    "always awake, but not there": (
+        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.chunks", 4, "--working-set.always", "nrm"],
+        "working_set.always = ['nrm']: no trainable parameter's name contains it",
+    ),
     "an option by its name in transformers": (
         lambda place, m: ["--gradient-accumulation-steps", 4],
         "unknown option --gradient-accumulation-steps; did you mean '--gradient.accumulate'?",

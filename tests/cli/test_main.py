@@ -53,6 +53,8 @@ def test_help_names_every_field(capsys):
         "--no-fold",
         "--gradient.accumulate",
         "--gradient.clip-norm",
+        "--working-set.chunks",
+        "--working-set.offload",
     ):
         assert flag in text
 

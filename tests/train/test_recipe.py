@@ -17,6 +17,7 @@ from gradfold.train.recipe import (
     Recipe,
     ScheduleRecipe,
     TextRecipe,
+    WorkingSetRecipe,
 )
 from gradfold.train.recipe_file import differing_fields, dump_recipe, field_types, load_recipe, unflatten
 
@@ -70,6 +71,30 @@ BAD_FIELDS = [
         {"fold": False, "gradient": GradientRecipe(clip="two_pass", clip_norm=1.0)},
         "gradient.clip = 'two_pass' with fold = False: stored gradients",
     ),
+    (WorkingSetRecipe, {"chunks": 0}, "working_set.chunks = 0: give a whole number, 1 or more"),
+    (WorkingSetRecipe, {"chunks": 2.0}, "working_set.chunks = 2.0: takes a whole number"),
+    (WorkingSetRecipe, {"chunks": 4, "interval": 0}, "working_set.interval = 0: give a whole number, 1 or more"),
+    (WorkingSetRecipe, {"chunks": 4, "prefetch": 2}, "working_set.prefetch = 2: give 0 or 1"),
+    (WorkingSetRecipe, {"chunks": 4, "prefetch": -1}, "working_set.prefetch = -1: give 0 or 1"),
+    (WorkingSetRecipe, {"chunks": 4, "by": "rows"}, "working_set.by = 'rows': takes bytes, layer"),
+    (WorkingSetRecipe, {"chunks": 4, "axis": "up"}, "working_set.axis = 'up': takes out, in"),
+    (WorkingSetRecipe, {"chunks": 4, "order": "up"}, "working_set.order = 'up': takes forward, backward, random, imp"),
+    (WorkingSetRecipe, {"chunks": 4, "states": "drop"}, "working_set.states = 'drop': takes keep, reset"),
+    (WorkingSetRecipe, {"chunks": 4, "offload": "tape"}, "working_set.offload = 'tape': takes cpu, disk"),
+    (WorkingSetRecipe, {"chunks": 4, "always": "norm"}, "working_set.always = 'norm': takes a list of names"),
+    (
+        WorkingSetRecipe,
+        {"offload": "disk"},
+        "working_set.offload = 'disk': does nothing without working_set.chunks; say how many",
+    ),
+    (WorkingSetRecipe, {"interval": 8}, "working_set.interval = 8: does nothing without working_set.chunks"),
+    (WorkingSetRecipe, {"always": ("norm",)}, "working_set.always = ('norm',): does nothing without"),
+    (
+        Recipe,
+        {"fold": False, "working_set": WorkingSetRecipe(chunks=4)},
+        "working_set with fold = False: only a folded model has one",
+    ),
+    (Recipe, {"fold": False, "working_set": WorkingSetRecipe(by="layer")}, "working_set with fold = False"),
     (ScheduleRecipe, {"warmup": -1}, "schedule.warmup = -1.0"),
     (ScheduleRecipe, {"warmup": 1.5}, "schedule.warmup = 1.5: give a fraction of all steps"),
     (ScheduleRecipe, {"final": 2}, "schedule.final = 2.0"),
@@ -113,6 +138,9 @@ BAD_FILES = [
     ("max_grad_norm: 1.0\n", "unknown field max_grad_norm; did you mean 'gradient.clip_norm'?"),
     ("gradient:\n  clip_nrm: 1.0\n", "did you mean 'gradient.clip_norm'?"),
     ("gradient:\n  clip: delayed\n", "gradient.clip = 'delayed': clips nothing without gradient.clip_norm"),
+    ("working_set:\n  chunk: 4\n", "unknown field working_set.chunk; did you mean 'working_set.chunks'?"),
+    ("working_set:\n  order: random\n", "working_set.order = 'random': does nothing without working_set.chunks"),
+    ("fold: false\nworking_set:\n  chunks: 4\n", "working_set with fold = False"),
     ("zzzzzz: 12\n", "unknown field zzzzzz"),
     ("steps: ten\n", "steps = 'ten': takes a whole number"),
     ("steps: 1.5\n", "steps = 1.5: takes a whole number"),
@@ -164,6 +192,7 @@ def test_a_file_may_be_short_and_write_numbers_as_people_do(tmp_path):
             epochs=0.1,
             optimizer=OptimizerRecipe(name="SGD", lr=0.1 + 0.2, momentum=0.9, nesterov=True),
             gradient=GradientRecipe(clip_norm=0.3, clip="two_pass", on_nonfinite="skip"),
+            working_set=WorkingSetRecipe(chunks=4, order="random", always=("norm", "head"), offload="disk"),
         ),
     ],
 )
@@ -180,6 +209,17 @@ def test_the_example_of_the_demo_is_the_demo():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_loads(path):
     load_recipe(path)
+
+
+def test_each_setting_of_a_working_set_counts_as_a_difference():
+    base = unflatten({"working_set.chunks": 4}, Recipe())
+    others = {"chunks": 5, "interval": 2, "by": "layer", "axis": "in", "order": "random", "always": ("norm",),
+              "states": "reset", "offload": "cpu", "prefetch": 0}  # fmt: skip
+    assert others.keys() == {spec.name for spec in dataclasses.fields(WorkingSetRecipe)}
+    for name, value in others.items():
+        assert list(differing_fields(base, unflatten({f"working_set.{name}": value}, base))) == [f"working_set.{name}"]
+    taken = {spec.name for spec in dataclasses.fields(gradfold.WorkingSet)}
+    assert others.keys() | {"folder", "seed"} == taken
 
 
 def test_only_what_changes_the_run_counts_as_a_difference():

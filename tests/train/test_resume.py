@@ -17,6 +17,7 @@ from gradfold.train.interrupt import Interrupted
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.recipe_file import unflatten
+from gradfold.train.run import STATES as STATES_FOLDER
 from tests.train.tiny import recipe, save_tiny, sentence, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -91,6 +92,43 @@ SETUPS = {
     },
     "clipped in two passes": {"gradient.clip_norm": 0.5, "gradient.clip": "two_pass"},
     "clipped by the last step's norm": {"gradient.clip_norm": 0.5, "gradient.clip": "delayed"},
+    "a working set, in the middle of a cycle": {
+        "working_set.chunks": 4,
+        "working_set.interval": 2,
+        "working_set.offload": "cpu",
+        "steps": 11,
+    },
+    "a working set in random order, on disk": {
+        "working_set.chunks": 4,
+        "working_set.interval": 2,
+        "working_set.offload": "disk",
+        "working_set.order": "random",
+        "steps": 11,
+    },
+    "a working set, in the middle of a turn, accumulated and clipped, coded states on disk": {
+        "working_set.chunks": 4,
+        "working_set.interval": 3,
+        "working_set.offload": "disk",
+        "working_set.always": ("norm",),
+        "gradient.accumulate": 2,
+        "gradient.clip_norm": 0.5,
+        "dtype": "bfloat16",
+        "optimizer.states": "int8",
+        "optimizer.rounding": "stochastic",
+        "optimizer.small_size": 0,
+        "steps": 15,
+    },
+    "a working set of columns by importance, clipped in two passes": {
+        "working_set.chunks": 3,
+        "working_set.interval": 1,
+        "working_set.axis": "in",
+        "working_set.order": "importance",
+        "working_set.offload": "cpu",
+        "gradient.clip_norm": 0.5,
+        "gradient.clip": "two_pass",
+        "gradient_checkpointing": True,
+        "steps": 9,
+    },
     "accumulated and clipped, from stored gradients": {
         "fold": False,
         "gradient.accumulate": 3,
@@ -108,12 +146,13 @@ def test_interrupted_and_resumed_is_bit_identical(tiny, texts, tmp_path, silent,
     out = tmp_path / "parts"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 4, signal.SIGINT)
-        with pytest.raises(Interrupted, match=r"stopped after step 4 of \d; continue with --resume") as caught:
+        with pytest.raises(Interrupted, match=r"stopped after step 4 of \d+; continue with --resume") as caught:
             train(chosen, out, None, silent)
     assert caught.value.checkpoint == out / "checkpoints" / "step-000004"
     torch.rand(3)  # whatever happens in between
     train(chosen, out, read_checkpoint(find_checkpoint(out)), silent)
     same(result(tmp_path / "whole"), result(out))
+    assert not list(tmp_path.glob(f"*/{STATES_FOLDER}"))
     steps = [record["step"] for record in read_metrics(out / METRICS) if "loss" in record]
     assert steps == list(range(1, chosen.steps + 1))
 
@@ -211,6 +250,7 @@ CHANGES = [
     ({"optimizer.name": "SGD"}, "optimizer.name (was 'AdamW', now 'SGD')"),
     ({"batch_size": 4, "text.packing": False}, "batch_size (was 3, now 4), text.packing (was True, now False)"),
     ({"fold": False}, "fold (was True, now False)"),
+    ({"working_set.chunks": 2}, "working_set.chunks (was None, now 2)"),
     ({"gradient.accumulate": 2}, "gradient.accumulate (was 1, now 2)"),
     ({"steps": 3}, "steps = 3: the checkpoint is at step 4 already"),
 ]

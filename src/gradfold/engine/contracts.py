@@ -44,6 +44,10 @@ class Turns(Protocol):
 
     def stepped(self, power: float) -> None: ...
 
+    def catch_up(self) -> None:
+        """Do what a ``stepped`` that raised has left undone."""
+        ...
+
     def end(self) -> None: ...
 
     def regions(self, param: Parameter) -> list[Region | None]:

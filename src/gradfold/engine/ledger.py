@@ -92,6 +92,7 @@ class Ledger:
         refuse_wrappers(self.model)
         self._refuse_moved()
         if self.turns is not None:
+            self.turns.catch_up()
             self.turns.look()
         for slot in self.slots.values():
             slot.arm()

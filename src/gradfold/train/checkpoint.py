@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gradfold.errors import FoldError
 from gradfold.train import atomic
 from gradfold.train.errors import CheckpointError, RecipeError, one_line
 from gradfold.train.model import quiet_transformers
@@ -200,6 +201,8 @@ def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any 
         # What the schedule says, also if the run has been made longer since; the same bits if it has not.
         for group, lr, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = lr * factor(scheduler.last_epoch)
+    except FoldError as error:  # of the place the states go to, as when its disk is full
+        raise CheckpointError(f"checkpoint {saved.path}: cannot be continued from: {error}") from error
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(saved.path, f"its states do not fit the model: {one_line(error)}") from error
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from gradfold.errors import NonFiniteError
+from gradfold.errors import FoldError, NonFiniteError
+from gradfold.train.atomic import is_disk_full
 from gradfold.train.data import as_tensors
 from gradfold.train.errors import TrainError
 
@@ -40,6 +41,10 @@ def step_weights(run: Run, batches: list[Batch]) -> tuple[float, float | None]:
             f"step {number}: {error.what}; lower optimizer.lr, look at the data, or go on without such gradients: "
             "gradient.on_nonfinite = 'skip'"
         ) from error
+    except FoldError as error:
+        if not is_disk_full(error.__cause__ or error):
+            raise
+        raise TrainError(f"step {number}: {error}; then --resume the run from its last checkpoint") from error
     run.optimizer.zero_grad()
     run.scheduler.step()
     return total, norm

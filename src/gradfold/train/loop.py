@@ -20,7 +20,7 @@ from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_me
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import dump_recipe
 from gradfold.train.report import finish
-from gradfold.train.run import Run, assemble
+from gradfold.train.run import Run, assemble, forget_states
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
     Raises TrainError with one clear line; Interrupted, a kind of it, after a signal, once everything is saved.
     """
     display = display or Display()
-    run = assemble(recipe, out, saved, display)
     made = not out.exists()
+    run = assemble(recipe, out, saved, display)
     out.mkdir(parents=True, exist_ok=True)
     with atomic.sole_writer(out) as alone:
         if not alone:
@@ -39,6 +39,7 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
             with held_back_signals() as stop:
                 return _train(run, saved, display, stop)
         finally:
+            forget_states(out, made=False)
             # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
             if saved is None and run.progress.step == 0:
                 (out / RECIPE).unlink(missing_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_gr
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import differing_fields
 
-STATES = "sleeping-states"  # in the run's folder, with working_set.offload = disk
+STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
 
 @dataclass
@@ -57,7 +60,8 @@ class Run:
 def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -> Run:
     """Load and check all parts; with `saved`, in the state they were saved in.
 
-    Raises TrainError of one kind or another for whatever does not fit. Writes nothing.
+    Raises TrainError of one kind or another for whatever does not fit. Writes nothing but, with working_set.offload =
+    disk, the folder of sleeping states, which `forget_states` removes.
     """
     if saved is not None:
         check_continues(saved, recipe)
@@ -88,10 +92,15 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
-    seed_all(recipe.seed)
-    if saved is not None:
-        restore(saved, model, optimizer, scheduler, fold)
+    made = not out.exists()
+    try:
+        fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
+        seed_all(recipe.seed)
+        if saved is not None:
+            restore(saved, model, optimizer, scheduler, fold)
+    except BaseException:
+        forget_states(out, made)
+        raise
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
 
 
@@ -108,7 +117,21 @@ def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
     except gradfold.FoldError as error:
         if working_set is None:
             raise
-        raise RecipeError(one_line(error)) from None
+        raise RecipeError(_by_option(str(error))) from None
+
+
+def _by_option(said: str) -> str:
+    """What a working set says of an argument, said of the recipe's option."""
+    found = re.match(r"(?:WorkingSet\()?(chunks|always)=(.+?)\)?: ", said)
+    return f"working_set.{found[1]} = {found[2]}: {said[found.end() :]}" if found else one_line(RuntimeError(said))
+
+
+def forget_states(out: Path, made: bool) -> None:
+    """Delete the files of sleeping states, which no checkpoint needs; and the folder around them, if it was `made`."""
+    shutil.rmtree(out / STATES, ignore_errors=True)
+    if made:
+        with contextlib.suppress(OSError):  # something else is in it
+            out.rmdir()
 
 
 def check_continues(saved: Saved, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradfold.errors import FoldError
 
-from .files import TEMPORARY, Header, mapped, read, read_header, write
+from .files import TEMPORARY, Header, data_is_limited, mapped, read, read_header, write
 from .store import Device, bring, bytes_of
 
 SUFFIX = ".safetensors"
@@ -85,13 +85,23 @@ class Disk:
         if key not in self._current:
             return None
         coming = self._coming.pop(key, None)
-        header, made = coming.result() if coming is not None else read(self.folder / self._current[key])
+        if coming is not None and coming.exception() is None:
+            header, made = coming.result()
+        else:  # where reading ahead failed, perhaps it does no longer
+            header, made = read(self.folder / self._current[key])
         made = bring(made, device, header.counters)
         self._lent[key] = self._current.pop(key)
         return made
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
-        """Memory-mapped: read page by page, and still readable after the key has a new version."""
+        """Memory-mapped: read page by page, and still readable after the key has a new version.
+
+        Where the process's data is limited (``ulimit -d``) they must not be written to, and count for nothing there.
+        """
+        return mapped(self.folder / self._current[key], not data_is_limited()) if key in self._current else None
+
+    def detached(self, key: str) -> dict[str, Tensor] | None:
+        """Memory-mapped too, and always to be written to: what changes is in memory, the file stays as it is."""
         return mapped(self.folder / self._current[key]) if key in self._current else None
 
     def drop(self, key: str) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import mmap
 import os
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,20 +162,40 @@ def read(path: Path, pin: bool = False) -> tuple[Header, dict[str, Tensor]]:
     return header, made
 
 
-def mapped(path: Path) -> dict[str, Tensor]:
+def mapped(path: Path, writable: bool = True) -> dict[str, Tensor]:
     """All tensors as views of the file, loaded page by page when they are looked at; writes do not reach the file.
 
+    Not ``writable``, they take no part of a limit on the process's data (``ulimit -d``), and writing to them crashes.
+
     Raises:
-        FoldError: the file is missing, or not whole.
+        FoldError: the file is missing, or not whole, or there is no room for a view of it.
     """
     header = read_header(path)
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ)
+    except OSError as error:
+        raise FoldError(f"{path}: cannot be mapped into memory ({error}); raise the process's limits") from error
     made = {}
     for name, (dtype, shape, start, size) in header.layout.items():
-        flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0)
+        flat = _view(pages, size, start) if size else torch.empty(0)
         made[name] = flat.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
     return made
+
+
+def data_is_limited() -> bool:
+    """Whether this process may have only so much private writable memory, which a mapping to write to counts as."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+
+
+def _view(pages: mmap.mmap, size: int, start: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=start)
 
 
 def damaged(path: Path, why: object) -> FoldError:
@@ -207,13 +228,17 @@ def sole_user(folder: Path) -> IO[str] | None:
     """Lock a folder until the file returned is closed, or its process ends. None where the system has no such locks.
 
     Raises:
-        FoldError: somebody else has it.
+        FoldError: somebody else has it, or it cannot be made.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    lock = (folder / ".lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise FoldError(f"folder={str(folder)!r}: {error}; offload='disk' needs a folder to write to") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -7,9 +7,12 @@ remembered, and any other value found is the user's freezing or unfreezing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor, nn
@@ -63,6 +66,9 @@ class Rotation:
         self.frozen: set[Slot] = set()  # by the user, of those that take turns
         self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
+        self._owed: float | None = None  # the power of a step that has not been counted yet
+        self._waking = False  # the last chunk is asleep, and the next one not awake yet
+        self._loading = False
 
     # the cut ----------------------------------------------------------------------------------------------------------
 
@@ -137,9 +143,15 @@ class Rotation:
         config = self.config
         if config.offload == "disk":
             assert config.folder is not None
-            store = Disk(config.folder)
-            self._lock = sole_user(store.folder)
-            store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
+            self._lock = lock = sole_user(Path(config.folder))  # before Disk sweeps the folder
+            if lock is not None:
+                weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
+            try:
+                store = Disk(config.folder)
+                store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
+            except FoldError:
+                self.close()
+                raise
             return store
         if config.offload == "cpu":
             return Host()
@@ -166,7 +178,7 @@ class Rotation:
     def end(self) -> None:
         """``requires_grad`` as the user would have it, and all states with the optimizer."""
         for slot in self.turning:
-            for name, tensors in self._sleeping(slot):
+            for name, tensors in self._sleeping(slot, stepping=True):
                 self.ledger.optimizer.state[slot.param].update(tensors)
                 self.store.drop(name)
             slot.param.requires_grad_(slot not in self.frozen)
@@ -174,6 +186,10 @@ class Rotation:
             model.enable_input_require_grads()
         if isinstance(self.store, Disk):
             self.store.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let another fold have the folder."""
         if self._lock is not None:
             self._lock.close()
 
@@ -208,36 +224,64 @@ class Rotation:
                     self.store.prefetch(names, slot.param.device)
 
     def stepped(self, power: float) -> None:
-        """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake."""
-        before = self.schedule.index
-        if self.schedule.stepped(power) and self.schedule.index != before:
-            self._sleep()
+        """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake.
+
+        Raises:
+            FoldError: a store cannot take a chunk's states, or give them. Nothing is lost: ``state_dict()`` has them
+                all, and the next ``optimizer.step()``, or the next forward, does what is left to do, and no more.
+        """
+        if self._owed is None and not self._waking:
+            self._owed = power
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Count the step and change chunks, as far as that has not been done."""
+        if self._loading:
+            raise FoldError(
+                "optimizer.load_state_dict() did not come to its end, and states are missing; call it again"
+            )
+        if self._owed is not None:
+            if self.schedule.leaves:
+                self._sleep()
+                self._waking = True
+            self.schedule.stepped(self._owed)
+            self._owed, self._fetching = None, False
+        if self._waking:
             self._wake()
-        self._fetching = False
 
     def _wake(self) -> None:
-        """Give the slots of the active chunk their parts and states."""
+        """Give the slots of the active chunk their parts and states. Where it raises, it can be called again."""
         state = self.ledger.optimizer.state
+        parts: dict[Slot, list[Part]] = {}
         for slot in self.turning:
             regions = [region for index, region in self.slices[slot] if index == self.schedule.index]
-            slot.parts = [Part(slot, region) for region in regions]
-            for part in slot.parts:
+            parts[slot] = [Part(slot, region) for region in regions]
+            for part in parts[slot]:
                 if tensors := self.store.take(part.name, slot.param.device):
                     state[slot.param].update(tensors)
+        for slot in self.turning:  # now that all of them have their states: none may begin anew for want of a file
+            slot.parts = parts[slot]
             self._set(slot, bool(slot.parts) and slot not in self.frozen)
             if slot.parts:
                 slot.arm()
+        self._waking = False
 
     def _sleep(self) -> None:
-        """Take parts and states from those that are awake."""
-        for slot in self.turning:
-            for part in slot.parts:
-                states = part.state
-                tensors = {part.key(name): states[name] for name in list(states)}
-                if self.config.states == "keep" and tensors:
+        """Take parts and states from those that are awake; where the store raises, from none."""
+        parts = [part for slot in self.turning for part in slot.parts]
+        put: list[str] = []
+        try:
+            for part in parts if self.config.states == "keep" else []:
+                if tensors := {part.key(name): value for name, value in part.state.items()}:
+                    put.append(part.name)
                     self.store.put(part.name, tensors)
-                for name in list(states):
-                    del states[name]
+        except BaseException:
+            for name in put:
+                self.store.drop(name)  # they are with the optimizer, and may step again there
+            raise
+        for part in parts:
+            part.state.clear()
+        for slot in self.turning:
             slot.parts = []
             slot.disarm()
 
@@ -250,13 +294,13 @@ class Rotation:
 
     # states -----------------------------------------------------------------------------------------------------------
 
-    def _sleeping(self, slot: Slot) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Names of sleeping slices that have states, and those states."""
-        for index, region in self.slices[slot]:
-            if index != self.schedule.index:
-                name = _name(slot, region)
-                if (tensors := self.store.peek(name)) is not None:
-                    yield name, tensors
+    def _sleeping(self, slot: Slot, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
+        look = self.store.detached if stepping and isinstance(self.store, Disk) else self.store.peek
+        for _, region in self.slices[slot]:
+            name = _name(slot, region)
+            if (tensors := look(name)) is not None:
+                yield name, tensors
 
     def regions(self, param: nn.Parameter) -> list[Region | None]:
         slot = self.ledger.slots.get(id(param))
@@ -272,7 +316,10 @@ class Rotation:
 
     def state_dict(self) -> dict[str, Any]:
         """The cut, and where in it the rotation is: plain numbers and names."""
-        return {"cut": _cut_of(self.chunks), "schedule": self.schedule.state_dict()}
+        schedule = copy.deepcopy(self.schedule)
+        if self._owed is not None:  # a run that goes on from here changes chunks as it loads
+            schedule.stepped(self._owed)
+        return {"cut": _cut_of(self.chunks), "schedule": schedule.state_dict()}
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
         if saved is None:
@@ -295,6 +342,7 @@ class Rotation:
         states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
     ) -> None:
         self.check(saved)
+        self._loading = True
         for name in list(self.store.keys()):
             self.store.drop(name)
         for slot in self.turning:
@@ -302,7 +350,7 @@ class Rotation:
             slot.disarm()
         if saved is not None:
             self.schedule.load_state_dict(saved["schedule"])
-        self._fetching = False
+        self._fetching, self._owed = False, None
         optimizer = self.ledger.optimizer
         for slot in self.ledger.slots.values():
             for index, region in self.slices.get(slot, [(self.schedule.index, None)]):
@@ -311,6 +359,7 @@ class Rotation:
                         optimizer.state[slot.param].update(found)
                     else:
                         self.store.put(_name(slot, region), found)
+        self._loading = False
         self._wake()
 
 

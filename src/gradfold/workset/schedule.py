@@ -43,6 +43,11 @@ class Schedule:
         self.last[self.index] = 0
         self.next = ORDERS[order](self, 1)
 
+    @property
+    def leaves(self) -> bool:
+        """Whether ``stepped`` will change ``index``."""
+        return self.step + 1 >= self.interval and self.next != self.index
+
     def stepped(self, power: float | None) -> bool:
         """After every optimizer step, with the sum of squares of the chunk's gradient (None: not known).
 

@@ -1,0 +1,136 @@
+"""A run with a working set: what it says and writes down, and what it leaves behind."""
+
+import errno
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from gradfold.errors import FoldError
+from gradfold.train import loop
+from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
+from gradfold.train.display import Display
+from gradfold.train.errors import CheckpointError, RecipeError, TrainError
+from gradfold.train.loop import train
+from gradfold.train.metrics import METRICS, read_metrics
+from gradfold.train.run import STATES
+from gradfold.workset import Disk
+from tests.train.tiny import recipe, tree_bytes
+
+CUT = {"working_set__chunks": 4, "working_set__interval": 2}
+DISK = CUT | {"working_set__offload": "disk"}
+
+
+def shown(width=300, terminal=False):
+    return Display(Console(file=(text := io.StringIO()), width=width, force_terminal=terminal)), text
+
+
+def test_metrics_and_lines_say_which_chunk(tiny, texts, tmp_path, no_pictures):
+    display, text = shown()
+    train(recipe(tiny, texts, steps=10, **CUT), tmp_path / "run", None, display)
+    records = [record for record in read_metrics(tmp_path / "run" / METRICS) if "loss" in record]
+    assert [record["chunk"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
+    assert {record["chunks"] for record in records} == {4}
+    lines = text.getvalue().splitlines()
+    (grid,) = (line for line in lines if line.startswith("working set"))
+    assert "4 chunks of 0." in grid and "by bytes (out), forward, 2 steps each; states keep, offload None" in grid
+    steps = [line for line in lines if line.startswith("step ") and "grad norm" in line]
+    assert [line.partition("chunk ")[2][:3] for line in steps] == ["1/4"] * 2 + ["2/4"] * 2 + ["3/4"] * 2 + [
+        "4/4"
+    ] * 2 + ["1/4"] * 2
+
+
+def test_the_bar_says_which_chunk(tiny, texts, tmp_path, no_pictures):
+    display, text = shown(terminal=True)
+    train(recipe(tiny, texts, steps=3, **CUT), tmp_path / "run", None, display)
+    assert "chunk 2/4" in text.getvalue()
+
+
+def test_without_one_nobody_speaks_of_chunks(tiny, texts, tmp_path, no_pictures):
+    display, text = shown()
+    train(recipe(tiny, texts, steps=2), tmp_path / "run", None, display)
+    assert "chunk" not in text.getvalue() and "working set" not in text.getvalue()
+    assert all("chunk" not in record for record in read_metrics(tmp_path / "run" / METRICS))
+
+
+@pytest.mark.parametrize("options", [DISK, {"working_set__by": "layer"}], ids=["disk", "layer"])
+def test_a_whole_run_with_its_pictures(tiny, texts, tmp_path, options):
+    display, text = shown()
+    out = tmp_path / "run"
+    summary = train(recipe(tiny, texts, steps=2, **options), out, None, display)
+    assert summary["plots"] == ["loss.png", "memory.png"], text.getvalue()
+    assert {path.name for path in out.iterdir()} == {
+        *("recipe.yaml", "metrics.jsonl", "summary.json", "loss.png", "memory.png", "checkpoints")
+    }
+    folded, plain = summary["step_memory"]["folded"], summary["step_memory"]["plain"]
+    assert folded["at_peak_bytes"]["states"] < 0.7 * plain["at_peak_bytes"]["states"]
+    json.dumps(summary)
+
+
+# sleeping states on the disk ------------------------------------------------------------------------------------------
+
+
+def test_they_are_in_the_runs_folder_while_it_trains(tiny, texts, tmp_path, silent, monkeypatch, no_pictures):
+    seen = []
+
+    def step(run, progress, meter, plain=loop._step):
+        seen.append(len(list((run.out / STATES).glob("*.safetensors"))))
+        return plain(run, progress, meter)
+
+    monkeypatch.setattr(loop, "_step", step)
+    train(recipe(tiny, texts, steps=6, **DISK), tmp_path / "run", None, silent)
+    assert seen[0] == 0 and seen[2] > 0
+    assert not (tmp_path / "run" / STATES).exists()
+
+
+def test_a_recipe_that_does_not_fit_leaves_nothing(tiny, texts, tmp_path, silent):
+    with pytest.raises(RecipeError, match=r"working_set.chunks = 5000: .* is sure to do"):
+        train(recipe(tiny, texts, **DISK | {"working_set__chunks": 5000}), tmp_path / "run", None, silent)
+    assert not (tmp_path / "run").exists()
+
+
+def full(monkeypatch, after):
+    """Let the disk be full once so many slices have been put to sleep."""
+    calls, plain = [], Disk.put
+
+    def put(self, key, tensors):
+        calls.append(key)
+        if len(calls) > after:
+            raise FoldError(f"{key}: the disk is full. Make room") from OSError(errno.ENOSPC, "No space left on device")
+        plain(self, key, tensors)
+
+    monkeypatch.setattr(Disk, "put", put)
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(
+    tiny, texts, tmp_path, silent, monkeypatch, no_pictures
+):
+    chosen = recipe(tiny, texts, steps=9, checkpoint__interval_steps=3, **DISK)
+    whole = train(chosen, tmp_path / "whole", None, silent)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        full(patch, after=12)
+        with pytest.raises(TrainError, match=r"^step \d: .*the disk is full.*--resume the run from its last") as caught:
+            train(chosen, out, None, silent)
+    assert "\n" not in str(caught.value)
+    assert not (out / STATES).exists()
+    saved = find_checkpoint(out)
+    before = tree_bytes(saved)
+    with monkeypatch.context() as patch:
+        full(patch, after=0)
+        with pytest.raises(CheckpointError, match="cannot be continued from: .*the disk is full") as caught:
+            train(chosen, out, read_checkpoint(saved), silent)
+    assert "damaged" not in str(caught.value)
+    assert tree_bytes(saved) == before and not (out / STATES).exists()
+    again = train(chosen, out, read_checkpoint(saved), silent)
+    assert again["held_out_loss"] == whole["held_out_loss"] and again["train_loss"] == whole["train_loss"]
+
+
+def test_other_errors_of_a_step_are_not_dressed_up(tiny, texts, tmp_path, silent, monkeypatch, no_pictures):
+    def put(self, key, tensors):
+        raise FoldError("a bug")
+
+    monkeypatch.setattr(Disk, "put", put)
+    with pytest.raises(FoldError, match="^a bug$"):
+        train(recipe(tiny, texts, **DISK), tmp_path / "run", None, silent)
