@@ -106,30 +106,36 @@ def fold(
                     f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
                     "model, so no folded backward would step it; give it an optimizer of its own"
                 )
+    if working_set is not None and not isinstance(working_set, WorkingSet):
+        raise FoldError(f"working_set={working_set!r}: give a gradfold.WorkingSet, e.g. WorkingSet(chunks=8)")
+    if working_set is not None and clip == "delayed":
+        raise FoldError(
+            "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
+            "'two_pass'"
+        )
     ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), when)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, ledger)
+    kept = {param: dict(states) for param, states in optimizer.state.items()}
+    made = Fold(ledger, [])
     try:
-        modules = swap(model, slots)
-    except FoldError:
+        made._modules = swap(model, slots)
+        optimizer._ledger = ledger
+        if rotation is None:
+            for slot in slots.values():
+                slot.arm()
+        else:
+            rotation.begin()
+    except BaseException as error:  # out of memory, too: what is half folded would step without being seen
+        with contextlib.suppress(FoldError):  # of a store that has already failed
+            made.remove()
         if rotation is not None:
             rotation.close()
-        raise
-    if rotation is None:
-        for slot in slots.values():
-            slot.arm()
-    optimizer._ledger = ledger
-    made = Fold(ledger, modules)
-    if rotation is not None:
-        kept = {param: dict(states) for param, states in optimizer.state.items()}
-        try:
-            rotation.begin()
-        except (ValueError, FoldError) as error:
-            made.remove()
-            rotation.close()
-            optimizer.state.clear()
-            optimizer.state.update(kept)
+        optimizer.state.clear()
+        optimizer.state.update(kept)
+        if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
+        raise
     return made
 
 

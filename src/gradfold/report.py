@@ -119,9 +119,10 @@ def _row(ledger: Ledger, name: str, param: nn.Parameter) -> Row:
     stored, chunks = "", ""
     if slot is not None:
         assert isinstance(ledger.optimizer, RuleOptimizer)
-        waiting = {key: value for part in slot.parts for key, value in part.waiting.items()}
-        for _, states in ledger.optimizer.slices_of(param):
-            found = {key: value for key, value in {**states, **waiting}.items() if isinstance(value, Tensor)}
+        waiting = {part.region: part.waiting for part in slot.parts}
+        for region, states in ledger.optimizer.slices_of(param):
+            both = {**states, **waiting.get(region, {})}
+            found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
             held += found.values()
             if found and not stored:
                 stored = storage_of(param, ledger.optimizer.rule, slot.group).describe(found)

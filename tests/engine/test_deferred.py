@@ -302,3 +302,26 @@ def test_its_second_backward_is_refused_where_weights_step_at_once():
     model.loss(batches(1)[0]).backward()
     with pytest.raises(FoldError, match=r"SAM.*timing='deferred'"):
         model.loss(batches(1)[0]).backward()
+
+
+@pytest.mark.parametrize("kind", ["non_reentrant", "nested", "reentrant", "reentrant_in_non_reentrant"])
+@pytest.mark.parametrize("aside", ["paused", "autograd.grad"])
+def test_backwards_that_are_no_micro_batch(kind, aside):
+    """A paused one, and one that wants no weight's gradient, through checkpoints that read the weights again."""
+    if aside == "autograd.grad" and "reentrant" in kind.removeprefix("non_"):
+        return  # torch refuses that itself
+    plain, folded = twins(lambda: Net("untied"))
+    theirs, mine = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, mine, accumulate=2)
+    if aside == "paused":
+        with fold.paused():
+            folded.loss(batches(3)[2], kind).backward()
+            mine.zero_grad()
+    else:
+        x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+        torch.autograd.grad(CHECKPOINTS[kind](folded.blocks[0], x, 0).sum(), x)
+    for model, optimizer in ((plain, theirs), (folded, mine)):
+        for ids in batches(2):
+            model.loss(ids, kind).backward()
+        optimizer.step()
+    assert distance(folded, plain) <= 1e-10

@@ -123,3 +123,12 @@ def test_what_three_weights_share_is_sent_once():
     del x, uses
     host.send(MatmulUse(grads[0], torch.randn(5, 3)))  # which may have been given the same address
     assert len(host.sent) == 6
+
+
+def test_a_buffer_that_is_refilled_is_sent_again():
+    host, buffer, grad = Elsewhere(), torch.zeros(5, 3), torch.randn(5, 2)
+    first = host.send(MatmulUse(grad, buffer))
+    buffer.fill_(1.0)
+    second = host.send(MatmulUse(grad, buffer))
+    assert first.left is second.left
+    assert not first.right.any() and second.right.all()

@@ -64,4 +64,4 @@ def test_not_at_all():
 
 
 def test_nothing_is_kept_of_states_that_are_reset():
-    assert events(states="reset", steps=2) == 2 * [[], ["take"]]
+    assert events(states="reset", steps=2) == 2 * [["prefetch"], ["take"]]

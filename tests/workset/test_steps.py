@@ -229,10 +229,11 @@ def test_one_chunk_is_the_plain_fold_bit_for_bit(storage):
 
 @each_axis
 @pytest.mark.parametrize("storage", CODED, ids=str)
-def test_slices_are_rounded_as_in_the_whole(storage, axis):
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_slices_are_rounded_as_in_the_whole(storage, axis, order):
     """The first step's gradients are the plain fold's, and so are the bits of every element that is awake."""
     (sliced, a), (whole, b) = coded_pair(storage)
-    fold = gradfold.fold(sliced, a, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
+    fold = gradfold.fold(sliced, a, working_set=gradfold.WorkingSet(chunks=3, axis=axis, order=order))
     gradfold.fold(whole, b)
     active, before = active_slices(fold), snapshot(sliced)
     assert any(stop - start < dict(sliced.named_parameters())[name].shape[dim] for name, dim, start, stop in active)

@@ -187,6 +187,8 @@ class Reference:
             (tile,) = self.scratch.tiles(1, block, width, torch.float32, weight.values.device)
         views = Views([weight, *states], shape)
         offset, stride = (0, width) if weight.place is None else weight.place[1:]
+        if weight.values.dim() != 2:  # slices of these are contiguous, and a block may begin at any of the codecs' rows
+            stride = width
         for start, stop, (first, *rest) in views.blocks(starts, rows):
             if whole is not None:
                 grad = whole[start:stop]
@@ -196,7 +198,7 @@ class Reference:
             squares += norm_of(grad) ** 2
             change.apply(grad)
             grad = grad.view((stop - start) * views.each, -1)
-            row_stride = stride if views.each == 1 else grad.shape[1]
+            row_stride = stride if weight.values.dim() == 2 else grad.shape[1]
             step_tile(first, rest, grad, rule, group, numbers, offset + start * stride, row_stride)
         return squares
 

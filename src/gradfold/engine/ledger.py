@@ -7,6 +7,7 @@ most once; what the books cannot explain is an error that names the parameter.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from .offload import Host
 from .part import Part
 from .play import coefficients, not_finite, play
 from .scaling import Marker
-from .segments import Segment, node_around_backward, node_in_forward, on_calling_thread
+from .segments import Segment, node_around_backward, node_in_forward, on_calling_thread, running_node
 from .slot import Slot, second_backward
 from .tape import Holdings
 from .task import Demand, at_task_end, demand
@@ -72,6 +73,7 @@ class Ledger:
         """The optimizer is an ordinary one again."""
         if self.turns is not None:
             self.turns.end()
+            self.turns = None
         if self.optimizer._ledger is self:
             self.optimizer._ledger = None
         self.slots.clear()
@@ -148,7 +150,7 @@ class Ledger:
         nested = any(parent is not None for parent in parents)
         for slot in self.slots.values():
             if (slot.done or slot.deferred) and (nested or demand(slot.param) is Demand.STEP):
-                raise FoldError(second_backward(slot.name))
+                raise FoldError(second_backward(slot.name, slot.stepped))
 
     def _audit(self) -> None:
         self._refuse_moved()
@@ -164,6 +166,11 @@ class Ledger:
             del self.running[task]
             for slot in self.slots.values():
                 slot.pending.pop(task, None)
+
+    def in_segment(self) -> bool:
+        """Whether the innermost autograd Function whose backward is running is a reentrant checkpoint."""
+        node = running_node()
+        return node is not None and (found := self.segments.get(id(node))) is not None and found.is_of(node)
 
     def segment(self, node: Any) -> Segment:
         """The segment of a node of the outer graph."""
@@ -249,6 +256,8 @@ class Ledger:
             for segment in self.segments.values():
                 segment.done = False  # the second pass will go through it again
             self.rearm()
+        if nonfinite:
+            self.grad_norm = math.nan
         if nonfinite and self.timing.on_nonfinite == "raise":
             raise not_finite(nonfinite, moved=False)
         self.powers, self.nonfinite = powers, nonfinite
@@ -278,7 +287,7 @@ class Ledger:
     def require_closed(self, action: str) -> None:
         if self.open:
             raise FoldError(
-                f"{action} in the middle of a step: some weights have stepped and others have not; call "
+                f"{action} in the middle of a step: weights have stepped, or wait to, and others have not; call "
                 "optimizer.step() first"
             )
 
@@ -317,11 +326,10 @@ class Ledger:
             slot.arm()
         try:
             play(self)
-            power = sum(self.powers.values())
         finally:
             self.rearm()
         if self.turns is not None:
-            self.turns.stepped(power)
+            self.turns.stepped((self.grad_norm or 0.0) ** 2)
 
     def drop(self) -> None:
         """``zero_grad``: drop what a failed backward left pending, and open the next step."""

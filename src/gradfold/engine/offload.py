@@ -27,7 +27,8 @@ class Host:
 
     def _sent_once(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = (*place, tensor.dtype, tensor._version)  # a buffer that has been refilled is another tensor
         if key in self._sent:
             source, copy = self._sent[key]
             if source() is not None and (found := copy()) is not None:

@@ -68,8 +68,9 @@ class RegionStates(MutableMapping[str, Any]):
 class Part:
     """One region of a slot's parameter, or all of it (``region`` None): its tape and its states."""
 
-    def __init__(self, slot: Slot, region: Region | None = None):
+    def __init__(self, slot: Slot, region: Region | None = None, draw: str = ""):
         self.slot = slot
+        self.draw = draw  # tells its random bits from those of an earlier part of the same region
         self.region = region
         self.name = slot.name if region is None else f"{slot.name}{region}"
         self.waiting: dict[str, Tensor] = {}  # lazy states, until it steps
@@ -84,6 +85,12 @@ class Part:
     @property
     def group(self) -> dict[str, Any]:
         return self.slot.group
+
+    @property
+    def stream(self) -> str:
+        """Its name in the streams of random bits."""
+        name = self.slot.ledger.optimizer.stream_of(self.slot.param)
+        return f"{name}\0{self.draw}" if self.draw else name
 
     @property
     def state(self) -> MutableMapping[str, Any]:
@@ -101,7 +108,7 @@ class Part:
     def allocate(self) -> None:
         """Create the states and the scratch it lacks: what fits is known before the first step."""
         ledger, group = self.slot.ledger, self.group
-        rule, stream = ledger.optimizer.rule, ledger.optimizer.stream_of(self.slot.param)
+        rule, stream = ledger.optimizer.rule, self.stream
         try:
             storage = allocate(self.param, self.state, rule, group, self.waiting, stream, self.place)
         except ValueError as error:
@@ -141,7 +148,7 @@ class Part:
     def apply(self, uses: Sequence[Use], change: Change = UNCHANGED) -> float:
         """The rule with the sum of the uses; returns their gradient's sum of squares."""
         slot, optimizer = self.slot, self.slot.ledger.optimizer
-        stream, backend = optimizer.stream_of(slot.param), slot.ledger.backend
+        stream, backend = self.stream, slot.ledger.backend
         return apply(
             self.param,
             uses,

@@ -65,6 +65,16 @@ def on_calling_thread() -> bool:
     return frame is not None
 
 
+def running_node() -> Any | None:
+    """The node of the innermost autograd Function whose backward is running."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        if frame.f_code is _NODE:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
 def node_around_backward() -> Any | None:
     """The node that called the running backward from within its own; None at the top."""
     frame, engine_seen = sys._getframe(1), False

@@ -146,7 +146,13 @@ class Slot:
 
     def reread(self, task: int) -> None:
         """A checkpoint reads the weight again inside ``task``'s backward."""
-        self.ledger.enter(task)
+        ledger = self.ledger
+        if ledger.paused:
+            return
+        # a reentrant one calls a backward of its own for the weight; any other leaves it to this one, if it wants it
+        if not ledger.in_segment() and demand(self.param) is not Demand.STEP:
+            return
+        ledger.enter(task)
         if self.stepped:
             raise FoldError(
                 f"{self.name}: read again inside the backward that has already stepped it, by a checkpoint whose first "
@@ -192,7 +198,7 @@ class Slot:
 
     def _refuse_second_step(self) -> None:
         if self.done:
-            raise FoldError(second_backward(self.name))
+            raise FoldError(second_backward(self.name, self.stepped))
 
     def _checked(self, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:
@@ -207,11 +213,12 @@ def create_graph(name: str) -> str:
     )
 
 
-def second_backward(name: str) -> str:
+def second_backward(name: str, stepped: bool) -> str:
+    has = "has already stepped" if stepped else "waits for that call with all it sums"
     return (
-        f"{name}: a second backward reached this weight before optimizer.step(), and it has already stepped; sum the "
+        f"{name}: a second backward reached this weight before optimizer.step(), and it {has}; sum the "
         "losses and call backward once, fold with accumulate=n, or call optimizer.step() after each backward (after a "
-        "backward that raised: optimizer.zero_grad(), then run the batch again; methods that look at a gradient first, "
+        "backward that raised, or a step that a scaler left out: optimizer.zero_grad(), then run the batch again; methods that look at a gradient first, "
         "as SAM: that backward inside fold.paused(), and timing='deferred')"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from gradfold.rules import Rule
 
 from .convert import place, plain_states
 from .options import StorageOptions
-from .slices import cut, join, named, sliced, states_of, view
+from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 
 # Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups
 # here with torch's defaults, so that a state_dict loads into the torch optimizer of the same name.
@@ -258,6 +259,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
         for param in self._params:  # all of them before anything changes
+            refuse_other_cut(saved.get(param, {}), regions[id(param)])
             for region in regions[id(param)]:
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
@@ -317,7 +319,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         """The saved states of one slice, or of the whole, on its device and in the form its group asks for."""
         states = saved.get(param, {})
-        if region is None and sliced(states):
+        if region is None and sliced(states):  # also where a working set has not cut this parameter
             raise ValueError(
                 f"state_dict has states of slices ({next(name for name in states if '[' in name)}): fold the model "
                 "with the working_set= they were saved with, then load them"
@@ -331,7 +333,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         return named(placed, region)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer
+        kept = super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer
+        if self._turns is not None:  # with the states of what sleeps now
+            kept["state"] = defaultdict(
+                dict, {param: found for param in self._params if (found := self._turns.states(param))}
+            )
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

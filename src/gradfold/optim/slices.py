@@ -32,6 +32,16 @@ def sliced(states: Mapping[str, Any]) -> bool:
     return any("[" in name for name in states)
 
 
+def refuse_other_cut(states: Mapping[str, Any], regions: Regions) -> None:
+    """Raise ValueError for states of slices that are none of these: they would be dropped without a word."""
+    known = {suffix(region) for region in regions if region is not None}
+    others = [name for name in states if "[" in name and known and name[name.index("[") :] not in known]
+    if others:
+        raise ValueError(
+            f"state_dict has states of slices of another cut ({others[0]}); fold with the working_set= they are of"
+        )
+
+
 def states_of(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
     """One slice's states under their plain names."""
     end = suffix(region)
@@ -66,6 +76,12 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
             or (region.dim == 0 and param.dim() > 1)
         ):
             found |= {key: region.of(states[key]) for key in keys.values()}
+        elif param.dim() < 2 and (region.start % codec.block or region.stop % codec.block):
+            if keys:  # a vector cut within a block: decoded, to be coded anew
+                values = codec.decode(
+                    codec.rows_of({p: states[k] for p, k in keys.items()}, param.shape), param.numel()
+                )
+                found[name] = region.of(values.view(param.shape))
         else:
             seen = matrix(param.shape)
             columns = slice(region.start, region.stop)
@@ -85,12 +101,14 @@ def join(
         FoldError: some have stepped more often than others, of which torch's optimizers know nothing.
     """
     slices = list(slices)
+    names = list(dict.fromkeys(key for _, states in slices for key in states))
     if len(slices) == 1 and slices[0][0] is None:
         return dict(slices[0][1])
-    if not any(states for _, states in slices):
+    if not names:
         return {}
     counts = [{key: float(states.get(key, start)) for key, start in rule.counters.items()} for _, states in slices]
-    if any(count != counts[0] for count in counts):
+    missing = any(names and set(states) != set(names) for _, states in slices)
+    if missing or any(count != counts[0] for count in counts):
         steps = sorted({count.get("step", 0.0) for count in counts})
         raise FoldError(
             f"{name}: its slices have stepped {steps[0]:g} to {steps[-1]:g} times, and torch's optimizers keep one "

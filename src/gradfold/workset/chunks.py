@@ -361,6 +361,10 @@ def _own(by_name: dict[str, Piece], member: Own) -> list[Slice]:
         raise FoldError(
             f"({name!r}, {part!r}): rows or columns, not both; write (slice(None), slice(a, b)) for columns"
         )
+    if len(cuts) == 2 and len(shape) != 2:
+        raise FoldError(
+            f"({name!r}, {part!r}): only matrices are cut by columns, and its shape is {list(shape)}; give rows"
+        )
     dim = len(cuts) - 1
     start, stop, step = cuts[dim].indices(shape[dim])
     if step != 1 or start >= stop:

@@ -39,6 +39,9 @@ class WorkingSet:
             last backward of a turn, when the loss head's memory is free again.
         seed: of ``order="random"``.
 
+    A loss that uses nothing of what is awake does not require grad: ``fold.backward(loss)`` passes over it, where
+    torch's own ``loss.backward()`` raises.
+
     Raises:
         FoldError: an argument out of range.
     """
@@ -58,6 +61,12 @@ class WorkingSet:
     def __post_init__(self) -> None:
         if isinstance(self.by, str):
             _one_of("by", self.by, ("bytes", "layer"))
+        elif not _is_cut(self.by):
+            raise FoldError(
+                f"WorkingSet(by={self.by!r}): 'bytes', 'layer', or for each chunk a list of names and (name, slice)"
+            )
+        if self.by != "bytes" and self.axis != "out":
+            raise FoldError(f"WorkingSet(axis={self.axis!r}) with by={self.by!r}: only by='bytes' slices by itself")
         _whole("interval", self.interval, 1)
         if self.chunks is not None:
             _whole("chunks", self.chunks, 1)
@@ -67,6 +76,8 @@ class WorkingSet:
             object.__setattr__(self, "chunks", len(self.by))
         if not isinstance(self.by, str) and self.chunks != len(self.by):
             raise FoldError(f"WorkingSet(chunks={self.chunks}): by= lists {len(self.by)}; leave chunks out")
+        if not isinstance(self.always, str) and not all(isinstance(name, str) for name in self.always):
+            raise FoldError(f"WorkingSet(always={self.always!r}): a list of names")
         if isinstance(self.always, str):
             raise FoldError(f"WorkingSet(always={self.always!r}): give a list of names, [{self.always!r}]")
         _one_of("axis", self.axis, ("out", "in"))
@@ -82,6 +93,26 @@ class WorkingSet:
                     f"WorkingSet(offload={self.offload!r}, folder={self.folder!r}): a folder goes with offload='disk', "
                     "which needs one"
                 )
+        elif missing := [
+            name for name in ("put", "prefetch", "take", "peek", "drop", "keys") if not hasattr(self.offload, name)
+        ]:
+            raise FoldError(
+                f"WorkingSet(offload={self.offload!r}): 'cpu', 'disk', None or a Store; it has no {missing[0]}()"
+            )
+        elif self.folder is not None:
+            raise FoldError(
+                f"WorkingSet(folder={self.folder!r}): goes with offload='disk'; a Store of your own has its own"
+            )
+
+
+def _is_cut(by: object) -> bool:
+    def fits(member: object) -> bool:
+        return isinstance(member, str) or (
+            isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str)
+        )
+
+    chunks = by if isinstance(by, list | tuple) else None
+    return bool(chunks) and all(isinstance(c, list | tuple) and all(map(fits, c)) for c in chunks or ())
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

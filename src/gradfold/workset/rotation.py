@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,16 +16,16 @@ from typing import IO, Any
 
 from torch import Tensor, nn
 
-from gradfold.codecs import WEIGHTS
+from gradfold.codecs import WEIGHT
 from gradfold.engine import Ledger, Part, Region, Slot
-from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 
-from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .chunks import Chunk
 from .config import WorkingSet
 from .disk import Disk
 from .files import sole_user
 from .host import Host
+from .layout import Layout, name_of_region
 from .schedule import Schedule
 from .store import Resident, Store
 
@@ -41,24 +40,11 @@ class Turn:
     interval: int  # ... before the next one wakes
 
 
-class Rotation:
+class Rotation(Layout):
     """The working set of one fold."""
 
     def __init__(self, config: WorkingSet, ledger: Ledger):
-        self.config = config
-        self.ledger = ledger
-        trainable = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
-        self.always = [slot for slot in trainable if _named(slot.name, config.always)]
-        if missing := [name for name in config.always if not any(_named(slot.name, [name]) for slot in trainable)]:
-            raise FoldError(f"WorkingSet(always=[{missing[0]!r}]): no trainable parameter's name contains it")
-        self.turning = [slot for slot in trainable if slot not in self.always]
-        self.chunks = self._cut()
-        self.slices: dict[Slot, list[tuple[int, Region | None]]] = {slot: [] for slot in self.turning}
-        self._by_name = by_name = {slot.name: slot for slot in self.turning}
-        for index, chunk in enumerate(self.chunks):
-            for slice_ in chunk:
-                slot = by_name[slice_.name]
-                self.slices[slot].append((index, _region(slice_, slot.param)))
+        super().__init__(config, ledger)
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
         self._lock: IO[str] | None = None
         self.store = self._store()
@@ -69,62 +55,6 @@ class Rotation:
         self._owed: float | None = None  # the power of a step that has not been counted yet
         self._waking = False  # the last chunk is asleep, and the next one not awake yet
         self._loading = False
-
-    # the cut ----------------------------------------------------------------------------------------------------------
-
-    def _cut(self) -> list[Chunk]:
-        config = self.config
-        pieces = self.pieces()
-        if not pieces:
-            raise FoldError("working_set=: every trainable parameter is in always=, so that none takes turns")
-        if config.by == "bytes":
-            assert config.chunks is not None
-            chunks = cut_bytes(pieces, config.chunks, config.axis)
-        elif config.by == "layer":
-            chunks = cut_layers(pieces, config.chunks)
-        else:
-            chunks = cut_own(pieces, config.by)  # type: ignore[arg-type]
-        check_coverage(pieces, chunks)
-        return chunks
-
-    def pieces(self) -> list[Piece]:
-        """The parameters that take turns, as the cut sees them."""
-        names = {id(slot.param): slot.name for slot in self.turning}
-        mates: dict[str, str] = {}
-        for module in self.ledger.model.modules():
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and bias.dim() == 1:
-                if id(weight) in names and id(bias) in names and weight.shape[0] == bias.shape[0]:
-                    mates.setdefault(names[id(bias)], names[id(weight)])
-        rule = self.ledger.optimizer.rule
-        made = []
-        for slot in self.turning:
-            storage = storage_of(slot.param, rule, slot.group)
-            grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
-            size_bytes = weight_and_state_bytes(slot)
-            made.append(Piece(slot.name, tuple(slot.param.shape), size_bytes, mates.get(slot.name), grain))
-        return made
-
-    def name_of(self, slice_: Slice) -> str:
-        """``model.layers.0.mlp.up_proj.weight[0:128]``; without brackets where it is the whole parameter."""
-        slot = self._by_name[slice_.name]
-        return _name(slot, _region(slice_, slot.param))
-
-    def chunk_bytes(self, index: int) -> float:
-        """Weights and states of one chunk."""
-        total = 0.0
-        for name, dim, start, stop in self.chunks[index]:
-            param = self._by_name[name].param
-            total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
-        return total
-
-    def chunks_of(self, slot: Slot) -> str:
-        """In which chunks a parameter is, for a table."""
-        if slot not in self.slices:
-            return "always" if slot in self.always else ""
-        found = sorted({index for index, _ in self.slices[slot]})
-        joined = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
-        return f"{found[0]}-{found[-1]}" if joined else ", ".join(map(str, found))
 
     def describe(self) -> str:
         """The settings, in one line."""
@@ -160,8 +90,12 @@ class Rotation:
     # turns ------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put all but the first chunk to sleep. States that the optimizer has already are cut like their parameters."""
+        """Put all but the first chunk to sleep. States that the optimizer has already are cut like their parameters.
+
+        Where it raises, ``end`` undoes it, but for the optimizer's states.
+        """
         optimizer = self.ledger.optimizer
+        self.ledger.turns = self
         saved = optimizer.state_dict() if any(optimizer.state.values()) else None
         if saved is not None:
             optimizer.state.clear()
@@ -171,17 +105,20 @@ class Rotation:
         self._wake()
         for slot in self.ledger.slots.values():
             slot.arm()
-        self.ledger.turns = self
         if saved is not None:
             optimizer.load_state_dict(saved)
 
     def end(self) -> None:
         """``requires_grad`` as the user would have it, and all states with the optimizer."""
+        present = dict(self.ledger.model.named_parameters())
+        self._notice()
         for slot in self.turning:
             for name, tensors in self._sleeping(slot, stepping=True):
                 self.ledger.optimizer.state[slot.param].update(tensors)
                 self.store.drop(name)
-            slot.param.requires_grad_(slot not in self.frozen)
+            for param in (slot.param, present.get(slot.name)):  # load_state_dict(assign=True) puts another in its place
+                if param is not None:
+                    param.requires_grad_(slot not in self.frozen)
         for model in self._let_inputs:
             model.enable_input_require_grads()
         if isinstance(self.store, Disk):
@@ -196,13 +133,15 @@ class Rotation:
     def look(self) -> None:
         """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
         self._stop_early()
+        self._notice()
         for slot in self.turning:
-            if slot.param.requires_grad != self.awake[slot]:
-                if slot.param.requires_grad:
-                    self.frozen.discard(slot)
-                else:
-                    self.frozen.add(slot)
             self._set(slot, bool(slot.parts) and slot not in self.frozen)
+
+    def _notice(self) -> None:
+        """What the user has frozen and unfrozen. That a sleeping parameter was frozen cannot be seen."""
+        for slot in self.turning:
+            if slot.param.requires_grad != self.awake.get(slot, slot.param.requires_grad):
+                self.frozen.symmetric_difference_update({slot})
 
     def _stop_early(self) -> None:
         """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
@@ -216,10 +155,10 @@ class Rotation:
         """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""
         schedule, ledger = self.schedule, self.ledger
         last = schedule.step == self.config.interval - 1 and ledger.last_backward and not ledger.measuring
-        if last and self.config.prefetch and not self._fetching and self.config.states == "keep":
+        if last and self.config.prefetch and not self._fetching:
             self._fetching = True
             for slot in self.turning:
-                names = [_name(slot, region) for index, region in self.slices[slot] if index == schedule.next]
+                names = [name_of_region(slot, region) for index, region in self.slices[slot] if index == schedule.next]
                 if names:
                     self.store.prefetch(names, slot.param.device)
 
@@ -255,7 +194,7 @@ class Rotation:
         parts: dict[Slot, list[Part]] = {}
         for slot in self.turning:
             regions = [region for index, region in self.slices[slot] if index == self.schedule.index]
-            parts[slot] = [Part(slot, region) for region in regions]
+            parts[slot] = [Part(slot, region, self._draw) for region in regions]
             for part in parts[slot]:
                 if tensors := self.store.take(part.name, slot.param.device):
                     state[slot.param].update(tensors)
@@ -266,13 +205,24 @@ class Rotation:
                 slot.arm()
         self._waking = False
 
+    @property
+    def _draw(self) -> str:
+        """States that begin anew count their steps anew, and may not draw the random bits of an earlier turn again."""
+        return f"turn {self.schedule.turn}" if self.config.states == "reset" else ""
+
+    def _kept(self, part: Part) -> dict[str, Any]:
+        """What outlives a part's turn: its states, or only what belongs to the weight itself."""
+        keep = self.config.states == "keep"
+        states = part.state
+        return {part.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
+
     def _sleep(self) -> None:
         """Take parts and states from those that are awake; where the store raises, from none."""
         parts = [part for slot in self.turning for part in slot.parts]
         put: list[str] = []
         try:
-            for part in parts if self.config.states == "keep" else []:
-                if tensors := {part.key(name): value for name, value in part.state.items()}:
+            for part in parts:
+                if tensors := self._kept(part):
                     put.append(part.name)
                     self.store.put(part.name, tensors)
         except BaseException:
@@ -281,6 +231,7 @@ class Rotation:
             raise
         for part in parts:
             part.state.clear()
+            part.waiting.clear()
         for slot in self.turning:
             slot.parts = []
             slot.disarm()
@@ -298,7 +249,7 @@ class Rotation:
         """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
         look = self.store.detached if stepping and isinstance(self.store, Disk) else self.store.peek
         for _, region in self.slices[slot]:
-            name = _name(slot, region)
+            name = name_of_region(slot, region)
             if (tensors := look(name)) is not None:
                 yield name, tensors
 
@@ -324,6 +275,8 @@ class Rotation:
     def check(self, saved: Mapping[str, Any] | None) -> None:
         if saved is None:
             return
+        if not {"cut", "schedule"} <= saved.keys():
+            raise ValueError(f"state_dict['working_set'] has {sorted(saved)}, not the cut and the schedule")
         if saved["cut"] != _cut_of(self.chunks):
             raise ValueError(
                 f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
@@ -358,33 +311,10 @@ class Rotation:
                     if index == self.schedule.index:
                         optimizer.state[slot.param].update(found)
                     else:
-                        self.store.put(_name(slot, region), found)
+                        self.store.put(name_of_region(slot, region), found)
         self._loading = False
         self._wake()
 
 
 def _cut_of(chunks: list[Chunk]) -> list[list[list[Any]]]:
     return [[list(slice_) for slice_ in chunk] for chunk in chunks]
-
-
-def weight_and_state_bytes(slot: Slot) -> float:
-    """Bytes of a parameter and all of its states."""
-    param, rule = slot.param, slot.ledger.optimizer.rule
-    storage = storage_of(param, rule, slot.group)
-    codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
-    each = sum(param.element_size() if codec is None else codec.bytes_per_element(param.shape) for codec in codecs)
-    weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(param.shape)
-    return (each + weight) * param.numel()
-
-
-def _region(slice_: Slice, param: Tensor) -> Region | None:
-    size = param.shape[slice_.dim] if param.dim() else 1
-    return None if (slice_.start, slice_.stop) == (0, size) else Region(slice_.dim, slice_.start, slice_.stop)
-
-
-def _name(slot: Slot, region: Region | None) -> str:
-    return slot.name if region is None else f"{slot.name}{region}"
-
-
-def _named(name: str, wanted: Any) -> bool:
-    return any(part in name or fnmatch.fnmatchcase(name, part) for part in wanted)

@@ -1,0 +1,127 @@
+"""Where every trainable element is: in one chunk, or always awake."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradfold.codecs import WEIGHTS
+from gradfold.engine import Ledger, Region, Slot
+from gradfold.engine.storage import storage_of
+from gradfold.errors import FoldError
+
+from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .config import WorkingSet
+
+
+class Layout:
+    """The cut of one model's parameters; tied ones answer to each of their names."""
+
+    def __init__(self, config: WorkingSet, ledger: Ledger):
+        self.config = config
+        self.ledger = ledger
+        self._aliases: dict[str, str] = {}  # another name of a tied parameter -> its slot's
+        for name, param in ledger.model.named_parameters(remove_duplicate=False):
+            if id(param) in ledger.slots:
+                self._aliases[name] = ledger.slots[id(param)].name
+        trainable = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
+        self.always = [slot for slot in trainable if self._named(slot, config.always)]
+        if missing := [name for name in config.always if not any(self._named(slot, [name]) for slot in trainable)]:
+            raise FoldError(f"WorkingSet(always=[{missing[0]!r}]): no trainable parameter's name contains it")
+        self.turning = [slot for slot in trainable if slot not in self.always]
+        self.chunks = self._cut()
+        self.slices: dict[Slot, list[tuple[int, Region | None]]] = {slot: [] for slot in self.turning}
+        self._by_name = {slot.name: slot for slot in self.turning}
+        for index, chunk in enumerate(self.chunks):
+            for slice_ in chunk:
+                slot = self._by_name[slice_.name]
+                self.slices[slot].append((index, _region(slice_, slot.param)))
+
+    def _named(self, slot: Slot, wanted: Iterable[str]) -> bool:
+        names = [name for name, slots in self._aliases.items() if slots == slot.name]
+        return any(part in name or fnmatch.fnmatchcase(name, part) for part in wanted for name in names)
+
+    def _cut(self) -> list[Chunk]:
+        config = self.config
+        pieces = self.pieces()
+        if not pieces:
+            raise FoldError("working_set=: every trainable parameter is in always=, so that none takes turns")
+        if config.by == "bytes":
+            assert config.chunks is not None
+            chunks = cut_bytes(pieces, config.chunks, config.axis)
+        elif config.by == "layer":
+            chunks = cut_layers(pieces, config.chunks)
+        else:
+            chunks = cut_own(pieces, [[self._own_name(member) for member in members] for members in config.by])
+        check_coverage(pieces, chunks)
+        return chunks
+
+    def _own_name(self, member: Any) -> Any:
+        """What a user's list says, with the slot's name for another of a tied parameter's."""
+        name, *rest = (member,) if isinstance(member, str) else member
+        slots = {slot.name for slot in self.turning}
+        if not any(slot == name or slot.startswith(f"{name}.") for slot in slots):
+            tied = {self._aliases[key] for key in self._aliases if key == name or key.startswith(f"{name}.")} & slots
+            name = tied.pop() if len(tied) == 1 else name
+        return (name, *rest) if rest else name
+
+    def pieces(self) -> list[Piece]:
+        """The parameters that take turns, as the cut sees them."""
+        names = {id(slot.param): slot.name for slot in self.turning}
+        mates: dict[str, str] = {}
+        for module in self.ledger.model.modules():
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and bias.dim() == 1:
+                if id(weight) in names and id(bias) in names and weight.shape[0] == bias.shape[0]:
+                    mates.setdefault(names[id(bias)], names[id(weight)])
+        rule = self.ledger.optimizer.rule
+        made = []
+        for slot in self.turning:
+            storage = storage_of(slot.param, rule, slot.group)
+            grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
+            size_bytes = weight_and_state_bytes(slot)
+            made.append(Piece(slot.name, tuple(slot.param.shape), size_bytes, mates.get(slot.name), grain))
+        return made
+
+    def name_of(self, slice_: Slice) -> str:
+        """``model.layers.0.mlp.up_proj.weight[0:128]``; without brackets where it is the whole parameter."""
+        slot = self._by_name[slice_.name]
+        return name_of_region(slot, _region(slice_, slot.param))
+
+    def chunk_bytes(self, index: int) -> float:
+        """Weights and states of one chunk."""
+        total = 0.0
+        for name, dim, start, stop in self.chunks[index]:
+            param = self._by_name[name].param
+            total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
+        return total
+
+    def chunks_of(self, slot: Slot) -> str:
+        """In which chunks a parameter is, for a table."""
+        if slot not in self.slices:
+            return "always" if slot.param.requires_grad else ""  # thawed, or added, after folding too
+        found = sorted({index for index, _ in self.slices[slot]})
+        joined = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+        return f"{found[0]}-{found[-1]}" if joined else ", ".join(map(str, found))
+
+
+def weight_and_state_bytes(slot: Slot) -> float:
+    """Bytes of a parameter and all of its states."""
+    param, rule = slot.param, slot.ledger.optimizer.rule
+    storage = storage_of(param, rule, slot.group)
+    codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
+    each = sum(param.element_size() if codec is None else codec.bytes_per_element(param.shape) for codec in codecs)
+    weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(param.shape)
+    return (each + weight) * param.numel()
+
+
+def _region(slice_: Slice, param: Tensor) -> Region | None:
+    size = param.shape[slice_.dim] if param.dim() else 1
+    return None if (slice_.start, slice_.stop) == (0, size) else Region(slice_.dim, slice_.start, slice_.stop)
+
+
+def name_of_region(slot: Slot, region: Region | None) -> str:
+    return slot.name if region is None else f"{slot.name}{region}"
