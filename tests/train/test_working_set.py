@@ -84,6 +84,20 @@ def test_they_are_in_the_runs_folder_while_it_trains(tiny, texts, tmp_path, sile
     assert not (tmp_path / "run" / STATES).exists()
 
 
+def test_what_a_killed_run_left_is_deleted_by_the_next(tiny, texts, tmp_path, silent, monkeypatch, no_pictures):
+    out = tmp_path / "run"
+    train(recipe(tiny, texts, steps=3, **DISK), out, None, silent)
+    (out / STATES).mkdir()
+    left = out / STATES / f"x.{'0' * 24}.00000001.safetensors"
+    left.write_bytes(b"whole, of another turn")
+    seen = []
+    monkeypatch.setattr(
+        loop, "_step", lambda run, *rest, plain=loop._step: seen.append(left.exists()) or plain(run, *rest)
+    )
+    train(recipe(tiny, texts, steps=4, **DISK), out, read_checkpoint(find_checkpoint(out)), silent)
+    assert seen == [False] and not (out / STATES).exists()
+
+
 def test_a_recipe_that_does_not_fit_leaves_nothing(tiny, texts, tmp_path, silent):
     with pytest.raises(RecipeError, match=r"working_set.chunks = 5000: .* is sure to do"):
         train(recipe(tiny, texts, **DISK | {"working_set__chunks": 5000}), tmp_path / "run", None, silent)
