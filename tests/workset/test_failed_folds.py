@@ -29,12 +29,11 @@ def made(**options):
     return model, optimizer, {id(p): s.keys() for p, s in optimizer.state.items()}
 
 
-@pytest.mark.parametrize("working_set", [None, gradfold.WorkingSet(chunks=2)])
-def test_states_stored_otherwise(working_set):
+def test_states_stored_otherwise():
     model, optimizer, states = made(small_size=0)
     optimizer.param_groups[0]["states"] = "int8"
     with pytest.raises(FoldError, match="stored as|saved as"):
-        gradfold.fold(model, optimizer, working_set=working_set)
+        gradfold.fold(model, optimizer)
     del optimizer.param_groups[0]["states"]
     plain_again(model, optimizer, states)
 

@@ -34,14 +34,14 @@ STORAGE = [{"master": "split8"}, {"rounding": "stochastic"}, {"master": "split8"
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("states", ["keep", "reset"])
 def test_small_steps_add_up_over_turns(storage, states):
-    """A hundred turns of a hundredth of a unit in the last place: masters stay, and every turn draws bits of its own."""
+    """Turns of a 64th of a unit in the last place: masters stay, and every turn draws bits of its own."""
     model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False).bfloat16() for name in "ab"})
     nn.init.constant_(model["a"].weight, 1.0)
     optimizer = gradfold.SGD(model.parameters(), lr=1.0, small_size=0, **storage)
     gradfold.fold(model, optimizer, working_set=WS(by=[["a"], ["b"]], states=states))
     ulp = 2.0**-7
-    for _ in range(200):  # every other turn is a's
-        loss = sum((layer.weight.float() * -0.01 * ulp).sum() for layer in model.values())
+    for _ in range(128):  # every other turn is a's
+        loss = sum((layer.weight.float() * (-ulp / 64)).sum() for layer in model.values())
         loss.backward()
         optimizer.step()
     moved = (gradfold.export_masters(model, optimizer)["a.weight"] - 1.0) / ulp

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
 from gradfold.errors import FoldError
@@ -150,7 +151,9 @@ class Slot:
         if ledger.paused:
             return
         # a reentrant one calls a backward of its own for the weight; any other leaves it to this one, if it wants it
-        if not ledger.in_segment() and demand(self.param) is not Demand.STEP:
+        with _disable_current_modes():  # a selective checkpoint counts operators, and asking is one
+            wanted = ledger.in_segment() or demand(self.param) is Demand.STEP
+        if not wanted:
             return
         ledger.enter(task)
         if self.stepped:
@@ -218,8 +221,8 @@ def second_backward(name: str, stepped: bool) -> str:
     return (
         f"{name}: a second backward reached this weight before optimizer.step(), and it {has}; sum the "
         "losses and call backward once, fold with accumulate=n, or call optimizer.step() after each backward (after a "
-        "backward that raised, or a step that a scaler left out: optimizer.zero_grad(), then run the batch again; methods that look at a gradient first, "
-        "as SAM: that backward inside fold.paused(), and timing='deferred')"
+        "backward that raised, or a step that a scaler left out: optimizer.zero_grad(), then run the batch again; "
+        "methods that look at a gradient first, as SAM: that backward inside fold.paused(), and timing='deferred')"
     )
 
 

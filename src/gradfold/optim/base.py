@@ -187,6 +187,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
                     packed["state"][index] = states
+            packed["state"] = dict(sorted(packed["state"].items()))
             packed["working_set"] = self._turns.state_dict()
         return packed
 

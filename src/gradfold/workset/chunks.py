@@ -99,15 +99,16 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
     items = _items(pieces, axis)
     ends = list(accumulate(item.before(item.extent) for item in items))
     total, widest = ends[-1], max(items, key=_Item.widest_bytes)
+    places = sum(-(-item.extent // item.grain) for item in items)
     cuts = [(0, 0)]  # (item, line)
-    for i in range(1, chunks):
+    for i in range(1, chunks) if chunks <= places else ():
         at = bisect_left(ends, total * i / chunks)  # the item that holds the last byte before the target
         start = ends[at - 1] if at else Fraction(0)
         cuts.append((at, items[at].nearest(total * i / chunks - start)))
     cuts.append((len(items) - 1, items[-1].extent))
     reached = [(ends[at - 1] if at else Fraction(0)) + items[at].before(line) for at, line in cuts]
     # Each boundary is within half a row of its target; two are the same only where a row is larger than a chunk.
-    if any(a == b for a, b in pairwise(reached)):
+    if chunks > places or any(a == b for a, b in pairwise(reached)):
         part = "the whole of it" if widest.extent <= widest.grain else "one " + ("row", "block of columns")[widest.dim]
         raise FoldError(
             f"chunks={chunks}: a chunk would have {float(total / chunks):.0f} bytes, but {widest.piece.name} is cut no "
