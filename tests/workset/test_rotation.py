@@ -254,7 +254,8 @@ def test_unfreezing_all_wakes_nobody():
     model, optimizer, fold = folded(chunks=3)
     twin, its, _ = folded(chunks=3)
     for step in range(6):
-        model.requires_grad_(True)
+        if step % 2 == 0:
+            model.requires_grad_(True)
         active, before = active_slices(fold), snapshot(model)
         train(model, optimizer, [step])
         assert untouched(before, model, active)

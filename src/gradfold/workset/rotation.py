@@ -140,8 +140,12 @@ class Rotation(Layout):
     def _notice(self) -> None:
         """What the user has frozen and unfrozen. That a sleeping parameter was frozen cannot be seen."""
         for slot in self.turning:
-            if slot.param.requires_grad != self.awake.get(slot, slot.param.requires_grad):
-                self.frozen.symmetric_difference_update({slot})
+            if slot.param.requires_grad == self.awake.get(slot, slot.param.requires_grad):
+                continue
+            if slot.param.requires_grad:
+                self.frozen.discard(slot)
+            else:
+                self.frozen.add(slot)
 
     def _stop_early(self) -> None:
         """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
