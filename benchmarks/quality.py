@@ -15,30 +15,21 @@ kept in results/quality.json as they finish; those that are there are not run ag
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
-import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import gradfold
 from common import RESULTS, fill_table, print_table, write_result
-from gradfold.train.data import as_tensors
-from gradfold.train.display import Display
-from gradfold.train.evaluate import held_out_loss
-from gradfold.train.model import find_model, load_model
 from gradfold.train.optimizer import make_schedule
-from gradfold.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TextRecipe
-from gradfold.train.run import assemble
+from gradfold.train.recipe import ScheduleRecipe
+from tasks import Task, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
@@ -51,15 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" not in options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A model with its data: what a variant trains on."""
-
-    build: Callable[[str, int], nn.Module]  # dtype, seed
-    batch: Callable[[int], dict[str, Tensor]]
-    held_out: Callable[[nn.Module], float]  # of an fp32 model, in nats per token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,88 +138,18 @@ def train(
     return losses, gradfold.export_masters(model, optimizer)
 
 
-# tasks ----------------------------------------------------------------------------------------------------------------
+def finetune(_: argparse.Namespace, seed: int) -> Task:
+    return smollm2(seed)
 
 
-def smollm2(args: argparse.Namespace, seed: int) -> Task:
-    """SmolLM2-135M on the default data, as `gradfold train` prepares them; 256 tokens a step."""
-    recipe = Recipe(
-        steps=1,
-        batch_size=1,
-        sequence_length=256,
-        seed=seed,
-        fold=False,
-        text=TextRecipe(held_out=0.1),
-        optimizer=OptimizerRecipe(name="SGD"),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
-    data, device = run.data, run.device
-    few = dataclasses.replace(data, held_out=data.held_out[:10])
-    loaded = load_model(find_model("smollm2"), recipe, device).train()
-
-    def build(dtype: str, seed: int) -> nn.Module:
-        return copy.deepcopy(loaded).to(getattr(torch, dtype))
-
-    return Task(
-        build,
-        lambda step: as_tensors(data.batch(step), device, recipe.text.packing),
-        lambda model: held_out_loss(model, few, device, recipe.text.packing, lambda: False) or math.nan,
-    )
-
-
-def shakespeare(args: argparse.Namespace, seed: int) -> Task:
-    """A Llama of 6.2 M parameters with a BPE tokenizer of 2,048 words trained on the texts; 1,024 tokens a step."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(args.texts.glob("*.txt"))]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, show_progress=False)
-    )
-    ids = torch.tensor([i for text in texts for i in tokenizer.encode(text).ids])
-    length, batch_size = 256, 4
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    held_out, training = windows[order[:64]], windows[order[64:]]
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=length,
-        use_cache=False,
-    )
-
-    def build(dtype: str, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return model.to(getattr(torch, dtype)).train()
-
-    def batch(step: int) -> dict[str, Tensor]:
-        start = step * batch_size % (len(training) - batch_size)
-        rows = training[start : start + batch_size]
-        return {"input_ids": rows, "labels": rows}
-
-    @torch.no_grad()
-    def measure(model: nn.Module) -> float:
-        model.eval()
-        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(16)]
-        model.train()
-        return statistics.fmean(losses)
-
-    return Task(build, batch, measure)
+def scratch(args: argparse.Namespace, seed: int) -> Task:
+    return shakespeare(args.texts, seed)
 
 
 SUITES = {
-    "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), smollm2),
-    "tiny_lr": Suite(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), smollm2, 0.0, WITHOUT_MASTER),
-    "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), shakespeare, weight_decay=0.1),
+    "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
+    "tiny_lr": Suite(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
+    "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
 }
 
 

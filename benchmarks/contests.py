@@ -1,0 +1,105 @@
+"""The contestants of quality_workset.py: each makes its optimizer on a model, as its documentation has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gradfold
+from tasks import Task
+
+ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+CHUNKS, INTERVAL = 8, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """A method with its optimizer on a model; ``awake()``: how many parameters the next step trains."""
+
+    model: nn.Module
+    optimizer: Any
+    awake: Callable[[], int]
+    fold: gradfold.Fold | None = None
+
+
+def of_all(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def full(model: nn.Module, lr: float) -> Contest:
+    optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
+    return Contest(model, optimizer, lambda: of_all(model), gradfold.fold(model, optimizer))
+
+
+def working_set(model: nn.Module, lr: float) -> Contest:
+    optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
+    named = dict(model.named_parameters())
+    sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._ledger.turns.chunks]
+    return Contest(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
+
+
+def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Contest:
+    """As its README has it, with the AdamW it wraps; blocks are the layers, in a new random order each round."""
+    from badam import BlockOptimizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that fp32 weights lose the benefit of mixed precision
+        optimizer = BlockOptimizer(
+            base_optimizer=torch.optim.AdamW(model.parameters(), lr=lr, **ADAM),
+            named_parameters_list=list(model.named_parameters()),
+            switch_block_every=INTERVAL,
+            switch_mode="random",
+            verbose=0,
+            **blocks,
+        )
+    return Contest(model, optimizer, lambda: of_all(model))
+
+
+def lora(model: nn.Module, lr: float) -> Contest:
+    """Adapters on every linear layer but the head; embedding, head and norms stay as they are."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    return Contest(adapted, torch.optim.AdamW(trained, lr=lr, **ADAM), lambda: of_all(adapted))
+
+
+def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
+    """In fp64, over a cycle and a turn more: ours beside plain torch's whole gradients and one torch AdamW per slice.
+
+    How far apart they end, of the way they came.
+    """
+    mine, plain = task.build("float64", 0), task.build("float64", 0)
+    before = [p.detach().clone() for p in plain.parameters()]
+    one, named, slices = working_set(mine, lr), dict(plain.named_parameters()), {}
+    for step in range((CHUNKS + 1) * INTERVAL):
+        active = one.fold._ledger.turns.chunks[one.fold.working_set.chunk]
+        for model in (mine, plain):
+            model(**task.batch(step), use_cache=False).loss.backward()
+        one.optimizer.step()
+        for slice_ in active:
+            if slice_ not in slices:
+                leaf = nn.Parameter(part(named[slice_.name].detach(), slice_))  # shares the weight's memory
+                slices[slice_] = leaf, torch.optim.AdamW([leaf], lr=lr, **ADAM)
+            leaf, optimizer = slices[slice_]
+            leaf.grad = part(named[slice_.name].grad, slice_)
+            optimizer.step()
+        one.optimizer.zero_grad()
+        plain.zero_grad()
+    one.fold.remove()
+    off, way = (
+        torch.stack([(a - b).norm() for a, b in zip(ends, plain.parameters(), strict=True)]).norm().item()
+        for ends in (mine.parameters(), before)
+    )
+    return off / way
+
+
+def part(tensor: Tensor, slice_: Any) -> Tensor:
+    return tensor.narrow(slice_.dim, slice_.start, slice_.stop - slice_.start)

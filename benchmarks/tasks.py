@@ -1,0 +1,105 @@
+"""Models with their data, for the benchmarks that train: the same batches for whoever trains on one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from gradfold.train.data import as_tensors
+from gradfold.train.display import Display
+from gradfold.train.evaluate import held_out_loss
+from gradfold.train.model import find_model, load_model
+from gradfold.train.recipe import OptimizerRecipe, Recipe, TextRecipe
+from gradfold.train.run import assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model with its data: what a contestant trains on."""
+
+    build: Callable[[str, int], nn.Module]  # dtype, seed
+    batch: Callable[[int], dict[str, Tensor]]
+    held_out: Callable[[nn.Module], float]  # of an fp32 model, in nats per token
+
+
+def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
+    """SmolLM2-135M on the default data, as `gradfold train` prepares them; one sequence of ``length`` tokens a step."""
+    recipe = Recipe(
+        steps=1,
+        batch_size=1,
+        sequence_length=length,
+        seed=seed,
+        fold=False,
+        text=TextRecipe(held_out=0.1),
+        optimizer=OptimizerRecipe(name="SGD"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
+    data, device = run.data, run.device
+    few = dataclasses.replace(data, held_out=data.held_out[:held_out])
+    loaded = load_model(find_model("smollm2"), recipe, device).train()
+
+    def build(dtype: str, seed: int) -> nn.Module:
+        return copy.deepcopy(loaded).to(getattr(torch, dtype))
+
+    return Task(
+        build,
+        lambda step: as_tensors(data.batches(step)[0], device, recipe.text.packing),
+        lambda model: held_out_loss(model, few, device, recipe.text.packing, lambda: False) or math.nan,
+    )
+
+
+def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4) -> Task:
+    """A Llama of 6.2 M parameters with a BPE tokenizer of 2,048 words trained on the texts of a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.txt"))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, show_progress=False)
+    )
+    ids = torch.tensor([i for text in texts for i in tokenizer.encode(text).ids])
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held_out, training = windows[order[:64]], windows[order[64:]]
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
+
+    def build(dtype: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.to(getattr(torch, dtype)).train()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        start = step * batch_size % (len(training) - batch_size)
+        rows = training[start : start + batch_size]
+        return {"input_ids": rows, "labels": rows}
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> float:
+        model.eval()
+        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(16)]
+        model.train()
+        return statistics.fmean(losses)
+
+    return Task(build, batch, measure)
