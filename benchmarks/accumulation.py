@@ -7,7 +7,7 @@ would keep, in the dtype the tape sums in (fp32). On fake tensors.
 Time: steps of the same micro-batches by torch (`clip_grad_norm_`, fused AdamW), interleaved pair by pair.
 
     OMP_NUM_THREADS=1 python benchmarks/accumulation.py
-    OMP_NUM_THREADS=1 python benchmarks/accumulation.py --skip time          # memory alone, two minutes
+    OMP_NUM_THREADS=1 python benchmarks/accumulation.py --skip time          # memory alone, a minute or two
 """
 
 from __future__ import annotations

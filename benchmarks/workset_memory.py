@@ -4,7 +4,7 @@ Llama-2-7B's shape, bf16, checkpointed layers, AdamW with fp32 states that are i
 Some turns of one round are sampled, first and last included; of each the last step, in which the next chunk's states
 are fetched, and the change of chunks after it. What sleeps in host memory is not counted, what is on its way back is.
 
-    python benchmarks/workset_memory.py                      # about ... minutes
+    python benchmarks/workset_memory.py                      # about 10 minutes
     python benchmarks/workset_memory.py --turns 3 --batch 1
 """
 
@@ -71,7 +71,7 @@ def llama_2_7b() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=9, help="sampled of one round")
+    parser.add_argument("--turns", type=int, default=5, help="sampled of one round")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefetch", type=int, choices=[0, 1], nargs="+", default=[1])
