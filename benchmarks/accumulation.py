@@ -13,14 +13,23 @@ Time: steps of the same micro-batches by torch (`clip_grad_norm_`, fused AdamW),
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import gradfold
-from common import DTYPES, PEERS, interleaved_ms, llama, llama_config, print_table, random_batch, write_result
+from common import (
+    DTYPES,
+    PEERS,
+    interleaved_ms,
+    llama,
+    llama_config,
+    paired_figures,
+    print_table,
+    random_batch,
+    write_result,
+)
 from gradfold.backends import accumulation_dtype
 from gradfold.plan.step import step_memory
 from memory import null_fold
@@ -127,16 +136,9 @@ def times(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers:
         norms["folded"] = fold.grad_norm or 0.0
 
     torch_ms, folded_ms = interleaved_ms([torch_step, folded_step], pairs)
-    ratios = [f / t for f, t in zip(folded_ms, torch_ms, strict=True)]
-    first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "pairs": pairs,
-        "torch_ms_median": statistics.median(torch_ms),
-        "folded_ms_median": statistics.median(folded_ms),
-        "ratio_median": median,
-        "ratio_quartile_1": first,
-        "ratio_quartile_3": third,
-        "ratios": [round(r, 4) for r in ratios],
+        **paired_figures(torch_ms, folded_ms),
         "torch_norm_after": norms["torch"],
         "folded_norm_after": norms["folded"],
     }

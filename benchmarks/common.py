@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -117,6 +118,20 @@ def interleaved_ms(steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int
     finally:
         gc.enable()
     return times
+
+
+def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dict[str, Any]:
+    """Medians of both, and the median and quartiles of the ratios folded / torch, pair by pair."""
+    ratios = [f / t for f, t in zip(folded_ms, torch_ms, strict=True)]
+    first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "torch_ms_median": statistics.median(torch_ms),
+        "folded_ms_median": statistics.median(folded_ms),
+        "ratio_median": median,
+        "ratio_quartile_1": first,
+        "ratio_quartile_3": third,
+        "ratios": [round(r, 4) for r in ratios],
+    }
 
 
 def machine() -> dict[str, Any]:

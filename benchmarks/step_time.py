@@ -10,14 +10,23 @@ median of the per-pair ratios (folded / torch), its quartiles, and the median ti
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import gradfold
-from common import DTYPES, PEERS, interleaved_ms, llama, llama_config, print_table, random_batch, write_result
+from common import (
+    DTYPES,
+    PEERS,
+    interleaved_ms,
+    llama,
+    llama_config,
+    paired_figures,
+    print_table,
+    random_batch,
+    write_result,
+)
 
 
 def main() -> None:
@@ -83,8 +92,6 @@ def compare(
 
     torch_ms, folded_ms = interleaved_ms([plain_step, folded_step], pairs, warm_up)
     losses = plain_step(), folded_step()
-    ratios = [f / p for f, p in zip(folded_ms, torch_ms, strict=True)]
-    first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "rule": rule,
         "dtype": dtype,
@@ -93,12 +100,7 @@ def compare(
         "parameters": sum(p.numel() for p in folded.parameters()),
         "pairs": pairs,
         "torch_options": peer.torch_options,
-        "torch_ms_median": statistics.median(torch_ms),
-        "folded_ms_median": statistics.median(folded_ms),
-        "ratio_median": median,
-        "ratio_quartile_1": first,
-        "ratio_quartile_3": third,
-        "ratios": [round(r, 4) for r in ratios],
+        **paired_figures(torch_ms, folded_ms),
         "torch_loss_after": losses[0],
         "folded_loss_after": losses[1],
     }

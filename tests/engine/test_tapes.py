@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import MatmulUse
+from gradfold.backends import MatmulUse, tensors_of
 from gradfold.engine.offload import Host
 from gradfold.errors import FoldError
 from tests.accumulated import check
@@ -132,3 +132,16 @@ def test_a_buffer_that_is_refilled_is_sent_again():
     second = host.send(MatmulUse(grad, buffer))
     assert first.left is second.left
     assert not first.right.any() and second.right.all()
+
+
+def test_what_lies_in_host_memory_comes_back_twice(monkeypatch):
+    """For the norm, and for the step; to wait for it, or to see its dtype, nothing has to move."""
+    monkeypatch.setattr("gradfold.engine.ledger.Host", Elsewhere)
+    model = Net("untied")
+    optimizer = gradfold.SGD(model.parameters(), lr=0.1)
+    ledger = gradfold.fold(model, optimizer, clip_norm=1.0, tape="host")._ledger
+    model.loss(batches(1)[0]).backward()
+    held = sum(len(tensors_of(use)) for part in ledger.parts() for use in part.tape.held)
+    ledger.host.brought = 0
+    optimizer.step()
+    assert ledger.host.brought == 2 * held > 0

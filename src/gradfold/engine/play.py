@@ -28,7 +28,7 @@ def play(ledger: Ledger) -> None:
     taped = [part for part in ledger.parts() if part.tape]
     ledger.unscale = ledger.marker.take()
     for part in taped:
-        part.wait(part.tape.peek())
+        part.wait(part.tape.held)
     if taped and ledger.clips:
         measure(ledger, taped)
     if ledger.guarded:
@@ -52,8 +52,8 @@ def play(ledger: Ledger) -> None:
 
 def _finite(ledger: Ledger, part: Part) -> bool:
     """Whether the gradient on a part's tape is finite: its norm tells, where it is known and not too large."""
-    power, uses = ledger.powers.get(id(part), math.inf), part.tape.peek()
-    return norm_from(power, _norm_type(ledger)) < safe_magnitude(uses, part.param.dtype) or part.finite(uses)
+    norm = norm_from(ledger.powers.get(id(part), math.inf), _norm_type(ledger))
+    return norm < safe_magnitude(part.tape.held, part.param.dtype) or part.finite(part.tape.peek())
 
 
 def _norm_type(ledger: Ledger) -> float:

@@ -102,6 +102,11 @@ class Tape:
             return self.collapsed
         return self.host.from_host(self.collapsed, self.part.param.device)
 
+    @property
+    def held(self) -> list[Use]:
+        """What it holds, wherever that lies; to compute with, ``peek``."""
+        return list(self.uses) if self.collapsed is None else [DenseUse(self.collapsed)]
+
     def take(self) -> list[Use]:
         """The uses to step with; the tape is empty afterwards."""
         uses = self.peek()
