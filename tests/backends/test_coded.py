@@ -7,7 +7,7 @@ from torch import nn
 import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, Stored, chain, native
 from gradfold.backends.coded import shape_of
-from gradfold.codecs import state_codec, stream_key, weight_codec
+from gradfold.codecs import Stream, state_codec, weight_codec
 from gradfold.plan.trace import LiveBytes
 from gradfold.rules import Adam
 
@@ -64,7 +64,7 @@ class Coded:
         step = int(self.counters["step"])
 
         def stored(name, parts, codec):
-            return Stored(parts, codec, stream_key(0, step, "w", name) if codec.stochastic else None)
+            return Stored(parts, codec, Stream.of(0, step, "w", name) if codec.stochastic else None)
 
         weight = stored("weight", self.parts, self.codec)
         states = [stored(n, p, c) for n, p, c in zip(("m", "v"), self.states, self.codecs, strict=True)]

@@ -31,9 +31,13 @@ def bfloat16_of(i: int) -> float:
 
 def key_words(seed: int, step: int, parameter: str, stream: str) -> tuple[int, int]:
     def word(text: str) -> int:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"gradfold").digest(), "little")
+        named = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"gradfold").digest(), "little")
+        x = (named + step * 0x9E3779B1) % WORD
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) % WORD
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) % WORD
+        return x ^ (x >> 16)
 
-    return word(f"{seed}\0{step}\0{parameter}"), word(f"{seed}\0{step}\0{parameter}\0{stream}")
+    return word(f"{seed}\0{parameter}"), word(f"{seed}\0{parameter}\0{stream}")
 
 
 def random_bits(keys: tuple[int, int], offset: int) -> int:

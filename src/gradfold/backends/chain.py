@@ -45,6 +45,7 @@ def step_tile(
     if grad.device.type == "cpu" and _compiled(weight, states, grad, rule, numbers, first_offset, row_stride):
         return
     rows, columns = grad.shape
+    keys = [stored.key for stored in (weight, *states)]
     limit = PANE_ELEMENTS if grad.device.type == "cpu" else PANE_ELEMENTS_GPU
     for height, width in panes(rows, columns, limit):
         cut = [
@@ -56,8 +57,8 @@ def step_tile(
         scratch = [torch.empty_like(tiles[0]) for _ in range(rule.scratch_tiles(group))]
         rule.update(tiles[0], grad[height, width].clone(), tiles[1:], numbers, scratch)
         offsets = row_offsets(height, row_stride, first_offset + width.start, device=grad.device)
-        for stored, tile in zip(cut, tiles, strict=True):
-            bits = None if stored.key is None else random_bits(stored.key, offsets, n)
+        for stored, tile, key in zip(cut, tiles, keys, strict=True):
+            bits = None if key is None else random_bits(key, offsets, n)
             for name, fresh in stored.codec.encode(tile, bits).items():  # type: ignore[union-attr]
                 stored.parts[name].copy_(fresh)
 

@@ -33,6 +33,7 @@ class Change(NamedTuple):
 
     scale: float = 1.0  # the coefficient of clipping by norm, and of loss scaling
     clip_value: float | None = None  # the largest magnitude of an element, after scaling
+    guarded: bool = False  # a tile that is not finite stays out of weight and states (where the backend sees tiles)
 
     def apply(self, tile: Tensor) -> None:
         if self.scale != 1.0:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gradfold.codecs import Codec, Parts
+from gradfold.codecs import Codec, Parts, Stream
 
 VALUES = "values"  # the part that is the weight itself, and the only one of a state kept as torch keeps it
 
@@ -28,12 +28,17 @@ class Stored(NamedTuple):
 
     parts: Parts
     codec: Codec | None = None
-    key: Tensor | None = None  # of the hash that rounds it stochastically (codecs.stream_key); None: to nearest
+    stream: Stream | None = None  # of the random bits that round it; None: to nearest
     place: Place | None = None  # of a slice; None: a whole parameter
 
     @classmethod
     def plain(cls, values: Tensor) -> Stored:
         return cls({VALUES: values})
+
+    @property
+    def key(self) -> Tensor | None:
+        """Of the hash that rounds it stochastically, on its device; None: to nearest."""
+        return None if self.stream is None else self.stream.key(next(iter(self.parts.values())).device)
 
     @property
     def values(self) -> Tensor:

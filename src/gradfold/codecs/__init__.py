@@ -3,7 +3,7 @@
 from .base import BLOCK, Codec, Matrix, Part, Parts, matrix
 from .plain import Plain
 from .registry import MASTERS, STATES, WEIGHTS, state_codec, weight_codec
-from .rounding import WEIGHT, random_bits, round_stochastic, row_offsets, stream_key
+from .rounding import WEIGHT, Stream, random_bits, round_stochastic, row_offsets, stream_key
 from .split import Split, dither, export_master, import_master
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Parts",
     "Plain",
     "Split",
+    "Stream",
     "dither",
     "export_master",
     "import_master",

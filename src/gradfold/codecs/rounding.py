@@ -12,14 +12,17 @@ The hash, all in 32-bit words that wrap around, ``>>>`` filling with zeros, with
     bits = x >>> 16
 
 It is murmur3's finaliser (Appleby, public domain) with the key mixed in twice and the last fold left out, which only
-the low half would need; the first constant is xxHash's. key0 and key1 come from BLAKE2, once per step. About fifteen
+the low half would need; the first constant is xxHash's. key0 and key1 are words that BLAKE2 makes of the names once a
+run, and the whole finaliser mixes with the step, which a captured CUDA graph can do. About fifteen
 instructions per element, of which the first seven are the same for all streams of a parameter; Philox takes 51.
 ``x >>> n`` is written ``(x >> n) & mask``, since torch shifts int32 arithmetically; Triton may use uint32 itself.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,20 +38,42 @@ _INF = 0x7F800000  # fp32's bits; whatever is above is NaN
 _QUIET = 0x400000  # set in a NaN, so that cutting off its low bits cannot make it infinity
 
 
+class Stream(NamedTuple):
+    """One sequence of random bits of a parameter: of its weight or of one of its states, in one step."""
+
+    shared: int  # a word of (seed, parameter), the same for all its streams
+    own: int  # a word of (seed, parameter, stream)
+    step: int | Tensor
+
+    @classmethod
+    def of(cls, seed: int, step: int | Tensor, parameter: str, stream: str) -> Stream:
+        """``parameter`` is the name in the whole model, so that a shard or a slice draws what the whole would."""
+        return cls(_word(f"{seed}\0{parameter}"), _word(f"{seed}\0{parameter}\0{stream}"), step)
+
+    def key(self, device: torch.device | str | None = None) -> Tensor:
+        """The hash key of this step: int32 ``[2]``, the first the same for all streams of the parameter."""
+        keys = [_key(word, int(self.step)) for word in (self.shared, self.own)]
+        return torch.tensor(keys, dtype=torch.int32, device=device)
+
+
 def stream_key(seed: int, step: int, parameter: str, stream: str, device: torch.device | str | None = None) -> Tensor:
-    """The hash key of one stream in one step: int32 ``[2]``.
-
-    ``parameter`` is the name in the whole model, so that a shard or a slice draws what the whole would. key0 depends on
-    (seed, step, parameter) alone: several streams of one parameter share the first half of the hash.
-    """
-    shared = f"{seed}\0{step}\0{parameter}"
-    words = [_word(shared), _word(f"{shared}\0{stream}")]
-    return torch.tensor(words, dtype=torch.int32, device=device)
+    """``Stream.of(...).key(device)``."""
+    return Stream.of(seed, step, parameter, stream).key(device)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _word(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=4, person=b"gradfold").digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def _key(word: int, step: int) -> int:
+    """murmur3's finaliser of ``word + step * 0x9E3779B1``, as int32."""
+    x = (word + step * _GOLDEN) & 0xFFFFFFFF
+    x = ((x ^ x >> 16) * (_MIX1 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    x = ((x ^ x >> 13) * (_MIX2 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    x ^= x >> 16
+    return x - (x >> 31 << 32)
 
 
 def row_offsets(

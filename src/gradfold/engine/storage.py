@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradfold.backends import VALUES, Place, Stored
-from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, Split, dither, state_codec, stream_key, weight_codec
+from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, Split, Stream, dither, state_codec, stream_key, weight_codec
 from gradfold.errors import FoldError
 from gradfold.rules import Group, Rule, State, number
 
@@ -184,8 +184,8 @@ def bind(
                 raise FoldError(stored_otherwise(name, parts[VALUES].dtype))
             codec = WEIGHTS[parts[VALUES].dtype]
         random = random and codec.stochastic
-        key = stream_key(seed, step, stream, name, param.device) if random else None
-        bound.append(Stored(parts, codec, key, place))
+        random_stream = Stream.of(seed, step, stream, name) if random else None
+        bound.append(Stored(parts, codec, random_stream, place))
     return bound[0], bound[1:]
 
 

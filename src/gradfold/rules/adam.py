@@ -69,7 +69,7 @@ class Adam(Rule):
         if maximum:
             torch.maximum(maximum[0], exp_avg_sq, out=maximum[0])
         denom = torch.sqrt(maximum[0] if maximum else exp_avg_sq, out=scratch[0])
-        denom.div_((1 - n.beta2**n.step) ** 0.5).add_(n.eps)
+        denom.mul_(1 / (1 - n.beta2**n.step) ** 0.5).add_(n.eps)
         weight.addcdiv_(exp_avg, denom, value=-n.lr / (1 - n.beta1**n.step))
 
     def fused(self, weight, grad, states, numbers):

@@ -73,6 +73,6 @@ class NAdam(Rule):
             grad.add_(weight, alpha=n.weight_decay)
         exp_avg.lerp_(grad, 1 - n.beta1)
         exp_avg_sq.mul_(n.beta2).addcmul_(grad, grad, value=1 - n.beta2)
-        denom = torch.div(exp_avg_sq, 1 - n.beta2**n.step, out=scratch[0]).sqrt_().add_(n.eps)
+        denom = torch.mul(exp_avg_sq, 1 / (1 - n.beta2**n.step), out=scratch[0]).sqrt_().add_(n.eps)
         weight.addcdiv_(grad, denom, value=-n.grad_rate)
         weight.addcdiv_(exp_avg, denom, value=-n.avg_rate)

@@ -1,0 +1,158 @@
+"""The rules as Triton sees them: one tile in registers, one function per rule.
+
+Each is the twin of a rule in ``gradfold.rules`` and rounds where that one does: ``tl.fma`` stands where torch's kernels
+round ``a * b + c`` once, and kernels are compiled without further fusion. What depends on the step's numbers alone is
+worked out in Python in double precision (``numbers.py``) and arrives in ``n``.
+
+    rule(w, g, states, n, FLAGS, EXACT) -> w, states
+
+w, g: fp32 tiles. states: a tuple of fp32 tiles, in the order of ``Rule.states``. n: a tuple of fp32 scalars. FLAGS: what
+the rule decides by its hyper-parameters, as constants. EXACT: divisions and roots as IEEE has them, for fp32 weights;
+else those of the processor, within two units in the last place. To add one: see the README one folder up.
+"""
+
+# No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def div(a, b, EXACT: tl.constexpr):
+    """IEEE's quotient, or one within two units in the last place."""
+    return tl.div_rn(a, b) if EXACT else a / b
+
+
+@triton.jit
+def sqrt(x, EXACT: tl.constexpr):
+    return tl.sqrt_rn(x) if EXACT else tl.sqrt(x)
+
+
+@triton.jit
+def _lerp(start, end, weight, NEAR: tl.constexpr):
+    """torch's lerp: from the nearer end. ``weight``: of ``end`` if NEAR (below one half), else that minus 1."""
+    return tl.fma(end - start, weight, start if NEAR else end)
+
+
+@triton.jit
+def _decayed(w, g, rate, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr):
+    """Sign and weight decay. DECAY: 0 none, 1 decoupled (``rate`` multiplies w), 2 coupled (``rate`` of w joins g)."""
+    if MAXIMIZE:
+        g = -g
+    if DECAY == 1:
+        w = w * rate
+    if DECAY == 2:
+        g = tl.fma(w, rate, g)
+    return w, g
+
+
+@triton.jit
+def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, sqrt of the second correction, eps, -rate."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    NEAR: tl.constexpr = FLAGS[2]
+    AMSGRAD: tl.constexpr = FLAGS[3]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    exp_avg = _lerp(states[0], g, n[1], NEAR)
+    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    if AMSGRAD:
+        largest = tl.maximum(states[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+        denom = sqrt(largest, EXACT) * n[4] + n[5]
+        return w + div(exp_avg * n[6], denom, EXACT), (exp_avg, exp_avg_sq, largest)
+    else:
+        denom = sqrt(exp_avg_sq, EXACT) * n[4] + n[5]
+        return w + div(exp_avg * n[6], denom, EXACT), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def sgd(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: weight decay, momentum, 1 - dampening, -lr."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    MOMENTUM: tl.constexpr = FLAGS[2]  # 0 none, 1 plain, 2 Nesterov's
+    FIRST: tl.constexpr = FLAGS[3]  # the buffer starts as the gradient
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    if MOMENTUM == 0:
+        return tl.fma(g, n[3], w), ()
+    else:
+        if FIRST:
+            buffer = g
+        else:
+            buffer = tl.fma(g, n[2], states[0] * n[1])
+        if MOMENTUM == 2:
+            return tl.fma(tl.fma(buffer, n[1], g), n[3], w), (buffer,)
+        else:
+            return tl.fma(buffer, n[3], w), (buffer,)
+
+
+@triton.jit
+def lion(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: decay, beta1, 1 - beta1, -lr, beta2, 1 - beta2."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    mixed = tl.fma(g, n[2], states[0] * n[1])
+    sign = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
+    return tl.fma(sign, n[3], w), (tl.fma(g, n[5], states[0] * n[4]),)
+
+
+@triton.jit
+def rmsprop(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: weight decay, alpha, 1 - alpha, that again (or -alpha) for the mean, eps, momentum, -lr."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    MOMENTUM: tl.constexpr = FLAGS[2]
+    CENTERED: tl.constexpr = FLAGS[3]
+    NEAR: tl.constexpr = FLAGS[4]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    square = tl.fma(g * n[2], g, states[0] * n[1])
+    if CENTERED:
+        mean = _lerp(states[1 + MOMENTUM], g, n[3], NEAR)
+        denom = sqrt(tl.fma(-mean, mean, square), EXACT) + n[4]
+        extra = (mean,)
+    else:
+        denom = sqrt(square, EXACT) + n[4]
+        extra = ()
+    if MOMENTUM:
+        buffer = states[1] * n[5] + div(g, denom, EXACT)
+        return tl.fma(buffer, n[6], w), (square, buffer) + extra
+    else:
+        return w + div(g * n[6], denom, EXACT), (square,) + extra
+
+
+@triton.jit
+def adagrad(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: weight decay, eps, -rate."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    total = tl.fma(g, g, states[0])
+    return w + div(g * n[2], sqrt(total, EXACT) + n[1], EXACT), (total,)
+
+
+@triton.jit
+def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, second correction, eps, -rate of g, -rate of exp_avg."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    NEAR: tl.constexpr = FLAGS[2]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    exp_avg = _lerp(states[0], g, n[1], NEAR)
+    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    denom = sqrt(exp_avg_sq * n[4], EXACT) + n[5]
+    w = w + div(g * n[6], denom, EXACT)
+    return w + div(exp_avg * n[7], denom, EXACT), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def radam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, eps, -rate, 1 where the variance is tractable."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    NEAR: tl.constexpr = FLAGS[2]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    exp_avg = _lerp(states[0], g, n[1], NEAR)
+    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    step = exp_avg * n[5]
+    adaptive = w + div(step, sqrt(exp_avg_sq, EXACT) + n[4], EXACT)
+    return tl.where(n[6] != 0, adaptive, tl.fma(exp_avg, n[5], w)), (exp_avg, exp_avg_sq)

@@ -1,0 +1,231 @@
+"""The kernel: a tile of a weight's gradient is summed in registers, meets its weight and states there, and is gone.
+
+One program owns the tile ``[BN, BK]`` of a weight ``[N, K]``:
+
+    gradient   sum over tokens of dY[:, rows]ᵀ X[:, columns] (a product), or of one-hot(ids)ᵀ dY (an embedding), or a
+               tile that autograd has written; any number of each. fp32, in registers
+    norm       of the tile, one number: NaN where the gradient is not finite, and then nothing is stored
+    step       sub-tiles of a few rows: load and decode weight and states, the rule, encode and store
+
+The sum is kept transposed, ``[BK, BN]``: tensor cores spread the second dimension over registers, so that cutting it
+into sub-tiles moves nothing between threads, and a sub-tile is of whole rows of 128, which is what blocks with a scale
+need. Sub-tiles bound the registers: the accumulator and one sub-tile's worth of weight, states and temporaries.
+"""
+
+# No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
+import triton
+import triton.language as tl
+
+from . import codecs
+
+# columns of the tables of further uses
+PRODUCT = tl.constexpr(5)  # left, right, tokens, left's stride, right's stride
+GATHER = tl.constexpr(7)  # sorted ids, order, bounds, gradient, its stride, first row, padding id
+DENSE = tl.constexpr(2)  # gradient, its stride
+
+
+@triton.jit
+def product(
+    acc, left, right, tokens, left_stride, right_stride, n0, k0, N, K,
+    BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """acc ``[BK, BN]`` plus right.T @ left. left: ``[T, N]``, right: ``[T, K]``. EVEN: the tile is in the weight."""
+    rows = n0 + tl.arange(0, BN)
+    columns = k0 + tl.arange(0, BK)
+    t = tl.arange(0, BT).to(tl.int64)
+    left += t[:, None] * left_stride + rows[None, :]
+    right += t[:, None] * right_stride + columns[None, :]
+    for start in tl.range(0, tokens, BT):
+        there = (start + t < tokens)[:, None]
+        if EVEN:
+            a, b = tl.load(left, mask=there, other=0.0), tl.load(right, mask=there, other=0.0)
+        else:
+            a = tl.load(left, mask=there & (rows < N)[None, :], other=0.0)
+            b = tl.load(right, mask=there & (columns < K)[None, :], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(tl.trans(b), a, acc, input_precision=PRECISION)
+        left += BT * left_stride.to(tl.int64)
+        right += BT * right_stride.to(tl.int64)
+    return acc
+
+
+@triton.jit
+def gather(
+    acc, ids, order, bounds, grad, stride, first, padding, n0, k0, K,
+    BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """acc ``[BK, BN]`` plus the sum of grad's rows by id: a product with a one-hot matrix, over this tile's tokens.
+
+    ids: sorted, ``[T]``; order: where each came from; bounds: where those of each tile of BN rows begin.
+    """
+    columns = k0 + tl.arange(0, BK)
+    rows = first + n0 + tl.arange(0, BN)
+    begin, end = tl.load(bounds + n0 // BN), tl.load(bounds + n0 // BN + 1)
+    for start in tl.range(begin, end, BT):
+        t = start + tl.arange(0, BT)
+        there = t < end
+        token = tl.load(ids + t, mask=there, other=-1)
+        row = tl.load(order + t, mask=there, other=0).to(tl.int64)
+        wanted = there & (token != padding)
+        where = grad + row[:, None] * stride + columns[None, :]
+        g = tl.load(where, mask=wanted[:, None] & (columns < K)[None, :], other=0.0)
+        if WIDEN:
+            g = g.to(tl.float32)
+        hot = (token[:, None] == rows[None, :]).to(g.dtype)  # [BT, BN]
+        acc = tl.dot(tl.trans(g), hot, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
+    """A tile ``[BK, BN]`` of a gradient ``[N, K]``."""
+    rows = (n0 + tl.arange(0, BN)).to(tl.int64)
+    columns = k0 + tl.arange(0, BK)
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    g = tl.load(grad + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.trans(g.to(tl.float32))
+
+
+@triton.jit
+def norm_of(acc):
+    """The tile's norm, NaN if one element is not finite; infinite only where the norm is."""
+    largest = tl.max(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE, 1), 0)
+    size = codecs.float_of(largest)
+    unit = tl.where(size > 1e15, 2.0**-75, tl.where(size < 1e-15, 2.0**60, 1.0))  # squares neither overflow nor vanish
+    scaled = acc * unit
+    norm = tl.sqrt_rn(tl.sum(tl.sum(scaled * scaled, 1), 0)) * (1.0 / unit)
+    return tl.where(largest < codecs.INF, norm, float("nan"))
+
+
+@triton.jit
+def halves(x):
+    """``[A, B]`` as its two halves ``[A, B / 2]``; where B is spread over registers, nothing moves."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def sub_tiles(acc, LEVELS: tl.constexpr):
+    """A tuple of 2 ** LEVELS parts of the second dimension."""
+    parts = (acc,)
+    for _ in tl.static_range(LEVELS):
+        cut = ()
+        for i in tl.static_range(len(parts)):
+            a, b = halves(parts[i])
+            cut = cut + (a, b)
+        parts = cut
+    return parts
+
+
+@triton.jit
+def update(
+    g, rows, start, kept, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride, N, K,
+    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    RAGGED: tl.constexpr, LARGE: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The rule on rows ``[R]`` and WIDTH columns of weight and states; stored are those below ``kept``.
+
+    g: fp32 ``[R, WIDTH]``.
+    """
+    old = ()
+    for i in tl.static_range(len(FORMATS)):
+        old = old + (
+            codecs.load(
+                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], WIDTH
+            ),
+        )
+    n = ()
+    for i in tl.static_range(SCALARS):
+        n = n + (tl.load(scalars + i),)
+    w, states = RULE(old[0], g, old[1:], n, FLAGS, EXACT)
+    new = (w,) + states
+    row_offsets = offset + rows[:, None] * row_stride + start  # int64 [R, 1], of the tile's first column
+    inside = tl.arange(0, WIDTH)[None, :]
+    step = tl.load((scalars + SCALARS).to(tl.pointer_type(tl.int32)))
+    shared = codecs.shared_hash(row_offsets, inside, codecs.key(tl.load(words), step))
+    for i in tl.static_range(len(FORMATS)):
+        bits = shared
+        if RANDOM[i]:
+            bits = codecs.random_bits(shared, row_offsets, inside, codecs.key(tl.load(words + 1 + i), step), LARGE)
+        codecs.store(
+            new[i], bits, firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, kept, K,
+            FORMATS[i], RANDOM[i], RAGGED, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "scale", "limit", "further", "further_gathers", "further_dense"])
+def fold_step(
+    left, right, tokens, left_stride, right_stride,  # a product; tokens is 0 where there is none
+    ids, order, bounds, rows_grad, rows_stride, first, padding,  # an embedding
+    grad, grad_stride,  # a gradient that is there
+    further, further_gathers, further_dense, products, gathers, denses,  # how many more, and tables of them
+    firsts, seconds, first_strides, second_strides,  # weight and states
+    scalars, words, offset, row_stride,  # the rule's numbers and the step's, the random bits', and a slice's place
+    scale, scale_there, limit, norms,  # of the gradient, and where the norm of each tile goes
+    N, K,
+    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATHERS: tl.constexpr, DENSES: tl.constexpr,  # 0 none, 1 one, 2 more
+    SCALED: tl.constexpr, LIMITED: tl.constexpr, GUARDED: tl.constexpr, STEPS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, LARGE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradient, norm and step of one tile of a weight. STEPS: else the norm only."""
+    # programs that run together share columns: GROUP tiles of rows before the next tile of columns
+    program = tl.program_id(0)
+    tiles_n, tiles_k = tl.cdiv(N, BN), tl.cdiv(K, BK)
+    group = program // (GROUP * tiles_k)
+    high = tl.minimum(tiles_n - group * GROUP, GROUP)
+    inside = program - group * GROUP * tiles_k
+    n0, k0 = (group * GROUP + inside % high) * BN, (inside // high) * BK
+
+    acc = tl.zeros((BK, BN), tl.float32)
+    if PRODUCTS > 0:
+        acc = product(
+            acc, left, right, tokens, left_stride, right_stride, n0, k0, N, K, BN, BK, BT, PRECISION, EVEN, WIDEN
+        )
+    if PRODUCTS > 1:
+        for i in tl.range(0, further):
+            at = products + i * PRODUCT
+            acc = product(
+                acc, tl.load(at).to(left.dtype), tl.load(at + 1).to(right.dtype), tl.load(at + 2), tl.load(at + 3),
+                tl.load(at + 4), n0, k0, N, K, BN, BK, BT, PRECISION, EVEN, WIDEN,
+            )  # fmt: skip
+    if GATHERS > 0:
+        acc = gather(acc, ids, order, bounds, rows_grad, rows_stride, first, padding, n0, k0, K, BN, BK, BT, WIDEN)
+    if GATHERS > 1:
+        for i in tl.range(0, further_gathers):
+            at = gathers + i * GATHER
+            acc = gather(
+                acc, tl.load(at).to(ids.dtype), tl.load(at + 1).to(order.dtype), tl.load(at + 2).to(bounds.dtype),
+                tl.load(at + 3).to(rows_grad.dtype), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), n0, k0, K,
+                BN, BK, BT, WIDEN,
+            )  # fmt: skip
+    if DENSES > 0:
+        acc += dense(grad, grad_stride, n0, k0, N, K, BN, BK)
+    if DENSES > 1:
+        for i in tl.range(0, further_dense):
+            at = denses + i * DENSE
+            acc += dense(tl.load(at).to(grad.dtype), tl.load(at + 1), n0, k0, N, K, BN, BK)
+
+    norm = norm_of(acc)
+    tl.store(norms + program, norm)
+    if STEPS:
+        factor = scale
+        if SCALED:
+            factor = factor * tl.load(scale_there)
+        kept = N  # rows that are stored: none of a tile that is not finite
+        if GUARDED:
+            kept = tl.where(norm * factor == norm * factor, N, 0)
+        parts = sub_tiles(acc, LEVELS)
+        HEIGHT: tl.constexpr = BN >> LEVELS
+        for i in tl.static_range(len(parts)):
+            g = tl.trans(parts[i]) * factor  # [HEIGHT, BK]
+            if LIMITED:
+                g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+            rows = (n0 + i * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
+            update(
+                g, rows, k0, kept, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride,
+                N, K, RULE, FLAGS, SCALARS, FORMATS, RANDOM, RAGGED, LARGE, EXACT, BK,
+            )  # fmt: skip

@@ -1,0 +1,274 @@
+"""From a stored weight and the uses of its gradient to a launch of ``step.fold_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gradfold import codecs as stored_as
+from gradfold.backends.stored import VALUES, Stored
+from gradfold.backends.uses import DenseUse, GatherUse, MatmulUse, Use
+from gradfold.codecs import BLOCK, Codec, Plain, matrix
+
+from . import table
+from .kernels import codecs
+from .numbers import Twin
+
+_FORMATS = {
+    "int8 signed": codecs.SIGNED8,
+    "int8 unsigned": codecs.UNSIGNED8,
+    "int4 signed": codecs.SIGNED4,
+    "int4 unsigned": codecs.UNSIGNED4,
+    "split8": codecs.SPLIT8,
+    "split16": codecs.SPLIT16,
+}
+_PLAIN = {torch.float32: codecs.FP32, torch.bfloat16: codecs.BF16, torch.float16: codecs.FP16}
+_SECOND = ("scales", "residual")  # parts that are a tensor's second pointer
+
+
+def format_of(codec: Codec | None, values: Tensor | None) -> int | None:
+    """How kernels know this storage; None: they do not. ``values``: where it is kept as torch keeps it."""
+    if codec is None or isinstance(codec, Plain):
+        dtype = values.dtype if codec is None and values is not None else getattr(codec, "dtype", None)
+        found = _PLAIN.get(dtype)  # type: ignore[arg-type]
+    else:
+        same = any(codec is known for pair in stored_as.STATES.values() for known in pair)
+        same = same or any(codec is known for known in stored_as.MASTERS.values())
+        found = _FORMATS.get(codec.name) if same else None
+    return None if found is None else found.value
+
+
+class Tensors(NamedTuple):
+    """A weight ``[N, K]`` and its states as a kernel takes them."""
+
+    rows: int
+    columns: int
+    formats: tuple[int, ...]
+    random: tuple[int, ...]
+    firsts: tuple[Tensor, ...]
+    seconds: tuple[Tensor, ...]
+    first_strides: tuple[int, ...]
+    second_strides: tuple[int, ...]
+    words: Tensor  # int32 [1 + tensors]: of the random bits, the shared one first
+    offset: int  # of its first element in the whole parameter
+    row_stride: int  # of the whole parameter
+    large: bool  # offsets in it may need more than 32 bits
+
+    @property
+    def stored_bytes(self) -> float:
+        """Per element of the weight."""
+        return sum(first.element_size() * first.numel() for first in self.firsts) / max(1, self.rows * self.columns)
+
+
+def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
+    """None where no kernel takes them: strided oddly, or stored in a way kernels do not know."""
+    weight = stored[0].values
+    seen = matrix(weight.shape)
+    if weight.dim() == 2:
+        rows, columns = weight.shape
+    else:
+        rows, columns = seen.rows, seen.columns
+    formats, firsts, seconds, strides = [], [], [], []
+    for one in stored:
+        found = format_of(one.codec, one.parts.get(VALUES))
+        if found is None:
+            return None
+        first, second = None, None
+        for name, part in one.parts.items():
+            flat = _rows_of(part, rows)
+            if flat is None:
+                return None
+            flat = flat.view(torch.int16) if flat.dtype in (torch.bfloat16, torch.float16) else flat
+            first, second = (first, flat) if name in _SECOND else (flat, second)
+        assert first is not None
+        second = first if second is None else second
+        formats.append(found)
+        firsts.append(first)
+        seconds.append(second)
+        strides.append((first.stride(0), second.stride(0)))
+    place = stored[0].place
+    offset, row_stride = (0, columns) if place is None else place[1:]
+    if weight.dim() != 2:  # slices of these are contiguous, of rows that may be several of a kernel's
+        row_stride = columns
+    numel = weight.numel() if place is None else torch.Size(place.shape).numel()
+    streams = [one.stream for one in stored]
+    shared = next((stream.shared for stream in streams if stream is not None), 0)
+    words = [shared, *(0 if stream is None else stream.own for stream in streams)]
+    return Tensors(
+        rows,
+        columns,
+        tuple(formats),
+        tuple(int(stream is not None) for stream in streams),
+        tuple(firsts),
+        tuple(seconds),
+        tuple(first for first, _ in strides),
+        tuple(second for _, second in strides),
+        torch.tensor(words, dtype=torch.int32, device=weight.device),
+        offset,
+        row_stride,
+        numel >= 2**32,
+    )
+
+
+def _rows_of(part: Tensor, rows: int) -> Tensor | None:
+    """``[rows, width]``, with adjacent columns; None if that needs a copy."""
+    if part.dim() == 2 and part.shape[0] == rows and (part.stride(1) == 1 or part.shape[1] == 1):
+        return part
+    return part.view(rows, -1) if part.is_contiguous() and part.numel() else None
+
+
+class Source(NamedTuple):
+    """Where a launch takes its gradient from."""
+
+    kind: str  # of the table
+    arguments: tuple[Any, ...]  # from ``left`` to ``denses``
+    constants: dict[str, Any]
+    operand_bytes: int
+    tokens: int
+    held: tuple[Tensor, ...]  # tensors that the tables point to
+
+
+def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
+    """None where no kernel takes these uses together: products of several dtypes, say."""
+    products = [use for use in uses if isinstance(use, MatmulUse)]
+    gathers = [use for use in uses if isinstance(use, GatherUse)]
+    denses = [use.grad.reshape(rows, columns) for use in uses if isinstance(use, DenseUse)]
+    operands = [t for use in products for t in (use.left, use.right)]
+    for kind in (operands, [use.grad for use in gathers], denses):
+        if len({t.dtype for t in kind}) > 1 or any(t.dtype not in _PLAIN or not _adjacent(t) for t in kind):
+            return None
+    kind = table.PRODUCT if products else table.GATHER if gathers else table.DENSE
+    operand_bytes = max([t.element_size() for t in operands or [use.grad for use in gathers]], default=2)
+    bn = table.config(kind, operand_bytes, where).bn
+    nothing = weight.new_empty(0, dtype=torch.int64)
+    floats = weight.new_empty(0, dtype=torch.float32)
+    sorted_ = [_sorted(use, rows, bn) for use in gathers]
+    first = products[0] if products else None
+    arguments = (
+        *((floats, floats, 0, 0, 0) if first is None else _product(first)),
+        *(sorted_[0] if sorted_ else (nothing, nothing, nothing, floats, 0, 0, -1)),
+        *((denses[0], denses[0].stride(0)) if denses else (floats, 0)),
+        len(products) - 1,
+        len(gathers) - 1,
+        len(denses) - 1,
+        _table([_product(use) for use in products[1:]], weight.device, nothing),
+        _table(sorted_[1:], weight.device, nothing),
+        _table([(grad, grad.stride(0)) for grad in denses[1:]], weight.device, nothing),
+    )
+    constants = {
+        "PRODUCTS": min(2, len(products)),
+        "GATHERS": min(2, len(gathers)),
+        "DENSES": min(2, len(denses)),
+    }
+    held = tuple(t for row in sorted_ for t in row if isinstance(t, Tensor))
+    tokens = sum(use.left.shape[0] for use in products)
+    return Source(kind, arguments, constants, operand_bytes, tokens, held)
+
+
+def _adjacent(t: Tensor) -> bool:
+    return t.dim() == 2 and (t.stride(1) == 1 or t.shape[1] == 1)
+
+
+def _product(use: MatmulUse) -> tuple[Any, ...]:
+    return use.left, use.right, use.left.shape[0], use.left.stride(0), use.right.stride(0)
+
+
+def _sorted(use: GatherUse, rows: int, bn: int) -> tuple[Any, ...]:
+    """An embedding's tokens by id, and where those of each tile of rows begin."""
+    ids, order = torch.sort(use.ids.to(torch.int64), stable=True)
+    edges = torch.arange(0, rows + bn, bn, device=ids.device).clamp_(max=rows) + use.first
+    padding = -1 if use.padding_idx is None else use.padding_idx
+    return ids, order, torch.searchsorted(ids, edges), use.grad, use.grad.stride(0), use.first, padding
+
+
+def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:
+    """Pointers and numbers as int64 on the device."""
+    if not rows:
+        return nothing
+    made = torch.tensor([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows])
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+def arguments(
+    tensors: Tensors,
+    source: Source,
+    twin: Twin | None,
+    flags: tuple[int, ...],
+    scalars: Tensor,
+    norms: Tensor,
+    where: str,
+    *,
+    scale: float | Tensor = 1.0,
+    limit: float | None = None,
+    guarded: bool = True,
+    tf32: bool = False,
+    interpreted: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``fold_step[(tiles_of(...),)]`` is called with: positions, and constants with the compiler's options.
+
+    Args:
+        twin: None to take the norm only.
+        scalars: fp32 ``[count + 1]``, the last the step's number as an int32.
+        norms: fp32, one per tile.
+        where: of ``table.family``.
+        scale: what the gradient is multiplied by; a tensor is read on the device.
+        limit: the largest magnitude of an element after that.
+        guarded: leave tiles that are not finite as they are.
+        interpreted: the interpreter's products of 16-bit numbers are wrong; they are widened there.
+    """
+    tiles = table.config(source.kind, source.operand_bytes, where)
+    n, k = tensors.rows, tensors.columns
+    on_device = isinstance(scale, Tensor)
+    positions = (
+        *source.arguments,
+        tensors.firsts,
+        tensors.seconds,
+        tensors.first_strides,
+        tensors.second_strides,
+        scalars,
+        tensors.words,
+        tensors.offset,
+        tensors.row_stride,
+        1.0 if on_device else float(scale),
+        scale if on_device else scalars,
+        0.0 if limit is None else float(limit),
+        norms,
+        n,
+        k,
+    )
+    constants = {
+        "RULE": None if twin is None else twin.kernel,
+        "FLAGS": flags,
+        "SCALARS": 0 if twin is None else twin.count,
+        "FORMATS": tensors.formats,
+        "RANDOM": tensors.random,
+        **source.constants,
+        "SCALED": int(on_device),
+        "LIMITED": int(limit is not None),
+        "GUARDED": int(guarded),
+        "STEPS": int(twin is not None),
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "BT": tiles.bt,
+        "GROUP": tiles.group,
+        "LEVELS": tiles.levels,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "WIDEN": int(interpreted),
+        "EVEN": int(n % tiles.bn == 0 and k % tiles.bk == 0),
+        "RAGGED": int(k % BLOCK != 0),
+        "LARGE": int(tensors.large),
+        "EXACT": int(tensors.formats[0] == codecs.FP32.value),
+        "enable_fp_fusion": False,
+        **tiles.options(),
+    }
+    return positions, constants
+
+
+def tiles_of(tensors: Tensors, source: Source, where: str) -> int:
+    """How many programs a launch has, each of which writes one norm."""
+    tiles = table.config(source.kind, source.operand_bytes, where)
+    return triton.cdiv(tensors.rows, tiles.bn) * triton.cdiv(tensors.columns, tiles.bk)

@@ -1,0 +1,130 @@
+"""What a rule's twin takes for one step: constants it is compiled with, and fp32 scalars.
+
+Scalars are worked out in double precision, as the rules in ``gradfold.rules`` do it, and rounded once. Where the
+learning rate or the step count live on the device (``capturable=True``) they are 0-d float64 tensors, and so are the
+results: nothing here may look at their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradfold import rules
+
+from .kernels import rules as twins
+
+Scalar = Any  # a float, or a 0-d float64 tensor
+
+
+class Twin(NamedTuple):
+    """A rule as Triton runs it."""
+
+    kernel: Any  # of ``rules.py``
+    flags: Callable[[Any], Sequence[Any]]
+    scalars: Callable[[Any], Sequence[Scalar]]
+    count: int  # of scalars
+
+
+def twin_of(rule: rules.Rule) -> Twin | None:
+    """The twin of exactly this rule; a subclass has another formula."""
+    return _TWINS.get(type(rule))
+
+
+def flags_of(twin: Twin, numbers: Any) -> tuple[int, ...]:
+    return tuple(int(flag) for flag in twin.flags(numbers))
+
+
+def scalars_of(twin: Twin, numbers: Any, device: torch.device) -> Tensor:
+    """fp32 ``[count]`` on the device; no copy from the host if all of them are there already."""
+    values = twin.scalars(numbers)
+    if not any(isinstance(value, Tensor) for value in values):
+        host = torch.tensor(np.asarray(values, np.float32))
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    made = [value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64) for value in values]
+    return torch.stack([value.to(device, torch.float64) for value in made]).to(torch.float32)
+
+
+def _decay(n: Any, decoupled: bool) -> tuple[int, Scalar]:
+    """Which weight decay, and by how much (``rules.py``: ``_decayed``)."""
+    if not isinstance(n.weight_decay, Tensor) and not n.weight_decay:
+        return 0, 0.0
+    return (1, 1 - n.lr * n.weight_decay) if decoupled else (2, n.weight_decay)
+
+
+def _near(weight: float) -> bool:
+    """Whether torch's lerp starts from its first end."""
+    return bool(abs(np.float32(weight)) < 0.5)
+
+
+def _lerp(weight: float) -> float:
+    """What the far end is multiplied by."""
+    return weight if _near(weight) else float(np.float32(weight) - np.float32(1))
+
+
+def _adam_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, n.decoupled)[0], n.maximize, _near(1 - n.beta1), n.amsgrad
+
+
+def _adam(n: Any) -> Sequence[Scalar]:
+    rate = n.lr / (1 - n.beta1**n.step)
+    correction = 1 / (1 - n.beta2**n.step) ** 0.5
+    return _decay(n, n.decoupled)[1], _lerp(1 - n.beta1), n.beta2, 1 - n.beta2, correction, n.eps, -rate
+
+
+def _sgd_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, False)[0], n.maximize, (2 if n.nesterov else 1) if n.momentum else 0, n.first
+
+
+def _sgd(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], n.momentum, 1 - n.dampening, -n.lr
+
+
+def _lion(n: Any) -> Sequence[Scalar]:
+    return _decay(n, True)[1], n.beta1, 1 - n.beta1, -n.lr, n.beta2, 1 - n.beta2
+
+
+def _rmsprop_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, False)[0], n.maximize, n.momentum > 0, n.centered, _near(1 - n.alpha)
+
+
+def _rmsprop(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], n.alpha, 1 - n.alpha, _lerp(1 - n.alpha), n.eps, n.momentum, -n.lr
+
+
+def _adagrad(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], n.eps, -n.lr / (1 + (n.step - 1) * n.lr_decay)
+
+
+def _moments_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, n.decoupled)[0], n.maximize, _near(1 - n.beta1)
+
+
+def _nadam(n: Any) -> Sequence[Scalar]:
+    correction = 1 / (1 - n.beta2**n.step)
+    decay = _decay(n, n.decoupled)[1]
+    return decay, _lerp(1 - n.beta1), n.beta2, 1 - n.beta2, correction, n.eps, -n.grad_rate, -n.avg_rate
+
+
+def _radam(n: Any) -> Sequence[Scalar]:
+    adaptive = n.adaptive.double() if isinstance(n.adaptive, Tensor) else float(n.adaptive)
+    return _decay(n, n.decoupled)[1], _lerp(1 - n.beta1), n.beta2, 1 - n.beta2, n.eps, -n.rate, adaptive
+
+
+def _sign_flags(decoupled: bool) -> Callable[[Any], Sequence[Any]]:
+    return lambda n: (_decay(n, decoupled)[0], n.maximize)
+
+
+_TWINS: dict[type[rules.Rule], Twin] = {
+    rules.Adam: Twin(twins.adam, _adam_flags, _adam, 7),
+    rules.SGD: Twin(twins.sgd, _sgd_flags, _sgd, 4),
+    rules.Lion: Twin(twins.lion, _sign_flags(True), _lion, 6),
+    rules.RMSprop: Twin(twins.rmsprop, _rmsprop_flags, _rmsprop, 7),
+    rules.Adagrad: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
+    rules.NAdam: Twin(twins.nadam, _moments_flags, _nadam, 8),
+    rules.RAdam: Twin(twins.radam, _moments_flags, _radam, 7),
+}
