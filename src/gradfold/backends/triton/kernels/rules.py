@@ -6,7 +6,7 @@ worked out in Python in double precision (``numbers.py``) and arrives in ``n``.
 
     rule(w, g, states, n, FLAGS, EXACT) -> w, states
 
-w, g: fp32 tiles. states: a tuple of fp32 tiles, in the order of ``Rule.states``. n: a tuple of fp32 scalars. FLAGS: what
+w, g: fp32 tiles. states: fp32 tiles, in the order of ``Rule.states``. n: a tuple of fp32 scalars. FLAGS: what
 the rule decides by its hyper-parameters, as constants. EXACT: divisions and roots as IEEE has them, for fp32 weights;
 else those of the processor, within two units in the last place. To add one: see the README one folder up.
 """
