@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import gradfold
-from gradfold.backends import Stored
+from gradfold.backends import Backend, Stored
 
 VOCABULARY, WIDTH, TOKENS = 11, 6, 5
 
@@ -243,7 +243,7 @@ def compare(make: Callable[[], nn.Module], run: Loop, steps: int = 3, rule: str 
     return distance(folded, plain)
 
 
-class Recorder:
+class Recorder(Backend):
     """A backend that computes each gradient in row blocks, as a backend must, keeps it, and steps nothing."""
 
     name = "recorder"

@@ -75,7 +75,8 @@ def fold(
         tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
             weight's part of it at a time.
         working_set: train a chunk of the model at a time, see ``WorkingSet``.
-        backend: ``"auto"``, ``"reference"``, or an object that steps parameters (see ``gradfold.backends.Backend``).
+        backend: ``"triton"`` (GPUs: gradients stay in registers), ``"reference"`` (any device), ``"auto"``: for each
+            weight whichever should be faster here; or an object that steps parameters (``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
 
     Raises:
@@ -113,7 +114,8 @@ def fold(
             "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
             "'two_pass'"
         )
-    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes), when)
+    devices = {param.device for param in named.values() if id(param) in in_optimizer}
+    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes, devices), when)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, ledger)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
@@ -185,9 +187,11 @@ class Fold:
     def grad_norm(self) -> float | None:
         """The norm of the last step's gradient over all parameters, before clipping; None before the first step.
 
-        Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite.
+        Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite. On a GPU,
+        reading it waits for the step.
         """
-        return self._ledger.grad_norm
+        norm = self._ledger.grad_norm
+        return float(norm) if isinstance(norm, Tensor) else norm
 
     @property
     def working_set(self) -> Turn | None:
@@ -205,7 +209,7 @@ class Fold:
         ``clip="delayed"``, by which factor gradients are scaled (of each param_group that is clipped by its own norm;
         -1: of all others). Else it is empty."""
         self._ledger.require_closed("fold.state_dict()")
-        return {"following": {str(pool): factor for pool, factor in self._ledger.following.items()}}
+        return {"following": {str(pool): float(factor) for pool, factor in self._ledger.following.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue as the fold that gave this would have.
@@ -214,11 +218,13 @@ class Fold:
             FoldError: in the middle of a step; a param_group that the optimizer has not. Nothing has changed then.
         """
         self._ledger.require_closed("fold.load_state_dict()")
-        following = {int(pool): float(factor) for pool, factor in state_dict["following"].items()}
+        following: dict[int, float | Tensor] = {
+            int(pool): float(factor) for pool, factor in state_dict["following"].items()
+        }
         groups = len(self._ledger.optimizer.param_groups)
         if unknown := [pool for pool in following if not -1 <= pool < groups]:
             raise FoldError(f"state_dict has param_group {unknown[0]}, and the optimizer has {groups} groups")
-        self._ledger.following = following
+        self._ledger.following = dict(following)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:

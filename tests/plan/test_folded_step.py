@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.backends import Backend
 from gradfold.plan.step import measure_step, step_memory
 
 transformers = pytest.importorskip("transformers")
@@ -14,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 MIB = 2**20
 
 
-class NullBackend:
+class NullBackend(Backend):
     """Consumes every gradient and changes nothing."""
 
     name = "null"

@@ -3,7 +3,8 @@
 from .choose import choose
 from .gemm import linear, multiply
 from .norms import accumulation_dtype, safe_magnitude
-from .reference import UNCHANGED, Backend, Change, Reference
+from .powers import Pending, Power, resolve, total
+from .reference import UNCHANGED, Backend, Change, Job, Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
 from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, narrowed, rows, tensors_of
@@ -16,8 +17,11 @@ __all__ = [
     "Change",
     "DenseUse",
     "GatherUse",
+    "Job",
     "MatmulUse",
+    "Pending",
     "Place",
+    "Power",
     "Reference",
     "Scratch",
     "Stored",
@@ -28,7 +32,9 @@ __all__ = [
     "mapped",
     "multiply",
     "narrowed",
+    "resolve",
     "rows",
     "safe_magnitude",
     "tensors_of",
+    "total",
 ]

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterable
+
+import torch
+
 from gradfold.errors import FoldError
 
 from .reference import Backend, Reference
 from .scratch import Scratch
 
+OLDEST = (8, 0)  # compute capability whose tensor cores take bf16
 
-def choose(backend: str | Backend, scratch_bytes: int) -> Backend:
-    """The backend a user named, or the best one here.
+
+def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.device] = ()) -> Backend:
+    """The backend a user named, or the best one for parameters on these devices.
 
     Raises:
-        FoldError: the name is unknown, or that backend is not part of this version.
+        FoldError: the name is unknown, or that backend cannot run here.
     """
     if not isinstance(backend, str):
         return backend
-    if backend in ("auto", "reference"):
+    if backend not in ("auto", "reference", "triton"):
+        raise FoldError(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'reference'")
+    if backend == "reference":
         return Reference(Scratch(scratch_bytes))
+    missing = why_no_triton(devices)
+    if missing is None:
+        from .triton import Triton  # loads triton
+
+        return Triton(Scratch(scratch_bytes), always=backend == "triton")
     if backend == "triton":
-        raise FoldError("backend='triton' is not part of this version; use backend='auto'")
-    raise FoldError(f"backend={backend!r} is unknown; use 'auto' or 'reference'")
+        raise FoldError(f"backend='triton': {missing}; use backend='auto', which takes the reference backend here")
+    return Reference(Scratch(scratch_bytes))
+
+
+def why_no_triton(devices: Iterable[torch.device]) -> str | None:
+    """Why parameters on these devices cannot step in Triton's kernels; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU here (torch.cuda.is_available() is False)"
+    on_gpu = [device for device in devices if device.type == "cuda"]
+    if not on_gpu:
+        return "no parameter is on a GPU"
+    for device in on_gpu:
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None

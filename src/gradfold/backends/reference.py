@@ -20,6 +20,7 @@ from .chain import step_tile
 from .coded import Views, flat, ready, shape_of
 from .gemm import emulated
 from .norms import accumulation_dtype, certainly_finite, norm_of, total_power
+from .powers import Power
 from .scratch import TILE_ALIGNMENT, Scratch
 from .stored import Stored, coded
 from .uses import DenseUse, Use
@@ -31,7 +32,7 @@ MIN_BLOCK_ROWS = 64  # below this a GEMM loses efficiency
 class Change(NamedTuple):
     """What happens to a gradient between its sum and the rule."""
 
-    scale: float = 1.0  # the coefficient of clipping by norm, and of loss scaling
+    scale: float | Tensor = 1.0  # the coefficient of clipping by norm, and of loss scaling; a tensor: 0-d, fp32
     clip_value: float | None = None  # the largest magnitude of an element, after scaling
     guarded: bool = False  # a tile that is not finite stays out of weight and states (where the backend sees tiles)
 
@@ -45,10 +46,23 @@ class Change(NamedTuple):
 UNCHANGED = Change()
 
 
+class Job(NamedTuple):
+    """One parameter's step, as ``Backend.step`` takes it."""
+
+    weight: Stored
+    states: Sequence[Stored]
+    uses: Sequence[Use]
+    rule: Rule
+    group: Group
+    numbers: Any
+    change: Change = UNCHANGED
+
+
 class Backend(Protocol):
-    """What steps one parameter."""
+    """What steps one parameter. A class that inherits from it writes what raises or is empty here."""
 
     name: str
+    guards: bool = False  # ``step`` itself leaves alone what is not finite (``Change.guarded``), and says so by a NaN
 
     def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
         """Allocate the scratch memory this parameter's step will use."""
@@ -62,14 +76,22 @@ class Backend(Protocol):
         group: Group,
         numbers: Any,
         change: Change = UNCHANGED,
-    ) -> float:
+    ) -> Power:
         """Apply the rule to ``weight`` and ``states`` with the sum of the uses as the gradient, in place.
 
         Returns the gradient's sum of squares, before the change.
         """
         ...
 
-    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> float:
+    def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        """Whether this step is better taken together with others, at the end of backward (``step_all``)."""
+        return False
+
+    def step_all(self, jobs: Sequence[Job]) -> list[Power]:
+        """``step`` for each of them."""
+        return [self.step(*job) for job in jobs]
+
+    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> Power:
         """Sum of ``|g| ** norm_type`` over the gradient, or its largest magnitude for infinity; nothing is stepped."""
         ...
 
@@ -85,7 +107,7 @@ class Backend(Protocol):
         ...
 
 
-class Reference:
+class Reference(Backend):
     """Row blocks of ``dW`` in one reused scratch buffer, then the rule; any device and floating dtype."""
 
     name = "reference"
@@ -119,6 +141,7 @@ class Reference:
     ) -> float:
         if not weight.values.numel():
             return 0.0
+        numbers = on_host(numbers)
         step = self._step_coded if coded(weight) else self._step_plain
         return step(weight, states, uses, rule, group, numbers, change)
 
@@ -288,6 +311,13 @@ def _update(
     for part, view, copied in zip(parts, views, cut.copied, strict=True):
         if copied:
             part.copy_(view.view(part.shape))
+
+
+def on_host(numbers: Any) -> Any:
+    """A step's numbers as floats and bools; waits for those that are on a device."""
+    if not any(isinstance(value, Tensor) for value in numbers):
+        return numbers
+    return type(numbers)(*(value.item() if isinstance(value, Tensor) else value for value in numbers))
 
 
 def _sum(uses: Sequence[Use], tile: Tensor, start: int, stop: int) -> None:

@@ -1,6 +1,6 @@
 """The engine: when a weight's last use in a backward completes, and the books of one step."""
 
-from .apply import allocate, apply
+from .apply import allocate, stepping
 from .contracts import Turns
 from .ledger import Ledger, outside
 from .parameters import refuse_parameter
@@ -19,7 +19,6 @@ __all__ = [
     "Slot",
     "Turns",
     "allocate",
-    "apply",
     "current_task",
     "outside",
     "refuse_ddp",
@@ -27,5 +26,6 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "stepping",
     "wrapper_of",
 ]

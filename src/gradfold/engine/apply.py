@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Backend, Change, Place, Use
-from gradfold.rules import Group, Rule
+from gradfold.backends import UNCHANGED, Change, Job, Place, Use
+from gradfold.rules import Group, Rule, on_device
 
 from .storage import Storage, allocate_residuals, allocate_state, bind, keys_of, refuse_other_form, storage_of, tick
 
@@ -35,7 +35,8 @@ def allocate(
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     for name, start in storage.counters(rule).items():
         if name not in state:
-            state[name] = torch.tensor(start, dtype=scalar)
+            # as torch: on the device only where a CUDA graph has to find it there
+            state[name] = torch.tensor(start, dtype=scalar, device=param.device if group.get("capturable") else None)
     for spec, codec in zip(storage.specs, storage.codecs, strict=True):
         keys = list(keys_of(spec.name, codec).values())
         if any(key not in state and key not in waiting for key in keys):
@@ -46,19 +47,19 @@ def allocate(
     return storage
 
 
-def apply(
+@contextmanager
+def stepping(
     param: Tensor,
     uses: Sequence[Use],
     state: States,
     rule: Rule,
     group: Group,
-    backend: Backend,
     waiting: dict[str, Tensor],
     stream: str,
     change: Change = UNCHANGED,
     place: Place | None = None,
-) -> float:
-    """Step one parameter in place with the sum of the uses as its gradient; returns the gradient's sum of squares.
+) -> Iterator[Job]:
+    """A context that counts one parameter's step and lends what a backend has to do for it.
 
     waiting: its lazy states. stream: its name in the streams of random bits. change: of the gradient on its way.
     place: of a slice in its parameter.
@@ -69,10 +70,10 @@ def apply(
         fresh = not (waiting.keys() <= state.keys())  # a loaded state_dict may have brought them already
         for name in list(waiting):
             state.setdefault(name, waiting.pop(name))
-        numbers = rule.advance(state, group, fresh)
+        with on_device() if group.get("capturable") else nullcontext():
+            numbers = rule.advance(state, group, fresh)
         tick(state, rule, storage)
-        weight, states = bind(param, storage, state, stream, group.get("seed", 0), place)
-        squares = backend.step(weight, states, uses, rule, group, numbers, change)
+        weight, states = bind(param, storage, state, stream, group, place)
+        yield Job(weight, states, uses, rule, group, numbers, change)
     # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
     torch.autograd.graph.increment_version(param)
-    return squares

@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradfold.backends import Backend, Change
+from gradfold.backends import Backend, Change, Power, Use
 from gradfold.errors import FoldError
 
 from .contracts import Owner, Turns
 from .offload import Host
-from .part import Part
-from .play import coefficients, not_finite, play
+from .part import Part, step_together
+from .play import coefficients, not_finite, play, settle
 from .scaling import Marker
 from .segments import Segment, node_around_backward, node_in_forward, on_calling_thread, running_node
 from .slot import Slot, second_backward
@@ -42,15 +42,16 @@ class Ledger:
         self.host = Host() if self.timing.tape == "host" else None
         self.marker = Marker()
         self.unscale = 1.0  # the inverse of the loss scale, where a GradScaler has looked
-        self.powers: dict[int, float] = {}  # id of a part -> of its gradient in this step: sum of squares, mostly
+        self.powers: dict[int, Power] = {}  # id of a part -> of its gradient in this step: sum of squares, mostly
+        self.batch: list[tuple[Part, list[Use], Change]] = []  # small parts that step together
         self.nonfinite: list[str] = []  # whose gradient in this step was not finite
-        self.grad_norm: float | None = None  # of the last step
+        self.grad_norm: float | Tensor | None = None  # of the last step; a tensor: nobody has waited for it
         self.backwards = 0  # completed since the step opened, outside of ``accumulating()``
         self.accumulating = 0  # depth of nested ``accumulating()`` contexts
         self.measuring = False  # in the first pass of two
         self.measured = False  # that pass is over, and the second may come
-        self.coefficients: dict[int, float] = {}  # pool -> what clipping multiplies its gradients by
-        self.following: dict[int, float] = {}  # ... in the step after, for clip="delayed"
+        self.coefficients: dict[int, float | Tensor] = {}  # pool -> what clipping multiplies its gradients by
+        self.following: dict[int, float | Tensor] = {}  # ... in the step after, for clip="delayed"
         self.turns: Turns | None = None  # a working set, where there is one
         self.model = model
         self.optimizer = optimizer
@@ -193,6 +194,7 @@ class Ledger:
         self.running.pop(task, None)
         if parent is None:
             self._flush()
+            self.step_batch()
             self.backwards += not self.accumulating  # those come on top of what ``accumulate`` counts
             return
         parent.done = True
@@ -204,6 +206,11 @@ class Ledger:
         self.surveyed = False
         for slot in self.slots.values():
             slot.flush()
+
+    def step_batch(self) -> None:
+        """Step the small parts that have been waiting for each other."""
+        batch, self.batch = self.batch, []
+        step_together(batch)
 
     @property
     def open(self) -> bool:
@@ -252,7 +259,9 @@ class Ledger:
             yield
         finally:
             self.measuring = False
-            powers, nonfinite = dict(self.powers), list(self.nonfinite)
+            settle(self)
+            powers = dict(self.powers)
+            nonfinite = [part.name for part in self.parts() if not math.isfinite(float(powers.get(id(part), 0.0)))]
             for segment in self.segments.values():
                 segment.done = False  # the second pass will go through it again
             self.rearm()
@@ -329,7 +338,7 @@ class Ledger:
         finally:
             self.rearm()
         if self.turns is not None:
-            self.turns.stepped((self.grad_norm or 0.0) ** 2)
+            self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 
     def drop(self) -> None:
         """``zero_grad``: drop what a failed backward left pending, and open the next step."""
@@ -346,6 +355,7 @@ class Ledger:
         self.running.clear()
         self._parents.clear()
         self.powers.clear()
+        self.batch.clear()
         self.nonfinite.clear()
         self.backwards = 0
         self.coefficients.clear()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Change, DenseUse, Place, Use, narrowed
+from gradfold.backends import UNCHANGED, Change, DenseUse, Job, Place, Power, Use, narrowed
 from gradfold.errors import FoldError
 
-from .apply import allocate, apply
+from .apply import allocate, stepping
 from .storage import bind
 from .tape import Tape
 
@@ -113,7 +114,7 @@ class Part:
             storage = allocate(self.param, self.state, rule, group, self.waiting, stream, self.place)
         except ValueError as error:
             raise FoldError(f"{self.name}: {error}") from None
-        weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, 0, self.place)
+        weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, group, self.place)
         ledger.backend.reserve(weight, states, rule, group)
 
     def fire(self, uses: list[Use]) -> None:
@@ -141,26 +142,16 @@ class Part:
         ledger = self.slot.ledger
         self.wait(uses)
         with torch.no_grad():
-            power = ledger.powers[id(self)] = ledger.backend.power(self.param.detach(), uses)
-        if not math.isfinite(power):
-            ledger.nonfinite.append(self.name)
+            ledger.powers[id(self)] = ledger.backend.power(self.param.detach(), uses)
 
-    def apply(self, uses: Sequence[Use], change: Change = UNCHANGED) -> float:
+    def apply(self, uses: Sequence[Use], change: Change = UNCHANGED) -> Power:
         """The rule with the sum of the uses; returns their gradient's sum of squares."""
-        slot, optimizer = self.slot, self.slot.ledger.optimizer
-        stream, backend = self.stream, slot.ledger.backend
-        return apply(
-            self.param,
-            uses,
-            self.state,
-            optimizer.rule,
-            self.group,
-            backend,
-            self.waiting,
-            stream,
-            change,
-            self.place,
-        )
+        with self._stepping(uses, change) as job:
+            return self.slot.ledger.backend.step(*job)
+
+    def _stepping(self, uses: Sequence[Use], change: Change) -> AbstractContextManager[Job]:
+        rule = self.slot.ledger.optimizer.rule
+        return stepping(self.param, uses, self.state, rule, self.group, self.waiting, self.stream, change, self.place)
 
     def apply_gradient(self, grad: Tensor) -> None:
         """The rule with a gradient of the whole parameter, as plain PyTorch's ``step()``."""
@@ -171,10 +162,16 @@ class Part:
         slot, ledger = self.slot, self.slot.ledger
         slot.stepped = True
         self.wait(uses)
-        if not checked and ledger.guarded and not self.finite(uses):
-            ledger.nonfinite.append(self.name)
-            return
-        ledger.powers[id(self)] = self.apply(uses, change)
+        if not checked and ledger.guarded:
+            if ledger.backend.guards:
+                change = change._replace(guarded=True)
+            elif not self.finite(uses):
+                ledger.nonfinite.append(self.name)
+                return
+        if ledger.backend.gathers(self.param, uses):
+            ledger.batch.append((self, uses, change))
+        else:
+            ledger.powers[id(self)] = self.apply(uses, change)
 
     def wait(self, uses: Sequence[Use]) -> None:
         for use in uses:
@@ -189,3 +186,17 @@ class Part:
     def finite(self, uses: list[Use]) -> bool:
         with torch.no_grad():
             return self.slot.ledger.backend.finite(self.param.detach(), uses)
+
+
+def step_together(batch: Sequence[tuple[Part, list[Use], Change]]) -> None:
+    """Step parts that a backend would rather have together."""
+    if not batch:
+        return
+    ledger = batch[0][0].slot.ledger
+    with ExitStack() as stack:
+        jobs = []
+        for part, uses, change in batch:
+            part.wait(uses)
+            jobs.append(stack.enter_context(part._stepping(uses, change)))
+        powers = ledger.backend.step_all(jobs)
+    ledger.powers.update({id(part): power for (part, _, _), power in zip(batch, powers, strict=True)})

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from gradfold.backends import safe_magnitude
+from gradfold.backends import Pending, resolve, safe_magnitude, total
 from gradfold.errors import FoldError, NonFiniteError
 
 from .timing import add_power, coefficient, limit_of, norm_from
@@ -29,9 +30,12 @@ def play(ledger: Ledger) -> None:
     ledger.unscale = ledger.marker.take()
     for part in taped:
         part.wait(part.tape.held)
+    captured = capturing()
     if taped and ledger.clips:
         measure(ledger, taped)
-    if ledger.guarded:
+        if not captured:
+            settle(ledger)
+    if ledger.guarded and not captured:  # else the kernels see to it
         ledger.nonfinite += [part.name for part in taped if not _finite(ledger, part)]
     moved = any(part.slot.stepped and part.name not in ledger.nonfinite for part in ledger.parts())
     if taped and not ledger.nonfinite:
@@ -39,9 +43,12 @@ def play(ledger: Ledger) -> None:
             ledger.coefficients = coefficients(ledger, taped)
         for part in taped:
             power = ledger.powers.get(id(part))
-            part.step(part.tape.take(), ledger.change(part), checked=True)
+            part.step(part.tape.take(), ledger.change(part), checked=not captured)
             if power is not None:
                 ledger.powers[id(part)] = power
+    ledger.step_batch()
+    if not captured and (ledger.timing.on_nonfinite == "raise" or ledger.turns or ledger.timing.clip == "delayed"):
+        settle(ledger)
     ledger.grad_norm = math.nan if ledger.nonfinite else _norm(ledger, ledger.parts())
     if ledger.timing.clip == "delayed":
         known = [part for part in ledger.parts() if id(part) in ledger.powers]
@@ -50,9 +57,24 @@ def play(ledger: Ledger) -> None:
         raise not_finite(ledger.nonfinite, moved)
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def settle(ledger: Ledger) -> None:
+    """Wait for the device once: norms that are still there, and whose gradient was not finite."""
+    waiting = [key for key, power in ledger.powers.items() if isinstance(power, Pending)]
+    found = dict(zip(waiting, resolve([ledger.powers[key] for key in waiting]), strict=True))
+    ledger.powers.update(found)
+    if ledger.guarded and found:
+        bad = [part.name for part in ledger.parts() if not math.isfinite(found.get(id(part), 0.0))]
+        ledger.nonfinite += [name for name in bad if name not in ledger.nonfinite]
+
+
 def _finite(ledger: Ledger, part: Part) -> bool:
     """Whether the gradient on a part's tape is finite: its norm tells, where it is known and not too large."""
-    norm = norm_from(ledger.powers.get(id(part), math.inf), _norm_type(ledger))
+    norm = norm_from(float(ledger.powers.get(id(part), math.inf)), _norm_type(ledger))
     return norm < safe_magnitude(part.tape.held, part.param.dtype) or part.finite(part.tape.peek())
 
 
@@ -69,7 +91,7 @@ def measure(ledger: Ledger, parts: Sequence[Part]) -> None:
             ledger.powers[id(part)] = ledger.backend.power(part.param.detach(), part.tape.peek(), norm_type)
 
 
-def coefficients(ledger: Ledger, parts: Sequence[Part]) -> dict[int, float]:
+def coefficients(ledger: Ledger, parts: Sequence[Part]) -> dict[int, float | Tensor]:
     """What the gradients of each pool are multiplied by (``Ledger.pool``): a pool is clipped by its own norm.
 
     Raises:
@@ -81,7 +103,9 @@ def coefficients(ledger: Ledger, parts: Sequence[Part]) -> dict[int, float]:
     found = {}
     for pool, members in pools.items():
         limit, norm = limit_of(members[0].group, ledger.timing), _norm(ledger, members)
-        if limit is not None and not math.isfinite(norm) and ledger.timing.error_if_nonfinite:
+        if isinstance(norm, Tensor) and ledger.timing.error_if_nonfinite:
+            raise FoldError("error_if_nonfinite=True: a captured CUDA graph cannot raise; capture with False")
+        if limit is not None and ledger.timing.error_if_nonfinite and not math.isfinite(norm):
             raise FoldError(
                 f"the gradient's norm of order {_norm_type(ledger):g} is {norm}, and error_if_nonfinite=True; nothing "
                 "has moved"
@@ -90,11 +114,15 @@ def coefficients(ledger: Ledger, parts: Sequence[Part]) -> dict[int, float]:
     return found
 
 
-def _norm(ledger: Ledger, parts: Iterable[Part]) -> float:
-    norm_type, total = _norm_type(ledger), 0.0
-    for part in parts:
-        total = add_power(total, ledger.powers.get(id(part), 0.0), norm_type)
-    return ledger.unscale * norm_from(total, norm_type)
+def _norm(ledger: Ledger, parts: Iterable[Part]) -> float | Tensor:
+    """Of the gradients of these parts; 0-d on the device where the host has not waited for it."""
+    powers = [ledger.powers.get(id(part), 0.0) for part in parts]
+    norm_type, summed = _norm_type(ledger), 0.0
+    if any(isinstance(power, Pending) for power in powers):  # squares, then
+        return ledger.unscale * total(powers).sqrt()
+    for power in powers:
+        summed = add_power(summed, float(power), norm_type)
+    return ledger.unscale * norm_from(summed, norm_type)
 
 
 def not_finite(names: list[str], moved: bool) -> NonFiniteError:

@@ -161,7 +161,12 @@ def allocate_residuals(
 
 
 def bind(
-    param: Tensor, storage: Storage, state: Mapping[str, Tensor], stream: str, seed: int, place: Place | None = None
+    param: Tensor,
+    storage: Storage,
+    state: Mapping[str, Tensor],
+    stream: str,
+    group: Group,
+    place: Place | None = None,
 ) -> tuple[Stored, list[Stored]]:
     """The weight and its states as a backend takes them, with this step's random bits.
 
@@ -172,7 +177,9 @@ def bind(
     """
     if storage.weight is None:
         return Stored.plain(param.detach()), [Stored.plain(state[spec.name]) for spec in storage.specs]
-    step = int(number(state[STEP])) if any(storage.random) else 0
+    seed, step = group.get("seed", 0), 0
+    if any(storage.random):  # it stays on the device where a graph may be captured
+        step = state[STEP] if group.get("capturable") else int(number(state[STEP]))
     bound = []
     names = [WEIGHT, *(spec.name for spec in storage.specs)]
     for name, codec, random in zip(names, (storage.weight, *storage.codecs), storage.random, strict=True):

@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from gradfold.backends import Change
 from gradfold.errors import FoldError
 
@@ -81,18 +84,20 @@ def limit_of(group: Mapping[str, Any], timing: Timing) -> float | None:
     return limit
 
 
-def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float = 1.0) -> Change:
+def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float | Tensor = 1.0) -> Change:
     """What happens to the gradients of this group."""
     value = group.get("clip_value", timing.clip_value)
     refuse_limit("clip_value", value)
     return Change(coefficient, value)
 
 
-def coefficient(limit: float | None, norm: float) -> float:
+def coefficient(limit: float | None, norm: float | Tensor) -> float | Tensor:
     """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; NaN for a norm that is."""
     if limit is None:
         return 1.0
     wanted = limit / (norm + TINY)
+    if isinstance(wanted, Tensor):
+        return wanted.clamp(max=1.0).to(torch.float32)
     return 1.0 if wanted > 1.0 else wanted
 
 

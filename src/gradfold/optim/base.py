@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
 from gradfold.backends import DenseUse, Reference, Scratch
-from gradfold.engine import Ledger, Region, Turns, apply, refuse_parameter, scaler_is_looking
+from gradfold.engine import Ledger, Region, Turns, refuse_parameter, scaler_is_looking, stepping
 from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
@@ -42,10 +42,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
         storage = storage or {}
-        if unknown := storage.keys() - OPTIONS.keys():
+        if unknown := storage.keys() - OPTIONS.keys() - {"capturable"}:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
         # options that are not given stay out of the groups, whose keys are then torch's own
-        super().__init__(params, {**defaults, **storage, **{key: TORCH_ONLY[key] for key in self.torch_only}})
+        super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}, **storage})
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
@@ -105,7 +105,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._backend is None:
             self._backend = Reference(Scratch())
         uses = [DenseUse(grad.detach())]
-        apply(param, uses, self.state[param], self.rule, self.group_of(param), self._backend, {}, self.stream_of(param))
+        state, group, stream = self.state[param], self.group_of(param), self.stream_of(param)
+        with stepping(param, uses, state, self.rule, group, {}, stream) as job:
+            self._backend.step(*job)
 
     def _refuse_slices(self, params: Iterable[Parameter]) -> None:
         for param in params:
@@ -331,6 +333,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         else:
             states = states_of(states, region)
         placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
+        if group.get("capturable"):  # counted where a CUDA graph counts
+            placed |= {name: placed[name].to(param.device) for name in storage.counters(self.rule) if name in placed}
         return named(placed, region)
 
     def __getstate__(self) -> dict[str, Any]:

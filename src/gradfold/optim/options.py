@@ -14,6 +14,8 @@ class StorageOptions(TypedDict, total=False):
     master: what a bf16 weight keeps of the 16 bits that bf16 drops: nothing, 8 of them, or all.
     small_size: parameters of fewer elements, and vectors (norms, biases), keep fp32 states; 0: all have ``states``.
     seed: of the random bits; two runs with the same seed round alike.
+    capturable: as torch's: counters live on the weights' device, and a learning rate that is a tensor is read there,
+        so that a CUDA graph can capture folded steps.
     """
 
     states: Literal["fp32", "bf16", "int8", "int4"] | None
@@ -21,3 +23,4 @@ class StorageOptions(TypedDict, total=False):
     master: Literal["split8", "split16"] | None
     small_size: int
     seed: int
+    capturable: bool

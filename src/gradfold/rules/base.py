@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,12 +22,31 @@ class State(NamedTuple):
     exact: bool = False  # the rule takes a difference that nearly cancels: coarser than fp32 it loses its sign
 
 
+_on_device = False  # in ``on_device()``
+
+
+@contextlib.contextmanager
+def on_device() -> Iterator[None]:
+    """A context in which numbers that are tensors stay tensors, so that nobody waits for their device.
+
+    ``advance`` then gives 0-d float64 tensors for whatever comes of them; a CUDA graph can capture that.
+    """
+    global _on_device
+    before, _on_device = _on_device, True
+    try:
+        yield
+    finally:
+        _on_device = before
+
+
 def number(value: float | Tensor) -> float:
-    """A hyper-parameter or counter as a float.
+    """A hyper-parameter or counter as a float (``on_device()``: a tensor stays one).
 
     A fake tensor has no value: one half stands in, for which every rule's arithmetic is finite.
     """
     if isinstance(value, Tensor):
+        if _on_device and not hasattr(value, "fake_mode"):
+            return value.detach().to(torch.float64).reshape(())  # type: ignore[return-value]
         return 0.5 if hasattr(value, "fake_mode") else float(value.item())
     return float(value)
 
@@ -68,6 +88,13 @@ class Rule:
     def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> None:
         """The same update by torch's fused kernel, which leaves the gradient as it is; contiguous tensors only."""
         raise NotImplementedError(f"{type(self).__name__}.fused")
+
+
+def pick(condition: bool | Tensor, yes: Callable[[], Any], no: Any) -> Any:
+    """``yes()`` where the condition holds, else ``no``; of tensors, both are computed."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes(), no)
+    return yes() if condition else no
 
 
 def tick(counters: MutableMapping[str, Tensor]) -> float:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, number, pick, signed, tick
 
 
 class Numbers(NamedTuple):
@@ -47,10 +47,13 @@ class RAdam(Rule):
         correction2 = 1 - beta2**step
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * step * (beta2**step) / correction2
-        rate = lr / (1 - beta1**step)
-        if rho > 5.0:
-            rectified = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-            rate *= (rectified * correction2) ** 0.5
+        plain = lr / (1 - beta1**step)
+
+        def rectified() -> float:
+            ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+            return plain * (ratio * correction2) ** 0.5
+
+        rate = pick(rho > 5.0, rectified, plain)
         return Numbers(
             lr=lr,
             beta1=beta1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +12,17 @@ import torch
 import triton
 from torch import Tensor
 
-from gradfold.backends.reference import UNCHANGED, Change, Reference
+from gradfold.backends.powers import Pending, Power
+from gradfold.backends.reference import UNCHANGED, Change, Job, Reference
 from gradfold.backends.scratch import Scratch
 from gradfold.backends.stored import Stored
-from gradfold.backends.uses import Use
+from gradfold.backends.uses import DenseUse, Use
 from gradfold.rules import Group, Rule
 
 from . import table
 from .kernels.step import fold_step
-from .launch import Source, Tensors, arguments, source_of, tensors_of, tiles_of
+from .launch import Source, Tensors, arguments, narrowed, source_of, tensors_of, tiles_of
+from .many import by_kind, small, step_many
 from .numbers import Twin, flags_of, scalars_of, twin_of
 
 
@@ -28,20 +32,31 @@ def interpreted() -> bool:
 
 
 class Triton:
-    """Gradients in registers; norms and what is not finite stay on the device until somebody asks."""
+    """Gradients in registers; norms, and what is not finite, stay on the device until somebody asks.
+
+    always: in kernels wherever there is one; else long sequences go by row blocks, a library's product and then the
+    rule's kernel, where that is expected to be faster (``table.py``).
+    """
 
     name = "triton"
+    guards = True
 
-    def __init__(self, scratch: Scratch):
+    def __init__(self, scratch: Scratch, always: bool = True):
+        self.scratch = scratch
         self.reference = Reference(scratch)
+        self.always = always
         self.where = "hopper" if interpreted() else _family()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         return self.reference.scratch_tensors()
 
     def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
-        if twin_of(rule) is None or tensors_of([weight, *states]) is None:
+        values = weight.values
+        if why_not([weight, *states], rule) is not None:
             self.reference.reserve(weight, states, rule, group)
+        elif not self.always and values.dim() == 2 and values.numel():
+            rows, columns = values.shape
+            self._row_tile(rows, columns, values.device)
 
     def step(
         self,
@@ -52,31 +67,48 @@ class Triton:
         group: Group,
         numbers: Any,
         change: Change = UNCHANGED,
-    ) -> float | Norms:
-        """As ``Backend.step``; the sum of squares is still on the device, NaN for a gradient that is not finite.
-
-        A tile of the weight whose gradient is not finite does not move.
-        """
-        found = self._launchable(weight, states, uses, rule)
-        if found is None:
-            return self.reference.step(weight, states, uses, rule, group, numbers, change)
-        tensors, source, twin = found
-        stream = next((one.stream for one in (weight, *states) if one.stream is not None), None)
-        scalars = with_step(scalars_of(twin, numbers, weight.values.device), 0 if stream is None else stream.step)
-        norms = self._norms(tensors, source)
-        self._launch(tensors, source, twin, flags_of(twin, numbers), scalars, norms, change)
-        return Norms(norms)
-
-    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> float | Norms:
-        tensors = tensors_of([Stored.plain(weight)]) if weight.numel() else None
+    ) -> Power:
+        """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
+        twin, tensors = twin_of(rule), None
+        if twin is not None and why_not([weight, *states], rule) is None:
+            tensors = tensors_of([weight, *states])
         source = None
-        if tensors is not None and norm_type == 2 and self._reachable(weight):
-            source = source_of(uses, tensors.rows, tensors.columns, weight, self.where)
+        if tensors is not None:
+            source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
+        if twin is None or tensors is None or source is None:
+            if change.guarded and not self.reference.finite(weight.values, uses):
+                return math.nan
+            return self.reference.step(weight, states, uses, rule, group, numbers, change)
+        stream = next((one.stream for one in (weight, *states) if one.stream is not None), None)
+        scalars = scalars_of(twin, numbers, 0 if stream is None else stream.step, weight.values.device)
+        flags = flags_of(twin, numbers)
+        if self._in_registers(tensors, source, weight.values):
+            return self._launch(tensors, source, twin, flags, scalars, change)
+        return self._by_rows(tensors, uses, twin, flags, scalars, change)
+
+    def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        return _reachable(weight) and small(weight, uses)
+
+    def step_all(self, jobs: Sequence[Job]) -> list[Power]:
+        powers: list[Power] = [0.0] * len(jobs)
+        groups, others = by_kind(jobs)
+        for (kind, _), members in groups.items():
+            with _on(kind.device):
+                norms = step_many(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
+            for (index, _), tiles in zip(members, norms, strict=True):
+                powers[index] = Pending(tiles)
+        for index in others:
+            powers[index] = self.step(*jobs[index])
+        return powers
+
+    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> Power:
+        plain = Stored.plain(weight)
+        tensors = tensors_of([plain]) if norm_type == 2 and why_not([plain]) is None else None
+        source = None if tensors is None else source_of(uses, tensors.rows, tensors.columns, weight, self.where)
         if tensors is None or source is None:
             return self.reference.power(weight, uses, norm_type)
-        norms = self._norms(tensors, source)
-        self._launch(tensors, source, None, (), norms, norms, UNCHANGED)
-        return Norms(norms)
+        nothing = tensors.words.view(torch.float32)
+        return self._launch(tensors, source, None, (), nothing, UNCHANGED)
 
     def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
         return self.reference.finite(weight, uses)
@@ -84,25 +116,61 @@ class Triton:
     def gradient(self, weight: Tensor, uses: Sequence[Use], out: Tensor, add: bool) -> None:
         self.reference.gradient(weight, uses, out, add)
 
-    def _launchable(
-        self, weight: Stored, states: Sequence[Stored], uses: Sequence[Use], rule: Rule
-    ) -> tuple[Tensors, Source, Twin] | None:
-        """What a kernel takes, or None."""
-        twin = twin_of(rule)
-        if twin is None or not weight.values.numel() or not self._reachable(weight.values):
-            return None
+    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
+        """How such a parameter steps, in words."""
+        reason = why_not([weight, *states], rule)
+        if reason is not None:
+            return f"reference ({reason})"
+        if self.always or weight.values.dim() != 2:
+            return "registers"
         tensors = tensors_of([weight, *states])
-        if tensors is None:
-            return None
-        source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
-        return None if source is None else (tensors, source, twin)
+        assert tensors is not None
+        limit = self._max_tokens(tensors, weight.values.dtype)
+        return "row blocks" if limit == 0 else f"registers up to {limit} tokens, then row blocks"
 
-    def _reachable(self, weight: Tensor) -> bool:
-        return weight.is_cuda or interpreted()
+    def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
+        if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+            return 0  # without tensor cores a library's product is the faster one
+        return table.max_tokens(tensors.stored_bytes)
 
-    def _norms(self, tensors: Tensors, source: Source) -> Tensor:
-        tiles = tiles_of(tensors, source, self.where)
-        return torch.empty(tiles, dtype=torch.float32, device=tensors.words.device)
+    def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
+        if self.always or source.kind != table.PRODUCT or source.constants["GATHERS"]:
+            return True
+        dtype = torch.float32 if source.operand_bytes == 4 else weight.dtype
+        return source.tokens <= self._max_tokens(tensors, dtype)
+
+    def _by_rows(
+        self,
+        tensors: Tensors,
+        uses: Sequence[Use],
+        twin: Twin,
+        flags: tuple[int, ...],
+        scalars: Tensor,
+        change: Change,
+    ) -> Power:
+        """Some rows of the gradient by a library's product in scratch memory, then the rule's kernel on them."""
+        rows, columns, device = tensors.rows, tensors.columns, scalars.device
+        tile = self._row_tile(rows, columns, device)
+        starts = range(0, rows, len(tile))
+        uses = [DenseUse(use.grad.reshape(rows, columns)) if isinstance(use, DenseUse) else use for use in uses]
+        norms = []
+        for start in starts:
+            stop = min(start + len(tile), rows)
+            grad = tile[: stop - start]
+            uses[0].write(grad, start, stop)
+            for use in uses[1:]:
+                use.add(grad, start, stop)
+            source = source_of([DenseUse(grad)], stop - start, columns, scalars, self.where)
+            assert source is not None
+            block = narrowed(tensors, start, stop)
+            norms.append(self._launch(block, source, twin, flags, scalars, change).tiles)
+        return Pending(torch.cat(norms))
+
+    def _row_tile(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        fits = max(1, self.scratch.limit_bytes // (4 * columns))
+        blocks = -(-rows // min(rows, fits))
+        (tile,) = self.scratch.tiles(1, -(-rows // blocks), columns, torch.float32, device)
+        return tile
 
     def _launch(
         self,
@@ -111,9 +179,10 @@ class Triton:
         twin: Twin | None,
         flags: tuple[int, ...],
         scalars: Tensor,
-        norms: Tensor,
         change: Change,
-    ) -> None:
+    ) -> Pending:
+        tiles = tiles_of(tensors, source, self.where)
+        norms = torch.empty(tiles, dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
             tensors,
             source,
@@ -128,31 +197,34 @@ class Triton:
             tf32=bool(torch.backends.cuda.matmul.allow_tf32),
             interpreted=interpreted(),
         )
-        fold_step[(tiles_of(tensors, source, self.where),)](*positions, **constants)
+        with _on(scalars.device):
+            fold_step[(tiles,)](*positions, **constants)
+        return Pending(norms)
 
 
-def with_step(scalars: Tensor, step: int | Tensor) -> Tensor:
-    """The scalars, and behind them the step's number as an int32."""
-    if isinstance(step, Tensor):
-        number = step.to(scalars.device, torch.int32).reshape(1)
-    else:
-        number = torch.tensor([step], dtype=torch.int32)
-        number = number.pin_memory().to(scalars.device, non_blocking=True) if scalars.is_cuda else number
-    return torch.cat([scalars, number.view(torch.float32)])
+def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:
+    """Why no kernel steps this parameter, in words; None if one does."""
+    weight = stored[0].values
+    if not weight.numel():
+        return "empty"
+    if not _reachable(weight):
+        return f"on {weight.device}"
+    if rule is not None and twin_of(rule) is None:
+        return f"no kernel for {type(rule).__name__}"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return str(weight.dtype).removeprefix("torch.")
+    if tensors_of(stored) is None:
+        return "strides or storage that kernels do not take"
+    return None
 
 
-class Norms:
-    """A sum of squares that is still on the device, as the norms of tiles; ``float()`` waits for it."""
+def _reachable(weight: Tensor) -> bool:
+    return weight.is_cuda or interpreted()
 
-    def __init__(self, tiles: Tensor):
-        self.tiles = tiles
 
-    def tensor(self) -> Tensor:
-        """0-d float64."""
-        return self.tiles.to(torch.float64).square().sum()
-
-    def __float__(self) -> float:
-        return float(self.tensor())
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _family() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -64,6 +66,16 @@ class Tensors(NamedTuple):
         return sum(first.element_size() * first.numel() for first in self.firsts) / max(1, self.rows * self.columns)
 
 
+def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
+    """Some of its rows."""
+    return tensors._replace(
+        rows=stop - start,
+        firsts=tuple(first[start:stop] for first in tensors.firsts),
+        seconds=tuple(second[start:stop] for second in tensors.seconds),
+        offset=tensors.offset + start * tensors.row_stride,
+    )
+
+
 def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
     """None where no kernel takes them: strided oddly, or stored in a way kernels do not know."""
     weight = stored[0].values
@@ -107,11 +119,16 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         tuple(seconds),
         tuple(first for first, _ in strides),
         tuple(second for _, second in strides),
-        torch.tensor(words, dtype=torch.int32, device=weight.device),
+        _words(tuple(words), weight.device),
         offset,
         row_stride,
         numel >= 2**32,
     )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _words(words: tuple[int, ...], device: torch.device) -> Tensor:
+    return on_device(np.asarray(words, np.int32), device)
 
 
 def _rows_of(part: Tensor, rows: int) -> Tensor | None:
@@ -189,8 +206,15 @@ def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor)
     """Pointers and numbers as int64 on the device."""
     if not rows:
         return nothing
-    made = torch.tensor([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows])
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    return on_device(
+        np.asarray([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows], np.int64), device
+    )
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers from the host, without waiting for the device."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def arguments(

@@ -7,6 +7,7 @@ results: nothing here may look at their values.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradfold import rules
+from gradfold.errors import FoldError
 
 from .kernels import rules as twins
 
@@ -39,14 +41,30 @@ def flags_of(twin: Twin, numbers: Any) -> tuple[int, ...]:
     return tuple(int(flag) for flag in twin.flags(numbers))
 
 
-def scalars_of(twin: Twin, numbers: Any, device: torch.device) -> Tensor:
-    """fp32 ``[count]`` on the device; no copy from the host if all of them are there already."""
+def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Tensor:
+    """fp32 ``[count + 1]`` on the device, the last element an int32: the step's number.
+
+    Where all of them are on the device already nothing is copied from the host.
+    """
     values = twin.scalars(numbers)
-    if not any(isinstance(value, Tensor) for value in values):
-        host = torch.tensor(np.asarray(values, np.float32))
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    made = [value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64) for value in values]
-    return torch.stack([value.to(device, torch.float64) for value in made]).to(torch.float32)
+    if not any(isinstance(value, Tensor) for value in (*values, step)):
+        return _on_device(tuple(values), step, device)
+    scalars = torch.stack([as_tensor(value, torch.float64, device) for value in values]).to(torch.float32)
+    return torch.cat([scalars, as_tensor(step, torch.int32, device).reshape(1).view(torch.float32)])
+
+
+def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d on the device; a number from the host is written there by a kernel, not copied."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype).reshape(())
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)  # the parameters of a group that step together have the same
+def _on_device(values: tuple[float, ...], step: int, device: torch.device) -> Tensor:
+    host = torch.from_numpy(np.asarray([*values, 0], np.float32))
+    host[-1:].view(torch.int32).fill_(step)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _decay(n: Any, decoupled: bool) -> tuple[int, Scalar]:
@@ -58,6 +76,8 @@ def _decay(n: Any, decoupled: bool) -> tuple[int, Scalar]:
 
 def _near(weight: float) -> bool:
     """Whether torch's lerp starts from its first end."""
+    if isinstance(weight, Tensor):
+        raise FoldError("betas and alpha as tensors choose a formula by their values: with capturable=True give floats")
     return bool(abs(np.float32(weight)) < 0.5)
 
 

@@ -1,0 +1,69 @@
+"""Small parameters whose gradients autograd has written (norms, biases), all of them in one launch.
+
+One program takes BLOCK adjacent elements of one parameter. Where they lie is read from a table on the device.
+"""
+
+# No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
+import triton
+import triton.language as tl
+
+from . import codecs
+from .step import norm_of, update
+
+COLUMNS = tl.constexpr(3)  # of a parameter's row before its tensors: gradient, elements, offset in the whole parameter
+
+
+@triton.jit
+def _pointer(address, FORMAT: tl.constexpr):
+    """To values; every format here has one number for each element."""
+    if FORMAT == codecs.FP32:
+        return address.to(tl.pointer_type(tl.float32))
+    else:
+        return address.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
+def _second_pointer(address, FORMAT: tl.constexpr):
+    """To residuals, or to nothing that is read."""
+    if FORMAT == codecs.SPLIT8:
+        return address.to(tl.pointer_type(tl.int8))
+    else:
+        return address.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit(do_not_specialize=["limit"])
+def fold_many(
+    grad, parameters, blocks,  # any gradient, for its dtype; a row for each parameter; each program's two numbers
+    scalars, words, limit, norms,  # [P, SCALARS + 2]: the rule's, the step's number, the scale; [P, 1 + tensors]
+    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    LIMITED: tl.constexpr, GUARDED: tl.constexpr, LARGE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm and step of one block of one parameter."""
+    program = tl.program_id(0)
+    which, block = tl.load(blocks + 2 * program), tl.load(blocks + 2 * program + 1)
+    row = parameters + which * (COLUMNS + 2 * len(FORMATS))
+    elements, offset = tl.load(row + 1), tl.load(row + 2)
+    start = block * BLOCK
+    at = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    g = tl.load(tl.load(row).to(grad.dtype) + at, mask=at < elements, other=0.0).to(tl.float32)
+    norm = norm_of(g)
+    tl.store(norms + program, norm)
+
+    firsts, seconds, strides = (), (), ()
+    for i in tl.static_range(len(FORMATS)):
+        firsts = firsts + (_pointer(tl.load(row + COLUMNS + 2 * i), FORMATS[i]),)
+        seconds = seconds + (_second_pointer(tl.load(row + COLUMNS + 2 * i + 1), FORMATS[i]),)
+        strides = strides + (0,)
+    scalars += which * (SCALARS + 2)
+    factor = tl.load(scalars + SCALARS + 1)
+    kept = 1
+    if GUARDED:
+        kept = tl.where(norm * factor == norm * factor, 1, 0)
+    g = g * factor
+    if LIMITED:
+        g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+    update(
+        g, tl.zeros((1,), tl.int64), start, kept, firsts, seconds, strides, strides, scalars,
+        words + which * (1 + len(FORMATS)), offset, 0, 1, elements,
+        RULE, FLAGS, SCALARS, FORMATS, RANDOM, False, LARGE, EXACT, BLOCK,
+    )  # fmt: skip

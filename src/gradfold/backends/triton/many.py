@@ -1,0 +1,138 @@
+"""From the steps of many small parameters to launches of ``kernels/many.py``: one for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradfold.backends.reference import Job
+from gradfold.backends.uses import DenseUse, Use
+
+from .kernels import codecs
+from .kernels.many import fold_many
+from .launch import Tensors, on_device, tensors_of
+from .numbers import Twin, as_tensor, flags_of, twin_of
+
+BLOCK = 1024  # elements of a program
+LARGEST = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
+PLAIN = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
+
+
+def small(weight: Tensor, uses: Sequence[Use]) -> bool:
+    """Whether a parameter with these uses is one of the many."""
+    dense = len(uses) == 1 and isinstance(uses[0], DenseUse)
+    return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(uses).is_contiguous()
+
+
+def _grad(uses: Sequence[Use]) -> Tensor:
+    assert isinstance(uses[0], DenseUse)
+    return uses[0].grad
+
+
+class Kind(NamedTuple):
+    """What a launch has in common; all but the device are constants of the kernel."""
+
+    twin: Twin
+    flags: tuple[int, ...]
+    formats: tuple[int, ...]
+    random: tuple[int, ...]
+    dtype: torch.dtype  # of the gradients
+    limited: bool
+    guarded: bool
+    device: torch.device
+
+
+def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
+    """None for a parameter that these kernels do not take."""
+    twin = twin_of(job.rule)
+    tensors = tensors_of([job.weight, *job.states]) if twin is not None and small(job.weight.values, job.uses) else None
+    if twin is None or tensors is None or not PLAIN.issuperset(tensors.formats) or tensors.large:
+        return None
+    if not all(first.is_contiguous() for first in (*tensors.firsts, *tensors.seconds)):
+        return None
+    grad = _grad(job.uses)
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    flags = flags_of(twin, job.numbers)
+    limited, guarded = job.change.clip_value is not None, job.change.guarded
+    return Kind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
+
+
+def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
+    """Step parameters of one kind; the norms of each one's blocks."""
+    rows, blocks, lengths = [], [], []
+    for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
+        count = -(-job.weight.values.numel() // BLOCK)
+        row = [_grad(job.uses).data_ptr(), job.weight.values.numel(), one.offset]
+        for first, second in zip(one.firsts, one.seconds, strict=True):
+            row += [first.data_ptr(), second.data_ptr()]
+        rows.append(row)
+        blocks += [(index, block) for block in range(count)]
+        lengths.append(count)
+    norms = torch.empty(len(blocks), dtype=torch.float32, device=kind.device)
+    limits = {job.change.clip_value for job in jobs}
+    assert len(limits) == 1  # of one kind, see ``step_all``
+    limit = limits.pop()
+    kernel: Any = fold_many
+    kernel[(len(blocks),)](
+        _grad(jobs[0].uses),
+        on_device(np.asarray(rows, np.int64), kind.device),
+        on_device(np.asarray(blocks, np.int64), kind.device),
+        _scalars(kind, jobs),
+        torch.stack([one.words for one in tensors]),
+        0.0 if limit is None else limit,
+        norms,
+        RULE=kind.twin.kernel,
+        FLAGS=kind.flags,
+        SCALARS=kind.twin.count,
+        FORMATS=kind.formats,
+        RANDOM=kind.random,
+        LIMITED=int(kind.limited),
+        GUARDED=int(kind.guarded),
+        LARGE=0,
+        EXACT=int(kind.formats[0] == codecs.FP32.value),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+        num_warps=4,
+    )
+    return list(norms.split(lengths))
+
+
+def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
+    """fp32 ``[P, count + 2]``: the rule's numbers, the step's as an int32, and what the gradient is multiplied by."""
+    values, steps, scales = [], [], []
+    for job in jobs:
+        values.append(kind.twin.scalars(job.numbers))
+        streams = [one.stream for one in (job.weight, *job.states) if one.stream is not None]
+        steps.append(streams[0].step if streams else 0)
+        scales.append(job.change.scale)
+    numbers = [[*row, scale] for row, scale in zip(values, scales, strict=True)]
+    if not any(isinstance(x, Tensor) for row in [*numbers, steps] for x in row):
+        host = np.empty((len(jobs), kind.twin.count + 2), np.float32)
+        host[:, :-2] = np.asarray(values, np.float64)
+        host[:, -2] = np.asarray(steps, np.int64).astype(np.int32).view(np.float32)
+        host[:, -1] = np.asarray(scales, np.float64)
+        return on_device(host, kind.device)
+    made = []
+    for row, step in zip(numbers, steps, strict=True):
+        floats = torch.stack([as_tensor(x, torch.float64, kind.device) for x in row]).to(torch.float32)
+        bits = as_tensor(step, torch.int32, kind.device).reshape(1).view(torch.float32)
+        made.append(torch.cat([floats[:-1], bits, floats[-1:]]))
+    return torch.stack(made)
+
+
+def by_kind(jobs: Sequence[Job]) -> tuple[dict[Any, list[tuple[int, Tensors]]], list[int]]:
+    """Indices of jobs that go together, with their tensors; and of those that no kernel here takes."""
+    groups: dict[Any, list[tuple[int, Tensors]]] = {}
+    others = []
+    for index, job in enumerate(jobs):
+        found = kind_of(job)
+        if found is None:
+            others.append(index)
+        else:
+            groups.setdefault((found[0], job.change.clip_value), []).append((index, found[1]))
+    return groups, others
