@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
-from .backends import native
+from .backends import Routed, native
 from .engine import Ledger
 from .engine.storage import storage_of
 from .optim import RuleOptimizer
@@ -104,6 +105,8 @@ def report_of(ledger: Ledger) -> Report:
 def _backend(ledger: Ledger) -> str:
     """The backend's name, and how it steps coded parameters, if there are any."""
     name, optimizer = ledger.backend.name, ledger.optimizer
+    if isinstance(ledger.backend, Routed):
+        return f"{name}: {_routes(ledger, ledger.backend)}"
     slots = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
     if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
         return name
@@ -111,6 +114,17 @@ def _backend(ledger: Ledger) -> str:
         return f"{name}, coded steps in tensor operations"
     why = native.reason()
     return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
+
+
+def _routes(ledger: Ledger, backend: Routed) -> str:
+    """How many parameters step in which way, and why."""
+    ways = Counter()
+    for slot in ledger.slots.values():
+        for part in slot.parts if slot.param.requires_grad else ():
+            if len(part.state) or part.waiting:
+                weight, states = part.bound()
+                ways[backend.route(weight, states, ledger.optimizer.rule)] += 1
+    return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
 
 def _row(ledger: Ledger, name: str, param: nn.Parameter) -> Row:

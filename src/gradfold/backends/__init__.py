@@ -4,7 +4,7 @@ from .choose import choose
 from .gemm import linear, multiply
 from .norms import accumulation_dtype, safe_magnitude
 from .powers import Pending, Power, resolve, total
-from .reference import UNCHANGED, Backend, Change, Job, Reference
+from .reference import UNCHANGED, Backend, Change, Job, Reference, Routed
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
 from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, narrowed, rows, tensors_of
@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "Power",
     "Reference",
+    "Routed",
     "Scratch",
     "Stored",
     "Use",

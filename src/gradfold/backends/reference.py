@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -104,6 +104,15 @@ class Backend(Protocol):
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """The scratch memory held now."""
+        ...
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A backend that has several ways to step a parameter, and can say which."""
+
+    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
+        """In words: "registers", or "reference (float64)" with the reason."""
         ...
 
 

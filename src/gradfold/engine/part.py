@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Change, DenseUse, Job, Place, Power, Use, narrowed
+from gradfold.backends import UNCHANGED, Change, DenseUse, Job, Place, Power, Stored, Use, narrowed
 from gradfold.errors import FoldError
 
 from .apply import allocate, stepping
-from .storage import bind
+from .storage import Storage, bind, storage_of
 from .tape import Tape
 
 if TYPE_CHECKING:
@@ -114,8 +114,14 @@ class Part:
             storage = allocate(self.param, self.state, rule, group, self.waiting, stream, self.place)
         except ValueError as error:
             raise FoldError(f"{self.name}: {error}") from None
-        weight, states = bind(self.param, storage, {**self.waiting, **self.state}, stream, group, self.place)
-        ledger.backend.reserve(weight, states, rule, group)
+        ledger.backend.reserve(*self._bound(storage), rule, group)
+
+    def bound(self) -> tuple[Stored, list[Stored]]:
+        """Its weight and states as a backend takes them."""
+        return self._bound(storage_of(self.param, self.slot.ledger.optimizer.rule, self.group, self.place))
+
+    def _bound(self, storage: Storage) -> tuple[Stored, list[Stored]]:
+        return bind(self.param, storage, {**self.waiting, **self.state}, self.stream, self.group, self.place)
 
     def fire(self, uses: list[Use]) -> None:
         """All uses of one backward are there: step, or keep them until ``optimizer.step()``."""

@@ -16,14 +16,25 @@ from gradfold.backends.powers import Pending, Power
 from gradfold.backends.reference import UNCHANGED, Change, Job, Reference
 from gradfold.backends.scratch import Scratch
 from gradfold.backends.stored import Stored
-from gradfold.backends.uses import DenseUse, Use
+from gradfold.backends.uses import DenseUse, MatmulUse, Use
 from gradfold.rules import Group, Rule
 
 from . import table
 from .kernels.step import fold_step
-from .launch import Source, Tensors, arguments, narrowed, source_of, tensors_of, tiles_of
+from .launch import (
+    Source,
+    Tensors,
+    arguments,
+    describable,
+    narrowed,
+    product_arguments,
+    source_of,
+    tensors_of,
+    tiles_of,
+)
 from .many import by_kind, small, step_many
-from .numbers import Twin, flags_of, scalars_of, twin_of
+from .numbers import Twin, numbers_of, twin_of
+from .prepared import Launch, Prepared, Shelf, seen
 
 
 def interpreted() -> bool:
@@ -44,6 +55,7 @@ class Triton:
     def __init__(self, scratch: Scratch, always: bool = True):
         self.scratch = scratch
         self.reference = Reference(scratch)
+        self.shelf = Shelf()
         self.always = always
         self.where = "hopper" if interpreted() else _family()
 
@@ -69,22 +81,56 @@ class Triton:
         change: Change = UNCHANGED,
     ) -> Power:
         """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
-        twin, tensors = twin_of(rule), None
-        if twin is not None and why_not([weight, *states], rule) is None:
-            tensors = tensors_of([weight, *states])
-        source = None
-        if tensors is not None:
-            source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
-        if twin is None or tensors is None or source is None:
-            if change.guarded and not self.reference.finite(weight.values, uses):
-                return math.nan
-            return self.reference.step(weight, states, uses, rule, group, numbers, change)
-        stream = next((one.stream for one in (weight, *states) if one.stream is not None), None)
-        scalars = scalars_of(twin, numbers, 0 if stream is None else stream.step, weight.values.device)
-        flags = flags_of(twin, numbers)
+        stored = [weight, *states]
+        prepared = self.shelf.find(stored, rule) if _reachable(weight.values) else None
+        if prepared is None:
+            return self._by_reference(Job(weight, states, uses, rule, group, numbers, change))
+        stream = next((one.stream for one in stored if one.stream is not None), None)
+        step = 0 if stream is None else stream.step
+        flags, scalars = numbers_of(prepared.twin, numbers, step, weight.values.device, bool(group.get("capturable")))
+        one = uses[0] if len(uses) == 1 and isinstance(uses[0], MatmulUse) else None
+        if one is not None and not interpreted() and self._takes(one, weight.values, prepared.tensors):
+            return self._launch_prepared(prepared, one, flags, scalars, change)
+        tensors = tensors_of(stored)
+        assert tensors is not None
+        source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
+        if source is None:
+            return self._by_reference(Job(weight, states, uses, rule, group, numbers, change))
         if self._in_registers(tensors, source, weight.values):
-            return self._launch(tensors, source, twin, flags, scalars, change)
-        return self._by_rows(tensors, uses, twin, flags, scalars, change)
+            return self._launch(tensors, source, prepared.twin, flags, scalars, change)[0]
+        return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
+
+    def _by_reference(self, job: Job) -> Power:
+        if job.change.guarded and not self.reference.finite(job.weight.values, job.uses):
+            return math.nan
+        return self.reference.step(*job)
+
+    def _takes(self, use: MatmulUse, weight: Tensor, tensors: Tensors) -> bool:
+        """Whether one product goes to a kernel as it is."""
+        same = use.left.dtype == use.right.dtype and use.left.dtype in (weight.dtype, torch.bfloat16, torch.float16)
+        tokens = use.left.shape[0]
+        return same and (self.always or tokens <= self._max_tokens(tensors, use.left.dtype))
+
+    def _launch_prepared(
+        self, prepared: Prepared, use: MatmulUse, flags: tuple[int, ...], scalars: Tensor, change: Change
+    ) -> Pending:
+        described, tf32 = describable(use, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
+        scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
+        key = (described, seen(use), flags, tf32, scaled, limited, change.guarded)
+        launch, tensors = prepared.launches.get(key), prepared.tensors
+        if launch is None:  # the first of its kind: Triton compiles, and launches
+            source = source_of([use], tensors.rows, tensors.columns, scalars, self.where)
+            assert source is not None
+            power, kernel, positions, constants = self._launch(tensors, source, prepared.twin, flags, scalars, change)
+            prepared.launches[key] = Launch(kernel, fold_step.arg_names, positions, constants)
+            return power
+        tiles = table.config(table.PRODUCT, use.left.element_size(), self.where)
+        count = -(-tensors.rows // tiles.bn) * -(-tensors.columns // tiles.bk)
+        norms = torch.empty(count, dtype=torch.float32, device=scalars.device)
+        with _on(scalars.device):
+            product = product_arguments(use, described, tiles)
+            launch(count, product, scalars, change.scale, change.clip_value, norms)
+        return Pending(norms)
 
     def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
         return _reachable(weight) and small(weight, uses)
@@ -108,7 +154,7 @@ class Triton:
         if tensors is None or source is None:
             return self.reference.power(weight, uses, norm_type)
         nothing = tensors.words.view(torch.float32)
-        return self._launch(tensors, source, None, (), nothing, UNCHANGED)
+        return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0]
 
     def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
         return self.reference.finite(weight, uses)
@@ -163,7 +209,7 @@ class Triton:
             source = source_of([DenseUse(grad)], stop - start, columns, scalars, self.where)
             assert source is not None
             block = narrowed(tensors, start, stop)
-            norms.append(self._launch(block, source, twin, flags, scalars, change).tiles)
+            norms.append(self._launch(block, source, twin, flags, scalars, change)[0].tiles)
         return Pending(torch.cat(norms))
 
     def _row_tile(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -180,7 +226,8 @@ class Triton:
         flags: tuple[int, ...],
         scalars: Tensor,
         change: Change,
-    ) -> Pending:
+    ) -> tuple[Pending, Any, tuple[Any, ...], dict[str, Any]]:
+        """Compile if need be, and launch; with the kernel and what it was called with."""
         tiles = tiles_of(tensors, source, self.where)
         norms = torch.empty(tiles, dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
@@ -198,8 +245,8 @@ class Triton:
             interpreted=interpreted(),
         )
         with _on(scalars.device):
-            fold_step[(tiles,)](*positions, **constants)
-        return Pending(norms)
+            kernel = fold_step[(tiles,)](*positions, **constants)
+        return Pending(norms), kernel, positions, constants
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradfold import codecs as stored_as
 from gradfold.backends.stored import VALUES, Stored
@@ -59,11 +59,7 @@ class Tensors(NamedTuple):
     offset: int  # of its first element in the whole parameter
     row_stride: int  # of the whole parameter
     large: bool  # offsets in it may need more than 32 bits
-
-    @property
-    def stored_bytes(self) -> float:
-        """Per element of the weight."""
-        return sum(first.element_size() * first.numel() for first in self.firsts) / max(1, self.rows * self.columns)
+    stored_bytes: float  # per element of the weight, in values and codes
 
 
 def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
@@ -77,8 +73,10 @@ def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
 
 
 def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
-    """None where no kernel takes them: strided oddly, or stored in a way kernels do not know."""
+    """None where no kernel takes them: empty, strided oddly, or stored in a way kernels do not know."""
     weight = stored[0].values
+    if not weight.numel():
+        return None
     seen = matrix(weight.shape)
     if weight.dim() == 2:
         rows, columns = weight.shape
@@ -107,6 +105,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
     if weight.dim() != 2:  # slices of these are contiguous, of rows that may be several of a kernel's
         row_stride = columns
     numel = weight.numel() if place is None else torch.Size(place.shape).numel()
+    element_bytes = sum(first.element_size() * first.numel() for first in firsts) / weight.numel()
     streams = [one.stream for one in stored]
     shared = next((stream.shared for stream in streams if stream is not None), 0)
     words = [shared, *(0 if stream is None else stream.own for stream in streams)]
@@ -123,6 +122,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         offset,
         row_stride,
         numel >= 2**32,
+        element_bytes,
     )
 
 
@@ -160,13 +160,14 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
             return None
     kind = table.PRODUCT if products else table.GATHER if gathers else table.DENSE
     operand_bytes = max([t.element_size() for t in operands or [use.grad for use in gathers]], default=2)
-    bn = table.config(kind, operand_bytes, where).bn
+    tiles = table.config(kind, operand_bytes, where)
+    bn = tiles.bn
     nothing = weight.new_empty(0, dtype=torch.int64)
     floats = weight.new_empty(0, dtype=torch.float32)
     sorted_ = [_sorted(use, rows, bn) for use in gathers]
-    first = products[0] if products else None
+    described = len(products) == 1 and describable(products[0], where)
     arguments = (
-        *((floats, floats, 0, 0, 0) if first is None else _product(first)),
+        *(product_arguments(products[0], described, tiles) if products else (floats, floats, 0, 0, 0)),
         *(sorted_[0] if sorted_ else (nothing, nothing, nothing, floats, 0, 0, -1)),
         *((denses[0], denses[0].stride(0)) if denses else (floats, 0)),
         len(products) - 1,
@@ -180,6 +181,7 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
         "PRODUCTS": min(2, len(products)),
         "GATHERS": min(2, len(gathers)),
         "DENSES": min(2, len(denses)),
+        "DESCRIBED": int(described),
     }
     held = tuple(t for row in sorted_ for t in row if isinstance(t, Tensor))
     tokens = sum(use.left.shape[0] for use in products)
@@ -188,6 +190,24 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
 
 def _adjacent(t: Tensor) -> bool:
     return t.dim() == 2 and (t.stride(1) == 1 or t.shape[1] == 1)
+
+
+def describable(use: MatmulUse, where: str) -> bool:
+    """Whether a descriptor is made of its operands, in which everything must begin on a multiple of 16 bytes."""
+    if where not in table.DESCRIPTORS:
+        return False
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (use.left, use.right))
+    return aligned and use.left.numel() > 0 and use.right.numel() > 0
+
+
+def product_arguments(use: MatmulUse, described: bool, tiles: table.Config) -> tuple[Any, ...]:
+    """``left`` to ``right_stride`` of the kernel."""
+    left, right, *rest = _product(use)
+    if not described:
+        return left, right, *rest
+    left = TensorDescriptor(left, list(left.shape), list(left.stride()), [tiles.bt, tiles.bn])
+    right = TensorDescriptor(right, list(right.shape), list(right.stride()), [tiles.bt, tiles.bk])
+    return left, right, *rest
 
 
 def _product(use: MatmulUse) -> tuple[Any, ...]:
@@ -295,4 +315,4 @@ def arguments(
 def tiles_of(tensors: Tensors, source: Source, where: str) -> int:
     """How many programs a launch has, each of which writes one norm."""
     tiles = table.config(source.kind, source.operand_bytes, where)
-    return triton.cdiv(tensors.rows, tiles.bn) * triton.cdiv(tensors.columns, tiles.bk)
+    return -(-tensors.rows // tiles.bn) * -(-tensors.columns // tiles.bk)

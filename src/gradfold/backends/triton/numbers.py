@@ -41,6 +41,23 @@ def flags_of(twin: Twin, numbers: Any) -> tuple[int, ...]:
     return tuple(int(flag) for flag in twin.flags(numbers))
 
 
+def numbers_of(
+    twin: Twin, numbers: Any, step: Any, device: torch.device, tensors: bool
+) -> tuple[tuple[int, ...], Tensor]:
+    """``flags_of`` and ``scalars_of``; made once for all parameters that step with the same numbers.
+
+    tensors: some of them may be on the device.
+    """
+    if tensors:
+        return flags_of(twin, numbers), scalars_of(twin, numbers, step, device)
+    return _numbers_on_host(twin, numbers, step, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers_on_host(twin: Twin, numbers: Any, step: int, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    return flags_of(twin, numbers), scalars_of(twin, numbers, step, device)
+
+
 def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Tensor:
     """fp32 ``[count + 1]`` on the device, the last element an int32: the step's number.
 
@@ -48,7 +65,9 @@ def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Ten
     """
     values = twin.scalars(numbers)
     if not any(isinstance(value, Tensor) for value in (*values, step)):
-        return _on_device(tuple(values), step, device)
+        host = torch.from_numpy(np.asarray([*values, 0], np.float32))
+        host[-1:].view(torch.int32).fill_(step)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
     scalars = torch.stack([as_tensor(value, torch.float64, device) for value in values]).to(torch.float32)
     return torch.cat([scalars, as_tensor(step, torch.int32, device).reshape(1).view(torch.float32)])
 
@@ -58,13 +77,6 @@ def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=64)  # the parameters of a group that step together have the same
-def _on_device(values: tuple[float, ...], step: int, device: torch.device) -> Tensor:
-    host = torch.from_numpy(np.asarray([*values, 0], np.float32))
-    host[-1:].view(torch.int32).fill_(step)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _decay(n: Any, decoupled: bool) -> tuple[int, Scalar]:

@@ -27,6 +27,7 @@ class Config(NamedTuple):
         return asked if self.maxnreg is None else {**asked, "maxnreg": self.maxnreg}
 
 
+DESCRIPTORS = ("hopper", "blackwell")  # families that copy tiles by themselves, given a descriptor
 PRODUCT, GATHER, DENSE = "product", "gather", "dense"  # what a launch takes its gradient from
 
 # by what it takes its gradient from, bytes of an operand, and family of processors

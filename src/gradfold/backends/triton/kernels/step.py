@@ -52,6 +52,17 @@ def product(
 
 
 @triton.jit
+def described_product(acc, left, right, tokens, n0, k0, BT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """``product`` of tensor descriptors: one thread asks for a tile, and what lies outside comes as zeros."""
+    for start in tl.range(0, tokens, BT):
+        a, b = left.load([start, n0]), right.load([start, k0])
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(tl.trans(b), a, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def gather(
     acc, ids, order, bounds, grad, stride, first, padding, n0, k0, K,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WIDEN: tl.constexpr,
@@ -166,6 +177,7 @@ def fold_step(
     N, K,
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
     PRODUCTS: tl.constexpr, GATHERS: tl.constexpr, DENSES: tl.constexpr,  # 0 none, 1 one, 2 more
+    DESCRIBED: tl.constexpr,  # left and right are tensor descriptors
     SCALED: tl.constexpr, LIMITED: tl.constexpr, GUARDED: tl.constexpr, STEPS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, LARGE: tl.constexpr,
@@ -181,7 +193,9 @@ def fold_step(
     n0, k0 = (group * GROUP + inside % high) * BN, (inside // high) * BK
 
     acc = tl.zeros((BK, BN), tl.float32)
-    if PRODUCTS > 0:
+    if DESCRIBED:
+        acc = described_product(acc, left, right, tokens, n0, k0, BT, PRECISION, WIDEN)
+    elif PRODUCTS > 0:
         acc = product(
             acc, left, right, tokens, left_stride, right_stride, n0, k0, N, K, BN, BK, BT, PRECISION, EVEN, WIDEN
         )
