@@ -7,7 +7,7 @@ from .powers import Pending, Power, resolve, total
 from .reference import UNCHANGED, Backend, Change, Job, Reference, Routed
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
-from .uses import DenseUse, GatherUse, MatmulUse, Use, mapped, narrowed, rows, tensors_of
+from .uses import DenseUse, GatherUse, MatmulUse, SumUse, Use, mapped, narrowed, rows, tensors_of
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
@@ -26,6 +26,7 @@ __all__ = [
     "Routed",
     "Scratch",
     "Stored",
+    "SumUse",
     "Use",
     "accumulation_dtype",
     "choose",

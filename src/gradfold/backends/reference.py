@@ -91,6 +91,15 @@ class Backend(Protocol):
         """``step`` for each of them."""
         return [self.step(*job) for job in jobs]
 
+    @property
+    def takes_along(self) -> bool:
+        """Whether a weight's step can take its bias along (``step_along``)."""
+        return False
+
+    def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
+        """Step a weight, and a bias whose gradient is the sum of its uses' ``left`` rows; None: not these two."""
+        return None
+
     def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> Power:
         """Sum of ``|g| ** norm_type`` over the gradient, or its largest magnitude for infinity; nothing is stepped."""
         ...

@@ -57,6 +57,21 @@ class MatmulUse(Ready):
         accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
 
+class SumUse(Ready):
+    """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which its weight's kernel can take along.
+
+    Backends are handed it as ``Backend.step_along``, or as the dense gradient that it stands for.
+    """
+
+    def __init__(self, left: Tensor):
+        self.left = left  # [T, R]
+
+    def dense(self) -> DenseUse:
+        made = DenseUse(self.left.sum(0))
+        made.ready = self.ready
+        return made
+
+
 class GatherUse(Ready):
     """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
 

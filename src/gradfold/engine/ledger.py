@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradfold.backends import Backend, Change, Power, Use
+from gradfold.backends import Backend, Change, Power, SumUse, Use
 from gradfold.errors import FoldError
 
 from .contracts import Owner, Turns
@@ -44,6 +44,7 @@ class Ledger:
         self.unscale = 1.0  # the inverse of the loss scale, where a GradScaler has looked
         self.powers: dict[int, Power] = {}  # id of a part -> of its gradient in this step: sum of squares, mostly
         self.batch: list[tuple[Part, list[Use], Change]] = []  # small parts that step together
+        self.biases: dict[Slot, tuple[Part, list[SumUse]]] = {}  # biases whose weight's step may take them along
         self.nonfinite: list[str] = []  # whose gradient in this step was not finite
         self.grad_norm: float | Tensor | None = None  # of the last step; a tensor: nobody has waited for it
         self.backwards = 0  # completed since the step opened, outside of ``accumulating()``
@@ -207,8 +208,15 @@ class Ledger:
         for slot in self.slots.values():
             slot.flush()
 
+    def companion(self, bias: Tensor) -> Slot | None:
+        """The slot of a bias that its weight's step may take along."""
+        return self.slots.get(id(bias)) if self.backend.takes_along else None
+
     def step_batch(self) -> None:
-        """Step the small parts that have been waiting for each other."""
+        """Step the small parts that have been waiting for each other, and biases whose weight never came."""
+        for slot in list(self.biases):
+            part, uses = self.biases.pop(slot)
+            part.step([use.dense() for use in uses], self.change(part))
         batch, self.batch = self.batch, []
         step_together(batch)
 
@@ -356,6 +364,7 @@ class Ledger:
         self._parents.clear()
         self.powers.clear()
         self.batch.clear()
+        self.biases.clear()
         self.nonfinite.clear()
         self.backwards = 0
         self.coefficients.clear()

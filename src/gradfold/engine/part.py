@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Change, DenseUse, Job, Place, Power, Stored, Use, narrowed
+from gradfold.backends import UNCHANGED, Change, DenseUse, Job, MatmulUse, Place, Power, Stored, SumUse, Use, narrowed
 from gradfold.errors import FoldError
 
 from .apply import allocate, stepping
 from .storage import Storage, bind, storage_of
 from .tape import Tape
+from .task import current_task
 
 if TYPE_CHECKING:
     from .slot import Slot
@@ -123,9 +124,17 @@ class Part:
     def _bound(self, storage: Storage) -> tuple[Stored, list[Stored]]:
         return bind(self.param, storage, {**self.waiting, **self.state}, self.stream, self.group, self.place)
 
-    def fire(self, uses: list[Use]) -> None:
+    def fire(self, arrived: Sequence[Use | SumUse]) -> None:
         """All uses of one backward are there: step, or keep them until ``optimizer.step()``."""
-        ledger = self.slot.ledger
+        ledger, slot = self.slot.ledger, self.slot
+        if not ledger.measuring and not ledger.deferring and not self.tape and self.region is None:
+            sums = [use for use in arrived if isinstance(use, SumUse)]
+            coming = slot.weight is not None and slot.weight.pending.get(current_task())
+            if slot.weight is not None and coming and len(sums) == len(arrived):
+                slot.stepped = True
+                ledger.biases[slot.weight] = (self, sums)
+                return
+        uses: list[Use] = [use.dense() if isinstance(use, SumUse) else use for use in arrived]
         if self.region is not None:
             uses = [self.region.of_use(use) for use in uses]
         if ledger.measuring:
@@ -174,10 +183,30 @@ class Part:
             elif not self.finite(uses):
                 ledger.nonfinite.append(self.name)
                 return
-        if ledger.backend.gathers(self.param, uses):
+        bias = ledger.biases.pop(slot, None)
+        if bias is not None:
+            self._step_along(uses, change, *bias)
+        elif ledger.backend.gathers(self.param, uses):
             ledger.batch.append((self, uses, change))
         else:
             ledger.powers[id(self)] = self.apply(uses, change)
+
+    def _step_along(self, uses: list[Use], change: Change, bias: Part, sums: list[SumUse]) -> None:
+        """Step, and a bias whose gradient is the sum of the uses' ``left`` rows along with it."""
+        ledger = self.slot.ledger
+        backend, wanted = ledger.backend, ledger.change(bias)._replace(guarded=change.guarded)
+        theirs = [use.left for use in uses if isinstance(use, MatmulUse)]
+        same = len(theirs) == len(uses) == len(sums) and all(a is b.left for a, b in zip(theirs, sums))
+        if self.region is None and same and wanted == change:
+            with self._stepping(uses, change) as job, bias._stepping([], change) as bias_job:
+                powers = backend.step_along(job, bias_job)
+                if powers is None:
+                    alone = bias_job._replace(uses=[use.dense() for use in sums])
+                    powers = backend.step(*job), backend.step(*alone)
+            ledger.powers[id(self)], ledger.powers[id(bias)] = powers
+            return
+        bias.step([use.dense() for use in sums], wanted)
+        ledger.powers[id(self)] = self.apply(uses, change)
 
     def wait(self, uses: Sequence[Use]) -> None:
         for use in uses:

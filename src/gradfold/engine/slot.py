@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, SumUse, Use
 from gradfold.errors import FoldError
 
 from .parameters import refuse_parameter
@@ -36,8 +36,9 @@ class Slot:
         self.ledger = ledger
         self.folded = False  # a folded module hands it uses; otherwise its dense gradient is the only use
         self.stepped = False
-        self.pending: dict[int, list[Use]] = {}  # graph task -> uses of a backward still under way
-        self.deferred: list[Use] = []  # joined, and waiting for those that segments will bring
+        self.weight: Slot | None = None  # of a bias: the last weight that could take it along
+        self.pending: dict[int, list[Use | SumUse]] = {}  # graph task -> uses of a backward still under way
+        self.deferred: list[Use | SumUse] = []  # joined, and waiting for those that segments will bring
         self.segments: set[Segment] = set()  # reentrant checkpoints that read the weight in their first pass
         self.read_unseen = False  # one of them read it through something that is not folded
         self.outer_due = False  # the outermost backward will reach the weight outside them, and has not yet
@@ -114,6 +115,17 @@ class Slot:
         use.record(self.param.device)
         self.pending.setdefault(current_task(), []).append(use)
 
+    def take_along(self, use: MatmulUse, weight: Slot) -> bool:
+        """Called by a folded module's backward with the use its weight was handed: whether this, its bias, needs no
+        gradient of its own, since it can be read off that use."""
+        if self.hook is None or self.hook.others(True) or self.admit() is not Demand.STEP:
+            return False
+        total = SumUse(use.left)
+        total.ready = use.ready
+        self.pending.setdefault(current_task(), []).append(total)
+        self.weight = weight
+        return True
+
     def join(self) -> None:
         """The gate: every use of the weight in this backward is complete."""
         ledger, task = self.ledger, current_task()
@@ -174,7 +186,7 @@ class Slot:
         if uses:
             self.fire(uses)
 
-    def fire(self, uses: list[Use]) -> None:
+    def fire(self, uses: list[Use | SumUse]) -> None:
         """All uses of one backward are there."""
         self.ledger.fired()
         for part in self.parts:

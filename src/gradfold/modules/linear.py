@@ -17,9 +17,10 @@ class FoldedMatmul(torch.autograd.Function):
     """A matrix product with a weight ``[N, K]`` (Linear) or, ``transposed``, ``[K, N]`` (Conv1D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot, transposed: bool) -> Tensor:
-        # x: [*, K] -> [*, N]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, slot: Slot, transposed: bool) -> Tensor:
+        # x: [*, K] -> [*, N]; the bias stands before the weight: of two gates autograd comes to the earlier one first
         ctx.slot, ctx.transposed = slot, transposed
+        ctx.bias_slot = None if bias is None or transposed else slot.ledger.companion(bias)
         if torch.is_autocast_enabled(x.device.type):
             # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -38,8 +39,8 @@ class FoldedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
-            return None, None, None, None, None
-        demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
+            return (None,) * 5
+        demand = ctx.slot.admit() if ctx.needs_input_grad[2] else Demand.NOTHING
         x, weight = ctx.saved_tensors
         if torch.is_autocast_enabled(dY.device.type):
             with torch.autocast(dY.device.type, enabled=False):
@@ -53,16 +54,19 @@ def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | 
         w = weight.to(dY.dtype)
         w = w.t() if ctx.transposed else w
         dX = dY @ w if torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
-    if ctx.needs_input_grad[2]:
-        db = rows(dY).sum(0)  # [N]
+    along = False
     if demand is not Demand.NOTHING:
         dY2, x2 = rows(dY), rows(x)  # [T, N], [T, K]
         left, right = (x2, dY2) if ctx.transposed else (dY2, x2)
         if demand is Demand.STEP:
-            ctx.slot.hand(MatmulUse(left, right))
+            use = MatmulUse(left, right)
+            ctx.slot.hand(use)
+            along = ctx.needs_input_grad[1] and ctx.bias_slot is not None and ctx.bias_slot.take_along(use, ctx.slot)
         else:
             dW = left.t() @ right
-    return dX, dW, db, None, None
+    if ctx.needs_input_grad[1] and not along:
+        db = rows(dY).sum(0)  # [N]
+    return dX, db, dW, None, None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -81,7 +85,7 @@ class FoldedLinear(Folded):
         slot = live(self)  # type: ignore[arg-type]
         if slot is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedMatmul.apply(input, slot.param, self.bias, slot, False)  # type: ignore[attr-defined]
+        return FoldedMatmul.apply(input, self.bias, slot.param, slot, False)  # type: ignore[attr-defined]
 
 
 class FoldedConv1D(Folded):
@@ -91,4 +95,4 @@ class FoldedConv1D(Folded):
         slot = live(self)  # type: ignore[arg-type]
         if slot is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return FoldedMatmul.apply(x, slot.param, self.bias, slot, True)  # type: ignore[attr-defined]
+        return FoldedMatmul.apply(x, self.bias, slot.param, slot, True)  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from gradfold.rules import Group, Rule
 from . import table
 from .kernels.step import fold_step
 from .launch import (
+    Bias,
     Source,
     Tensors,
     arguments,
@@ -30,9 +31,8 @@ from .launch import (
     product_arguments,
     source_of,
     tensors_of,
-    tiles_of,
 )
-from .many import by_kind, small, step_many
+from .many import PLAIN, by_kind, small, step_many
 from .numbers import Twin, numbers_of, twin_of
 from .prepared import Launch, Prepared, Shelf, seen
 
@@ -81,24 +81,51 @@ class Triton:
         change: Change = UNCHANGED,
     ) -> Power:
         """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
-        stored = [weight, *states]
-        prepared = self.shelf.find(stored, rule) if _reachable(weight.values) else None
+        job = Job(weight, states, uses, rule, group, numbers, change)
+        prepared = self._prepared(job)
         if prepared is None:
-            return self._by_reference(Job(weight, states, uses, rule, group, numbers, change))
-        stream = next((one.stream for one in stored if one.stream is not None), None)
-        step = 0 if stream is None else stream.step
-        flags, scalars = numbers_of(prepared.twin, numbers, step, weight.values.device, bool(group.get("capturable")))
+            return self._by_reference(job)
+        flags, scalars = _numbers(prepared, job)
         one = uses[0] if len(uses) == 1 and isinstance(uses[0], MatmulUse) else None
-        if one is not None and not interpreted() and self._takes(one, weight.values, prepared.tensors):
-            return self._launch_prepared(prepared, one, flags, scalars, change)
-        tensors = tensors_of(stored)
+        if one is not None and self._takes(one, weight.values, prepared.tensors):
+            return self._launch_prepared(prepared, one, flags, scalars, change)[0]
+        tensors = tensors_of([weight, *states])
         assert tensors is not None
         source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
         if source is None:
-            return self._by_reference(Job(weight, states, uses, rule, group, numbers, change))
+            return self._by_reference(job)
         if self._in_registers(tensors, source, weight.values):
-            return self._launch(tensors, source, prepared.twin, flags, scalars, change)[0]
+            return self._launch(tensors, source, prepared.twin, flags, scalars, change)[0][0]
         return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
+
+    @property
+    def takes_along(self) -> bool:
+        return True
+
+    def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
+        prepared, other = self._prepared(job), self._prepared(bias)
+        if prepared is None or other is None or type(job.rule) is not type(bias.rule):
+            return None
+        if not PLAIN.issuperset(other.tensors.formats) or other.tensors.formats[0] != prepared.tensors.formats[0]:
+            return None
+        flags, scalars = _numbers(prepared, job)
+        along = Bias(other.tensors, *_numbers(other, bias))
+        one = job.uses[0] if len(job.uses) == 1 else None
+        if isinstance(one, MatmulUse) and self._takes(one, job.weight.values, prepared.tensors):
+            powers = self._launch_prepared(prepared, one, flags, scalars, job.change, along)
+            return powers[0], powers[1]
+        tensors, bias_tensors = tensors_of([job.weight, *job.states]), tensors_of([bias.weight, *bias.states])
+        if tensors is None or bias_tensors is None:
+            return None
+        source = source_of(job.uses, tensors.rows, tensors.columns, job.weight.values, self.where)
+        if source is None or not self._in_registers(tensors, source, job.weight.values):
+            return None
+        along = along._replace(tensors=bias_tensors)
+        powers, _ = self._launch(tensors, source, prepared.twin, flags, scalars, job.change, along)
+        return powers[0], powers[1]
+
+    def _prepared(self, job: Job) -> Prepared | None:
+        return self.shelf.find([job.weight, *job.states], job.rule) if _reachable(job.weight.values) else None
 
     def _by_reference(self, job: Job) -> Power:
         if job.change.guarded and not self.reference.finite(job.weight.values, job.uses):
@@ -106,31 +133,38 @@ class Triton:
         return self.reference.step(*job)
 
     def _takes(self, use: MatmulUse, weight: Tensor, tensors: Tensors) -> bool:
-        """Whether one product goes to a kernel as it is."""
+        """Whether one product goes to a kernel as it is, and its launch is worth keeping."""
         same = use.left.dtype == use.right.dtype and use.left.dtype in (weight.dtype, torch.bfloat16, torch.float16)
-        tokens = use.left.shape[0]
-        return same and (self.always or tokens <= self._max_tokens(tensors, use.left.dtype))
+        within = self.always or use.left.shape[0] <= self._max_tokens(tensors, use.left.dtype)
+        return same and within and not interpreted()
 
     def _launch_prepared(
-        self, prepared: Prepared, use: MatmulUse, flags: tuple[int, ...], scalars: Tensor, change: Change
-    ) -> Pending:
+        self,
+        prepared: Prepared,
+        use: MatmulUse,
+        flags: tuple[int, ...],
+        scalars: Tensor,
+        change: Change,
+        bias: Bias | None = None,
+    ) -> list[Pending]:
         described, tf32 = describable(use, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
         scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
-        key = (described, seen(use), flags, tf32, scaled, limited, change.guarded)
+        along = None if bias is None else (id(bias.tensors), bias.flags)
+        key = (described, seen(use), flags, tf32, scaled, limited, change.guarded, along)
         launch, tensors = prepared.launches.get(key), prepared.tensors
         if launch is None:  # the first of its kind: Triton compiles, and launches
             source = source_of([use], tensors.rows, tensors.columns, scalars, self.where)
             assert source is not None
-            power, kernel, positions, constants = self._launch(tensors, source, prepared.twin, flags, scalars, change)
-            prepared.launches[key] = Launch(kernel, fold_step.arg_names, positions, constants)
-            return power
+            powers, made = self._launch(tensors, source, prepared.twin, flags, scalars, change, bias)
+            prepared.launches[key] = made
+            return powers
         tiles = table.config(table.PRODUCT, use.left.element_size(), self.where)
-        count = -(-tensors.rows // tiles.bn) * -(-tensors.columns // tiles.bk)
-        norms = torch.empty(count, dtype=torch.float32, device=scalars.device)
+        counts = _counts(tensors, tiles, bias)
+        norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         with _on(scalars.device):
             product = product_arguments(use, described, tiles)
-            launch(count, product, scalars, change.scale, change.clip_value, norms)
-        return Pending(norms)
+            launch(counts[0], product, scalars, change.scale, change.clip_value, norms, bias)
+        return [Pending(part) for part in norms.split(counts)]
 
     def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
         return _reachable(weight) and small(weight, uses)
@@ -154,7 +188,7 @@ class Triton:
         if tensors is None or source is None:
             return self.reference.power(weight, uses, norm_type)
         nothing = tensors.words.view(torch.float32)
-        return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0]
+        return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0][0]
 
     def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
         return self.reference.finite(weight, uses)
@@ -209,7 +243,7 @@ class Triton:
             source = source_of([DenseUse(grad)], stop - start, columns, scalars, self.where)
             assert source is not None
             block = narrowed(tensors, start, stop)
-            norms.append(self._launch(block, source, twin, flags, scalars, change)[0].tiles)
+            norms.append(self._launch(block, source, twin, flags, scalars, change)[0][0].tiles)
         return Pending(torch.cat(norms))
 
     def _row_tile(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -226,10 +260,11 @@ class Triton:
         flags: tuple[int, ...],
         scalars: Tensor,
         change: Change,
-    ) -> tuple[Pending, Any, tuple[Any, ...], dict[str, Any]]:
-        """Compile if need be, and launch; with the kernel and what it was called with."""
-        tiles = tiles_of(tensors, source, self.where)
-        norms = torch.empty(tiles, dtype=torch.float32, device=scalars.device)
+        bias: Bias | None = None,
+    ) -> tuple[list[Pending], Launch]:
+        """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
+        counts = _counts(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
+        norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
             tensors,
             source,
@@ -243,10 +278,26 @@ class Triton:
             guarded=change.guarded,
             tf32=bool(torch.backends.cuda.matmul.allow_tf32),
             interpreted=interpreted(),
+            bias=bias,
         )
         with _on(scalars.device):
-            kernel = fold_step[(tiles,)](*positions, **constants)
-        return Pending(norms), kernel, positions, constants
+            kernel = fold_step[(counts[0],)](*positions, **constants)
+        launched = Launch(fold_step.arg_names, kernel, positions, constants)
+        return [Pending(part) for part in norms.split(counts)], launched
+
+
+def _counts(tensors: Tensors, tiles: table.Config, bias: Bias | None) -> list[int]:
+    """How many tiles a launch has, and how many parts of a bias."""
+    rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
+    return [rows * columns] if bias is None else [rows * columns, rows]
+
+
+def _numbers(prepared: Prepared, job: Job) -> tuple[tuple[int, ...], Tensor]:
+    """What the rule's twin takes for this step: constants, and scalars on the device."""
+    stream = next((one.stream for one in (job.weight, *job.states) if one.stream is not None), None)
+    step = 0 if stream is None else stream.step
+    tensors = bool(job.group.get("capturable"))
+    return numbers_of(prepared.twin, job.numbers, step, job.weight.values.device, tensors)
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:

@@ -138,6 +138,17 @@ def _rows_of(part: Tensor, rows: int) -> Tensor | None:
     return part.view(rows, -1) if part.is_contiguous() and part.numel() else None
 
 
+class Bias(NamedTuple):
+    """A bias that steps along with its weight."""
+
+    tensors: Tensors
+    flags: tuple[int, ...]
+    scalars: Tensor
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.tensors.firsts, self.tensors.seconds, self.scalars, self.tensors.words
+
+
 class Source(NamedTuple):
     """Where a launch takes its gradient from."""
 
@@ -251,6 +262,7 @@ def arguments(
     guarded: bool = True,
     tf32: bool = False,
     interpreted: bool = False,
+    bias: Bias | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``fold_step[(tiles_of(...),)]`` is called with: positions, and constants with the compiler's options.
 
@@ -263,6 +275,7 @@ def arguments(
         limit: the largest magnitude of an element after that.
         guarded: leave tiles that are not finite as they are.
         interpreted: the interpreter's products of 16-bit numbers are wrong; they are widened there.
+        bias: one that steps along, of the same rule; its norms are one more per tile of rows.
     """
     tiles = table.config(source.kind, source.operand_bytes, where)
     n, k = tensors.rows, tensors.columns
@@ -283,6 +296,7 @@ def arguments(
         norms,
         n,
         k,
+        *(((), (), scalars, tensors.words) if bias is None else bias.arguments()),
     )
     constants = {
         "RULE": None if twin is None else twin.kernel,
@@ -291,6 +305,10 @@ def arguments(
         "FORMATS": tensors.formats,
         "RANDOM": tensors.random,
         **source.constants,
+        "BIASED": int(bias is not None),
+        "BIAS_FLAGS": () if bias is None else bias.flags,
+        "BIAS_FORMATS": () if bias is None else bias.tensors.formats,
+        "BIAS_RANDOM": () if bias is None else bias.tensors.random,
         "SCALED": int(on_device),
         "LIMITED": int(limit is not None),
         "GUARDED": int(guarded),

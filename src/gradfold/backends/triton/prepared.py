@@ -16,13 +16,14 @@ from gradfold.backends.uses import MatmulUse
 from gradfold.rules import Rule
 
 from .kernels.step import fold_step
-from .launch import Tensors, tensors_of
+from .launch import Bias, Tensors, tensors_of
 from .numbers import Twin, twin_of
 
 MOST = 1 << 14  # parameters and slices that are remembered
 
 
-NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit, norms
+NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
+# norms, N, K, and a bias's
 
 
 class Address:
@@ -41,7 +42,7 @@ class Address:
 class Launch:
     """A compiled kernel with its arguments, of which those that change are put in before each launch."""
 
-    def __init__(self, kernel: Any, names: Sequence[str], positions: Sequence[Any], constants: Mapping[str, Any]):
+    def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
 
@@ -53,6 +54,7 @@ class Launch:
         scale: float | Tensor,
         limit: float | None,
         norms: Tensor,
+        bias: Bias | None,
     ) -> None:
         arguments = list(self.arguments)
         arguments[: len(product)] = product
@@ -63,6 +65,8 @@ class Launch:
         arguments[at + 5] = scale if on_device else scalars
         arguments[at + 6] = 0.0 if limit is None else float(limit)
         arguments[at + 7] = norms
+        if bias is not None:
+            arguments[at + 10 : at + 14] = bias.arguments()
         self.kernel[(tiles, 1, 1)](*arguments)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import codecs
-from .step import norm_of, update
+from .step import changed, norm_of, update
 
 COLUMNS = tl.constexpr(3)  # of a parameter's row before its tensors: gradient, elements, offset in the whole parameter
 
@@ -59,11 +59,8 @@ def fold_many(
     kept = 1
     if GUARDED:
         kept = tl.where(norm * factor == norm * factor, 1, 0)
-    g = g * factor
-    if LIMITED:
-        g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
     update(
-        g, tl.zeros((1,), tl.int64), start, kept, firsts, seconds, strides, strides, scalars,
-        words + which * (1 + len(FORMATS)), offset, 0, 1, elements,
+        changed(g, factor, limit, LIMITED), tl.zeros((1,), tl.int64), start, kept, firsts, seconds, strides, strides,
+        scalars, words + which * (1 + len(FORMATS)), offset, 0, 1, elements,
         RULE, FLAGS, SCALARS, FORMATS, RANDOM, False, LARGE, EXACT, BLOCK,
     )  # fmt: skip

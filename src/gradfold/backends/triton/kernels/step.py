@@ -63,6 +63,51 @@ def described_product(acc, left, right, tokens, n0, k0, BT: tl.constexpr, PRECIS
 
 
 @triton.jit
+def column_sums(total, left, tokens, stride, n0, N, BN: tl.constexpr, BT: tl.constexpr, DESCRIBED: tl.constexpr):
+    """total ``[BT, BN]`` plus left's rows; a bias's gradient, once its own rows are summed."""
+    rows = n0 + tl.arange(0, BN)
+    for start in tl.range(0, tokens, BT):
+        if DESCRIBED:
+            a = left.load([start, n0])
+        else:
+            t = start + tl.arange(0, BT).to(tl.int64)
+            mask = (t < tokens)[:, None] & (rows < N)[None, :]
+            a = tl.load(left + t[:, None] * stride + rows[None, :], mask=mask, other=0.0)
+        total += a.to(tl.float32)
+    return total
+
+
+@triton.jit
+def step_bias(
+    g, n0, firsts, seconds, scalars, words, factor, limit, norm_there, N,
+    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    LIMITED: tl.constexpr, GUARDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The rule on BN elements of a bias. g: fp32 ``[1, BN]``."""
+    norm = norm_of(g)
+    tl.store(norm_there, norm)
+    kept = 1
+    if GUARDED:
+        kept = tl.where(norm * factor == norm * factor, 1, 0)
+    strides = ()
+    for _ in tl.static_range(len(FORMATS)):
+        strides = strides + (0,)
+    update(
+        changed(g, factor, limit, LIMITED), tl.zeros((1,), tl.int64), n0, kept, firsts, seconds, strides, strides,
+        scalars, words, 0, 0, 1, N, RULE, FLAGS, SCALARS, FORMATS, RANDOM, False, False, EXACT, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def changed(g, factor, limit, LIMITED: tl.constexpr):
+    """A gradient on its way to the rule: scaled, and its elements limited."""
+    g = g * factor
+    if LIMITED:
+        g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+    return g
+
+
+@triton.jit
 def gather(
     acc, ids, order, bounds, grad, stride, first, padding, n0, k0, K,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WIDEN: tl.constexpr,
@@ -175,9 +220,11 @@ def fold_step(
     scalars, words, offset, row_stride,  # the rule's numbers and the step's, the random bits', and a slice's place
     scale, scale_there, limit, norms,  # of the gradient, and where the norm of each tile goes
     N, K,
+    bias_firsts, bias_seconds, bias_scalars, bias_words,  # a bias that steps along; its norms lie behind the others
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
     PRODUCTS: tl.constexpr, GATHERS: tl.constexpr, DENSES: tl.constexpr,  # 0 none, 1 one, 2 more
     DESCRIBED: tl.constexpr,  # left and right are tensor descriptors
+    BIASED: tl.constexpr, BIAS_FLAGS: tl.constexpr, BIAS_FORMATS: tl.constexpr, BIAS_RANDOM: tl.constexpr,
     SCALED: tl.constexpr, LIMITED: tl.constexpr, GUARDED: tl.constexpr, STEPS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, LARGE: tl.constexpr,
@@ -191,6 +238,25 @@ def fold_step(
     high = tl.minimum(tiles_n - group * GROUP, GROUP)
     inside = program - group * GROUP * tiles_k
     n0, k0 = (group * GROUP + inside % high) * BN, (inside // high) * BK
+
+    factor = scale
+    if SCALED:
+        factor = factor * tl.load(scale_there)
+    if BIASED:
+        if k0 == 0:  # before the tile takes its registers
+            total = tl.zeros((BT, BN), tl.float32)
+            total = column_sums(total, left, tokens, left_stride, n0, N, BN, BT, DESCRIBED)
+            if PRODUCTS > 1:
+                for i in tl.range(0, further):
+                    at = products + i * PRODUCT
+                    total = column_sums(
+                        total, tl.load(at).to(left.dtype), tl.load(at + 2), tl.load(at + 3), n0, N, BN, BT, False
+                    )
+            step_bias(
+                tl.sum(total, 0)[None, :], n0, bias_firsts, bias_seconds, bias_scalars, bias_words, factor, limit,
+                norms + tiles_n * tiles_k + n0 // BN, N, RULE, BIAS_FLAGS, SCALARS, BIAS_FORMATS, BIAS_RANDOM,
+                LIMITED, GUARDED, EXACT, BN,
+            )  # fmt: skip
 
     acc = tl.zeros((BK, BN), tl.float32)
     if DESCRIBED:
@@ -226,18 +292,13 @@ def fold_step(
     norm = norm_of(acc)
     tl.store(norms + program, norm)
     if STEPS:
-        factor = scale
-        if SCALED:
-            factor = factor * tl.load(scale_there)
         kept = N  # rows that are stored: none of a tile that is not finite
         if GUARDED:
             kept = tl.where(norm * factor == norm * factor, N, 0)
         parts = sub_tiles(acc, LEVELS)
         HEIGHT: tl.constexpr = BN >> LEVELS
         for i in tl.static_range(len(parts)):
-            g = tl.trans(parts[i]) * factor  # [HEIGHT, BK]
-            if LIMITED:
-                g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+            g = changed(tl.trans(parts[i]), factor, limit, LIMITED)  # [HEIGHT, BK]
             rows = (n0 + i * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
             update(
                 g, rows, k0, kept, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride,
