@@ -132,7 +132,7 @@ def update(
     for i in tl.static_range(len(FORMATS)):
         old = old + (
             codecs.load(
-                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], WIDTH
+                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], RAGGED, WIDTH
             ),
         )
     n = ()
