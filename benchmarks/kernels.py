@@ -133,10 +133,8 @@ def main() -> None:
     problems = [f"{row['kernel']}: {what}" for row in rows for what in row["problems"]]
     spilling = sum(row["spill_instructions"] > 0 for row in rows)
     slow = sum(row["slow_path_spill_instructions"] > 0 for row in rows)
-    print(
-        f"\n{len(rows)} kernels compiled: {spilling or 'zero'} with spills; {slow} more save registers on the slow path of"
-    )
-    print("of a division, by the scale of a block whose largest element is not finite or beyond 2^126")
+    print(f"\n{len(rows)} kernels: {spilling or 'zero'} with spills; {slow} more save registers on the slow path of a")
+    print("division, by the scale of a block whose largest element is not finite or beyond 2^126")
     sys.exit("\n".join(problems) if problems else 0)
 
 

@@ -43,7 +43,7 @@ def stores(ttir: str) -> list[Store]:
         raise ValueError(f"not a plain store: {found[0]}")
     if ttir.count("tt.func") != 1:
         raise ValueError("more than one function")
-    origin = {name: name for name in re.findall(r"(%[\w.$-]+): !tt\.ptr", ttir.split("attributes", 1)[0])}
+    origin = _pointers(ttir)
     made, loops = [], []
     for line in ttir.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -58,7 +58,7 @@ def stores(ttir: str) -> list[Store]:
                 raise ValueError(f"a store that cannot be traced to an argument: {line.strip()}")
             sizes = [int(size) for size in (shape[1] or "").split("x") if size]
             elements = math.prod(sizes)
-            made.append(Store(origin[pointer][1:], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
+            made.append(Store(origin[pointer], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
         elif "tt.store" in line:
             raise ValueError(f"a store that is not understood: {line.strip()}")
         elif found := _DEFINITION.match(line):
@@ -67,6 +67,19 @@ def stores(ttir: str) -> list[Store]:
             if op in _FOLLOWED and first in origin:
                 origin[name] = origin[first]
     return made
+
+
+def _pointers(ttir: str) -> dict[str, str]:
+    """The function's pointers, and what they are called: those of a tuple ``firsts`` are ``firsts.0``, ``firsts.1``.
+
+    Triton 3.6 prints these as ``firsts``, ``firsts_0``.
+    """
+    found = re.findall(r"(%[\w.$-]+): !tt\.ptr", ttir.split("attributes", 1)[0])
+    bases = [re.sub(r"[._]\d+$", "", name)[1:] for name in found]
+    return {
+        name: f"{base}.{bases[:i].count(base)}" if base in ("firsts", "seconds") else base
+        for i, (name, base) in enumerate(zip(found, bases, strict=True))
+    }
 
 
 def bytes_by_argument(found: list[Store]) -> dict[str, int]:
