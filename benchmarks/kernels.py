@@ -127,8 +127,8 @@ def main() -> None:
     header, lines = shown(rows)
     print_table(header, lines)
     if not args.quick:
-        fill_table(args.page, "table", header, lines)
         out = write_result("kernels", rows, args.out, versions=versions())
+        fill_table(args.page, "table", header, lines)
         print(f"\nwritten to {out} and {args.page.name}")
     problems = [f"{row['kernel']}: {what}" for row in rows for what in row["problems"]]
     spilling = sum(row["spill_instructions"] > 0 for row in rows)

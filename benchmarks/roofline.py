@@ -133,11 +133,11 @@ def main() -> None:
     crossings = [crossing_row(kind, counted) for kind in KINDS]
     header, lines = shown(crossings)
     print_table(header, lines)
+    devices = {name: device._asdict() for name, device in DEVICES.items()}
+    out = write_result("roofline", rows, args.out, crossings=crossings, devices=devices)
     fill_table(args.page, "crossings", header, lines)
     fill_table(args.page, "ratios", *ratios(counted))
     draw(counted, args.picture)
-    devices = {name: device._asdict() for name, device in DEVICES.items()}
-    out = write_result("roofline", rows, args.out, crossings=crossings, devices=devices)
     print(f"\nwritten to {out}, {args.page.name} and {args.picture.name}")
 
 

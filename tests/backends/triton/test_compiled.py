@@ -73,10 +73,10 @@ def test_every_row_of_the_table_is_compiled_on_some_processor():
 
 
 def test_stores_are_those_of_weight_states_and_norm():
-    kernel = build(HOPPER)
-    bn, bk = HOPPER.tiles.bn, HOPPER.tiles.bk
-    expected = {"norms": 4, "firsts.0": 2 * bn * bk, "firsts.1": 4 * bn * bk, "firsts.2": 4 * bn * bk}
-    assert listing.bytes_by_argument(listing.stores(kernel.asm["ttir"])) == expected
+    job = Job(90, kind=table.DENSE, rule="Lion")
+    elements = job.tiles.bn * job.tiles.bk
+    expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
+    assert listing.bytes_by_argument(listing.stores(build(job).asm["ttir"])) == expected
 
 
 def test_norm_only_stores_one_number():
@@ -115,7 +115,7 @@ def leaking(x, norms, out, WIDTH: tl.constexpr, HOW: tl.constexpr):
 def leaked(how):
     x = torch.empty(64, 64)
     with compiling_for(90):
-        kernel = leaking.warmup(x, x, x, WIDTH=64, HOW=how, num_warps=8, grid=(1,))
+        kernel = leaking.warmup(x, x, x, WIDTH=64, HOW=how, num_warps=8, enable_fp_fusion=False, grid=(1,))
     return Compiled(HOPPER, dict(kernel.asm), kernel.metadata, {"norms": 4}, 64 * 64)
 
 
@@ -150,9 +150,12 @@ def test_atomics_are_found_in_machine_code():
     assert code.other_writes
 
 
-def test_spills_and_lonely_programs_are_found(monkeypatch):
-    row = (table.PRODUCT, 2, "hopper")
-    monkeypatch.setitem(table._TABLE, row, table.Config(128, 128, 64, 1, warps=8, stages=3, maxnreg=128))
-    assert any("spills" in what for what in kernels.measure(HOPPER)["problems"])
-    monkeypatch.setitem(table._TABLE, row, table.Config(128, 128, 64, 4, warps=8, stages=5, maxnreg=None))
-    assert "1 program per multiprocessor" in kernels.measure(HOPPER)["problems"]
+def test_spills_are_found(monkeypatch):
+    monkeypatch.setattr(table, "_DENSE", table.Config(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
+    assert any("spills" in what for what in kernels.measure(Job(90, kind=table.DENSE, rule="SGD"))["problems"])
+
+
+def test_lonely_programs_are_found(monkeypatch):
+    lonely = table.Config(128, 128, 64, 4, warps=8, stages=5)
+    monkeypatch.setitem(table._TABLE, (table.PRODUCT, 2, "hopper"), lonely)
+    assert kernels.measure(Job(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]
