@@ -151,9 +151,10 @@ def machine() -> dict[str, Any]:
 def command_line() -> str:
     """How to run this again, from the root of the repository."""
     threads = os.environ.get("OMP_NUM_THREADS")
-    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    script = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
     return " ".join(
-        [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", shlex.join([script, *sys.argv[1:]])]
+        [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", script, *map(shlex.quote, sys.argv[1:])]
     )
 
 
@@ -167,8 +168,8 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
-def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
-    """Write rows, machine, command and revision to benchmarks/results/NAME.json."""
+def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:
+    """Write rows, machine, command, revision and whatever else to benchmarks/results/NAME.json."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -177,6 +178,7 @@ def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None
         "command": command_line(),
         "revision": revision(),
         "machine": machine(),
+        **more,
         "rows": rows,
     }
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

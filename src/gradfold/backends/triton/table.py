@@ -33,10 +33,10 @@ PRODUCT, GATHER, DENSE = "product", "gather", "dense"  # what a launch takes its
 # by what it takes its gradient from, bytes of an operand, and family of processors
 _TABLE: dict[tuple[str, int, str], Config] = {
     (PRODUCT, 2, "hopper"): Config(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 4, "hopper"): Config(128, 128, 32, 4, warps=8, stages=3, maxnreg=128),
+    (PRODUCT, 4, "hopper"): Config(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
     (PRODUCT, 2, "blackwell"): Config(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 4, "blackwell"): Config(128, 128, 32, 4, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 2, "ampere"): Config(128, 128, 32, 4, warps=8, stages=3, maxnreg=128),
+    (PRODUCT, 4, "blackwell"): Config(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
+    (PRODUCT, 2, "ampere"): Config(64, 128, 32, 3, warps=8, stages=4, maxnreg=128),  # 128 rows spill
     (PRODUCT, 4, "ampere"): Config(64, 128, 16, 3, warps=8, stages=3, maxnreg=128),
     (PRODUCT, 2, "amd"): Config(128, 128, 32, 4, warps=8, stages=2),
     (PRODUCT, 4, "amd"): Config(64, 128, 16, 3, warps=8, stages=2),

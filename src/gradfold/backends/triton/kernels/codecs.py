@@ -181,15 +181,28 @@ def encode(x, bits, FORMAT: tl.constexpr, RANDOM: tl.constexpr):
 
 
 @triton.jit
-def load(first, second, first_stride, second_stride, rows, start, N, K, FORMAT: tl.constexpr, WIDTH: tl.constexpr):
+def there(rows_there, columns, K, RAGGED: tl.constexpr):
+    """Which elements exist. A tile is as wide as a block, so if K is a multiple of one, all of a row's do."""
+    if RAGGED:
+        return rows_there[:, None] & (columns < K)[None, :]
+    else:
+        return tl.broadcast_to(rows_there[:, None], (rows_there.shape[0], columns.shape[0]))
+
+
+@triton.jit
+def load(
+    first, second, first_stride, second_stride, rows, start, N, K,
+    FORMAT: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """An fp32 tile ``[R, WIDTH]`` of a tensor ``[N, K]``, zero outside of it.
 
     rows: int64 ``[R]``. start: the first column, of a block where there are blocks; they are as wide as the tile.
+    RAGGED: K is no multiple of a block.
     """
     inside = tl.arange(0, WIDTH)
     columns = start + inside
     rows_there = rows < N
-    mask = rows_there[:, None] & (columns < K)[None, :]
+    mask = there(rows_there, columns, K, RAGGED)
     where = rows[:, None] * first_stride + columns[None, :]
     if FORMAT == FP32:
         return tl.load(first + where, mask=mask, other=0.0)
@@ -208,8 +221,12 @@ def load(first, second, first_stride, second_stride, rows, start, N, K, FORMAT: 
         if FORMAT == SIGNED8 or FORMAT == UNSIGNED8:
             code = tl.load(first + where, mask=mask, other=0).to(tl.int32)
         else:  # element j of the block lies in the low half of byte j, element j + half in its high half
-            half = (tl.minimum(K - start, BLOCK) + 1) // 2
-            byte = start // 2 + tl.where(inside < half, inside, inside - half)
+            if RAGGED:
+                half = (tl.minimum(K - start, BLOCK) + 1) // 2
+                byte = start // 2 + tl.where(inside < half, inside, inside - half)
+            else:  # as the compiler sees that neighbours are neighbours: one load and one address for several
+                half = BLOCK // 2
+                byte = start // 2 + inside % half
             code = tl.load(first + rows[:, None] * first_stride + byte[None, :], mask=mask, other=0).to(tl.int32)
             shift = tl.where(inside < half, 0, 4)[None, :]
             if FORMAT == SIGNED4:
@@ -227,7 +244,7 @@ def store(
     """The other way. bits: of ``random_bits``, where RANDOM. RAGGED: K is no multiple of a block."""
     columns = start + tl.arange(0, WIDTH)
     rows_there = rows < N
-    mask = rows_there[:, None] & (columns < K)[None, :]
+    mask = there(rows_there, columns, K, RAGGED)
     where = rows[:, None] * first_stride + columns[None, :]
     if FORMAT == FP32:
         tl.store(first + where, x, mask=mask)
@@ -255,15 +272,18 @@ def store(
         elif FORMAT == UNSIGNED8:
             tl.store(first + where, code.to(tl.uint8), mask=mask)
         else:
-            width = tl.minimum(K - start, BLOCK)
-            half = (width + 1) // 2
             j = tl.arange(0, BLOCK // 2)
+            bytes_there = rows_there[:, None]
             if RAGGED:
+                width = tl.minimum(K - start, BLOCK)
+                half = (width + 1) // 2
+                bytes_there = bytes_there & (j < half)[None, :]
                 at = tl.broadcast_to((j + half)[None, :], (x.shape[0], BLOCK // 2))
                 high = tl.where(at < width, tl.gather(code, tl.minimum(at, BLOCK - 1), 1), 0)
                 low = tl.gather(code, tl.broadcast_to(j[None, :], (x.shape[0], BLOCK // 2)), 1)
             else:
                 low, high = code.reshape(x.shape[0], 2, BLOCK // 2).permute(0, 2, 1).split()
             byte = (low & 15) | ((high & 15) << 4)
-            there = rows_there[:, None] & (j < half)[None, :]
-            tl.store(first + rows[:, None] * first_stride + (start // 2 + j)[None, :], byte.to(tl.uint8), mask=there)
+            tl.store(
+                first + rows[:, None] * first_stride + (start // 2 + j)[None, :], byte.to(tl.uint8), mask=bytes_there
+            )

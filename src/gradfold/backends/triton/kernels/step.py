@@ -147,11 +147,11 @@ def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def norm_of(acc):
     """The tile's norm, NaN if one element is not finite; infinite only where the norm is."""
-    largest = tl.max(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE, 1), 0)
+    largest = tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE)
     size = codecs.float_of(largest)
     unit = tl.where(size > 1e15, 2.0**-75, tl.where(size < 1e-15, 2.0**60, 1.0))  # squares neither overflow nor vanish
     scaled = acc * unit
-    norm = tl.sqrt_rn(tl.sum(tl.sum(scaled * scaled, 1), 0)) * (1.0 / unit)
+    norm = tl.sqrt_rn(tl.sum(scaled * scaled)) * (1.0 / unit)
     return tl.where(largest < codecs.INF, norm, float("nan"))
 
 
@@ -188,7 +188,7 @@ def update(
     for i in tl.static_range(len(FORMATS)):
         old = old + (
             codecs.load(
-                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], WIDTH
+                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], RAGGED, WIDTH
             ),
         )
     n = ()

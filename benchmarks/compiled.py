@@ -1,0 +1,161 @@
+"""A kernel of a step, compiled for a processor that need not be there, from the arguments a launch would have.
+
+Everything is built as in training: an optimizer decides how weight and states are stored, ``launch.arguments`` says
+what the kernel is called with. Only the driver is a stand-in, which says which processor to compile for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import gradfold
+from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
+from gradfold.backends.triton import table
+from gradfold.backends.triton.backend import with_step
+from gradfold.backends.triton.kernels.step import fold_step
+from gradfold.backends.triton.launch import arguments, source_of, tensors_of, tiles_of
+from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
+
+ROWS, COLUMNS, TOKENS = 256, 4096, 1024  # multiples of 16, as a model's: compiled for any such
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel: a rule, how weight and states are stored, what the gradient is made of, a processor."""
+
+    arch: int  # 90 for sm_90
+    rule: str = "AdamW"
+    weight: str = "bf16"
+    states: str = "fp32"
+    master: str | None = None
+    rounding: str | None = "stochastic"
+    kind: str = table.PRODUCT
+    operands: str = "bf16"
+    norm_only: bool = False
+    hyper: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def family(self) -> str:
+        return table.family("cuda", self.arch)
+
+    @property
+    def tiles(self) -> table.Config:
+        return table.config(self.kind, DTYPES[self.operands].itemsize, self.family)
+
+    @property
+    def id(self) -> str:
+        what = "norm" if self.norm_only else f"{self.rule}-{self.weight}-{self.master or 'bare'}-{self.states}"
+        return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}"
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a job."""
+
+    job: Job
+    asm: dict[str, Any]  # "ttir", "ptx": text; "cubin": bytes
+    metadata: Any
+    store_bytes: dict[str, int]  # what one program may store: bytes by the kernel's argument
+    tile: int  # elements
+
+
+class _Absent:
+    """A driver that knows which processor to compile for, and nothing else."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are kept by device: one for each
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int) -> Iterator[None]:
+    """Triton compiles for this processor; afterwards its driver is what it was."""
+    before = driver._active
+    driver.set_active(_Absent(arch))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def build(job: Job) -> Compiled:
+    """Compile, or take from Triton's cache. Nothing runs."""
+    weight, states, rule, numbers = stored_by(job)
+    tensors = tensors_of([weight] if job.norm_only else [weight, *states])
+    assert tensors is not None, f"{job.id}: not stored as kernels know it"
+    source = source_of([use_of(job)], tensors.rows, tensors.columns, weight.values, job.family)
+    assert source is not None, f"{job.id}: no kernel takes this gradient"
+    norms = torch.empty(tiles_of(tensors, source, job.family))
+    if job.norm_only:
+        positions, constants = arguments(tensors, source, None, (), norms, norms, job.family)
+    else:
+        twin = twin_of(rule)
+        assert twin is not None, f"{job.id}: no twin"
+        scalars = with_step(scalars_of(twin, numbers, norms.device), 1)
+        flags = flags_of(twin, numbers)
+        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family)
+    with compiling_for(job.arch):
+        kernel: Any = fold_step.warmup(*positions, grid=(1,), **constants)
+    tile = job.tiles.bn * job.tiles.bk
+    allowed = {"norms": norms.element_size()}
+    if not job.norm_only:
+        allowed |= {name: round(size * tile) for name, size in _bytes_per_element([weight, *states]).items()}
+    return Compiled(job, dict(kernel.asm), kernel.metadata, allowed, tile)
+
+
+def stored_by(job: Job) -> tuple[Stored, list[Stored], Any, Any]:
+    """Weight, states, rule and one step's numbers, as a fold of this optimizer has them in the middle of training."""
+    param = torch.nn.Parameter(torch.empty(ROWS, COLUMNS, dtype=DTYPES[job.weight]))
+    options = {"states": job.states, "rounding": job.rounding, "master": job.master}
+    optimizer = getattr(gradfold, job.rule)([param], lr=1e-3, **options, **dict(job.hyper))
+    group, rule = optimizer.param_groups[0], optimizer.rule
+    storage = storage_of(param, rule, group)
+    state: dict[str, Tensor] = {name: torch.tensor(start) for name, start in storage.counters(rule).items()}
+    for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+        state |= allocate_state(param, spec, codec)
+    state |= allocate_residuals(param, storage, "weight", 0)
+    numbers = rule.advance(state, group, False)
+    weight, states = bind(param, storage, state, "weight", 0)
+    return weight, states, rule, numbers
+
+
+def use_of(job: Job) -> MatmulUse | GatherUse | DenseUse:
+    dtype = DTYPES[job.operands]
+    if job.kind == table.GATHER:
+        return GatherUse(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
+    if job.kind == table.DENSE:
+        return DenseUse(torch.empty(ROWS, COLUMNS, dtype=dtype))
+    return MatmulUse(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
+
+
+def _bytes_per_element(stored: list[Stored]) -> dict[str, float]:
+    """Of every stored part, by the argument that points to it."""
+    sizes = {}
+    for i, one in enumerate(stored):
+        for name, part in one.parts.items():
+            argument = "seconds" if name in ("scales", "residual") else "firsts"
+            sizes[f"{argument}.{i}"] = part.numel() * part.element_size() / (ROWS * COLUMNS)
+    return sizes

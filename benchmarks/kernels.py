@@ -1,0 +1,270 @@
+"""What the Triton kernels cost, compiled for processors that need not be there: registers, spills, stores, occupancy.
+
+Every row of the launch table (``backends/triton/table.py``) is compiled as training launches it, with several ways to
+store weight and states. The table goes into docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything
+but weight, states, scales and one norm per tile, does not fit its processor, or if two programs of a default one (bf16
+products) do not fit a Hopper multiprocessor.
+
+    python -m benchmarks.kernels            # some minutes; what is compiled is kept in Triton's cache
+    python -m benchmarks.kernels --quick    # a look, under a minute
+    python -m benchmarks.kernels --all      # every combination
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # not code; it only makes files larger
+
+import triton
+
+from benchmarks import listing
+from benchmarks.common import fill_table, print_table, write_result
+from benchmarks.compiled import Compiled, Job, build
+from gradfold.backends.triton import table
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+
+
+class Processor(NamedTuple):
+    """What a multiprocessor has (CUDA programming guide, technical specifications per compute capability)."""
+
+    shared_bytes: int
+    program_shared_bytes: int  # at most, of one program
+    threads: int
+    programs: int
+
+
+KIB = 1024
+PROCESSORS = {
+    80: Processor(164 * KIB, 163 * KIB, 2048, 32),
+    89: Processor(100 * KIB, 99 * KIB, 1536, 24),
+    90: Processor(228 * KIB, 227 * KIB, 2048, 32),
+    100: Processor(228 * KIB, 227 * KIB, 2048, 32),
+    120: Processor(100 * KIB, 99 * KIB, 1536, 24),
+}
+REGISTERS = 64 * KIB  # of a multiprocessor, in all of them
+RESERVED_BYTES = 1 * KIB  # of shared memory, by the system, for each program
+TENSOR_COLUMNS = 512  # of a Blackwell multiprocessor's tensor memory
+
+STORAGES = (
+    {"weight": "fp32", "states": "fp32", "rounding": None},
+    {"weight": "bf16", "states": "fp32"},
+    {"weight": "bf16", "states": "bf16"},
+    {"weight": "bf16", "states": "int8"},
+    {"weight": "bf16", "states": "int4"},
+    {"weight": "bf16", "states": "int8", "master": "split8"},
+)
+RULES: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    ("SGD", (("momentum", 0.9),)),
+    ("Lion", ()),
+    ("RMSprop", ()),
+    ("Adagrad", ()),
+    ("NAdam", ()),
+    ("RAdam", ()),
+)
+DEFAULT = Job(90)
+
+
+def quick() -> Iterator[Job]:
+    """The default kernel on every generation, and what bends it most."""
+    yield DEFAULT
+    yield replace(DEFAULT, states="int8")
+    yield replace(DEFAULT, norm_only=True)
+    yield Job(80)
+    yield Job(100)
+
+
+def usual() -> Iterator[Job]:
+    """Everything on Hopper; elsewhere what bends registers most."""
+    yield from on(90)
+    for arch in PROCESSORS:
+        if arch != 90:
+            yield from (Job(arch, **STORAGES[i]) for i in (1, 4))
+            yield Job(arch, operands="fp32", **STORAGES[0])
+
+
+def every() -> Iterator[Job]:
+    for arch in PROCESSORS:
+        yield from on(arch)
+
+
+def on(arch: int) -> Iterator[Job]:
+    """All of one processor's."""
+    yield from (Job(arch, **storage) for storage in STORAGES)
+    yield from (Job(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
+    yield from (Job(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
+    yield from (Job(arch, kind=kind, **STORAGES[i]) for kind in (table.GATHER, table.DENSE) for i in (0, 4))
+    yield from (Job(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="five kernels; writes nothing")
+    size.add_argument("--all", action="store_true", help="every storage and rule for every processor")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="kernels compiled at a time")
+    parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/kernels.json)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
+    args = parser.parse_args()
+
+    start = time.monotonic()
+    wanted = list(quick() if args.quick else every() if args.all else usual())
+    rows = []
+    for row in measured(wanted, args.jobs):
+        rows.append(row)
+        print(f"[{len(rows)}/{len(wanted)}] {row['kernel']}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    header, lines = shown(rows)
+    print_table(header, lines)
+    if not args.quick:
+        out = write_result("kernels", rows, args.out, versions=versions())
+        fill_table(args.page, "table", header, lines)
+        print(f"\nwritten to {out} and {args.page.name}")
+    problems = [f"{row['kernel']}: {what}" for row in rows for what in row["problems"]]
+    spilling = sum(row["spill_instructions"] > 0 for row in rows)
+    slow = sum(row["slow_path_spill_instructions"] > 0 for row in rows)
+    print(f"\n{len(rows)} kernels: {spilling or 'zero'} with spills; {slow} more save registers on the slow path of a")
+    print("division, by the scale of a block whose largest element is not finite or beyond 2^126")
+    sys.exit("\n".join(problems) if problems else 0)
+
+
+def measured(wanted: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
+    if jobs == 1:
+        yield from map(measure, wanted)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(measure, wanted)
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """One row: compile, read, judge."""
+    kernel = build(job)
+    found = listing.stores(kernel.asm["ttir"])
+    code, usage = listing.read(kernel.asm["cubin"])
+    tiles, metadata = job.tiles, kernel.metadata
+    threads = 32 * tiles.warps
+    row = {
+        "kernel": job.id,
+        "arch": f"sm_{job.arch}",
+        "gradient_from": job.kind,
+        "operands": job.operands,
+        "rule": None if job.norm_only else job.rule,
+        "weight": job.weight,
+        "states": None if job.norm_only else job.states,
+        "master": job.master,
+        "tile": [tiles.bn, tiles.bk, tiles.bt],
+        "sub_tiles": 2**tiles.levels,
+        "warps": tiles.warps,
+        "stages": tiles.stages,
+        "maxnreg": tiles.maxnreg,
+        "registers": usage.registers,
+        "stack_bytes": usage.stack_bytes,
+        "local_bytes": usage.local_bytes,
+        "spill_instructions": code.spills,
+        "slow_path_spill_instructions": code.slow_spills,
+        "shared_bytes": metadata.shared,
+        "programs_per_multiprocessor": programs(job, usage.registers, metadata),
+        "instructions_per_element": code.straight * threads / kernel.tile,
+        "instructions_in_loops": code.looped,
+        "matrix": code.matrix,
+        "stored_bytes_per_element": sum(store.nbytes for store in found) / kernel.tile,
+        "stored_arguments": sorted({store.argument for store in found}),
+    }
+    return row | {"problems": list(problems(job, row, kernel, found, code))}
+
+
+def programs(job: Job, registers: int, metadata: Any) -> int:
+    """How many a multiprocessor holds at a time."""
+    has, warps = PROCESSORS[job.arch], job.tiles.warps
+    of_warp = -(-registers * 32 // 256) * 256  # registers are handed out to a warp, 256 at a time
+    limits = [
+        REGISTERS // (of_warp * warps),
+        has.shared_bytes // (metadata.shared + RESERVED_BYTES),
+        has.threads // (32 * warps),
+        has.programs,
+    ]
+    if columns := getattr(metadata, "tmem_size", 0):
+        limits.append(TENSOR_COLUMNS // columns)
+    return min(limits)
+
+
+def problems(
+    job: Job, row: dict[str, Any], kernel: Compiled, found: list[listing.Store], code: listing.Code
+) -> Iterator[str]:
+    """What breaks a promise."""
+    if row["spill_instructions"] or (
+        row["stack_bytes"] + row["local_bytes"] and not row["slow_path_spill_instructions"]
+    ):
+        yield f"spills {row['stack_bytes']} bytes ({row['spill_instructions']} instructions)"
+    if row["shared_bytes"] > PROCESSORS[job.arch].program_shared_bytes:
+        yield f"{row['shared_bytes']} bytes of shared memory do not fit"
+    if job.arch == 90 and (job.kind, job.operands) == (table.PRODUCT, "bf16"):
+        if row["programs_per_multiprocessor"] < 2:
+            yield f"{row['programs_per_multiprocessor']} program per multiprocessor"
+    yield from stray_stores(kernel, found, code)
+
+
+def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Code) -> Iterator[str]:
+    """What a kernel writes to global memory beyond weight, states, scales and a norm: a gradient, say."""
+    stored = listing.bytes_by_argument(found)
+    if stored != kernel.store_bytes:
+        yield f"a program stores {stored}, not {kernel.store_bytes}"
+    if code.other_writes:
+        yield f"writes to global memory by {', '.join(code.other_writes)}"
+    for space in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(kernel.metadata, space, 0):
+            yield f"{space} is {getattr(kernel.metadata, space)}"
+    threads = 32 * kernel.job.tiles.warps
+    # Of a tile every element is stored by one thread. Of a number per row each thread has an instruction of its own,
+    # and all but one of those that hold the same number are masked off.
+    expected = sum(store.nbytes if store.wide else 4 * threads for store in found)
+    if code.stg_bytes * threads != expected:
+        yield f"machine code stores {code.stg_bytes * threads} bytes, masked ones included, not {expected}"
+
+
+def versions() -> dict[str, str]:
+    found = {name: re.search(r"V[\d.]+", listing.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
+    return {"triton": triton.__version__, **{name: match[0] if match else "?" for name, match in found.items()}}
+
+
+def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "kernel", "tile", "sub-tiles", "warps", "registers", "spilled bytes", "shared KiB", "programs / SM",
+        "instructions / element", "products", "stored bytes / element",
+    ]  # fmt: skip
+    lines = [
+        [
+            row["kernel"],
+            "x".join(map(str, row["tile"])),
+            str(row["sub_tiles"]),
+            str(row["warps"]),
+            str(row["registers"]),
+            spilled(row),
+            f"{row['shared_bytes'] / KIB:.0f}",
+            str(row["programs_per_multiprocessor"]),
+            f"{row['instructions_per_element']:.0f}",
+            row["matrix"],
+            f"{row['stored_bytes_per_element']:.3f}",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def spilled(row: dict[str, Any]) -> str:
+    count = row["stack_bytes"] + row["local_bytes"]
+    return f"0 ({count})" if count and not row["spill_instructions"] else str(count)
+
+
+if __name__ == "__main__":
+    main()

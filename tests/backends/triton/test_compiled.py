@@ -1,0 +1,161 @@
+"""Kernels compiled for processors that are not here: no spills, and nothing stored but weight, states and norms.
+
+What is compiled is what training launches (``benchmarks/compiled.py``). The proof that no gradient is stored has two
+halves: in Triton's own language every store is traced to the argument that it writes to, and its bytes are counted; in
+machine code the global stores have the same bytes, and there is no other way to global memory.
+"""
+
+# ruff: noqa: E402
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="kernels need triton: pip install 'gradfold[gpu]'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import torch
+import triton.language as tl
+from triton.runtime.driver import driver
+
+from benchmarks import kernels, listing
+from benchmarks.compiled import Compiled, Job, build, compiling_for
+from gradfold.backends.triton import table
+
+HOPPER = Job(90)
+QUICK = [
+    HOPPER,
+    Job(90, norm_only=True),
+    Job(90, kind=table.GATHER, states="int8"),
+    Job(90, kind=table.DENSE, states="int4", master="split8"),
+    Job(80),
+    Job(100),
+]
+MATRIX = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept(request):
+    """Compiled kernels lie beside pytest's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton-kernels")))
+        patch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+        yield
+
+
+def keeps_its_promises(job):
+    row = kernels.measure(job)
+    assert row["problems"] == []
+    assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
+    if job.kind == table.PRODUCT and job.operands == "bf16":
+        assert row["matrix"] == MATRIX[job.arch]
+    if job.arch == 90 and job.kind == table.PRODUCT and job.operands == "bf16":
+        assert row["programs_per_multiprocessor"] >= 2
+    return row
+
+
+@pytest.mark.parametrize("job", QUICK, ids=lambda job: job.id)
+def test_kernel(job):
+    keeps_its_promises(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [job for job in kernels.every() if job not in QUICK], ids=lambda job: job.id)
+def test_every_kernel(job):
+    keeps_its_promises(job)
+
+
+def test_every_row_of_the_table_is_compiled_on_some_processor():
+    compiled = {(job.kind, 4 if job.operands == "fp32" else 2, job.family) for job in kernels.every()}
+    assert compiled >= {row for row in table._TABLE if row[2] != "amd"}
+    assert {kind for kind, _, _ in compiled} == {table.PRODUCT, table.GATHER, table.DENSE}
+
+
+def test_stores_are_those_of_weight_states_and_norm():
+    job = Job(90, kind=table.DENSE, rule="Lion")
+    elements = job.tiles.bn * job.tiles.bk
+    expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
+    assert listing.bytes_by_argument(listing.stores(build(job).asm["ttir"])) == expected
+
+
+def test_norm_only_stores_one_number():
+    found = listing.stores(build(Job(90, norm_only=True)).asm["ttir"])
+    assert found == [listing.Store("norms", 1, 4, wide=False)]
+
+
+def test_driver_is_what_it_was():
+    before = driver._active
+    with pytest.raises(KeyError), compiling_for(90):
+        assert driver.active is not before
+        raise KeyError
+    assert driver._active is before
+
+
+# what must be found out ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def leaking(x, norms, out, WIDTH: tl.constexpr, HOW: tl.constexpr):
+    tile = tl.load(x + tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    where = out + tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(norms, tl.sum(tl.sum(tile, 1), 0))
+    if HOW == 1:
+        tl.store(where, tile)
+    elif HOW == 2:
+        tl.atomic_add(where, tile)
+    elif HOW == 3:
+        for i in tl.range(0, tl.load(norms + 1).to(tl.int32)):
+            tl.store(where + i * WIDTH * WIDTH, tile)
+    elif HOW == 4:
+        elsewhere = tl.load(x.to(tl.pointer_type(tl.int64))).to(tl.pointer_type(tl.float32))
+        tl.store(elsewhere + tl.arange(0, WIDTH), tl.sum(tile, 1))
+
+
+def leaked(how):
+    x = torch.empty(64, 64)
+    with compiling_for(90):
+        kernel = leaking.warmup(x, x, x, WIDTH=64, HOW=how, num_warps=8, enable_fp_fusion=False, grid=(1,))
+    return Compiled(HOPPER, dict(kernel.asm), kernel.metadata, {"norms": 4}, 64 * 64)
+
+
+def complaints(kernel):
+    code, _ = listing.read(kernel.asm["cubin"])
+    return list(kernels.stray_stores(kernel, listing.stores(kernel.asm["ttir"]), code))
+
+
+def test_a_kernel_that_stores_a_norm_alone_passes():
+    assert complaints(leaked(0)) == []
+
+
+def test_a_stored_gradient_is_found():
+    assert complaints(leaked(1)) == [f"a program stores {{'norms': 4, 'out': {4 * 64 * 64}}}, not {{'norms': 4}}"]
+
+
+def test_a_stored_gradient_is_found_in_machine_code():
+    kernel = leaked(1)
+    code, _ = listing.read(kernel.asm["cubin"])
+    norm = [store for store in listing.stores(kernel.asm["ttir"]) if store.argument == "norms"]
+    assert any("machine code stores" in what for what in kernels.stray_stores(kernel, norm, code))
+
+
+@pytest.mark.parametrize("how, why", [(2, "not a plain store"), (3, "cannot be traced"), (4, "cannot be traced")])
+def test_atomics_loops_and_pointers_from_memory_are_refused(how, why):
+    with pytest.raises(ValueError, match=why):
+        listing.stores(leaked(how).asm["ttir"])
+
+
+def test_atomics_are_found_in_machine_code():
+    code, _ = listing.read(leaked(2).asm["cubin"])
+    assert code.other_writes
+
+
+def test_spills_are_found(monkeypatch):
+    monkeypatch.setattr(table, "_DENSE", table.Config(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
+    assert any("spills" in what for what in kernels.measure(Job(90, kind=table.DENSE, rule="SGD"))["problems"])
+
+
+def test_lonely_programs_are_found(monkeypatch):
+    lonely = table.Config(128, 128, 64, 4, warps=8, stages=5)
+    monkeypatch.setitem(table._TABLE, (table.PRODUCT, 2, "hopper"), lonely)
+    assert kernels.measure(Job(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]
