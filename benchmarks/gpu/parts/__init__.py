@@ -82,7 +82,7 @@ PARTS = (
         "memory",
         f"{_HERE}.memory",
         "Peak memory of a step: predicted on fake tensors, and measured",
-        ("layers", "predicted_gib", "measured_gib", "ratio", "device", "backend"),
+        ("layers", "predicted_gib", "measured_gib", "ratio", "device"),
         share=0.7,
     ),
 )
