@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .machine import clean
+
 Row = dict[str, Any]
 
 OK = "ok"
@@ -34,14 +36,14 @@ class Book:
         self.put({"key": key, "status": RUNNING})
 
     def put(self, row: Row) -> None:
-        self.rows[row["key"]] = row
+        self.rows[row["key"]] = {name: clean(value) if isinstance(value, str) else value for name, value in row.items()}
         self.write()
 
     def interrupted(self, status: str, why: str) -> None:
         """Whatever was running when the process went away."""
         for row in self.rows.values():
             if row["status"] == RUNNING:
-                row.update(status=status, why=why)
+                row.update(status=status, why=clean(why))
         self.write()
 
     def retry(self) -> None:

@@ -10,7 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,16 @@ def key(about: dict[str, Any]) -> str:
     """Rows are only reused by a run of the same source on the same card with the same versions."""
     kept = {name: about.get(name) for name in OF_THE_KEY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def clean(text: str) -> str:
+    """Without paths of this machine."""
+    known = {str(ROOT): ".", sys.prefix: "python", sys.base_prefix: "python", tempfile.gettempdir(): "tmp"}
+    known[os.path.expanduser("~")] = "home"
+    for path, name in sorted(known.items(), key=lambda pair: -len(pair[0])):
+        if len(path) > 1:
+            text = text.replace(path, name)
+    return re.sub(r"(?<![\w.>)])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])", "", text)  # of others, only the file's name
 
 
 if __name__ == "__main__":

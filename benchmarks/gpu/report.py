@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .book import DIED, ERROR, FAILED, LEFT_OUT, OK, Row
-from .machine import ROOT
+from .machine import clean
 
 if TYPE_CHECKING:
     from .__main__ import Run
@@ -78,16 +74,6 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _cleaned(one) for key, one in value.items()}
     return [_cleaned(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def clean(text: str) -> str:
-    """Without paths of this machine."""
-    known = {str(ROOT): ".", sys.prefix: "python", sys.base_prefix: "python", tempfile.gettempdir(): "tmp"}
-    known[os.path.expanduser("~")] = "home"
-    for path, name in sorted(known.items(), key=lambda pair: -len(pair[0])):
-        if len(path) > 1:
-            text = text.replace(path, name)
-    return re.sub(r"(?<![\w.>)])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])", "", text)  # of others, only the file's name
 
 
 def _page(result: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:

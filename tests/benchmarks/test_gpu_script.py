@@ -12,8 +12,8 @@ import pytest
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu.book import Book
 from benchmarks.gpu.fits import PER_PARAMETER, layers_that_fit, needed_bytes, parameters
+from benchmarks.gpu.machine import clean
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.report import clean
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = {"hidden": 4096, "intermediate": 14336, "vocabulary": 128256, "kv": 1024}
