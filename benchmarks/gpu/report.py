@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .book import DIED, ERROR, FAILED, LEFT_OUT, OK, Row
+from .book import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, Row
 from .machine import clean
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ DRY = "**A dry run: Triton's interpreter, tiny shapes, a clock on the CPU. These
 
 
 def broken(run: Run, rows: Sequence[Row]) -> bool:
-    """Whether a check said no, or could not say yes: a kernel that crashes is not correct."""
+    """Whether a check said no, or could not say yes: a kernel that crashes is not correct. No time: neither."""
     if not run.part.judged:
         return False
-    return run.status == DIED or any(row["status"] not in (OK, LEFT_OUT) for row in rows)
+    return run.status == DIED or any(row["status"] not in (OK, LEFT_OUT, TIME) for row in rows)
 
 
 def write(

@@ -27,7 +27,7 @@ MACHINE = {
 }
 FINE = Part("fine", "tests.benchmarks.gpu_parts.fine", "Two rows", ("value_ms",))
 CRASHING = Part("crashing", "tests.benchmarks.gpu_parts.crashing", "Rows that fail", ("error",), judged=True)
-HANGING = Part("hanging", "tests.benchmarks.gpu_parts.hanging", "A row without end", ("value_ms",))
+HANGING = Part("hanging", "tests.benchmarks.gpu_parts.hanging", "A row without end", ("value_ms",), judged=True)
 MISSING = Part("missing", "tests.benchmarks.gpu_parts.not_there", "A module that is not there", ())
 
 
