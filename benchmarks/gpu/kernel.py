@@ -12,6 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -206,6 +208,19 @@ class Launch:
 
     def __call__(self) -> Any:
         return fold_step[(self.tiles,)](*self.positions, **self.constants)
+
+
+@triton.jit
+def _fma(out, a, b, c):
+    tl.store(out, tl.fma(tl.load(a), tl.load(b), tl.load(c)))
+
+
+def rounds_once(device: torch.device | str) -> bool:
+    """Whether ``tl.fma`` rounds once, as on every card: older interpreters multiply and then add."""
+    near = torch.tensor([1 + 2.0**-12], device=device)
+    out = torch.zeros_like(near)
+    _fma[(1,)](out, near, near, torch.tensor([-1 - 2.0**-11], device=device))
+    return float(out) == 2.0**-24
 
 
 def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
