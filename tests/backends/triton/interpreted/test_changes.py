@@ -118,7 +118,7 @@ def test_norm(name):
         assert power_of([one.use for one in summands], dtype=dtype) == pytest.approx(exact, rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e-8, 1.0, 1e15, 1e25, 1e34])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-8, 1.0, 1e12, 1e20, 1e25, 1e34])
 def test_norm_of_any_size(size):
     """Squares in fp32 would vanish or overflow; so would those of a gradient of unlike tiles."""
     grad = torch.randn(131, 139) * size
