@@ -65,14 +65,15 @@ def test_every_rule_with_every_storage(row, states):
         compare(case(row, weight, states, step=step), (5, 125), step=step)
 
 
-SPECIAL_CASES = [(name, *COMBINATIONS[3 + 4 * i]) for i, name in enumerate(BUSY)]
-SPECIAL_CASES += [("AdamW", weight, states) for weight, states in [("fp16 stochastic", "int4"), ("fp16", "bf16")]]
+SPECIAL_CASES = [(row, *COMBINATIONS[(2 + 5 * i) % len(COMBINATIONS)]) for i, row in enumerate(BUSY_ROWS)]
+SUM = RuleRow("SGD", {"lr": 1.0, "maximize": True})  # weight plus gradient: past the ends of 16-bit formats
+SPECIAL_CASES += [(SUM, weight, "fp32") for weight in ("bf16 stochastic", "fp16 stochastic", "split8 stochastic")]
 
 
-@pytest.mark.parametrize("name, weight, states", SPECIAL_CASES)
-def test_special_values(name, weight, states):
+@pytest.mark.parametrize("row, weight, states", SPECIAL_CASES, ids=lambda x: x.name if isinstance(x, RuleRow) else x)
+def test_special_values(row, weight, states):
     """NaN, infinities, zeros and the ends of every format in weight, gradient and states."""
-    given = case(BUSY[name], weight, states, step=2)
+    given = case(row, weight, states, step=2)
     for seed in (2, 7):
         wanted, grad = make_special(given, (4, 140), seed)
         grad = plain_zeros(grad)
