@@ -19,7 +19,6 @@ from triton.runtime.driver import driver
 import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
 from gradfold.backends.triton import table
-from gradfold.backends.triton.backend import with_step
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.launch import arguments, source_of, tensors_of, tiles_of
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
@@ -114,7 +113,7 @@ def build(job: Job) -> Compiled:
     else:
         twin = twin_of(rule)
         assert twin is not None, f"{job.id}: no twin"
-        scalars = with_step(scalars_of(twin, numbers, norms.device), 1)
+        scalars = scalars_of(twin, numbers, 1, norms.device)
         flags = flags_of(twin, numbers)
         positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family)
     with compiling_for(job.arch):
@@ -138,7 +137,7 @@ def stored_by(job: Job) -> tuple[Stored, list[Stored], Any, Any]:
         state |= allocate_state(param, spec, codec)
     state |= allocate_residuals(param, storage, "weight", 0)
     numbers = rule.advance(state, group, False)
-    weight, states = bind(param, storage, state, "weight", 0)
+    weight, states = bind(param, storage, state, "weight", group)
     return weight, states, rule, numbers
 
 

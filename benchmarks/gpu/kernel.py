@@ -20,7 +20,6 @@ from torch.nn import Parameter
 import gradfold
 from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, Place, Reference, Scratch, Stored, Use
 from gradfold.backends.triton import Triton, interpreted, launch, table
-from gradfold.backends.triton.backend import with_step
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
@@ -98,7 +97,7 @@ class Cell:
 
     def stored(self) -> list[Stored]:
         """The weight and its states, as a backend takes them."""
-        weight, states = bind(self.param, self.storage, self.state, NAME, self.group.get("seed", 0), self.place)
+        weight, states = bind(self.param, self.storage, self.state, NAME, self.group, self.place)
         return [weight, *states]
 
     def to(self, device: torch.device | str) -> Cell:
@@ -186,8 +185,8 @@ class Launch:
             assert source is not None, "no kernel takes these uses"
             self.config = table.config(source.kind, source.operand_bytes, where)
             stream = next((one.stream for one in stored if one.stream is not None), None)
-            scalars = scalars_of(twin, cell.numbers, weight.values.device)
-            scalars = with_step(scalars, 0 if stream is None else stream.step)
+            step = 0 if stream is None else stream.step
+            scalars = scalars_of(twin, cell.numbers, step, weight.values.device)
             self.tiles = launch.tiles_of(tensors, source, where)
             self.norms = torch.full((self.tiles,), float("nan"), device=weight.values.device)
             self.positions, self.constants = launch.arguments(

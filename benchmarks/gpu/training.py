@@ -12,8 +12,6 @@ from torch import nn
 
 import gradfold
 from benchmarks.common import SteppedInHooks, llama
-from gradfold.backends import DEFAULT_SCRATCH_BYTES, Scratch
-from gradfold.backends.triton import Triton
 
 from .kernel import using
 from .setting import Setting
@@ -110,33 +108,11 @@ def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Contest
     """Vectors have fp32 states, matrices ``states``, even tiny ones. capturable: as torch's groups say it."""
 
     def make(model: nn.Module) -> Contestant:
-        optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1)
-        for group in optimizer.param_groups:
-            group["capturable"] = capturable
-        fold, backend = fold_with_triton(model, optimizer)
-        return Contestant(model, optimizer, backend, fold.remove)
+        optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
+        fold = gradfold.fold(model, optimizer, backend="triton")
+        return Contestant(model, optimizer, "triton", fold.remove)
 
     return make
-
-
-class Waiting(Triton):
-    """For a fold that adds up norms as numbers: wait for each."""
-
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        return float(super().step(*args, **kwargs))
-
-    def power(self, *args: Any, **kwargs: Any) -> float:
-        return float(super().power(*args, **kwargs))
-
-
-def fold_with_triton(model: nn.Module, optimizer: Any, **options: Any) -> tuple[gradfold.Fold, str]:
-    """Folded with ``backend="triton"``, or where the name is not known or wants a card, with the object; and which."""
-    try:
-        return gradfold.fold(model, optimizer, backend="triton", **options), "triton"
-    except gradfold.FoldError as error:
-        if "backend=" not in str(error):
-            raise
-    return gradfold.fold(model, optimizer, backend=Waiting(Scratch(DEFAULT_SCRATCH_BYTES)), **options), "Triton object"
 
 
 CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {

@@ -108,7 +108,7 @@ def check(
 
     cpu = torch.device("cpu")
     reference, reference_norm = trained(cpu, lambda m, o: gradfold.fold(m, o, backend="reference", **how))
-    error, norm = trained(setting.device, lambda m, o: training.fold_with_triton(m, o, **how)[0])
+    error, norm = trained(setting.device, lambda m, o: gradfold.fold(m, o, backend="triton", **how))
     figures = {"error": error, "reference_error": reference, "norm_error": norm, "reference_norm_error": reference_norm}
     if not error <= FACTOR * reference + NEGLIGIBLE:
         raise Failed("weights are further from fp64 training than the reference backend's", **figures)

@@ -283,7 +283,8 @@ def fold_step(
                 BN, BK, BT, WIDEN,
             )  # fmt: skip
     if DENSES > 0:
-        acc += dense(grad, grad_stride, n0, k0, N, K, BN, BK)
+        g = dense(grad, grad_stride, n0, k0, N, K, BN, BK)
+        acc = acc + g if PRODUCTS + GATHERS > 0 else g  # alone it stays as it is: 0.0 + -0.0 is 0.0
     if DENSES > 1:
         for i in tl.range(0, further_dense):
             at = denses + i * DENSE
