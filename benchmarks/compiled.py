@@ -20,7 +20,7 @@ import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
 from gradfold.backends.triton import table
 from gradfold.backends.triton.kernels.step import fold_step
-from gradfold.backends.triton.launch import arguments, source_of, tensors_of, tiles_of
+from gradfold.backends.triton.launch import Bias, arguments, source_of, tensors_of, tiles_of
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
@@ -41,6 +41,7 @@ class Job:
     kind: str = table.PRODUCT
     operands: str = "bf16"
     norm_only: bool = False
+    biased: bool = False  # a bias steps along
     hyper: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -54,7 +55,7 @@ class Job:
     @property
     def id(self) -> str:
         what = "norm" if self.norm_only else f"{self.rule}-{self.weight}-{self.master or 'bare'}-{self.states}"
-        return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}"
+        return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}{'-bias' if self.biased else ''}"
 
 
 class Compiled(NamedTuple):
@@ -115,19 +116,29 @@ def build(job: Job) -> Compiled:
         assert twin is not None, f"{job.id}: no twin"
         scalars = scalars_of(twin, numbers, 1, norms.device)
         flags = flags_of(twin, numbers)
-        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family)
+        bias = None
+        if job.biased:
+            first, others, _, _ = stored_by(job, (ROWS,))
+            along = tensors_of([first, *others])
+            assert along is not None, f"{job.id}: the bias is not stored as kernels know it"
+            bias = Bias(along, flags, scalars)
+        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family, bias=bias)
     with compiling_for(job.arch):
         kernel: Any = fold_step.warmup(*positions, grid=(1,), **constants)
     tile = job.tiles.bn * job.tiles.bk
     allowed = {"norms": norms.element_size()}
     if not job.norm_only:
         allowed |= {name: round(size * tile) for name, size in _bytes_per_element([weight, *states]).items()}
+    if job.biased:  # a program of the first columns takes as many elements of the bias as its tile has rows
+        first, others, _, _ = stored_by(job, (ROWS,))
+        allowed["bias_firsts"] = round(sum(_bytes_per_element([first, *others]).values()) * job.tiles.bn)
+        allowed["norms"] *= 2
     return Compiled(job, dict(kernel.asm), kernel.metadata, allowed, tile)
 
 
-def stored_by(job: Job) -> tuple[Stored, list[Stored], Any, Any]:
+def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
     """Weight, states, rule and one step's numbers, as a fold of this optimizer has them in the middle of training."""
-    param = torch.nn.Parameter(torch.empty(ROWS, COLUMNS, dtype=DTYPES[job.weight]))
+    param = torch.nn.Parameter(torch.empty(shape, dtype=DTYPES[job.weight]))
     options = {"states": job.states, "rounding": job.rounding, "master": job.master}
     optimizer = getattr(gradfold, job.rule)([param], lr=1e-3, **options, **dict(job.hyper))
     group, rule = optimizer.param_groups[0], optimizer.rule
@@ -156,5 +167,5 @@ def _bytes_per_element(stored: list[Stored]) -> dict[str, float]:
     for i, one in enumerate(stored):
         for name, part in one.parts.items():
             argument = "seconds" if name in ("scales", "residual") else "firsts"
-            sizes[f"{argument}.{i}"] = part.numel() * part.element_size() / (ROWS * COLUMNS)
+            sizes[f"{argument}.{i}"] = part.numel() * part.element_size() / stored[0].values.numel()
     return sizes

@@ -296,7 +296,7 @@ def arguments(
         norms,
         n,
         k,
-        *(((), (), scalars, tensors.words) if bias is None else bias.arguments()),
+        *(((), (), tensors.words, tensors.words) if bias is None else bias.arguments()),
     )
     constants = {
         "RULE": None if twin is None else twin.kernel,

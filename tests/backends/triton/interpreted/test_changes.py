@@ -88,14 +88,14 @@ def test_products_that_overflow():
     assert differences(start, got) == {}
 
 
-@pytest.mark.xfail(reason="the guard looks at the gradient before it is scaled")
 def test_a_scale_that_overflows():
+    """The gradient is finite, what comes of it is not."""
     given = case(BUSY["SGD"], "fp32", "fp32", step=3)
     start, grad = make(given, (5, 139))
     got = clone(start)
-    kernel(given, got, [DenseUse(grad)], change=Change(3e38, guarded=True))
-    kernel(given, got, [DenseUse(grad * 1e20)], change=Change(1e30, guarded=True))
-    assert all(bool(one["values"].isfinite().all()) for one in got)
+    power = kernel(given, got, [DenseUse(grad * 1e20)], change=Change(1e30, guarded=True))
+    assert math.isnan(power)
+    assert differences(start, got) == {}
 
 
 # norms ----------------------------------------------------------------------------------------------------------------
