@@ -90,6 +90,25 @@ class _Absent:
         return kind
 
 
+class Listening(_Absent):
+    """Compiles for a processor that is not here, and keeps what would have been launched."""
+
+    def __init__(self, arch: int):
+        super().__init__(arch)
+        self.launched: list[tuple[Any, ...]] = []
+        self.utils = self
+        self.launcher_cls = lambda source, metadata: lambda *call: self.launched.append(call)
+
+    def load_binary(self, *args: Any) -> tuple[int, ...]:
+        return 0, 0, 64, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[None]:
     """Triton compiles for this processor; afterwards its driver is what it was."""

@@ -333,7 +333,7 @@ def _update(
 
 def on_host(numbers: Any) -> Any:
     """A step's numbers as floats and bools; waits for those that are on a device."""
-    if not any(isinstance(value, Tensor) for value in numbers):
+    if not isinstance(numbers, tuple) or not any(isinstance(value, Tensor) for value in numbers):
         return numbers
     return type(numbers)(*(value.item() if isinstance(value, Tensor) else value for value in numbers))
 

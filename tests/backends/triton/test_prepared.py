@@ -15,32 +15,13 @@ import torch
 from triton.runtime.driver import driver
 
 import gradfold
-from benchmarks import compiled
+from benchmarks.compiled import Listening
 from gradfold.backends import UNCHANGED, Change, MatmulUse, Scratch, Stored
 from gradfold.backends.triton import Triton, backend, prepared
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.engine.storage import allocate_state, bind, storage_of
 
 SHAPE, TOKENS = (256, 128), 64
-
-
-class Listening(compiled._Absent):
-    """Compiles for a processor that is not here, and keeps what would have been launched."""
-
-    def __init__(self, arch):
-        super().__init__(arch)
-        self.launched = []
-        self.utils = self
-        self.launcher_cls = lambda source, metadata: lambda *call: self.launched.append(call)
-
-    def load_binary(self, *args):
-        return 0, 0, 64, 0, 1024
-
-    def unload_module(self, module):
-        pass
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448}
 
 
 @pytest.fixture
