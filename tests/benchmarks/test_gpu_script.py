@@ -94,6 +94,7 @@ def test_whatever_a_part_does_is_told_and_the_others_run(tmp_path, known_machine
     assert len(rows_of(report, "fine")) == 3
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_no_end_is_ended(tmp_path, known_machine):
     assert script.run([HANGING, FINE], tmp_path, True, 300, part_seconds=8) == 0  # long enough to begin it
     report, _ = report_of(tmp_path)

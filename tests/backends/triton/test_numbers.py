@@ -1,8 +1,10 @@
 """A step's scalars: on the device, where nothing may look at them, they are those of the host."""
 
+import numpy as np
 import pytest
 import torch
 
+from gradfold.errors import FoldError
 from tests.backends.native.eager import case
 from tests.cases import RULE_ROWS
 
@@ -35,3 +37,11 @@ def test_a_rule_of_another_formula_has_no_twin():
         pass
 
     assert numbers.twin_of(Other()) is None
+
+
+def test_nothing_is_copied_from_the_host_while_a_graph_is_captured(monkeypatch):
+    transfer = pytest.importorskip("gradfold.backends.triton.transfer", exc_type=ImportError)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(FoldError, match="CUDA graph is being captured.*capturable=True"):
+        transfer.on_device(np.zeros(3), torch.device("cuda"))
+    assert transfer.on_device(np.zeros(3), torch.device("cpu")).tolist() == [0, 0, 0]

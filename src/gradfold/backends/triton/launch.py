@@ -19,6 +19,7 @@ from gradfold.codecs import BLOCK, Codec, Plain, matrix
 from . import table
 from .kernels import codecs
 from .numbers import Twin
+from .transfer import on_device
 
 _FORMATS = {
     "int8 signed": codecs.SIGNED8,
@@ -240,12 +241,6 @@ def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor)
     return on_device(
         np.asarray([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows], np.int64), device
     )
-
-
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers from the host, without waiting for the device."""
-    host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def arguments(
