@@ -4,4 +4,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+# PYTHON, else the first that has torch and triton: the machine's own, or the one that `make setup-dev` has made
+for python in "${PYTHON:-python3}" .venv/bin/python; do
+    if "$python" -c 'import torch, triton' 2>/dev/null; then
+        exec "$python" -m benchmarks.gpu "$@"
+    fi
+done
+echo "benchmarks/gpu/run.sh: neither ${PYTHON:-python3} nor .venv/bin/python has torch and triton; name one: PYTHON=..." >&2
+exit 2

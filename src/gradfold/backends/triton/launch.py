@@ -19,7 +19,7 @@ from gradfold.codecs import BLOCK, Codec, Plain, matrix
 from . import table
 from .kernels import codecs
 from .numbers import Twin
-from .transfer import on_device
+from .transfer import on_device, stream_of
 
 _FORMATS = {
     "int8 signed": codecs.SIGNED8,
@@ -119,7 +119,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         tuple(seconds),
         tuple(first for first, _ in strides),
         tuple(second for _, second in strides),
-        _words(tuple(words), weight.device),
+        _words(tuple(words), weight.device, stream_of(weight.device)),
         offset,
         row_stride,
         numel >= 2**32,
@@ -127,8 +127,8 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
     )
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _words(words: tuple[int, ...], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=1 << 14)
+def _words(words: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return on_device(np.asarray(words, np.int32), device)
 
 

@@ -19,7 +19,7 @@ from gradfold import rules
 from gradfold.errors import FoldError
 
 from .kernels import rules as twins
-from .transfer import on_device
+from .transfer import on_device, stream_of
 
 Scalar = Any  # a float, or a 0-d float64 tensor
 
@@ -51,11 +51,13 @@ def numbers_of(
     """
     if tensors:
         return flags_of(twin, numbers), scalars_of(twin, numbers, step, device)
-    return _numbers_on_host(twin, numbers, step, device)
+    return _numbers_on_host(twin, numbers, step, device, stream_of(device))
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers_on_host(twin: Twin, numbers: Any, step: int, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+def _numbers_on_host(
+    twin: Twin, numbers: Any, step: int, device: torch.device, stream: int
+) -> tuple[tuple[int, ...], Tensor]:
     return flags_of(twin, numbers), scalars_of(twin, numbers, step, device)
 
 

@@ -18,6 +18,7 @@ from gradfold.rules import Rule
 from .kernels.step import fold_step
 from .launch import Bias, Tensors, tensors_of
 from .numbers import Twin, twin_of
+from .transfer import stream_of
 
 MOST = 1 << 14  # parameters and slices that are remembered
 
@@ -99,7 +100,7 @@ class Shelf:
             (one.codec, one.stream and one.stream[:2], *((p.data_ptr(), p.dtype) for p in one.parts.values()))
             for one in stored
         )
-        key = (type(rule), weight.shape, weight.stride(), weight.device, stored[0].place, parts)
+        key = (type(rule), weight.shape, weight.stride(), stream_of(weight.device), stored[0].place, parts)
         if key not in self._found:
             if len(self._found) >= MOST:
                 self._found.clear()

@@ -27,6 +27,11 @@ def on_device(values: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream there: what one stream has copied, another may not read without waiting."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured there."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
