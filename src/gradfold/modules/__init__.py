@@ -1,6 +1,7 @@
 """Foldable modules: each hands its (dY, X) to the weight's slot instead of writing a gradient."""
 
+from .head import linear_cross_entropy, linear_log_probs
 from .live import SLOT
 from .swap import foldable, restore, swap
 
-__all__ = ["SLOT", "foldable", "restore", "swap"]
+__all__ = ["SLOT", "foldable", "linear_cross_entropy", "linear_log_probs", "restore", "swap"]
