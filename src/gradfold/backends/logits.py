@@ -33,10 +33,14 @@ def operand(x: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32 (fp64 of fp64), which matrix units sum 16-bit products in anyway; a: ``[T, K]``, b: ``[K, N]``."""
-    if a.dtype.itemsize >= 4:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+    """``a @ b`` in fp32 (fp64 of fp64), in which matrix units sum anyway; a: ``[T, K]``, b: ``[K, N]``.
+
+    By ``out=``: a selective checkpoint that keeps products would else keep all of these, which change in place.
+    """
+    if a.dtype.itemsize < 4 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    made = torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return made if a.dtype.itemsize >= 4 else made.float()
 
 
 def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:

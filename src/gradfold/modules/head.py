@@ -62,7 +62,7 @@ def linear_cross_entropy(
         shift: tokens before n predict n, as ``transformers``' causal models count: ``x[..., :-1, :]`` with
             ``labels[..., 1:]``.
 
-    Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0 and so are its gradients; torch's is NaN.
+    Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0, as are its gradients; torch's is NaN.
 
     Raises:
         ValueError: shapes, dtypes or options that do not go together.
@@ -144,8 +144,8 @@ class FoldedHead(torch.autograd.Function):
             demand = Demand.CAPTURE if ctx.slot is None else ctx.slot.admit()
         if torch.is_grad_enabled():
             raise FoldError(
-                "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits and "
-                "torch.nn.functional.cross_entropy where second derivatives are needed"
+                "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits "
+                "and torch.nn.functional.cross_entropy where second derivatives are needed"
             )
         counts, lse, dx, x, labels, weight, bias = ctx.saved_tensors
         dX = dW = db = None
