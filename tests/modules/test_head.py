@@ -10,16 +10,18 @@ from torch import nn
 import gradfold
 from gradfold import FoldError, WorkingSet, linear_cross_entropy, linear_log_probs
 from gradfold.backends import uses
-from gradfold.modules import head
+from gradfold.modules import head, sweep
 from tests.zoo import CHECKPOINTS, RULES, distance, no_gradients, ours, torchs, twins
 
 CLOSE = 1e-12
 V, H, B, T = 37, 6, 2, 11  # the vocabulary is no multiple of a block of 7
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    for module in (head, uses):
+@pytest.fixture(autouse=True, params=["again", "kept"])
+def small_blocks(monkeypatch, request):
+    """Logits are computed again, or what follows from them is kept; a block is seven words."""
+    monkeypatch.setattr(head, "KEEP_BYTES", {"again": 0, "kept": 2**20}[request.param])
+    for module in (sweep, uses):
         for name in ("TILE_BYTES", "HEAD_BYTES", "ROW_BYTES"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, 100)
@@ -200,8 +202,9 @@ def test_refusals(change, error, says):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("confident", [False, True])
-def test_errors_are_no_larger_than_the_plain_heads(dtype, confident, monkeypatch):
+def test_errors_are_no_larger_than_the_plain_heads(dtype, confident, monkeypatch, request):
     monkeypatch.undo()
+    keep_bytes = {"again": 0, "kept": 2**30}[request.node.callspec.params["small_blocks"]]
     tokens, vocabulary, width = 61, 1501, 64
     x, weight = some(tokens, width), some(vocabulary, width, seed=1, scale=0.3)
     labels = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
@@ -213,7 +216,7 @@ def test_errors_are_no_larger_than_the_plain_heads(dtype, confident, monkeypatch
     for ours_ in (True, False):
         low, lower = x.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
         if ours_:
-            loss = linear_cross_entropy(low, lower, labels)
+            loss = linear_cross_entropy(low, lower, labels, keep_bytes=keep_bytes)
         else:
             loss = F.cross_entropy((low @ lower.t()).float(), labels)
         errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(_all_of(loss, low, lower), exact)])
@@ -293,7 +296,7 @@ def test_folded_steps_are_transformers_and_torchs(tied, bias, items, monkeypatch
         ids, labels = batch(step)
         wanted = transformers_loss(plain, ids, labels, monkeypatch, num_items_in_batch=items)
         found = folded_loss(folded, ids, labels, num_items=items)
-        assert abs(float(found - wanted)) <= CLOSE
+        assert gap([found], [wanted]) <= CLOSE
         for loss, optimizer in ((wanted, optimizers[0]), (found, optimizers[1])):
             loss.backward()
             optimizer.step()

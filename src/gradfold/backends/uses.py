@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,12 +118,21 @@ class GatherUse(Ready):
             tile.index_add_(0, ids - (self.first + start), grad)
 
 
+class Kept(NamedTuple):
+    """The softmax of a loss head's logits, as its forward pass came by it: relative to the largest logit so far."""
+
+    values: Tensor  # [T, V]: exp(logit - base) times the soft-cap's slope; 0 for the label
+    bases: Tensor  # [blocks, T]: what was subtracted, for each ``block`` words
+    own: Tensor  # [T]: the gradient of the loss by the label's logit
+    block: int
+
+
 class HeadUse(Ready):
     """The gradient ``p.T @ x`` of a loss head's weight ``[V, H]``, where p ``[T, V]`` is the gradient of the logits.
 
     p is never there as a whole. It follows from x, the log-sum-exp, the labels and the weight, so that a block of rows
     reads the rows of the weight it is the gradient of. They must be the old ones: a backend writes a block before the
-    rule changes it, and a slot steps once.
+    rule changes it, and a slot steps once. Where ``kept`` holds the softmax, the weight is not read.
     """
 
     def __init__(
@@ -134,6 +144,7 @@ class HeadUse(Ready):
         weight: Tensor,
         bias: Tensor | None,
         terms: Terms,
+        kept: Kept | None = None,
     ):
         self.x = _gemm_ready(x)  # [T, H]
         self.labels = labels  # [T]
@@ -142,6 +153,7 @@ class HeadUse(Ready):
         self.weight = weight  # [V, H], the parameter itself
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.terms = terms
+        self.kept = kept
         self.first = 0  # the row of the weight that is row 0 here
         self.columns = slice(None)  # those of the weight that are columns here
         self._operand: Tensor | None = None
@@ -150,14 +162,17 @@ class HeadUse(Ready):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it keeps alive; the weight lives anyway."""
-        kept = (self.x, self.labels, self.lse, self.scale)
-        return kept if self.bias is None else (*kept, self.bias)
+        held = [self.x, self.labels, self.lse, self.scale]
+        if self.bias is not None:
+            held.append(self.bias)
+        return (*held, *self.kept[:3]) if self.kept else tuple(held)
 
     def replaced(self, tensors: Sequence[Tensor]) -> HeadUse:
         """The same use of other ``tensors``."""
         made = copy.copy(self)
         made.x, made.labels, made.lse, made.scale = tensors[:4]
-        made.bias = tensors[4] if len(tensors) > 4 else None
+        made.bias = None if self.bias is None else tensors[4]
+        made.kept = self.kept and Kept(*tensors[-3:], self.kept.block)
         made._operand = None
         return made
 
@@ -220,19 +235,31 @@ class HeadUse(Ready):
 
     def _logit_gradient(self, start: int, stop: int) -> Tensor:
         """p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
-        x, terms = self._x, self.terms
         first, last = self.first + start, self.first + stop
-        bias = None if self.bias is None else self.bias[first:last]
-        weight = self.weight.detach()[first:last].to(x.dtype)
-        p, slope = logits_of(x, weight, bias, terms.softcap)  # [T, rows]
-        p.sub_(self.lse.unsqueeze(1)).exp_()
-        p.mul_((self.scale * (1 + 2 * terms.z_loss * self.lse)).unsqueeze(1))
-        if terms.label_smoothing:
-            p.sub_((self.scale * (terms.label_smoothing / self.weight.shape[0])).unsqueeze(1))
+        smoothing, vocabulary = self.terms.label_smoothing, self.weight.shape[0]
+        grown = self.scale * (1 + 2 * self.terms.z_loss * self.lse)  # [T]
         here, at = within(self.labels, first, last)
-        hit = torch.where(here, self.scale * (terms.label_smoothing - 1), torch.zeros_like(self.scale))
-        p.scatter_add_(1, at, hit.unsqueeze(1))
+        slope = None
+        if self.kept is not None:
+            p, hit = self._kept_softmax(self.kept, first, last, grown), self.scale * self.kept.own
+        else:
+            x, bias = self._x, None if self.bias is None else self.bias[first:last]
+            weight = self.weight.detach()[first:last].to(x.dtype)
+            p, slope = logits_of(x, weight, bias, self.terms.softcap)  # [T, rows]
+            p.sub_(self.lse.unsqueeze(1)).exp_().mul_(grown.unsqueeze(1))
+            hit = self.scale * (smoothing - 1)
+        if smoothing:
+            p.sub_((self.scale * (smoothing / vocabulary)).unsqueeze(1))
+        p.scatter_add_(1, at, torch.where(here, hit, torch.zeros_like(hit)).unsqueeze(1))
         return p if slope is None else p.mul_(slope)
+
+    def _kept_softmax(self, kept: Kept, first: int, last: int, scale: Tensor) -> Tensor:
+        """The kept words ``first`` to ``last``, times ``scale``, in fp32 or fp64: a copy."""
+        p = kept.values[:, first:last].to(self.lse.dtype, copy=True)
+        for index in range(first // kept.block, -(-last // kept.block)):
+            start, stop = max(first, index * kept.block), min(last, (index + 1) * kept.block)
+            p[:, start - first : stop - first].mul_((torch.exp(kept.bases[index] - self.lse) * scale).unsqueeze(1))
+        return p
 
 
 def rows_at_a_time(x: Tensor, limit_bytes: int) -> int:

@@ -1,34 +1,33 @@
 """A loss head that holds neither the logits ``[T, V]`` nor its weight's gradient ``[V, H]``.
 
-Forward passes over the weight once, a block of the vocabulary at a time. Beside the log-sum-exp it sums the softmax
-times the weight, as attention sums its values, rescaling both as the largest logit grows. What comes of it is the
-gradient of each token's own loss by x; backward only multiplies it by what arrives for that token. The weight's rows
-are read again when the weight steps (``HeadUse``), which may be later, where it is tied to an embedding.
+Forward passes over the weight once (``sweep.py``), and finds the gradient of each token's own loss by x along with it;
+backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight steps
+(``HeadUse``), which may be later, where it is tied to an embedding.
 
     forward     logits 2 T V H, softmax times weight 2 T V H (not where x needs no gradient)
     the step    logits again 2 T V H, gradient of the weight 2 T V H
 
-8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H.
+8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H. Where few tokens
+make it cheap (``keep_bytes``), the softmax is kept in x's precision, and its logits are not computed again: 6 T V H.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gradfold.backends import HeadUse, Terms, logits_of, operand, product, rows, rows_at_a_time, within
+from gradfold.backends import HeadUse, Kept, Terms, rows
 from gradfold.engine import Demand, Slot, refuse_ddp, slot_of
 from gradfold.errors import FoldError
 
 from .live import usable
+from .sweep import Swept, sweep, token_blocks
 
-TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
-CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
-ROW_BYTES = 2**20  # of the input's gradient worked on at a time, token by token
+KEEP_BYTES = 64 * 2**20  # the largest softmax ``[T, V]`` that is kept: 32 Mi words in bf16, 256 tokens of 128 Ki
 
 
 def linear_cross_entropy(
@@ -44,6 +43,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     shift: bool = False,
+    keep_bytes: int | None = None,
 ) -> Tensor:
     """Cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
 
@@ -61,6 +61,8 @@ def linear_cross_entropy(
         reduction: "none" gives a loss for each label, 0 where ignored.
         shift: tokens before n predict n, as ``transformers``' causal models count: ``x[..., :-1, :]`` with
             ``labels[..., 1:]``.
+        keep_bytes: where the softmax ``[T, V]`` takes no more than this, in bf16 for bf16 and else in the loss's
+            precision, it is kept for backward instead of computed twice. None: ``KEEP_BYTES``, 64 MiB; 0: never.
 
     Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0, as are its gradients; torch's is NaN.
 
@@ -73,7 +75,7 @@ def linear_cross_entropy(
     terms = Terms(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     _check(x, weight, labels, bias, terms, num_items, reduction)
     flat = labels.reshape(-1).to(x.device, torch.int64)  # [T]
-    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, terms)
+    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, terms, keep_bytes)
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
@@ -113,6 +115,7 @@ class FoldedHead(torch.autograd.Function):
         terms: Terms,
         slot: Slot | None,
         differentiable: bool,
+        keep_bytes: int,
     ) -> Tensor:
         # x: [T, H], labels: [T] -> [T]
         dtype = x.dtype
@@ -120,7 +123,8 @@ class FoldedHead(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             cast = x.to(dtype)
-            swept = sweep(cast, weight, bias, labels, terms, differentiable and ctx.needs_input_grad[0])
+            by_x, by_bias, by_weight = (differentiable and needed for needed in ctx.needs_input_grad[:3])
+            swept = sweep(cast, weight, bias, labels, terms, by_x, keep_bytes if by_bias or by_weight else 0)
             counts = labels != ignore_index
             losses = _losses(swept, weight.shape[0], terms)
             losses = torch.where(counts, losses, torch.zeros_like(losses))
@@ -128,9 +132,9 @@ class FoldedHead(torch.autograd.Function):
             losses = torch.where(strange, torch.full_like(losses, torch.nan), losses)
         if differentiable:
             ctx.slot, ctx.terms, ctx.dtype = slot, terms, x.dtype
-            by_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-            kept = (cast, labels, weight, bias) if by_weight else (None,) * 4
-            ctx.save_for_backward(counts, swept.lse, swept.dx, *kept)
+            ctx.block = swept.kept.block if swept.kept else 0
+            again = (cast, labels, weight, bias) if by_bias or by_weight else (None,) * 4
+            ctx.save_for_backward(counts, swept.lse, swept.dx, *again, *(swept.kept[:3] if swept.kept else ()))
         ctx.set_materialize_grads(False)
         return losses
 
@@ -138,7 +142,7 @@ class FoldedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads  # [T]
         if grad is None:  # no gradient, which is not a gradient of zeros
-            return (None,) * 8
+            return (None,) * 9
         demand = Demand.NOTHING
         if ctx.needs_input_grad[2]:
             demand = Demand.CAPTURE if ctx.slot is None else ctx.slot.admit()
@@ -147,7 +151,7 @@ class FoldedHead(torch.autograd.Function):
                 "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits "
                 "and torch.nn.functional.cross_entropy where second derivatives are needed"
             )
-        counts, lse, dx, x, labels, weight, bias = ctx.saved_tensors
+        counts, lse, dx, x, labels, weight, bias, *rest = ctx.saved_tensors
         dX = dW = db = None
         with torch.autocast(grad.device.type, enabled=False):
             scale = torch.where(counts, grad.to(lse.dtype), torch.zeros_like(lse))  # [T]
@@ -157,7 +161,7 @@ class FoldedHead(torch.autograd.Function):
             if demand is not Demand.NOTHING or wants_bias:
                 copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
                 leaf = weight if ctx.slot is None else ctx.slot.param
-                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms)
+                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, Kept(*rest, ctx.block) if rest else None)
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(weight, memory_format=torch.contiguous_format)
                 if wants_bias:
@@ -166,92 +170,7 @@ class FoldedHead(torch.autograd.Function):
                     use.write_out(dW, db)
                 if demand is Demand.STEP:
                     ctx.slot.hand(use)
-        return dX, db, dW, None, None, None, None, None
-
-
-class Swept(NamedTuple):
-    """What one pass over the vocabulary finds for each token."""
-
-    lse: Tensor  # [T]: log-sum-exp of its logits
-    label: Tensor  # [T]: its label's logit; 0 where it has none
-    mean: Tensor | None  # [T]: mean logit, where labels are smoothed
-    dx: Tensor | None  # [T, H]: gradient of its loss
-
-
-def sweep(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms, differentiable: bool) -> Swept:
-    """One pass over the vocabulary; x: ``[T, H]``, weight: ``[V, H]``, labels: ``[T]``."""
-    x = operand(x)
-    tokens, vocabulary = x.shape[0], weight.shape[0]
-    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    smoothing = terms.label_smoothing
-    top = x.new_full((tokens,), -torch.inf, dtype=dtype)  # the largest logit so far
-    total, label = x.new_zeros(tokens, dtype=dtype), x.new_zeros(tokens, dtype=dtype)
-    mean = torch.zeros_like(label) if smoothing else None
-    summed = x.new_zeros(x.shape, dtype=dtype) if differentiable else None  # softmax * total times the weight
-    evenly = None  # [H], or [T, H] with a soft-cap: the sum of the weight's rows, each times its slope
-    if differentiable and smoothing:
-        evenly = x.new_zeros(x.shape[1:] if terms.softcap is None else x.shape, dtype=dtype)
-    block = rows_at_a_time(x, CUDA_TILE_BYTES if x.is_cuda else TILE_BYTES)
-    for start in range(0, vocabulary, block):
-        stop = min(start + block, vocabulary)
-        w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
-        logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], terms.softcap)
-        here, at = within(labels, start, stop)
-        label = torch.where(here, logits.gather(1, at).squeeze(1), label)
-        if mean is not None:
-            mean += logits.sum(1)
-        higher = torch.maximum(top, logits.amax(1))
-        base = torch.where(higher == -torch.inf, torch.zeros_like(higher), higher)  # of words that are all masked out
-        rescale = torch.exp(top - base)
-        e = logits.sub_(base.unsqueeze(1)).exp_()  # [T, v]
-        total = total * rescale + e.sum(1)
-        top = higher
-        if summed is None:
-            continue
-        # the label's own share comes last, at once with its -1, so that the two do not cancel in rounded numbers
-        e.scatter_(1, at, torch.where(here, torch.zeros_like(top), e.gather(1, at).squeeze(1)).unsqueeze(1))
-        if slope is not None:
-            e.mul_(slope)
-        summed.mul_(rescale.unsqueeze(1))
-        _add_product(summed, e.to(x.dtype), w)
-        if evenly is not None:
-            if slope is None:
-                evenly += w.sum(0, dtype=dtype)
-            else:
-                _add_product(evenly, slope.to(x.dtype), w)
-    lse = top + total.log()
-    if mean is not None:
-        mean /= vocabulary
-    if summed is not None:
-        _finish(summed, evenly, weight, labels, lse, label, total, terms)
-    return Swept(lse, label, mean, summed)
-
-
-def _finish(
-    summed: Tensor,
-    evenly: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    label: Tensor,
-    total: Tensor,
-    terms: Terms,
-) -> None:
-    """Turn the sum of all words but the label into the gradient of the loss, in place."""
-    z = 2 * terms.z_loss * lse
-    others = (1 + z) / total
-    own = (1 + z) * torch.expm1(label - lse) + z + terms.label_smoothing  # (1 + z) p - (1 - smoothing)
-    if terms.softcap is not None:
-        own *= 1 - (label / terms.softcap) ** 2
-    vocabulary = weight.shape[0]
-    ids = labels.clamp(0, vocabulary - 1)  # of those ignored: any
-    own = torch.where(ids == labels, own, torch.zeros_like(own))
-    for start, stop in _token_blocks(summed):
-        part = summed[start:stop].mul_(others[start:stop, None])
-        part.addcmul_(weight.detach()[ids[start:stop]].to(part.dtype), own[start:stop, None])
-        if evenly is not None:
-            even = evenly if terms.softcap is None else evenly[start:stop]
-            part.sub_(even, alpha=terms.label_smoothing / vocabulary)
+        return dX, db, dW, None, None, None, None, None, None
 
 
 def _losses(swept: Swept, vocabulary: int, terms: Terms) -> Tensor:
@@ -264,27 +183,19 @@ def _losses(swept: Swept, vocabulary: int, terms: Terms) -> Tensor:
 def _scaled(dx: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Each token's gradient times what arrives for it, rounded once."""
     out = torch.empty_like(dx, dtype=dtype)
-    for start, stop in _token_blocks(dx):
+    for start, stop in token_blocks(dx):
         torch.mul(dx[start:stop], scale[start:stop, None], out=out[start:stop])
     return out
 
 
-def _token_blocks(x: Tensor) -> list[tuple[int, int]]:
-    tokens = x.shape[0]
-    block = max(1, ROW_BYTES // (x.element_size() * max(1, x.shape[1])))
-    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, out in fp32 or fp64."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out += product(a, b)
-
-
 def _token_losses(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    terms: Terms,
+    keep_bytes: int | None = None,
 ) -> Tensor:
     """The loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -296,7 +207,8 @@ def _token_losses(
     if slot is not None:
         refuse_ddp()
         slot = usable(slot)
-    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled())
+    limit = KEEP_BYTES if keep_bytes is None else keep_bytes
+    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled(), limit)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms) -> Tensor:
