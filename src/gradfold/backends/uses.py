@@ -18,7 +18,7 @@ from .gemm import accumulate
 from .logits import Terms, logits_of, operand, product, within
 
 GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
-HEAD_BYTES = 8 * 2**20  # of logits at a time, where a loss head's gradient is written out
+HEAD_BYTES = 8 * 2**20  # of logits at a time, where a loss head's gradient is computed
 MIN_HEAD_ROWS = 64  # of the vocabulary: below this a GEMM loses efficiency
 
 
@@ -221,8 +221,11 @@ class HeadUse(Ready):
         self._operand = None
 
     def _product(self, tile: Tensor, start: int, stop: int, beta: int) -> None:
-        p = self._logit_gradient(start, stop)
-        accumulate(tile, p.to(self._x.dtype), self._x[:, self.columns], beta)
+        block = rows_at_a_time(self.x, HEAD_BYTES)  # of many tokens a tile's logits would be larger than the tile
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            p = self._logit_gradient(first, last)
+            accumulate(tile[first - start : last - start], p.to(self._x.dtype), self._x[:, self.columns], beta)
         if stop == self._rows:
             self._operand = None
 
