@@ -175,6 +175,19 @@ def test_transforms_take_the_plain_way():
     assert gap(found, [linear_cross_entropy(one, weight, y) for one, y in zip(x, labels, strict=True)]) <= CLOSE
 
 
+def test_compiled_code_takes_the_plain_way():
+    model, _ = twins(Tiny)
+    optimizer = ours(model)
+    gradfold.fold(model, optimizer)
+    compiled = torch.compile(lambda x, w, y: linear_cross_entropy(x, w, y, z_loss=0.1), backend="eager", fullgraph=True)
+    x, weight, labels = some(T, H), model.lm_head.weight, words(T)
+    assert gap([compiled(x, weight, labels)], [linear_cross_entropy(x, weight, labels, z_loss=0.1)]) <= CLOSE
+    before = weight.detach().clone()
+    compiled(x, weight, labels).backward()
+    optimizer.step()
+    assert not torch.equal(weight, before) and weight.grad is None
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [

@@ -172,7 +172,9 @@ class HeadUse(Ready):
         made = copy.copy(self)
         made.x, made.labels, made.lse, made.scale = tensors[:4]
         made.bias = None if self.bias is None else tensors[4]
-        made.kept = self.kept and Kept(*tensors[-3:], self.kept.block)
+        if self.kept is not None:
+            values, bases, own = tensors[-3:]
+            made.kept = Kept(values, bases, own, self.kept.block)
         made._operand = None
         return made
 

@@ -143,9 +143,9 @@ class FoldedHead(torch.autograd.Function):
         (grad,) = grads  # [T]
         if grad is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 9
-        demand = Demand.NOTHING
+        demand, slot = Demand.NOTHING, ctx.slot
         if ctx.needs_input_grad[2]:
-            demand = Demand.CAPTURE if ctx.slot is None else ctx.slot.admit()
+            demand = Demand.CAPTURE if slot is None else slot.admit()
         if torch.is_grad_enabled():
             raise FoldError(
                 "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits "
@@ -157,19 +157,20 @@ class FoldedHead(torch.autograd.Function):
             scale = torch.where(counts, grad.to(lse.dtype), torch.zeros_like(lse))  # [T]
             if dx is not None:
                 dX = _scaled(dx, scale, ctx.dtype)
-            wants_bias = ctx.needs_input_grad[1]
+            wants_bias = bias is not None and ctx.needs_input_grad[1]
             if demand is not Demand.NOTHING or wants_bias:
                 copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
-                leaf = weight if ctx.slot is None else ctx.slot.param
-                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, Kept(*rest, ctx.block) if rest else None)
+                leaf: Tensor = weight if slot is None else slot.param
+                kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
+                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, kept)
                 if demand is Demand.CAPTURE:
-                    dW = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                    dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
                 if wants_bias:
                     db = torch.empty_like(bias)
                 if dW is not None or db is not None:
                     use.write_out(dW, db)
-                if demand is Demand.STEP:
-                    ctx.slot.hand(use)
+                if demand is Demand.STEP and slot is not None:
+                    slot.hand(use)
         return dX, db, dW, None, None, None, None, None, None
 
 
