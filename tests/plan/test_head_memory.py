@@ -87,6 +87,22 @@ def test_fake_equals_real(tied, kept):
     assert predicted.at_peak() == measured.at_peak()
 
 
+def test_a_causal_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8192, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    )
+    ids = torch.zeros(4, 512, dtype=torch.int64)
+
+    def fold(model, optimizer):
+        return gradfold.fold(model, optimizer, head="fold")
+
+    batch = {"input_ids": ids, "labels": ids}
+    plain, head = (step_memory(config, adamw, batch, fold=how) for how in (True, fold))
+    logits = 4 * ids.numel() * config.vocab_size
+    assert head.peak_bytes < plain.peak_bytes - logits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_bytes", [0, 512 * MIB])
 def test_peak_against_the_plain_head(keep_bytes):

@@ -22,7 +22,7 @@ from .live import Folded
 class Promise:
     """Logits that nobody has computed yet: a head's input, and what has been done to its output since."""
 
-    def __init__(self, head: FoldedLinear, x: Tensor, done: tuple[tuple[str, float], ...] = ()):
+    def __init__(self, head: Any, x: Tensor, done: tuple[tuple[str, float], ...] = ()):
         self._head, self._x, self._done = head, x, done
         self._made: Tensor | None = None
 
@@ -84,7 +84,8 @@ class PromisingLinear(FoldedLinear):
     """A folded head, which promises its output while its model's forward runs with labels."""
 
     def forward(self, input: Tensor) -> Any:
-        hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks  # they wait for a tensor
+        me: Any = self
+        hooked = me._forward_hooks or me._backward_hooks or me._backward_pre_hooks  # they wait for a tensor
         if self.__dict__.get("_gradfold_promises") and torch.is_grad_enabled() and not hooked:
             return Promise(self, input)
         return super().forward(input)

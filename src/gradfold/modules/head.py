@@ -165,8 +165,8 @@ class FoldedHead(torch.autograd.Function):
                 use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, kept)
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
-                if wants_bias:
-                    db = torch.empty_like(bias)
+                if wants_bias and copied is not None:
+                    db = torch.empty_like(copied)
                 if dW is not None or db is not None:
                     use.write_out(dW, db)
                 if demand is Demand.STEP and slot is not None:
