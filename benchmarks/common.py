@@ -98,10 +98,23 @@ def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def interleaved_ms(steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+def wall_ms(step: Callable[[], Any]) -> float:
+    """One call by the wall clock."""
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def interleaved_ms(
+    steps: Sequence[Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 2,
+    timed: Callable[[Callable[[], Any]], float] = wall_ms,
+) -> list[list[float]]:
     """Times of every step, one after the other in each round, the order turned from round to round.
 
-    What the machine does meanwhile then hits all of them; ratios are taken within a round.
+    What the machine does meanwhile then hits all of them; ratios are taken within a round. timed: runs a step and says
+    how many milliseconds it took.
     """
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
@@ -110,9 +123,7 @@ def interleaved_ms(steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int
         for number in range(-warm_up, rounds):
             turned = range(len(steps)) if number % 2 else reversed(range(len(steps)))
             for index in turned:
-                start = time.perf_counter()
-                steps[index]()
-                elapsed_ms = 1e3 * (time.perf_counter() - start)
+                elapsed_ms = timed(steps[index])
                 if number >= 0:
                     times[index].append(elapsed_ms)
     finally:

@@ -19,9 +19,8 @@ from triton.runtime.driver import driver
 import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
 from gradfold.backends.triton import table
-from gradfold.backends.triton.backend import with_step
 from gradfold.backends.triton.kernels.step import fold_step
-from gradfold.backends.triton.launch import arguments, source_of, tensors_of, tiles_of
+from gradfold.backends.triton.launch import Bias, arguments, source_of, tensors_of, tiles_of
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
@@ -42,6 +41,7 @@ class Job:
     kind: str = table.PRODUCT
     operands: str = "bf16"
     norm_only: bool = False
+    biased: bool = False  # a bias steps along
     hyper: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -55,7 +55,7 @@ class Job:
     @property
     def id(self) -> str:
         what = "norm" if self.norm_only else f"{self.rule}-{self.weight}-{self.master or 'bare'}-{self.states}"
-        return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}"
+        return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}{'-bias' if self.biased else ''}"
 
 
 class Compiled(NamedTuple):
@@ -90,6 +90,25 @@ class _Absent:
         return kind
 
 
+class Listening(_Absent):
+    """Compiles for a processor that is not here, and keeps what would have been launched."""
+
+    def __init__(self, arch: int):
+        super().__init__(arch)
+        self.launched: list[tuple[Any, ...]] = []
+        self.utils = self
+        self.launcher_cls = lambda source, metadata: lambda *call: self.launched.append(call)
+
+    def load_binary(self, *args: Any) -> tuple[int, ...]:
+        return 0, 0, 64, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[None]:
     """Triton compiles for this processor; afterwards its driver is what it was."""
@@ -114,21 +133,31 @@ def build(job: Job) -> Compiled:
     else:
         twin = twin_of(rule)
         assert twin is not None, f"{job.id}: no twin"
-        scalars = with_step(scalars_of(twin, numbers, norms.device), 1)
+        scalars = scalars_of(twin, numbers, 1, norms.device)
         flags = flags_of(twin, numbers)
-        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family)
+        bias = None
+        if job.biased:
+            first, others, _, _ = stored_by(job, (ROWS,))
+            along = tensors_of([first, *others])
+            assert along is not None, f"{job.id}: the bias is not stored as kernels know it"
+            bias = Bias(along, flags, scalars)
+        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family, bias=bias)
     with compiling_for(job.arch):
         kernel: Any = fold_step.warmup(*positions, grid=(1,), **constants)
     tile = job.tiles.bn * job.tiles.bk
     allowed = {"norms": norms.element_size()}
     if not job.norm_only:
         allowed |= {name: round(size * tile) for name, size in _bytes_per_element([weight, *states]).items()}
+    if job.biased:  # a program of the first columns takes as many elements of the bias as its tile has rows
+        first, others, _, _ = stored_by(job, (ROWS,))
+        allowed["bias_firsts"] = round(sum(_bytes_per_element([first, *others]).values()) * job.tiles.bn)
+        allowed["norms"] *= 2
     return Compiled(job, dict(kernel.asm), kernel.metadata, allowed, tile)
 
 
-def stored_by(job: Job) -> tuple[Stored, list[Stored], Any, Any]:
+def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
     """Weight, states, rule and one step's numbers, as a fold of this optimizer has them in the middle of training."""
-    param = torch.nn.Parameter(torch.empty(ROWS, COLUMNS, dtype=DTYPES[job.weight]))
+    param = torch.nn.Parameter(torch.empty(shape, dtype=DTYPES[job.weight]))
     options = {"states": job.states, "rounding": job.rounding, "master": job.master}
     optimizer = getattr(gradfold, job.rule)([param], lr=1e-3, **options, **dict(job.hyper))
     group, rule = optimizer.param_groups[0], optimizer.rule
@@ -138,7 +167,7 @@ def stored_by(job: Job) -> tuple[Stored, list[Stored], Any, Any]:
         state |= allocate_state(param, spec, codec)
     state |= allocate_residuals(param, storage, "weight", 0)
     numbers = rule.advance(state, group, False)
-    weight, states = bind(param, storage, state, "weight", 0)
+    weight, states = bind(param, storage, state, "weight", group)
     return weight, states, rule, numbers
 
 
@@ -157,5 +186,5 @@ def _bytes_per_element(stored: list[Stored]) -> dict[str, float]:
     for i, one in enumerate(stored):
         for name, part in one.parts.items():
             argument = "seconds" if name in ("scales", "residual") else "firsts"
-            sizes[f"{argument}.{i}"] = part.numel() * part.element_size() / (ROWS * COLUMNS)
+            sizes[f"{argument}.{i}"] = part.numel() * part.element_size() / stored[0].values.numel()
     return sizes

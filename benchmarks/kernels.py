@@ -106,6 +106,7 @@ def on(arch: int) -> Iterator[Job]:
     yield from (Job(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
     yield from (Job(arch, kind=kind, **STORAGES[i]) for kind in (table.GATHER, table.DENSE) for i in (0, 4))
     yield from (Job(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
+    yield from (Job(arch, biased=True, **STORAGES[i]) for i in (1, 3))
 
 
 def main() -> None:
@@ -225,9 +226,12 @@ def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Cod
         if getattr(kernel.metadata, space, 0):
             yield f"{space} is {getattr(kernel.metadata, space)}"
     threads = 32 * kernel.job.tiles.warps
-    # Of a tile every element is stored by one thread. Of a number per row each thread has an instruction of its own,
-    # and all but one of those that hold the same number are masked off.
-    expected = sum(store.nbytes if store.wide else 4 * threads for store in found)
+    # Of a tile every element is stored by one thread. Where there are more threads than numbers (one per row, a bias)
+    # each thread has an instruction of its own, and all but one of those that hold the same number are masked off.
+    expected = sum(
+        store.nbytes if store.wide and store.elements >= threads else store.nbytes // store.elements * threads
+        for store in found
+    )
     if code.stg_bytes * threads != expected:
         yield f"machine code stores {code.stg_bytes * threads} bytes, masked ones included, not {expected}"
 

@@ -146,7 +146,8 @@ def instructions(path: Path) -> dict[Kind, float]:
     found = {}
     for kernel in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         wanted = {"arch": "sm_90", "gradient_from": table.PRODUCT, "operands": "bf16"}
-        if (wanted | {"rule": "AdamW", "weight": "bf16"}).items() <= kernel.items():
+        alone = not kernel["kernel"].endswith("-bias")
+        if alone and (wanted | {"rule": "AdamW", "weight": "bf16"}).items() <= kernel.items():
             found[Kind(kernel["states"], kernel["master"])] = kernel["instructions_per_element"]
     return found
 

@@ -192,6 +192,7 @@ def test_bugs_are_not_dressed_up(monkeypatch):
         main(["train"])
 
 
+@pytest.mark.slow  # what the signal does is tested in train/, in this process
 def test_ctrl_c_in_a_process_of_its_own(tiny, texts, tmp_path, no_pictures):
     """Saves, says how to go on, exits 130; and the run goes on."""
     import signal

@@ -54,7 +54,7 @@ def test_a_second_moment_without_gradient(name, random, want):
     assert float((stored / start).double().mean()) == pytest.approx(want, rel=0.02 if name == "bf16" else 1e-3)
 
 
-@pytest.mark.parametrize("name, rel", [("int8", 0.05), ("int4", 0.15)])
+@pytest.mark.parametrize("name, rel", [("int8", 0.05), pytest.param("int4", 0.15, marks=pytest.mark.slow)])
 def test_it_decays_beside_an_element_that_does_not(name, rel):
     """With the block's largest held where it is, only random bits let the others decay."""
     start = torch.ones(32, 128)
@@ -110,7 +110,13 @@ def update_error(name: str, spread: float, random: bool = True) -> float:
 
 @pytest.mark.parametrize(
     "name, spread, most",
-    [("bf16", 0.3, 0.05), ("bf16", 1.0, 0.05), ("int8", 0.3, 0.2), ("int8", 1.0, 0.2), ("int4", 0.3, 0.65)],
+    [
+        pytest.param("bf16", 0.3, 0.05, marks=pytest.mark.slow),
+        ("bf16", 1.0, 0.05),
+        ("int8", 0.3, 0.2),
+        pytest.param("int8", 1.0, 0.2, marks=pytest.mark.slow),
+        pytest.param("int4", 0.3, 0.65, marks=pytest.mark.slow),
+    ],
 )
 def test_second_moments_follow(name, spread, most):
     """For comparison: with beta2 = 0.999 the second moment's own sampling error is 0.05 to 0.1."""
@@ -161,7 +167,7 @@ def test_why_first_moments_are_not_rounded_at_random():
     assert moment_error(lambda m: linear(m, random=True), 0.6) > 2 * moment_error(linear, 0.6)
 
 
-@pytest.mark.parametrize("factor", [0.1, 3.0])
+@pytest.mark.parametrize("factor", [0.1, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_an_element_whose_gradient_changes_is_followed(factor):
     """Half of the elements change size after a fifth of the steps. To nearest int8 divides them by what they were."""
     shape = (8, 128)

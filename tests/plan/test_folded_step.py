@@ -104,10 +104,10 @@ def test_the_fold_is_removed_again():
 @pytest.mark.parametrize(
     ("dtype", "tied", "tokens"),
     [
-        (torch.float32, False, 256),  # activations set the peak
+        pytest.param(torch.float32, False, 256, marks=pytest.mark.slow),  # activations set the peak
         (torch.float32, True, 16),  # the step does
-        (torch.bfloat16, False, 256),
-        (torch.bfloat16, True, 16),
+        pytest.param(torch.bfloat16, False, 256, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, 16, marks=pytest.mark.slow),
     ],
 )
 def test_folding_a_100m_llama_costs_at_most_10_mib(dtype, tied, tokens):

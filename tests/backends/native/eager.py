@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradfold.backends import native
-from gradfold.codecs import Codec, Parts, random_bits, row_offsets, state_codec, stream_key, weight_codec
+from gradfold.backends import Place, Stored, native
+from gradfold.codecs import Codec, Parts, Stream, random_bits, row_offsets, state_codec, weight_codec
 from gradfold.rules import Rule
-from tests.cases import RuleRow
+from tests.cases import RULE_ROWS, RuleRow
 
 UNSIGNED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 # name -> codec of the weight, and whether random bits round it
@@ -27,6 +27,10 @@ WEIGHTS: dict[str, tuple[Codec, bool]] = {
     "split16": (weight_codec(torch.bfloat16, "split16"), False),
 }
 STATES = {"fp32": False, "bf16": True, "int8": True, "int4": True}  # and whether random bits round them
+COMBINATIONS = [(weight, states) for states in STATES for weight in WEIGHTS]
+NEAR_2_32 = 2**32 - 700  # an offset from which a row crosses it
+SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-45, 1.1754942e-38, 3.4e38, -3.4e38]
+SPECIAL += [65504.0, 65519.9, 65520.0, 7e4, 6e-8, 5.9e-8, 2.9e-8, 6.1e-5, -6.09e-5, 1.0]
 
 
 class ExactSqrt(TorchDispatchMode):
@@ -53,16 +57,23 @@ class Case(NamedTuple):
     names: list[str]  # of the streams: "weight", then the states
     codecs: list[Codec]
     stochastic: list[bool]
-    scratch: int
+    group: dict[str, Any]
 
     def kernel(self) -> native.Kernel | None:
         return native.kernel(self.rule, self.numbers, self.codecs[0], self.codecs[1:], self.stochastic)
 
-    def keys(self, step: int = 1) -> list[Tensor | None]:
+    def streams(self, step: int = 1) -> list[Stream | None]:
         return [
-            stream_key(7, step, "layer.weight", name) if wanted else None
+            Stream.of(7, step, "layer.weight", name) if wanted else None
             for name, wanted in zip(self.names, self.stochastic, strict=True)
         ]
+
+    def keys(self, step: int = 1) -> list[Tensor | None]:
+        return [None if stream is None else stream.key() for stream in self.streams(step)]
+
+    def bound(self, parts: Sequence[Parts], step: int = 1, place: Place | None = None) -> list[Stored]:
+        """Weight and states as a backend takes them."""
+        return [Stored(*one, place) for one in zip(parts, self.codecs, self.streams(step), strict=True)]
 
 
 def case(row: RuleRow, weight: str = "fp32", states: str = "fp32", step: int = 1, rounds: bool = True) -> Case:
@@ -76,7 +87,16 @@ def case(row: RuleRow, weight: str = "fp32", states: str = "fp32", step: int = 1
     codecs = [state_codec(states, name not in UNSIGNED) for name in names]
     flags = [rounds and STATES[states] and codec.stochastic for codec in codecs]
     codec, stochastic = WEIGHTS[weight]
-    return Case(rule, numbers, ["weight", *names], [codec, *codecs], [stochastic, *flags], rule.scratch_tiles(group))
+    return Case(rule, numbers, ["weight", *names], [codec, *codecs], [stochastic, *flags], group)
+
+
+def variants() -> list[RuleRow]:
+    """Rows that take different ways through their rule, whatever their numbers."""
+    ways = {}
+    for row in RULE_ROWS:
+        given = case(row)
+        ways.setdefault((row.name, tuple(bool(x) for x in given.numbers if not isinstance(x, str))), row)
+    return list(ways.values())
 
 
 def stored(codec: Codec, tile: Tensor) -> Parts:
@@ -100,6 +120,18 @@ def make(given: Case, shape: tuple[int, int], seed: int = 0) -> tuple[list[Parts
     return [stored(codec, tile) for codec, tile in zip(given.codecs, [weight, *tiles], strict=True)], grad
 
 
+def make_special(given: Case, shape: tuple[int, int], seed: int) -> tuple[list[Parts], Tensor]:
+    """The same with special values everywhere: the more the higher the seed, from none at 0 to nothing else at 7."""
+    parts, grad = make(given, shape, seed)
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
+    chosen = torch.rand(shape, generator=generator) < (1.0 if seed == 7 else 0.02 * seed)
+    for i, (codec, one) in enumerate(zip(given.codecs, parts, strict=True)):
+        tile = torch.where(chosen.roll(3 * i, 1), special.roll(i, 1), codec.decode(one, shape[1]))
+        parts[i] = stored(codec, tile)
+    return parts, torch.where(chosen.roll(1, 0), special.roll(1, 0), grad)
+
+
 def clone(parts: Sequence[Parts]) -> list[Parts]:
     return [{name: part.clone() for name, part in one.items()} for one in parts]
 
@@ -117,7 +149,7 @@ def eager(
     row_stride = columns if row_stride is None else row_stride
     offsets = row_offsets(range(rows), row_stride) + first_offset
     tiles = [codec.decode(one, columns).clone() for codec, one in zip(given.codecs, parts, strict=True)]
-    scratch = [torch.full_like(grad, float("nan")) for _ in range(given.scratch)]
+    scratch = [torch.full_like(grad, float("nan")) for _ in range(given.rule.scratch_tiles(given.group))]
     given.rule.update(tiles[0], grad.clone(), tiles[1:], given.numbers, scratch)
     for codec, one, tile, key in zip(given.codecs, parts, tiles, given.keys(step), strict=True):
         bits = None if key is None else random_bits(key, offsets, columns)
@@ -150,6 +182,16 @@ def differences(wanted: Sequence[Parts], got: Sequence[Parts]) -> dict[str, int]
             if unlike.any():
                 found[f"{i} {name}"] = int(unlike.sum())
     return found
+
+
+def forget_signs_of_nan(given: Case, parts: Sequence[Parts], columns: int) -> None:
+    """Where a block's scale is not finite, its codes hold the sign of a NaN, which no arithmetic promises."""
+    for codec, one in zip(given.codecs, parts, strict=True):
+        if "scales" in one:
+            lost = ~one["scales"].isfinite()
+            assert not codec.decode(one, columns)[lost.repeat_interleave(128, 1)[:, :columns]].isfinite().any()
+            width = one["codes"].shape[1]
+            one["codes"][lost.repeat_interleave(codec.code_width(128), 1)[:, :width]] = 0
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:

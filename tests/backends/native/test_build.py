@@ -75,6 +75,7 @@ def start() -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_other_processes(folder):
     """Two that compile at the same time, and one that finds it done."""
     both = [start(), start()]

@@ -4,12 +4,24 @@ import pytest
 import torch
 
 from gradfold.backends.native import build
-from tests.cases import BUSY, BUSY_ROWS, RULE_ROWS, RuleRow
+from tests.cases import BUSY, BUSY_ROWS, RuleRow
 
-from .eager import STATES, WEIGHTS, ExactSqrt, case, clone, differences, eager, make, native_step, stored
+from .eager import (
+    COMBINATIONS,
+    NEAR_2_32,
+    ExactSqrt,
+    case,
+    clone,
+    differences,
+    eager,
+    forget_signs_of_nan,
+    make,
+    make_special,
+    native_step,
+    variants,
+)
 
 SHAPES = [(252, 507), (1, 1), (3, 129), (7, 128), (5, 1000), (2, 63)]
-NEAR_2_32 = 2**32 - 700  # so that a row crosses it
 
 
 def compare(given, shape, first_offset=0, seed=0, step=1):
@@ -22,17 +34,7 @@ def compare(given, shape, first_offset=0, seed=0, step=1):
     assert torch.equal(grad, kept), "the gradient is only read"
 
 
-def _variants() -> list[RuleRow]:
-    """Rows that take different ways through their rule, whatever their numbers."""
-    ways = {}
-    for row in RULE_ROWS:
-        given = case(row)
-        ways.setdefault((row.name, tuple(bool(x) for x in given.numbers if not isinstance(x, str))), row)
-    return list(ways.values())
-
-
-VARIANTS = _variants()
-COMBINATIONS = [(weight, states) for states in STATES for weight in WEIGHTS]
+VARIANTS = variants()
 
 
 @pytest.fixture
@@ -80,10 +82,6 @@ def test_random_bits_of_any_offset(offset):
     assert differences(wanted, got) == {}
 
 
-SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-45, 1.1754942e-38, 3.4e38, -3.4e38]
-SPECIAL += [65504.0, 65519.9, 65520.0, 7e4, 6e-8, 5.9e-8, 2.9e-8, 6.1e-5, -6.09e-5, 1.0]
-
-
 SPECIAL_CASES = [("AdamW", *COMBINATIONS[i]) for i in (0, 11, 18, 29, 4)]
 SPECIAL_CASES += [(name, "split8 stochastic", "int8") for name in BUSY if name != "AdamW"]
 
@@ -93,33 +91,14 @@ def test_special_values(name, weight, states):
     """Everywhere: in the weight, the gradient and the states, alone in a block, a few, and filling it."""
     given = case(BUSY[name], weight, states, step=2)
     for seed in range(8):
-        wanted, grad = make(given, (4, 140), seed)
-        generator = torch.Generator().manual_seed(seed)
-        special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (4, 140), generator=generator)]
-        chosen = torch.rand(4, 140, generator=generator) < (1.0 if seed == 7 else 0.02 * seed)
-        for i, (codec, parts) in enumerate(zip(given.codecs, wanted, strict=True)):
-            tile = torch.where(chosen.roll(3 * i, 1), special.roll(i, 1), codec.decode(parts, 140))
-            wanted[i] = stored(codec, tile)
-        grad = torch.where(chosen.roll(1, 0), special.roll(1, 0), grad)
+        wanted, grad = make_special(given, (4, 140), seed)
         got = clone(wanted)
         with ExactSqrt():
             eager(given, wanted, grad)
         native_step(given, got, grad)
-        for one, other in zip(wanted, got, strict=True):
-            _forget_signs_of_nan(given, one, other)
+        for parts in (wanted, got):
+            forget_signs_of_nan(given, parts, 140)
         assert differences(wanted, got) == {}
-
-
-def _forget_signs_of_nan(given, one, other):
-    """Where a block's scale is not finite, its codes hold the sign of a NaN, which no arithmetic promises."""
-    if "scales" not in one:
-        return
-    lost = ~one["scales"].isfinite()
-    codec = next(codec for codec in given.codecs if set(codec.widths(1)) == set(one))
-    for parts in (one, other):
-        assert not codec.decode(parts, 140)[lost.repeat_interleave(128, 1)[:, :140]].isfinite().any()
-        width = parts["codes"].shape[1]
-        parts["codes"][lost.repeat_interleave(codec.code_width(128), 1)[:, :width]] = 0
 
 
 def test_every_fp16():
@@ -153,7 +132,7 @@ def test_no_further_from_the_truth_than_torch(row):
     parts, grad = make(given, (64, 512))
     got = clone(parts)
     exact = [one["values"].double() for one in parts]
-    scratch = [torch.empty(grad.shape, dtype=torch.float64) for _ in range(given.scratch)]
+    scratch = [torch.empty(grad.shape, dtype=torch.float64) for _ in range(given.rule.scratch_tiles(given.group))]
     given.rule.update(exact[0], grad.double(), exact[1:], given.numbers, scratch)
     eager(given, parts, grad)
     native_step(given, got, grad)

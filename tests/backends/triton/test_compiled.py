@@ -19,9 +19,13 @@ import torch
 import triton.language as tl
 from triton.runtime.driver import driver
 
+import gradfold
 from benchmarks import kernels, listing
 from benchmarks.compiled import Compiled, Job, build, compiling_for
-from gradfold.backends.triton import table
+from gradfold.backends import DenseUse
+from gradfold.backends.triton import many, table
+from gradfold.backends.triton.kernels.many import fold_many
+from gradfold.engine.apply import stepping
 
 HOPPER = Job(90)
 QUICK = [
@@ -29,6 +33,7 @@ QUICK = [
     Job(90, norm_only=True),
     Job(90, kind=table.GATHER, states="int8"),
     Job(90, kind=table.DENSE, states="int4", master="split8"),
+    Job(90, biased=True),
     Job(80),
     Job(100),
 ]
@@ -93,6 +98,34 @@ def test_driver_is_what_it_was():
 
 
 # what must be found out ---------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
+    """Its gradients are there already: autograd wrote them."""
+    param = torch.nn.Parameter(torch.empty(4096, dtype=torch.bfloat16))
+    optimizer = gradfold.AdamW([param], states="fp32", rounding="stochastic", master="split8")
+    gradient, made = [DenseUse(torch.empty(4096))], []
+    monkeypatch.setattr(many, "fold_many", Warming(made))
+    with (
+        torch.no_grad(),
+        stepping(param, gradient, {}, optimizer.rule, optimizer.param_groups[0], {}, "w") as job,
+    ):
+        found = many.kind_of(job)
+        assert found is not None
+        with compiling_for(90):
+            many.step_many(found[0], [job], [found[1]])
+    code, usage = listing.read(made[0].asm["cubin"])
+    assert not code.spills and not usage.local_bytes and not usage.stack_bytes
+
+
+class Warming:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.made.append(fold_many.warmup(*args, grid=grid, **kwargs))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from gradfold.codecs import BLOCK, Codec, Plain, matrix
 from . import table
 from .kernels import codecs
 from .numbers import Twin
+from .transfer import on_device
 
 _FORMATS = {
     "int8 signed": codecs.SIGNED8,
@@ -244,12 +245,6 @@ def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor)
     )
 
 
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers from the host, without waiting for the device."""
-    host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
 def arguments(
     tensors: Tensors,
     source: Source,
@@ -298,7 +293,7 @@ def arguments(
         norms,
         n,
         k,
-        *(((), (), scalars, tensors.words) if bias is None else bias.arguments()),
+        *(((), (), tensors.words, tensors.words) if bias is None else bias.arguments()),
     )
     constants = {
         "RULE": None if twin is None else twin.kernel,

@@ -14,8 +14,9 @@ from gradfold.backends.uses import DenseUse, Use
 
 from .kernels import codecs
 from .kernels.many import fold_many
-from .launch import Tensors, on_device, tensors_of
+from .launch import Tensors, tensors_of
 from .numbers import Twin, as_tensor, flags_of, twin_of
+from .transfer import capturing, on_device
 
 BLOCK = 1024  # elements of a program
 LARGEST = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
@@ -23,7 +24,9 @@ PLAIN = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.
 
 
 def small(weight: Tensor, uses: Sequence[Use]) -> bool:
-    """Whether a parameter with these uses is one of the many."""
+    """Whether a parameter with these uses is one of the many, which are found by a table that no graph can capture."""
+    if capturing(weight.device):
+        return False
     dense = len(uses) == 1 and isinstance(uses[0], DenseUse)
     return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(uses).is_contiguous()
 

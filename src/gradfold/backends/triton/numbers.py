@@ -19,6 +19,7 @@ from gradfold import rules
 from gradfold.errors import FoldError
 
 from .kernels import rules as twins
+from .transfer import on_device
 
 Scalar = Any  # a float, or a 0-d float64 tensor
 
@@ -65,9 +66,9 @@ def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Ten
     """
     values = twin.scalars(numbers)
     if not any(isinstance(value, Tensor) for value in (*values, step)):
-        host = torch.from_numpy(np.asarray([*values, 0], np.float32))
-        host[-1:].view(torch.int32).fill_(step)
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        host = np.asarray([*values, 0], np.float32)
+        host[-1:].view(np.int32)[0] = step
+        return on_device(host, device)
     scalars = torch.stack([as_tensor(value, torch.float64, device) for value in values]).to(torch.float32)
     return torch.cat([scalars, as_tensor(step, torch.int32, device).reshape(1).view(torch.float32)])
 

@@ -25,6 +25,8 @@ MOST = 1 << 14  # parameters and slices that are remembered
 NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
 # norms, N, K, and a bias's
 
+PRODUCT = 5  # positions of the product, which come first
+
 
 class Address:
     """A tensor's data to a kernel, without keeping it alive."""
@@ -45,6 +47,8 @@ class Launch:
     def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
+        for at in (*range(PRODUCT), NUMBERS, NUMBERS + 5, NUMBERS + 7):  # tensors of this launch alone are let go
+            self.arguments[at] = None
 
     def __call__(
         self,

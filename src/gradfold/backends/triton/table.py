@@ -61,7 +61,7 @@ def config(source: str, operand_bytes: int, where: str) -> Config:
 
 # Up to how many tokens the kernel is expected to beat a library product followed by the same rule, by bytes per element
 # of weight and states: docs/roofline.md. Measured limits go here once there are some.
-MAX_TOKENS = {"wide": 6144, "narrow": 3072}
+MAX_TOKENS = {"wide": 4608, "narrow": 3072}
 NARROW_BYTES = 6  # weight and states together: bf16 with 8-bit moments has 4
 
 

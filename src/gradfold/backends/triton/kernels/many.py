@@ -46,7 +46,9 @@ def fold_many(
     start = block * BLOCK
     at = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     g = tl.load(tl.load(row).to(grad.dtype) + at, mask=at < elements, other=0.0).to(tl.float32)
-    norm = norm_of(g)
+    scalars += which * (SCALARS + 2)
+    factor = tl.load(scalars + SCALARS + 1)
+    norm = norm_of(g, factor)
     tl.store(norms + program, norm)
 
     firsts, seconds, strides = (), (), ()
@@ -54,13 +56,11 @@ def fold_many(
         firsts = firsts + (_pointer(tl.load(row + COLUMNS + 2 * i), FORMATS[i]),)
         seconds = seconds + (_second_pointer(tl.load(row + COLUMNS + 2 * i + 1), FORMATS[i]),)
         strides = strides + (0,)
-    scalars += which * (SCALARS + 2)
-    factor = tl.load(scalars + SCALARS + 1)
     kept = 1
     if GUARDED:
-        kept = tl.where(norm * factor == norm * factor, 1, 0)
+        kept = tl.where(norm == norm, 1, 0)
     update(
         changed(g, factor, limit, LIMITED), tl.zeros((1,), tl.int64), start, kept, firsts, seconds, strides, strides,
         scalars, words + which * (1 + len(FORMATS)), offset, 0, 1, elements,
-        RULE, FLAGS, SCALARS, FORMATS, RANDOM, False, LARGE, EXACT, BLOCK,
+        RULE, FLAGS, SCALARS, FORMATS, RANDOM, True, LARGE, EXACT, BLOCK,
     )  # fmt: skip

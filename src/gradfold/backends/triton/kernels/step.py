@@ -84,17 +84,17 @@ def step_bias(
     LIMITED: tl.constexpr, GUARDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The rule on BN elements of a bias. g: fp32 ``[1, BN]``."""
-    norm = norm_of(g)
+    norm = norm_of(g, factor)
     tl.store(norm_there, norm)
     kept = 1
     if GUARDED:
-        kept = tl.where(norm * factor == norm * factor, 1, 0)
+        kept = tl.where(norm == norm, 1, 0)
     strides = ()
     for _ in tl.static_range(len(FORMATS)):
         strides = strides + (0,)
     update(
         changed(g, factor, limit, LIMITED), tl.zeros((1,), tl.int64), n0, kept, firsts, seconds, strides, strides,
-        scalars, words, 0, 0, 1, N, RULE, FLAGS, SCALARS, FORMATS, RANDOM, False, False, EXACT, BN,
+        scalars, words, 0, 0, 1, N, RULE, FLAGS, SCALARS, FORMATS, RANDOM, True, False, EXACT, BN,
     )  # fmt: skip
 
 
@@ -145,14 +145,14 @@ def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def norm_of(acc):
-    """The tile's norm, NaN if one element is not finite; infinite only where the norm is."""
-    largest = tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE)
-    size = codecs.float_of(largest)
-    unit = tl.where(size > 1e15, 2.0**-75, tl.where(size < 1e-15, 2.0**60, 1.0))  # squares neither overflow nor vanish
+def norm_of(acc, factor):
+    """The tile's norm; NaN if an element is not finite, or will not be once it is multiplied by the factor."""
+    largest = codecs.float_of(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE))  # as integers, for which NaN is largest
+    # squares neither overflow nor vanish
+    unit = tl.where(largest > 1e15, 2.0**-75, tl.where(largest < 1e-15, 2.0**60, 1.0))
     scaled = acc * unit
     norm = tl.sqrt_rn(tl.sum(scaled * scaled)) * (1.0 / unit)
-    return tl.where(largest < codecs.INF, norm, float("nan"))
+    return tl.where(largest * tl.abs(factor) < float("inf"), norm, float("nan"))
 
 
 @triton.jit
@@ -283,18 +283,19 @@ def fold_step(
                 BN, BK, BT, WIDEN,
             )  # fmt: skip
     if DENSES > 0:
-        acc += dense(grad, grad_stride, n0, k0, N, K, BN, BK)
+        g = dense(grad, grad_stride, n0, k0, N, K, BN, BK)
+        acc = acc + g if PRODUCTS + GATHERS > 0 else g  # alone it stays as it is: 0.0 + -0.0 is 0.0
     if DENSES > 1:
         for i in tl.range(0, further_dense):
             at = denses + i * DENSE
             acc += dense(tl.load(at).to(grad.dtype), tl.load(at + 1), n0, k0, N, K, BN, BK)
 
-    norm = norm_of(acc)
+    norm = norm_of(acc, factor)
     tl.store(norms + program, norm)
     if STEPS:
         kept = N  # rows that are stored: none of a tile that is not finite
         if GUARDED:
-            kept = tl.where(norm * factor == norm * factor, N, 0)
+            kept = tl.where(norm == norm, N, 0)
         parts = sub_tiles(acc, LEVELS)
         HEIGHT: tl.constexpr = BN >> LEVELS
         for i in tl.static_range(len(parts)):

@@ -1,0 +1,209 @@
+"""Run the parts, each in processes of its own, within a budget of time; then the report.
+
+bash benchmarks/gpu/run.sh [--dry-run] [--only PART] [--out DIR] [--budget-seconds 520] [--fresh]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .book import DIED, TIME, Book, rows_in
+from .machine import ROOT, key
+from .parts import PARTS, Part
+from .report import broken, write
+
+OUT, DRY_OUT = ROOT / "benchmarks" / "results" / "gpu", ROOT / "build" / "gpu-dry-run"
+REPORT_SECONDS = 10.0  # kept back
+GRACE_SECONDS = 5.0  # for a process to finish the row it is at
+TIME_UP, AGAIN = 3, 75  # of worker.py
+MOST_STARTS = 40  # of one process of a part
+
+
+class Run(NamedTuple):
+    """What became of a part."""
+
+    part: Part
+    status: str
+    seconds: float
+    limit_s: float
+    error: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu/run.sh", description="Everything that only a GPU can settle.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes in Triton's interpreter; figures mean nothing"
+    )
+    parser.add_argument("--only", action="append", choices=[part.name for part in PARTS], help="these parts alone")
+    parser.add_argument("--out", type=Path, help="folder of the report and its rows")
+    parser.add_argument("--budget-seconds", type=float, default=520.0, help="for everything (default 520)")
+    parser.add_argument("--part-seconds", type=float, help="the most for one part (default: its share of the budget)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    args = parser.parse_args(argv)
+    parts = [part for part in PARTS if not args.only or part.name in args.only]
+    words = ["bash", "benchmarks/gpu/run.sh", *(["--dry-run"] if args.dry_run else [])]
+    words += [word for name in args.only or [] for word in ("--only", name)]
+    out = args.out or (DRY_OUT if args.dry_run else OUT)
+    return run(parts, out.resolve(), args.dry_run, args.budget_seconds, args.part_seconds, args.fresh, " ".join(words))
+
+
+def run(
+    parts: Sequence[Part],
+    out: Path,
+    dry: bool,
+    budget_seconds: float,
+    part_seconds: float | None = None,
+    fresh: bool = False,
+    command: str = "",
+) -> int:
+    """1 if a check said no, 2 if nothing could be started, else 0."""
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    machine = describe(dry)
+    if "error" in machine:
+        print(machine["error"], file=sys.stderr)
+        return 2
+    folder = out / "rows" / key(machine)
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        for path in folder.glob(f"{part.name}.*.json"):
+            Book(path).retry()
+    runs: list[Run] = []
+    for index, part in enumerate(parts):
+        left = budget_seconds - REPORT_SECONDS - (time.monotonic() - start)
+        limit = left * part.share / sum(other.share for other in parts[index:])
+        limit = limit if part_seconds is None else min(limit, part_seconds)
+        runs.append(run_part(part, folder, dry, max(1.0, limit)))
+        rows = {one.name: rows_in(folder, one.name) for one in parts}
+        write(out, machine, runs, rows, dry, command, budget_seconds, time.monotonic() - start)
+        said = f" {runs[-1].error.strip().splitlines()[-1]}" if runs[-1].error else ""
+        print(
+            f"{part.name}: {runs[-1].status}, {len(rows[part.name])} rows, {runs[-1].seconds:.0f} s{said}", flush=True
+        )
+    print(f"report: {os.path.relpath(out)}/report.md")
+    return int(any(broken(one, rows_in(folder, one.part.name)) for one in runs))
+
+
+def describe(dry: bool) -> dict[str, Any]:
+    """The machine, by a process that is gone before anything is measured."""
+    try:
+        words = [sys.executable, "-m", "benchmarks.gpu.machine"]
+        done = subprocess.run(
+            words, cwd=ROOT, env=_environment(dry), capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": "the card did not answer within 120 s"}
+    if done.returncode:
+        return {"error": f"{done.stderr[-2000:]}\nno GPU here? --dry-run walks the parts in Triton's interpreter"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _environment(dry: bool, processes: int = 1) -> dict[str, str]:
+    found = dict(os.environ)
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
+    found["TOKENIZERS_PARALLELISM"] = "false"
+    found["HF_HUB_OFFLINE"] = "1"
+    found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    found.pop("TRITON_INTERPRET", None)
+    if dry:
+        found |= {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+    return found
+
+
+class Process:
+    """One process of a part, started again as long as it asks to be or dies of a single row."""
+
+    def __init__(self, part: Part, index: int, shards: int, folder: Path, dry: bool, end: float):
+        self.part, self.dry, self.end = part, dry, end
+        self.shard, self.shards = f"{index}/{shards}", shards
+        self.book = folder / f"{part.name}.{index}.json"
+        self.log = folder / f"{part.name}.{index}.log"
+        self.starts, self.status, self.error = 0, "", ""
+        self.start()
+
+    def start(self) -> None:
+        self.starts += 1
+        seconds = max(0.0, self.end - time.monotonic())
+        words = [sys.executable, "-m", "benchmarks.gpu.worker", self.part.module, str(self.book)]
+        words += ["--shard", self.shard, "--seconds", f"{seconds:.1f}"]
+        self.known = len(Book(self.book).rows)
+        with self.log.open("w", encoding="utf-8") as log:
+            self.child = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=_environment(self.dry, self.shards),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def poll(self) -> bool:
+        """Whether it is over, for good."""
+        code = self.child.poll()
+        if code is None:
+            if time.monotonic() < self.end + GRACE_SECONDS:
+                return False
+            self.kill()
+            Book(self.book).interrupted(TIME, f"ended after {self.part.name}'s time")
+            self.status = TIME
+            return True
+        if code in (0, TIME_UP):
+            self.status = "done" if code == 0 else TIME
+            return True
+        tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        if code != AGAIN:
+            Book(self.book).interrupted(DIED, f"exit status {code}: {tail}")
+        if time.monotonic() >= self.end:
+            self.status = TIME
+            return True
+        if len(Book(self.book).rows) > self.known and self.starts < MOST_STARTS:
+            self.start()
+            return False
+        self.status, self.error = DIED, f"exit status {code}: {tail}"
+        return True
+
+    def kill(self) -> None:
+        """It, and what it has started."""
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.child.wait()
+
+
+def run_part(part: Part, folder: Path, dry: bool, limit: float) -> Run:
+    """All of a part's processes, until they are done or the time is up."""
+    start = time.monotonic()
+    shards = 1 if dry else max(1, min(part.shards, (os.cpu_count() or 2) - 2))
+    processes: list[Process] = []
+    try:
+        for index in range(shards):
+            processes.append(Process(part, index, shards, folder, dry, start + limit))
+        waiting = list(processes)
+        while waiting:
+            waiting = [process for process in waiting if not process.poll()]
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            if process.child.poll() is None:
+                process.kill()
+    statuses = [process.status for process in processes]
+    status = next((wanted for wanted in (DIED, TIME) if wanted in statuses), "done")
+    error = next((process.error for process in processes if process.error), "")
+    return Run(part, status, time.monotonic() - start, limit, error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

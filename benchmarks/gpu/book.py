@@ -1,0 +1,66 @@
+"""The rows of one part, kept on disk as they are measured, so that a run can stop anywhere and go on later."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .machine import clean
+
+Row = dict[str, Any]
+
+OK = "ok"
+FAILED = "failed"  # measured, and a check says no
+LEFT_OUT = "left out"  # there is a reason not to measure it here, and it will still be there next time
+ERROR, MEMORY, DIED, TIME, RUNNING = "error", "out of memory", "died", "time was up", "running"
+UNSETTLED = (ERROR, MEMORY, DIED, TIME, RUNNING)  # another run tries again
+
+
+class Book:
+    """Rows by key, written as a whole after each change: a few hundred small ones."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        if path.exists():
+            self.rows = {row["key"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def begin(self, key: str) -> None:
+        """Should the process die with it, this row tells which one it was."""
+        self.put({"key": key, "status": RUNNING})
+
+    def put(self, row: Row) -> None:
+        self.rows[row["key"]] = {name: clean(value) if isinstance(value, str) else value for name, value in row.items()}
+        self.write()
+
+    def interrupted(self, status: str, why: str) -> None:
+        """Whatever was running when the process went away."""
+        for row in self.rows.values():
+            if row["status"] == RUNNING:
+                row.update(status=status, why=clean(why))
+        self.write()
+
+    def retry(self) -> None:
+        """Forget what has not been settled, so that it is tried again."""
+        kept = {key: row for key, row in self.rows.items() if row["status"] not in UNSETTLED}
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps({"rows": list(self.rows.values())}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def rows_in(folder: Path, part: str) -> list[Row]:
+    """All rows of a part, of every process that measured some."""
+    books: Iterable[Path] = sorted(folder.glob(f"{part}.*.json"))
+    return [row for path in books for row in Book(path).rows.values()]

@@ -1,0 +1,254 @@
+"""Single launches: a weight with states, its fp64 truth, the reference's bits, and the kernel on the very same.
+
+The only file here that knows how ``gradfold.backends.triton`` makes a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import Parameter
+
+import gradfold
+from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, Place, Reference, Scratch, Stored, Use
+from gradfold.backends.triton import Triton, interpreted, launch, table
+from gradfold.backends.triton.kernels.step import fold_step
+from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.codecs import WEIGHTS, Plain, matrix
+from gradfold.engine.apply import allocate
+from gradfold.engine.part import Region
+from gradfold.engine.storage import bind, keys_of, tick
+
+NAME = "weight"  # of the parameter, in the streams of random bits
+DRY_TILES = table.Config(32, 128, 16, 1, warps=4, stages=1)  # the interpreter's time goes by tiles and sub-tiles
+
+
+class Cell:
+    """A parameter, or a slice of one, with random states and the numbers of its next step."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        region: Region | None = None,
+        device: torch.device | str = "cpu",
+        std: float = 0.02,
+        step: int = 9,
+    ):
+        self.whole = Parameter((torch.randn(shape, device=device) * std).to(dtype))
+        made = optimizer([self.whole], **options)
+        self.rule, self.group, self.region = made.rule, made.param_groups[0], region
+        self.state: dict[str, Any] = {}
+        waiting: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.storage = allocate(self.param, self.state, self.rule, self.group, waiting, NAME, self.place)
+        self.state.update(waiting)
+        if self.storage.weight is None and dtype in WEIGHTS:
+            # as torch keeps it, but through the codecs: the reference's plain form is not of the same bits
+            plain = WEIGHTS[dtype]
+            self.storage = self.storage._replace(weight=plain, codecs=(plain,) * len(self.storage.codecs))
+        self._fill()
+        with torch.no_grad():
+            for _ in range(step):
+                self.numbers = self.rule.advance(self.state, self.group, False)
+                tick(self.state, self.rule, self.storage)
+
+    @property
+    def param(self) -> Tensor:
+        whole = self.whole.detach()
+        return whole if self.region is None else self.region.of(whole)
+
+    @property
+    def place(self) -> Place | None:
+        return None if self.region is None else self.region.place(self.whole.shape)
+
+    def _fill(self) -> None:
+        """Moments as training has them: the first of both signs, the second positive and of many magnitudes."""
+        for spec, codec in zip(self.storage.specs, self.storage.codecs, strict=True):
+            lead, columns = matrix(self.param.shape)
+            size = (Cell._rows(lead), columns)
+            noise = torch.randn(size, device=self.whole.device)
+            values = noise * 1e-2 if spec.signed else noise.square() * 1e-3 + 1e-6
+            if spec.name == "grad_avg":  # whose square is taken from the mean of squares, and is no larger
+                values = values * 1e-2
+            keys = keys_of(spec.name, codec)
+            if codec is None:
+                self.state[spec.name].copy_(values.view(self.param.shape))
+                continue
+            for part, stored in codec.encode(values).items():
+                self.state[keys[part]].copy_(stored.view(self.state[keys[part]].shape))
+
+    @staticmethod
+    def _rows(lead: Sequence[int]) -> int:
+        rows = 1
+        for size in lead:
+            rows *= size
+        return rows
+
+    def stored(self) -> list[Stored]:
+        """The weight and its states, as a backend takes them."""
+        weight, states = bind(self.param, self.storage, self.state, NAME, self.group, self.place)
+        return [weight, *states]
+
+    def to(self, device: torch.device | str) -> Cell:
+        """A copy, there."""
+        made = copy.copy(self)
+        made.whole = Parameter(self.whole.detach().to(device, copy=True))
+        made.state = {
+            name: value.to(device, copy=True) if value.dim() else value.clone() for name, value in self.state.items()
+        }
+        return made
+
+    def bits(self) -> dict[str, Tensor]:
+        """Everything the step may change, the rest of the whole parameter included; on the CPU."""
+        found = {"weight": self.whole.detach(), **{name: value for name, value in self.state.items() if value.dim()}}
+        return {name: value.cpu().clone() for name, value in found.items()}
+
+    def decoded(self) -> list[Tensor]:
+        """Weight and states in fp64, on the CPU."""
+        shape, found = self.param.shape, []
+        for one in self.stored():
+            parts = {name: part.cpu().contiguous() for name, part in one.parts.items()}
+            if one.codec is None or isinstance(one.codec, Plain):
+                found.append(next(iter(parts.values())).double().view(shape))
+            else:
+                tile = one.codec.decode(one.codec.rows_of(parts, shape), matrix(shape).columns)
+                found.append(tile.double().view(shape))
+        return found
+
+    def truth(self, grad: Tensor) -> list[Tensor]:
+        """Weight and states after the step, in fp64, from what is stored now. grad: fp64."""
+        weight, *states = self.decoded()
+        scratch = [torch.empty_like(weight) for _ in range(self.rule.scratch_tiles(self.group))]
+        self.rule.update(weight, grad.clone().view(weight.shape), states, self.numbers, scratch)
+        return [weight, *states]
+
+    def by_reference(self, uses: Sequence[Use], change: Change = UNCHANGED) -> None:
+        """The reference backend's step."""
+        weight, *states = self.stored()
+        with torch.no_grad():
+            backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
+            backend.step(weight, states, uses, self.rule, self.group, self.numbers, change)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weight and its states."""
+        return sum(part.numel() * part.element_size() for one in self.stored() for part in one.parts.values())
+
+
+def family() -> str:
+    """Which rows of the launch table are this card's."""
+    return Triton(Scratch(1)).where
+
+
+@contextlib.contextmanager
+def using(config: table.Config | None) -> Iterator[None]:
+    """Launches made inside take these tiles where the table would be asked for a product's. None: the table's."""
+    config = DRY_TILES if config is None and interpreted() else config
+    if config is None:
+        yield
+        return
+    asked = table.config
+
+    def answer(source: str, operand_bytes: int, where: str) -> table.Config:
+        return config if source == table.PRODUCT else asked(source, operand_bytes, where)
+
+    with mock.patch.object(table, "config", answer):
+        yield
+
+
+class Launch:
+    """One launch of ``fold_step``, prepared: calling it steps the cell in place and returns the compiled kernel."""
+
+    def __init__(
+        self, cell: Cell, uses: Sequence[Use], config: table.Config | None = None, change: Change | None = None
+    ):
+        change = Change(guarded=True) if change is None else change
+        where = family()
+        with using(config), torch.no_grad():
+            stored = cell.stored()
+            weight = stored[0]
+            tensors = launch.tensors_of(stored)
+            twin = twin_of(cell.rule)
+            assert tensors is not None and twin is not None, "no kernel takes this storage or rule"
+            source = launch.source_of(uses, tensors.rows, tensors.columns, weight.values, where)
+            assert source is not None, "no kernel takes these uses"
+            self.config = table.config(source.kind, source.operand_bytes, where)
+            stream = next((one.stream for one in stored if one.stream is not None), None)
+            step = 0 if stream is None else stream.step
+            scalars = scalars_of(twin, cell.numbers, step, weight.values.device)
+            self.tiles = launch.tiles_of(tensors, source, where)
+            self.norms = torch.full((self.tiles,), float("nan"), device=weight.values.device)
+            self.positions, self.constants = launch.arguments(
+                tensors,
+                source,
+                twin,
+                flags_of(twin, cell.numbers),
+                scalars,
+                self.norms,
+                where,
+                scale=change.scale,
+                limit=change.clip_value,
+                guarded=change.guarded,
+                tf32=False,
+                interpreted=interpreted(),
+            )
+        self.held = (cell, list(uses), source)  # tensors the launch only has pointers to
+
+    def __call__(self) -> Any:
+        return fold_step[(self.tiles,)](*self.positions, **self.constants)
+
+
+@triton.jit
+def _fma(out, a, b, c):
+    tl.store(out, tl.fma(tl.load(a), tl.load(b), tl.load(c)))
+
+
+def rounds_once(device: torch.device | str) -> bool:
+    """Whether ``tl.fma`` rounds once, as on every card: older interpreters multiply and then add."""
+    near = torch.tensor([1 + 2.0**-12], device=device)
+    out = torch.zeros_like(near)
+    _fma[(1,)](out, near, near, torch.tensor([-1 - 2.0**-11], device=device))
+    return float(out) == 2.0**-24
+
+
+def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """The fp32 gradient as the kernel sums it in registers, on the CPU: a step of SGD from zero, with rate 1."""
+    cell = Cell(gradfold.SGD, shape, torch.float32, {"lr": 1.0}, device=device, std=0.0)
+    Launch(cell, uses, change=UNCHANGED)()
+    grad = -cell.param.cpu()
+    return torch.where(grad == 0, torch.zeros_like(grad), grad)
+
+
+def by_backend(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
+    """The step as the Triton backend takes it: Python's work and its choice of a route included."""
+    backend = Triton(Scratch(DEFAULT_SCRATCH_BYTES))
+    weight, *states = cell.stored()
+
+    def step() -> None:
+        with torch.no_grad(), using(None):
+            backend.step(weight, states, uses, cell.rule, cell.group, cell.numbers)
+
+    return step
+
+
+def row_blocks(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
+    """A library's products into scratch and the rule after each: the reference backend's way, on this device."""
+    backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
+    weight, *states = [one._replace(codec=None, stream=None) for one in cell.stored()]
+
+    def step() -> None:
+        with torch.no_grad():
+            backend.step(weight, states, uses, cell.rule, cell.group, cell.numbers)
+
+    return step

@@ -1,0 +1,97 @@
+"""Peak memory of a training step: predicted by ``gradfold.plan.step_memory`` on fake tensors, and as it was measured.
+
+Predictions run here, on the processor; what was measured is read from the rows of ``step.py``, of the same run or of
+one before it. Ours are predicted with a backend that steps nothing and holds nothing, as the kernels hold no gradient:
+stepping fake tensors block by block takes minutes at this size. The prediction counts live bytes exactly, but not what
+the allocator rounds up or what libraries take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import gradfold
+from benchmarks.gpu import training
+from benchmarks.gpu.book import OK, rows_in
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.worker import Case, LeftOut
+from gradfold.plan.step import StepMemory, step_memory
+
+NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
+
+
+def cases(setting: Setting) -> list[Case]:
+    names = NAMES[:2] if setting.dry else NAMES
+    return [Case(name, lambda name=name: compare(name, setting)) for name in names]
+
+
+def compare(name: str, setting: Setting) -> dict[str, Any]:
+    measured = {row["key"]: row for row in rows_in(setting.folder, "step") if row["status"] == OK}
+    row = measured.get(f"alone: {name}")
+    if row is None:
+        row = _measure(name, setting)
+    predicted, device = predict(name, row["layers"], setting)
+    figures = {
+        "layers": row["layers"],
+        "predicted_gib": predicted.peak_bytes / 2**30,
+        "measured_gib": row["peak_bytes"] / 2**30,
+        "ratio": row["peak_bytes"] / predicted.peak_bytes,
+        "device": device,
+    }
+    return figures | {f"predicted_{key}": value for key, value in predicted.as_dict().items() if key != "label"}
+
+
+def _measure(name: str, setting: Setting) -> dict[str, Any]:
+    """Without rows of whole steps: a short measurement of our own."""
+    from benchmarks.gpu.parts import step
+
+    return step.alone(name, setting)
+
+
+class InRegisters:
+    """Steps as far as memory goes: the kernels hold no gradient, and what they take besides is too small to count."""
+
+    name = "in registers"
+
+    def reserve(self, *args: Any) -> None: ...
+
+    def finite(self, *args: Any) -> bool:
+        return True
+
+    def step(self, *args: Any) -> float:
+        return 0.0
+
+    def scratch_tensors(self) -> Sequence[torch.Tensor]:
+        return []
+
+
+def predict(name: str, layers: int, setting: Setting) -> tuple[StepMemory, str]:
+    """On fake tensors of the card where torch can make them, else of the CPU."""
+    shape, tokens = training.shape_of(setting), training.tokens_of(setting)
+    refused = []
+    for device in dict.fromkeys((setting.device, torch.device("cpu"))):
+        try:
+            return _predict(name, layers, shape, tokens, device), device.type
+        except Exception as error:
+            refused.append(f"{device.type}: {type(error).__name__}: {error}")
+    raise LeftOut("; ".join(refused))
+
+
+def _predict(name: str, layers: int, shape: dict[str, int], tokens: int, device: torch.device) -> StepMemory:
+    optimizers: dict[str, Callable[[Any], Any]] = {
+        "torch fused": lambda params: torch.optim.AdamW(params, lr=training.LR, fused=True),
+        "torch hooks": lambda params: training.SteppedInHooks(params, "adamw", training.LR),
+    }
+    states = name.removeprefix("ours ")
+    make = optimizers.get(name, lambda params: gradfold.AdamW(params, lr=training.LR, states=states, small_size=1))
+    batch = training.batch_of(shape, tokens, torch.device("cpu"))
+    fake_batch = {key: value.to(device) for key, value in batch.items()}
+
+    def fold(model: Any, optimizer: Any) -> Any:
+        return gradfold.fold(model, optimizer, backend=InRegisters())
+
+    how = fold if name.startswith("ours") else False
+    return step_memory(lambda: training.model_of(shape, layers, device), make, fake_batch, fold=how)

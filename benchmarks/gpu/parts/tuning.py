@@ -1,0 +1,102 @@
+"""Which tiles are fastest: each candidate against the table's own, on weights and states made for it alone.
+
+The table (``gradfold/backends/triton/table.py``) is edited by hand from what this prints; nothing is tuned in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.kernel import DRY_TILES, Launch, family
+from benchmarks.gpu.setting import Setting, quartiles
+from benchmarks.gpu.weights import DRY_LINEARS, LINEARS, operands
+from benchmarks.gpu.worker import Case, LeftOut
+from gradfold.backends.triton import table
+
+ROUNDS = 11
+COPIES = 3
+SHAPES = ("gate, up", "q, o", "k, v")
+TOKENS = (512, 4096)
+STATES = ("bf16", "int8")
+
+
+def candidates(where: str, dry: bool = False) -> dict[str, table.Config]:
+    """The table's own, first, and its neighbours; without those that are the same."""
+    own = DRY_TILES if dry else table.config(table.PRODUCT, 2, where)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"maxnreg": None},
+        {"bn": 64, "levels": 3, "warps": 4, "maxnreg": None},
+        {"bn": 256, "levels": 5, "maxnreg": None},
+        {"levels": 3},
+        {"stages": 2},
+        {"stages": 4},
+        {"bn": 64, "levels": 2, "warps": 4, "stages": 4, "maxnreg": None},
+        {"bn": 256, "levels": 4, "maxnreg": None},
+        {"bn": 64, "levels": 3, "warps": 4, "maxnreg": 168},
+        {"bt": 32, "stages": 4},
+        {"bt": 128, "stages": 2},
+        {"group": 4},
+        {"group": 16},
+    ]
+    if dry:
+        changes = [{}, {"bn": 16}]
+    made = {label(own._replace(**change)): own._replace(**change) for change in changes}
+    if dry or where == "hopper":  # sub-tiles are bounded by registers elsewhere too; columns are a block everywhere
+        return made
+    return {name: config for name, config in made.items() if config.bt <= 2 * own.bt and config.bn <= 2 * own.bn}
+
+
+def label(config: table.Config) -> str:
+    """``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
+    registers = "" if config.maxnreg is None else f", {config.maxnreg} registers"
+    return (
+        f"({config.bn}, {config.bk}, {config.bt}) levels {config.levels}, {config.warps} warps, "
+        f"{config.stages} stages{registers}, group {config.group}"
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    linears, tokens = (DRY_LINEARS, (7,)) if setting.dry else (LINEARS, TOKENS)
+    shapes, states = (tuple(linears), STATES[1:]) if setting.dry else (SHAPES, STATES)
+    own, *others = candidates(family(), setting.dry)
+    return [
+        Case(
+            f"{name}, T={t}, {kind}: {other}",
+            lambda name=name, t=t, kind=kind, other=other: compare(name, linears[name], t, kind, own, other, setting),
+            0.0 if setting.dry else 2.0,
+        )
+        for name in shapes
+        for t in tokens
+        for kind in states
+        for other in others
+    ]
+
+
+def compare(
+    name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, setting: Setting
+) -> dict[str, Any]:
+    found = candidates(family(), setting.dry)
+    each = [operands(shape, tokens, states, setting) for _ in range(1 if setting.dry else COPIES)]
+    groups = [[Launch(one.cell, [one.use], found[which]) for one in each] for which in (own, other)]
+    try:
+        for group in groups:
+            group[0]()
+    except Exception as error:
+        if type(error).__name__ == "OutOfResources":  # too much shared memory, or too many registers, for this card
+            raise LeftOut(f"{other}: {error}") from None
+        raise
+    steps = [lambda group=group: [launch() for launch in group] for group in groups]
+    with torch.no_grad():
+        own_times, times = setting.kernel_ms(steps, ROUNDS)
+    first, median, third = quartiles([b / a for a, b in zip(own_times, times, strict=True)])
+    return {
+        "shape": f"{name}, T={tokens}, {states}",
+        "candidate": other,
+        "ours_ms": quartiles(times)[1] / len(each),
+        "table_ms": quartiles(own_times)[1] / len(each),
+        "ratio": median,
+        "ratio_quartiles": f"{first:.3f} - {third:.3f}",
+    }

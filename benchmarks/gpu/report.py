@@ -1,0 +1,166 @@
+"""report.json and report.md: what was run on what, every row, and tables of the figures that matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .book import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, Row
+from .machine import clean
+
+if TYPE_CHECKING:
+    from .__main__ import Run
+
+DRY = "**A dry run: Triton's interpreter, tiny shapes, a clock on the CPU. These figures mean nothing.**"
+
+
+def broken(run: Run, rows: Sequence[Row]) -> bool:
+    """Whether a check said no, or could not say yes: a kernel that crashes is not correct. No time: neither."""
+    if not run.part.judged:
+        return False
+    return run.status == DIED or any(row["status"] not in (OK, LEFT_OUT, TIME) for row in rows)
+
+
+def write(
+    out: Path,
+    machine: Mapping[str, Any],
+    runs: Sequence[Run],
+    rows: Mapping[str, Sequence[Row]],
+    dry: bool,
+    command: str,
+    budget_seconds: float,
+    seconds: float,
+) -> None:
+    """Both files, anew."""
+    result = {
+        "benchmark": "gpu",
+        "dry_run": dry,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command,
+        "revision": machine.get("revision"),
+        "machine": dict(machine),
+        "budget_seconds": budget_seconds,
+        "seconds": round(seconds, 1),
+        "correct": not any(broken(run, rows[run.part.name]) for run in runs),
+        "parts": [
+            {
+                "name": run.part.name,
+                "title": run.part.title,
+                "command": f"bash benchmarks/gpu/run.sh --only {run.part.name}",
+                "status": run.status,
+                "seconds": round(run.seconds, 1),
+                "limit_seconds": round(run.limit_s, 1),
+                "error": run.error,
+                "rows": list(rows[run.part.name]),
+            }
+            for run in runs
+        ],
+    }
+    result = _cleaned(result)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (out / "report.md").write_text("\n".join(_page(result, runs)) + "\n", encoding="utf-8")
+
+
+def _cleaned(value: Any) -> Any:
+    """The same without paths of this machine, and floats with the digits that mean something."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else str(value)
+    if isinstance(value, Mapping):
+        return {key: _cleaned(one) for key, one in value.items()}
+    return [_cleaned(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _page(result: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    machine = result["machine"]
+    lines = ["# What the GPU says", ""]
+    if result["dry_run"]:
+        lines += [DRY, ""]
+    facts = {
+        "card": machine["card"],
+        "memory": f"{machine['memory_gib']} GiB",
+        **{name: machine[name] for name in ("capability", "multiprocessors", "l2_mib") if name in machine},
+        **{name: value for name, value in machine.items() if "." in name or name.startswith("driver")},
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version),
+        "revision": machine["revision"] or "unknown",
+        "sources": machine["sources"],
+        "date": result["date"],
+        "command": f"`{result['command']}`",
+        "checks": "all that were made passed" if result["correct"] else "**some did not pass**",
+    }
+    lines += _table(["", ""], [[name, str(value)] for name, value in facts.items()])
+    lines += ["", "Medians; ratios with quartiles, of interleaved rounds. A ratio below 1 is in favour of ours.", ""]
+    overview = [
+        [
+            f"`{part['command'].removeprefix('bash benchmarks/gpu/run.sh ')}`",
+            part["status"],
+            f"{part['seconds']} of {part['limit_seconds']}",
+            _counts(part["rows"]),
+        ]
+        for part in result["parts"]
+    ]
+    lines += [*_table(["part", "", "seconds", "rows"], overview), ""]
+    for part, run in zip(result["parts"], runs, strict=True):
+        lines += _part(part, run)
+    return lines
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    statuses = [row["status"] for row in rows]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)) or "none"
+
+
+def _part(part: Mapping[str, Any], run: Run) -> list[str]:
+    lines = [f"## {part['name']}", "", part["title"] + ".", ""]
+    if part["error"]:
+        lines += [f"**{part['status']}**", "", *_quoted(part["error"]), ""]
+    measured = [row for row in part["rows"] if row["status"] in (OK, FAILED)]
+    columns = [name for name in run.part.columns if any(name in row for row in measured)]
+    if run.part.best is not None:
+        lines += _best(measured, *run.part.best, columns)
+    if measured:
+        table = [[row["key"], row["status"], *(_cell(row.get(name)) for name in columns)] for row in measured]
+        lines += [*_table(["", "", *columns], table), ""]
+    notes = [row for row in part["rows"] if row["status"] != OK or row.get("note")]
+    for row in notes:
+        said = str(row.get("why") or row.get("note") or "").strip()
+        lines.append(f"- {row['key']}: {row['status']}" + (f": {_short(said)}" if said else ""))
+        if row["status"] in (ERROR, DIED) and "traceback" in row:
+            lines += ["", *_quoted(row["traceback"][-800:]), ""]
+    return [*lines, ""] if notes else lines
+
+
+def _best(rows: Sequence[Row], group: str, figure: str, columns: Sequence[str]) -> list[str]:
+    """The smallest figure of each group."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if figure in row and (row[group] not in found or row[figure] < found[row[group]][figure]):
+            found[row[group]] = row
+    if not found:
+        return []
+    table = [[_cell(row.get(name)) for name in columns] for row in found.values()]
+    return [f"The best of each {group} (above 1: the table's own):", "", *_table(columns, table), ""]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines]
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _quoted(text: str) -> list[str]:
+    return ["```", *text.strip().replace("```", "'''").splitlines()[-20:], "```"]

@@ -1,0 +1,101 @@
+"""Where a part runs and how it takes times: on the card with events, or dry on the CPU with a clock."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import interleaved_ms, wall_ms
+
+FLUSH_BYTES = 256 * 2**20  # written before each sample: more than any L2
+AHEAD_CYCLES = 2_000_000  # the card waits about a millisecond, in which Python queues what is timed
+
+
+@dataclass
+class Setting:
+    """What a part is told."""
+
+    dry: bool
+    seconds: float  # for this part in this process
+    folder: Path  # of the books
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @property
+    def left_seconds(self) -> float:
+        return self.seconds - (time.monotonic() - self.start)
+
+    def synchronize(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def kernel_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+        """Times of kernels, one after the other in each round, from a cold L2 and without Python's own time."""
+        rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
+        return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _cold_ms)
+
+    def step_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+        """Times of whole training steps, Python's own time included where the card waits for it."""
+        rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
+        return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _warm_ms)
+
+    def free_bytes(self) -> int:
+        """Memory that nobody has; a made-up number when dry."""
+        return 2**30 if self.dry else torch.cuda.mem_get_info()[0]
+
+    def clean(self) -> int:
+        """Give back what is garbage; how many bytes are held all the same."""
+        gc.collect()
+        if self.dry:
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def ratios(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of ``of / to``, sample by sample."""
+    first, median, third = quartiles([a / b for a, b in zip(of, to, strict=True)])
+    return {f"{name}_ratio": median, f"{name}_ratio_quartile_1": first, f"{name}_ratio_quartile_3": third}
+
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _cold_ms(step: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(AHEAD_CYCLES)
+    _flush().zero_()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _warm_ms(step: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

@@ -1,0 +1,156 @@
+"""Whole training steps: the Llama, and everybody who steps it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import gradfold
+from benchmarks.common import SteppedInHooks, llama
+
+from .kernel import using
+from .setting import Setting
+from .worker import LeftOut
+
+LR = 1e-5
+LLAMA_8B = {"hidden": 4096, "intermediate": 14336, "vocabulary": 128256, "kv": 1024, "layers": 32, "heads": 32}
+TINY = {"hidden": 32, "intermediate": 48, "vocabulary": 64, "kv": 16, "layers": 2, "heads": 2}
+TOKENS, DRY_TOKENS = 512, 7
+
+
+def shape_of(setting: Setting) -> dict[str, int]:
+    return TINY if setting.dry else LLAMA_8B
+
+
+def tokens_of(setting: Setting) -> int:
+    return DRY_TOKENS if setting.dry else TOKENS
+
+
+def config_of(shape: dict[str, int], layers: int) -> Any:
+    """Llama-3.1-8B's, or of its proportions."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape["vocabulary"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=layers,
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"] * shape["heads"] // shape["hidden"],
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
+    """Random bf16 weights, the same for every contestant, made where they are used."""
+    with device:
+        return llama(config_of(shape, layers), torch.bfloat16)
+
+
+def batch_of(shape: dict[str, int], tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """One sequence [1, tokens], which is also its own labels."""
+    ids = torch.randint(0, shape["vocabulary"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+class Contestant(NamedTuple):
+    """A model and who steps it."""
+
+    model: nn.Module
+    optimizer: Any
+    backend: str = ""
+    close: Callable[[], None] = lambda: None
+
+
+def torch_fused(model: nn.Module) -> Contestant:
+    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
+
+
+def torch_foreach(model: nn.Module) -> Contestant:
+    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
+
+
+def torch_hooks(model: nn.Module) -> Contestant:
+    """Post-accumulate hooks, each with a fused AdamW of its own."""
+    return Contestant(model, SteppedInHooks(model.parameters(), "adamw", LR))
+
+
+def bitsandbytes(model: nn.Module) -> Contestant:
+    return Contestant(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
+
+
+def torchao(model: nn.Module) -> Contestant:
+    return Contestant(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
+
+
+def flashoptim(model: nn.Module) -> Contestant:
+    """8-bit states, an 8-bit correction of the weights, and gradient release."""
+    package = _load("flashoptim")
+    optimizer = package.FlashAdamW(model.parameters(), lr=LR)
+    handle = package.enable_gradient_release(model, optimizer)
+    return Contestant(model, optimizer, close=handle.remove)
+
+
+def _load(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise LeftOut(f"{name.partition('.')[0]} cannot be imported here: {error}") from None
+
+
+def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Contestant]:
+    """Vectors have fp32 states, matrices ``states``, even tiny ones. capturable: as torch's groups say it."""
+
+    def make(model: nn.Module) -> Contestant:
+        optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
+        fold = gradfold.fold(model, optimizer, backend="triton")
+        return Contestant(model, optimizer, "triton", fold.remove)
+
+    return make
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {
+    "torch fused": torch_fused,
+    "torch foreach": torch_foreach,
+    "torch hooks": torch_hooks,
+    "bitsandbytes 8-bit": bitsandbytes,
+    "torchao 8-bit": torchao,
+    "flashoptim release": flashoptim,
+    "ours fp32": ours("fp32"),
+    "ours bf16": ours("bf16"),
+    "ours int8": ours("int8"),
+    "ours int4": ours("int4"),
+    "ours bf16 graph": ours("bf16", capturable=True),
+}
+
+
+def step_of(contestant: Contestant, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
+    """One training step; its loss, still on the device, goes to ``losses``."""
+
+    def step() -> None:
+        with using(None):
+            loss = contestant.model(**batch).loss
+            loss.backward()
+            contestant.optimizer.step()
+            contestant.optimizer.zero_grad()
+            losses[:] = [loss.detach()]
+
+    return step
+
+
+@contextlib.contextmanager
+def training(name: str, shape: dict[str, int], layers: int, setting: Setting) -> Iterator[Contestant]:
+    """A contestant with a model of its own, which is gone afterwards."""
+    made = CONTESTANTS[name](model_of(shape, layers, setting.device))
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(Exception):  # of a step that raised half-way: that is what the row tells
+            made.optimizer.zero_grad()
+            made.close()

@@ -1,0 +1,100 @@
+"""One process of one part: measures its cases in turn and writes each down at once.
+
+    python -m benchmarks.gpu.worker MODULE BOOK --shard 0/1 --seconds 60
+
+Started by ``__main__.py``. Exit status: 0 all done, 3 the time was up, 75 start me again (the card's context is lost).
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .book import ERROR, FAILED, LEFT_OUT, MEMORY, OK, Book
+
+TIME_UP, AGAIN = 3, 75
+HELD_BYTES = 2**30  # that nothing should hold between two cases
+
+
+class Case(NamedTuple):
+    """One row to measure."""
+
+    key: str
+    measure: Callable[[], dict[str, Any]]
+    seconds: float = 0.0  # that it needs at least: not begun with less left
+    alone: bool = False  # a process that has run it runs no other
+
+
+class LeftOut(Exception):
+    """There is a reason not to measure this here."""
+
+
+class Failed(Exception):
+    """A check said no. Its figures go into the row."""
+
+    def __init__(self, message: str, **figures: Any):
+        super().__init__(message)
+        self.figures = figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("module")
+    parser.add_argument("book", type=Path)
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    args = parser.parse_args()
+    faulthandler.enable()
+    start = time.monotonic()
+
+    from .setting import Setting
+
+    book = Book(args.book)
+    setting = Setting(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.book.parent, start)
+    shard, shards = map(int, args.shard.split("/"))
+    for case in importlib.import_module(args.module).cases(setting)[shard::shards]:
+        if case.key in book:
+            continue
+        if setting.left_seconds <= case.seconds:
+            return TIME_UP
+        book.begin(case.key)
+        row, lost = measured(case)
+        book.put(row)
+        print(f"{case.key}: {row['status']} {row.get('why', '')}", flush=True)
+        if lost or case.alone or (not setting.dry and setting.clean() > HELD_BYTES):
+            return AGAIN
+    return 0
+
+
+def measured(case: Case) -> tuple[dict[str, Any], bool]:
+    """The case's row, and whether nothing more can be measured in this process."""
+    start = time.monotonic()
+    lost = False
+    try:
+        row = {"status": OK, **case.measure()}
+    except LeftOut as reason:
+        row = {"status": LEFT_OUT, "why": str(reason)}
+    except Failed as failure:
+        row = {"status": FAILED, "why": str(failure), **failure.figures}
+    except Exception as error:
+        import torch
+
+        text = f"{type(error).__name__}: {error}"
+        memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        lost = not memory and torch.cuda.is_initialized() and ("CUDA" in text or "cublas" in text.lower())
+        row = {"status": MEMORY if memory else ERROR, "why": text, "traceback": traceback.format_exc()}
+    return {"key": case.key, **row, "measured_s": round(time.monotonic() - start, 3)}, lost
+
+
+if __name__ == "__main__":
+    from benchmarks.gpu import worker  # under its own name, so that parts raise the very classes that are caught
+
+    sys.exit(worker.main())

@@ -1,0 +1,67 @@
+"""What the host does for one weight's step in a Triton kernel, in microseconds.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.launch
+
+The driver only listens (``compiled.Listening``), so that no GPU is needed and none is in the figures: what is timed is
+Python's work up to the call of Triton's launcher. ``dispatch`` is what Triton's own way costs when nothing is prepared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.runtime.driver import driver
+
+from benchmarks.compiled import Job, Listening, stored_by
+from common import print_table, write_result
+from gradfold.backends import MatmulUse, Scratch
+from gradfold.backends.triton import Triton, backend
+
+ROUNDS, CALLS = 15, 200
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """The median over rounds of the mean of some calls."""
+    call()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return statistics.median(times)
+
+
+def main() -> None:
+    before = driver._active
+    driver.set_active(Listening(90))  # type: ignore[arg-type]
+    backend._reachable = lambda weight: True  # a CPU's tensors, which nothing reads
+    rows = []
+    for states in ("fp32", "int8"):
+        weight, found, rule, numbers = stored_by(Job(90, states=states))
+        n, k = weight.values.shape
+        use = MatmulUse(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
+        ours, arguments = Triton(Scratch()), (weight, found, [use], rule, {}, numbers)
+        prepared = ours.shelf.find([weight, *found], rule)
+        assert prepared is not None
+        step_us = microseconds(lambda ours=ours, arguments=arguments: ours.step(*arguments))
+
+        def dispatch(ours=ours, arguments=arguments, prepared=prepared) -> None:
+            prepared.launches.clear()
+            ours.step(*arguments)
+
+        rows.append({"states": states, "prepared_us": step_us, "dispatch_us": microseconds(dispatch)})
+    driver._active = before
+    print_table(
+        ["states", "prepared, us", "by Triton's dispatch, us"],
+        [[row["states"], f"{row['prepared_us']:.0f}", f"{row['dispatch_us']:.0f}"] for row in rows],
+    )
+    print(f"written to {write_result('launch', rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Numbers from the host to the device, without waiting for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradfold.errors import FoldError
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of these values there.
+
+    Raises:
+        FoldError: a CUDA graph is being captured. It would copy again, at each replay, from memory that is long reused.
+    """
+    host = torch.from_numpy(values)
+    if device.type != "cuda":
+        return host
+    if capturing(device):
+        raise FoldError(
+            "a CUDA graph is being captured, and a folded step needs numbers from the host: make the optimizer with "
+            "capturable=True, run a few steps on a side stream first, and leave weights that are used several times in "
+            "a step (ties to a head, tapes) out of the graph"
+        )
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,176 @@
+"""Folded models that step in kernels against the same models on the reference backend."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradfold
+from gradfold.backends import Scratch
+from gradfold.backends.triton import Triton
+from gradfold.backends.triton import backend as module
+from gradfold.errors import NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("quick_tiles")
+
+
+class Tied(nn.Module):
+    """Biases of their own, shared ones and one with a second use, a norm, and a head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12, padding_idx=3)
+        self.up, self.down, self.again = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 20)
+        self.again.bias = self.up.bias
+        self.alone = nn.Linear(20, 12)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        h = self.down(torch.tanh(self.up(self.embed(ids))))
+        h = self.norm(h + self.alone(torch.tanh(self.again(h))))
+        return nn.functional.cross_entropy(self.head(h).flatten(0, 1), ids.flatten()) + self.down.bias.pow(2).sum()
+
+
+def train(backend, steps=2, dtype=torch.float32, options=None, accumulate=1, **how):
+    torch.manual_seed(0)
+    model = Tied().to(dtype)
+    optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, **(options or {}))
+    fold = gradfold.fold(model, optimizer, backend=backend, accumulate=accumulate, **how)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for _ in range(accumulate):
+            fold.backward(model(torch.randint(0, 11, (2, 5), generator=generator)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, fold
+
+
+HOW = {
+    "at once": {},
+    "int8": {"options": {"states": "int8", "small_size": 0}},
+    "clipped": {"clip_norm": 0.5, "clip_value": 0.2},
+    "in two passes": {"clip_norm": 0.5, "clip": "two_pass"},
+    "delayed": {"clip_norm": 0.5, "clip": "delayed"},
+    "accumulated": {"accumulate": 2},
+    "a working set": {"working_set": gradfold.WorkingSet(chunks=2)},
+    "capturable": {"options": {"capturable": True}},
+    "not looked at": {"on_nonfinite": "ignore"},
+}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("how", HOW)
+def test_as_on_the_reference_backend(how):
+    wanted, _, reference = train("reference", **HOW[how])
+    got, _, fold = train("triton", **HOW[how])
+    assert fold.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+    for (name, a), b in zip(wanted.named_parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_by_row_blocks(monkeypatch):
+    """``auto`` with fp32 products: what a library multiplies, a kernel steps."""
+    wanted, _, reference = train("reference")
+    blocks = []
+    kept = Triton._by_rows
+    monkeypatch.setattr(Triton, "_by_rows", lambda self, *args: blocks.append(1) or kept(self, *args))
+    got, _, fold = train(Triton(Scratch(600), always=False))  # 600 bytes: several blocks a weight
+    assert blocks
+    assert fold.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+    for a, b in zip(wanted.parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    assert "row blocks" in str(fold.report())
+
+
+@pytest.mark.oldest
+def test_a_bias_steps_in_its_weights_kernel(monkeypatch):
+    """Where it has no other use and no other owner; without a gradient of its own, in one launch."""
+    along, apart = [], []
+    kept = Triton.step_along
+
+    def step_along(self, job, bias):
+        powers = kept(self, job, bias)
+        (along if powers else apart).append(tuple(bias.weight.values.shape))
+        return powers
+
+    monkeypatch.setattr(Triton, "step_along", step_along)
+    train("triton", steps=1)
+    assert along == [(12,)] and apart == []  # alone.bias; down.bias is in the loss, up.bias has two owners
+
+
+def test_biases_round_as_on_the_reference_backend():
+    """Exact sums: activations are ones, so that both backends step with the same gradients, and draw the same bits."""
+    found = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 9).to(torch.bfloat16)
+        options = {"states": "bf16", "rounding": "stochastic", "small_size": 0}
+        optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2, **options)
+        gradfold.fold(model, optimizer, backend=backend)
+        for _ in range(3):
+            model(torch.ones(4, 7, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+        found.append([*model.parameters(), *(s for p in model.parameters() for s in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_small_parameters_step_in_one_launch(monkeypatch):
+    launched = []
+    kept = module.step_many
+    monkeypatch.setattr(module, "step_many", lambda *args: launched.append(len(args[1])) or kept(*args))
+    train("triton", steps=1)
+    assert launched == [2]  # the norm's; biases that do not step along have two gradients to add up
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    "how", [{}, {"clip_norm": 1.0}, {"timing": "deferred"}], ids=["at once", "clipped", "deferred"]
+)
+def test_what_is_not_finite_is_named_and_stays_out(how):
+    model, optimizer, fold = train("triton", steps=1, **how)
+    before = [param.detach().clone() for param in model.parameters()]
+    handle = model.norm.register_full_backward_pre_hook(lambda module, grads: (torch.full_like(grads[0], math.nan),))
+    fold.backward(model(torch.tensor([[1, 2]])))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        optimizer.step()
+    handle.remove()
+    assert math.isnan(fold.grad_norm)
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+    if how:
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    fold.backward(model(torch.tensor([[1, 2]])))
+    optimizer.step()
+    assert math.isfinite(fold.grad_norm)
+
+
+def test_nobody_waits_for_the_norm_unless_asked(monkeypatch):
+    waited = []
+    monkeypatch.setattr("gradfold.engine.play.resolve", lambda powers: waited.append(1) or [0.0] * len(powers))
+    _, _, fold = train("triton", steps=1, on_nonfinite="skip")
+    assert not waited and isinstance(fold._ledger.grad_norm, torch.Tensor)
+    assert fold.grad_norm == pytest.approx(train("reference", steps=1)[2].grad_norm, rel=1e-5)
+
+
+def test_capturable_counts_on_the_device_and_goes_on_after_loading():
+    options = {"options": {"capturable": True, "states": "bf16", "rounding": "stochastic", "small_size": 0}}
+    wanted, optimizer, _ = train("triton", steps=2, dtype=torch.bfloat16, **options)
+    steps = [states["step"] for states in optimizer.state.values()]
+    assert all(step.item() == 2 for step in steps)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["capturable"] is True
+    other = gradfold.AdamW(wanted.named_parameters(), lr=1.0)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["capturable"] is True
+    plain = {"options": {"states": "bf16", "rounding": "stochastic", "small_size": 0}}
+    got, _, _ = train("triton", steps=2, dtype=torch.bfloat16, **plain)
+    assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), got.parameters(), strict=True))
+
+
+def test_report_says_who_steps_how():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4).double())
+    optimizer = gradfold.AdamW(model.parameters())
+    report = str(gradfold.fold(model, optimizer, backend="triton").report())
+    assert "backend triton: 2 in registers; 2 in reference (float64)" in report
