@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import FoldError
     from .fold import Fold, fold
+    from .modules import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
     from .workset import WorkingSet
 
@@ -27,9 +28,11 @@ __all__ = [
     "export_masters",
     "fold",
     "import_masters",
+    "linear_cross_entropy",
+    "linear_log_probs",
 ]
 
-_HOMES = (".errors", ".fold", ".optim", ".workset")
+_HOMES = (".errors", ".fold", ".modules", ".optim", ".workset")
 _PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "report", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 

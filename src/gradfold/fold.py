@@ -13,7 +13,7 @@ from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .engine.timing import Timing
 from .errors import FoldError
-from .modules import SLOT, restore, swap
+from .modules import SLOT, fold_heads, restore, swap
 from .optim import RuleOptimizer
 from .report import Report, report_of
 from .workset import Rotation, Turn, WorkingSet
@@ -45,6 +45,7 @@ def fold(
     timing: Literal["auto", "deferred"] = "auto",
     tape: Literal["device", "host"] = "device",
     working_set: WorkingSet | None = None,
+    head: Literal["fold", "plain"] = "plain",
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -75,6 +76,8 @@ def fold(
         tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
             weight's part of it at a time.
         working_set: train a chunk of the model at a time, see ``WorkingSet``.
+        head: "fold" lets transformers' causal models, given labels, take their loss from ``linear_cross_entropy``; the
+            logits are computed only if something else reads them.
         backend: ``"triton"`` (GPUs: gradients stay in registers), ``"reference"`` (any device), ``"auto"``: for each
             weight whichever should be faster here; or an object that steps parameters (``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
@@ -85,6 +88,8 @@ def fold(
             the model. Nothing has been changed then.
     """
     when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape)
+    if head not in ("fold", "plain"):
+        raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
@@ -122,6 +127,8 @@ def fold(
     made = Fold(ledger, [])
     try:
         made._modules = swap(model, slots)
+        if head == "fold":
+            made._modules = [*fold_heads(model, made._modules), *made._modules]
         optimizer._ledger = ledger
         if rotation is None:
             for slot in slots.values():

@@ -2,12 +2,26 @@
 
 from .choose import choose
 from .gemm import linear, multiply
+from .logits import Terms, logits_of, operand, product, within
 from .norms import accumulation_dtype, safe_magnitude
 from .powers import Pending, Power, resolve, total
 from .reference import UNCHANGED, Backend, Change, Job, Reference, Routed
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
-from .uses import DenseUse, GatherUse, MatmulUse, SumUse, Use, mapped, narrowed, rows, tensors_of
+from .uses import (
+    DenseUse,
+    GatherUse,
+    HeadUse,
+    Kept,
+    MatmulUse,
+    SumUse,
+    Use,
+    mapped,
+    narrowed,
+    rows,
+    rows_at_a_time,
+    tensors_of,
+)
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
@@ -17,7 +31,9 @@ __all__ = [
     "Change",
     "DenseUse",
     "GatherUse",
+    "HeadUse",
     "Job",
+    "Kept",
     "MatmulUse",
     "Pending",
     "Place",
@@ -27,16 +43,22 @@ __all__ = [
     "Scratch",
     "Stored",
     "SumUse",
+    "Terms",
     "Use",
     "accumulation_dtype",
     "choose",
     "linear",
+    "logits_of",
     "mapped",
     "multiply",
     "narrowed",
+    "operand",
+    "product",
     "resolve",
     "rows",
+    "rows_at_a_time",
     "safe_magnitude",
     "tensors_of",
     "total",
+    "within",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from gradfold.rules import number
 
 from .gemm import emulated
-from .uses import DenseUse, GatherUse, MatmulUse, Use
+from .uses import DenseUse, GatherUse, HeadUse, MatmulUse, Use
 
 GRAM_ROWS = 512  # tokens in one block of a Gram matrix
 CANCELLATION = 1e3  # magnitudes over result, from which the tiles are more exact
@@ -104,6 +104,9 @@ def certainly_finite(uses: Sequence[Use], dtype: torch.dtype) -> bool | None:
             bound += largest(use.left) * largest(use.right) * use.left.shape[0]
         elif isinstance(use, GatherUse):
             bound += largest(use.grad) * max(1, use.ids.numel())
+        elif isinstance(use, HeadUse):  # a row of logits has a gradient of at most 2, but for the z-loss
+            most = 2 + abs(2 * use.terms.z_loss) * largest(use.lse)
+            bound += most * largest(use.scale) * largest(use.x) * use.x.shape[0]
         elif isinstance(use, DenseUse):
             bound += largest(use.grad)
     if math.isnan(bound):
@@ -120,6 +123,8 @@ def safe_magnitude(uses: Sequence[Use], dtype: torch.dtype) -> float:
 
 
 def _factor(use: Use) -> Tensor:
+    if isinstance(use, HeadUse):
+        return use.x
     return use.left if isinstance(use, MatmulUse) else use.grad
 
 

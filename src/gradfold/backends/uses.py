@@ -6,15 +6,20 @@ weight's first dimension; a tile is ``[stop - start, columns]``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gemm import accumulate
+from .logits import Terms, logits_of, operand, product, within
 
 GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
+HEAD_BYTES = 8 * 2**20  # of logits at a time, where a loss head's gradient is computed
+MIN_HEAD_ROWS = 64  # of the vocabulary: below this a GEMM loses efficiency
 
 
 class Ready:
@@ -113,6 +118,160 @@ class GatherUse(Ready):
             tile.index_add_(0, ids - (self.first + start), grad)
 
 
+class Kept(NamedTuple):
+    """The softmax of a loss head's logits, as its forward pass came by it: relative to the largest logit so far."""
+
+    values: Tensor  # [T, V]: exp(logit - base) times the soft-cap's slope; 0 for the label
+    bases: Tensor  # [blocks, T]: what was subtracted, for each ``block`` words
+    own: Tensor  # [T]: the gradient of the loss by the label's logit
+    block: int
+
+
+class HeadUse(Ready):
+    """The gradient ``p.T @ x`` of a loss head's weight ``[V, H]``, where p ``[T, V]`` is the gradient of the logits.
+
+    p is never there as a whole. It follows from x, the log-sum-exp, the labels and the weight, so that a block of rows
+    reads the rows of the weight it is the gradient of. They must be the old ones: a backend writes a block before the
+    rule changes it, and a slot steps once. Where ``kept`` holds the softmax, the weight is not read.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        terms: Terms,
+        kept: Kept | None = None,
+    ):
+        self.x = _gemm_ready(x)  # [T, H]
+        self.labels = labels  # [T]
+        self.lse = lse  # [T]
+        self.scale = scale  # [T]: the gradient of each token's loss, 0 for those ignored
+        self.weight = weight  # [V, H], the parameter itself
+        self.bias = bias  # [V], a copy: the parameter may have stepped
+        self.terms = terms
+        self.kept = kept
+        self.first = 0  # the row of the weight that is row 0 here
+        self.columns = slice(None)  # those of the weight that are columns here
+        self._operand: Tensor | None = None
+        self._rows = -1
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it keeps alive; the weight lives anyway."""
+        held = [self.x, self.labels, self.lse, self.scale]
+        if self.bias is not None:
+            held.append(self.bias)
+        return (*held, *self.kept[:3]) if self.kept else tuple(held)
+
+    def replaced(self, tensors: Sequence[Tensor]) -> HeadUse:
+        """The same use of other ``tensors``."""
+        made = copy.copy(self)
+        made.x, made.labels, made.lse, made.scale = tensors[:4]
+        made.bias = None if self.bias is None else tensors[4]
+        if self.kept is not None:
+            values, bases, own = tensors[-3:]
+            made.kept = Kept(values, bases, own, self.kept.block)
+        made._operand = None
+        return made
+
+    def narrowed(self, dim: int, start: int, stop: int) -> HeadUse:
+        made = copy.copy(self)
+        if dim == 0:
+            made.first = self.first + start
+        else:
+            before = self.columns.start or 0
+            made.columns = slice(before + start, before + stop)
+        return made
+
+    def detach_from(self, storages: Container[int]) -> None:
+        """As ``MatmulUse.detach_from``."""
+        if self.x.untyped_storage()._cdata in storages:
+            self.x = self.x.clone()
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        self._rows = rows
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        self._product(tile, start, stop, beta=0)
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        self._product(tile, start, stop, beta=1)
+
+    def dense(self) -> DenseUse:
+        """The whole gradient ``[V, H]``, in the weight's precision."""
+        grad = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        self.write_out(grad)
+        made = DenseUse(grad)
+        made.ready = self.ready
+        return made
+
+    def write_out(self, grad: Tensor | None, bias_grad: Tensor | None = None) -> None:
+        """Write the gradients of the weight and the bias, a block of rows at a time; one that is None is left out."""
+        vocabulary = self.weight.shape[0]
+        block = rows_at_a_time(self.x, HEAD_BYTES)
+        for start in range(0, vocabulary, block):
+            stop = min(start + block, vocabulary)
+            p = self._logit_gradient(start, stop)
+            if bias_grad is not None:
+                bias_grad[start:stop] = p.sum(0)
+            if grad is not None:
+                grad[start:stop] = product(p.to(self._x.dtype).t(), self._x[:, self.columns])
+        self._operand = None
+
+    def _product(self, tile: Tensor, start: int, stop: int, beta: int) -> None:
+        block = rows_at_a_time(self.x, HEAD_BYTES)  # of many tokens a tile's logits would be larger than the tile
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            p = self._logit_gradient(first, last)
+            accumulate(tile[first - start : last - start], p.to(self._x.dtype), self._x[:, self.columns], beta)
+        if stop == self._rows:
+            self._operand = None
+
+    @property
+    def _x(self) -> Tensor:
+        """x as products take it, from the first block to the last."""
+        if self._operand is None:
+            self._operand = operand(self.x)
+        return self._operand
+
+    def _logit_gradient(self, start: int, stop: int) -> Tensor:
+        """p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
+        first, last = self.first + start, self.first + stop
+        smoothing, vocabulary = self.terms.label_smoothing, self.weight.shape[0]
+        grown = self.scale * (1 + 2 * self.terms.z_loss * self.lse)  # [T]
+        here, at = within(self.labels, first, last)
+        slope = None
+        if self.kept is not None:
+            p, hit = self._kept_softmax(self.kept, first, last, grown), self.scale * self.kept.own
+        else:
+            x, bias = self._x, None if self.bias is None else self.bias[first:last]
+            weight = self.weight.detach()[first:last].to(x.dtype)
+            p, slope = logits_of(x, weight, bias, self.terms.softcap)  # [T, rows]
+            p.sub_(self.lse.unsqueeze(1)).exp_().mul_(grown.unsqueeze(1))
+            hit = self.scale * (smoothing - 1)
+        if smoothing:
+            p.sub_((self.scale * (smoothing / vocabulary)).unsqueeze(1))
+        p.scatter_add_(1, at, torch.where(here, hit, torch.zeros_like(hit)).unsqueeze(1))
+        return p if slope is None else p.mul_(slope)
+
+    def _kept_softmax(self, kept: Kept, first: int, last: int, scale: Tensor) -> Tensor:
+        """The kept words ``first`` to ``last``, times ``scale``, in fp32 or fp64: a copy."""
+        p = kept.values[:, first:last].to(self.lse.dtype, copy=True)
+        for index in range(first // kept.block, -(-last // kept.block)):
+            start, stop = max(first, index * kept.block), min(last, (index + 1) * kept.block)
+            p[:, start - first : stop - first].mul_((torch.exp(kept.bases[index] - self.lse) * scale).unsqueeze(1))
+        return p
+
+
+def rows_at_a_time(x: Tensor, limit_bytes: int) -> int:
+    """Rows of the vocabulary whose logits ``[T, rows]`` and weights ``[rows, H]`` stay within this size in fp32."""
+    return max(MIN_HEAD_ROWS, limit_bytes // (4 * max(1, *x.shape)))
+
+
 class DenseUse(Ready):
     """A gradient that plain autograd has already written out, of the weight's own shape."""
 
@@ -138,13 +297,15 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-Use = MatmulUse | GatherUse | DenseUse
+Use = MatmulUse | GatherUse | HeadUse | DenseUse
 
 
 def tensors_of(use: Use) -> tuple[Tensor, ...]:
     """What a use keeps alive."""
     if isinstance(use, MatmulUse):
         return use.left, use.right
+    if isinstance(use, HeadUse):
+        return use.tensors
     return (use.ids, use.grad) if isinstance(use, GatherUse) else (use.grad,)
 
 
@@ -155,6 +316,8 @@ def mapped(use: Use, change: Callable[[Tensor], Tensor]) -> Use:
         made: Use = MatmulUse(*tensors)
     elif isinstance(use, GatherUse):
         made = GatherUse(tensors[0], tensors[1], use.padding_idx, use.first)
+    elif isinstance(use, HeadUse):
+        made = use.replaced(tensors)
     else:
         made = DenseUse(*tensors)
     made.ready = use.ready
@@ -171,6 +334,8 @@ def narrowed(use: Use, dim: int, start: int, stop: int) -> Use:
             made = GatherUse(use.ids, use.grad, use.padding_idx, use.first + start)
         else:
             made = GatherUse(use.ids, use.grad[:, start:stop], use.padding_idx, use.first)
+    elif isinstance(use, HeadUse):
+        made = use.narrowed(dim, start, stop)
     else:
         made = DenseUse(use.grad.narrow(dim, start, stop - start) if use.grad.dim() else use.grad)
     made.ready = use.ready

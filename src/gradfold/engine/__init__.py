@@ -6,7 +6,7 @@ from .ledger import Ledger, outside
 from .parameters import refuse_parameter
 from .part import Part, Region
 from .scaling import scaler_is_looking
-from .slot import Slot
+from .slot import Slot, slot_of
 from .task import NO_TASK, Demand, current_task
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
 
@@ -26,6 +26,7 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "slot_of",
     "stepping",
     "wrapper_of",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, SumUse, Use
+from gradfold.backends import DenseUse, GatherUse, HeadUse, MatmulUse, SumUse, Use
 from gradfold.errors import FoldError
 
 from .parameters import refuse_parameter
@@ -25,6 +25,9 @@ from .task import Demand, LeafHook, current_task, demand
 
 if TYPE_CHECKING:
     from .ledger import Ledger
+
+
+_SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()  # id of a parameter -> its slot
 
 
 class Slot:
@@ -45,6 +48,7 @@ class Slot:
         self.parts = [Part(self)]  # what steps of it now
         self.hook: LeafHook | None = None
         self.placement = _placement(param)
+        _SLOTS[id(param)] = self
 
     # states and hook ------------------------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class Slot:
             self._refuse_second_step()
         return wanted
 
-    def hand(self, use: MatmulUse | GatherUse) -> None:
+    def hand(self, use: MatmulUse | GatherUse | HeadUse) -> None:
         """Keep a use until the gate joins it."""
         use.detach_from(self.ledger.weight_storages)  # a parameter may itself be the input of a module
         use.record(self.param.device)
@@ -189,6 +193,9 @@ class Slot:
     def fire(self, uses: list[Use | SumUse]) -> None:
         """All uses of one backward are there."""
         self.ledger.fired()
+        if sum(part.region is not None and part.region.dim == 1 for part in self.parts) > 1:
+            # bands of columns share their rows: once the first has stepped, these are not the old ones any more
+            uses = [use.dense() if isinstance(use, HeadUse) else use for use in uses]
         for part in self.parts:
             part.fire(uses)
 
@@ -219,6 +226,12 @@ class Slot:
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad
+
+
+def slot_of(param: Tensor) -> Slot | None:
+    """The slot of a parameter whose modules fold, if it is in a fold."""
+    slot = _SLOTS.get(id(param))
+    return slot if slot is not None and slot.param is param and slot.folded else None
 
 
 def create_graph(name: str) -> str:

@@ -27,7 +27,12 @@ def live(module: nn.Module) -> Slot | None:
         refuse_replica(module)
         slot.ledger.look()
         return None
-    task = current_task()
+    return usable(slot)
+
+
+def usable(slot: Slot) -> Slot | None:
+    """The slot, if a call that reads its parameter now can hand it a use."""
+    weight, task = slot.param, current_task()
     if task == NO_TASK and slot.ledger.turns is not None:
         slot.ledger.look_in_turns()  # it may put this very weight to sleep
     if not weight.requires_grad:

@@ -16,7 +16,7 @@ from gradfold.backends.powers import Pending, Power
 from gradfold.backends.reference import UNCHANGED, Change, Job, Reference
 from gradfold.backends.scratch import Scratch
 from gradfold.backends.stored import Stored
-from gradfold.backends.uses import DenseUse, MatmulUse, Use
+from gradfold.backends.uses import DenseUse, HeadUse, MatmulUse, Use
 from gradfold.rules import Group, Rule
 
 from . import table
@@ -91,6 +91,8 @@ class Triton:
             return self._launch_prepared(prepared, one, flags, scalars, change)[0]
         tensors = tensors_of([weight, *states])
         assert tensors is not None
+        if weight.values.dim() == 2 and any(isinstance(use, HeadUse) for use in uses):
+            return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
         source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
         if source is None:
             return self._by_reference(job)
@@ -233,6 +235,8 @@ class Triton:
         tile = self._row_tile(rows, columns, device)
         starts = range(0, rows, len(tile))
         uses = [DenseUse(use.grad.reshape(rows, columns)) if isinstance(use, DenseUse) else use for use in uses]
+        for use in uses:
+            use.prepare(starts, rows)
         norms = []
         for start in starts:
             stop = min(start + len(tile), rows)

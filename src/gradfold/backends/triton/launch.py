@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradfold import codecs as stored_as
 from gradfold.backends.stored import VALUES, Stored
-from gradfold.backends.uses import DenseUse, GatherUse, MatmulUse, Use
+from gradfold.backends.uses import DenseUse, GatherUse, HeadUse, MatmulUse, Use
 from gradfold.codecs import BLOCK, Codec, Plain, matrix
 
 from . import table
@@ -162,7 +162,9 @@ class Source(NamedTuple):
 
 
 def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
-    """None where no kernel takes these uses together: products of several dtypes, say."""
+    """None where no kernel takes these uses together: products of several dtypes, say, or a loss head's."""
+    if any(isinstance(use, HeadUse) for use in uses):
+        return None
     products = [use for use in uses if isinstance(use, MatmulUse)]
     gathers = [use for use in uses if isinstance(use, GatherUse)]
     denses = [use.grad.reshape(rows, columns) for use in uses if isinstance(use, DenseUse)]

@@ -1,0 +1,264 @@
+"""A loss head that holds neither the logits ``[T, V]`` nor its weight's gradient ``[V, H]``.
+
+Forward passes over the weight once (``sweep.py``), and finds the gradient of each token's own loss by x along with it;
+backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight steps
+(``HeadUse``), which may be later, where it is tied to an embedding.
+
+    forward     logits 2 T V H, softmax times weight 2 T V H (not where x needs no gradient)
+    the step    logits again 2 T V H, gradient of the weight 2 T V H
+
+8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H. Where few tokens
+make it cheap (``keep_bytes``), the softmax is kept in x's precision, and its logits are not computed again: 6 T V H.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gradfold.backends import HeadUse, Kept, Terms, rows
+from gradfold.engine import Demand, Slot, refuse_ddp, slot_of
+from gradfold.errors import FoldError
+
+from .live import usable
+from .sweep import Swept, sweep, token_blocks
+
+KEEP_BYTES = 64 * 2**20  # the largest softmax ``[T, V]`` that is kept: 32 Mi words in bf16, 256 tokens of 128 Ki
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    shift: bool = False,
+    keep_bytes: int | None = None,
+) -> Tensor:
+    """Cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
+
+    Args:
+        x: ``[*, H]``.
+        weight: ``[V, H]``. If it is the weight of a folded module, it steps in backward, with no gradient stored;
+            else autograd is given a dense one.
+        labels: ``[*]``, words below V or ``ignore_index``.
+        bias: ``[V]``.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        z_loss: adds ``z_loss * logsumexp(logits)**2`` to each token's loss (PaLM, 1e-4 there).
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        num_items: "mean" divides by this instead of by how many tokens count, as transformers does with
+            ``num_items_in_batch``.
+        reduction: "none" gives a loss for each label, 0 where ignored.
+        shift: tokens before n predict n, as ``transformers``' causal models count: ``x[..., :-1, :]`` with
+            ``labels[..., 1:]``.
+        keep_bytes: where the softmax ``[T, V]`` takes no more than this, in bf16 for bf16 and else in the loss's
+            precision, it is kept for backward instead of computed twice. None: ``KEEP_BYTES``, 64 MiB; 0: never.
+
+    Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0, as are its gradients; torch's is NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together.
+        IndexError: a label that is no word; on an accelerator its loss is NaN instead.
+    """
+    if shift:
+        labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    terms = Terms(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
+    _check(x, weight, labels, bias, terms, num_items, reduction)
+    flat = labels.reshape(-1).to(x.device, torch.int64)  # [T]
+    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, terms, keep_bytes)
+    if reduction == "none":
+        return losses.view(labels.shape)
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    items = (flat != ignore_index).sum() if num_items is None else torch.as_tensor(num_items, device=x.device)
+    return total / torch.where(items == 0, torch.ones_like(items), items)
+
+
+def linear_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: bool = False,
+) -> Tensor:
+    """Log-probability of each label ``[*]``, 0 where ignored: for preference and RL losses. Arguments as above."""
+    return -linear_cross_entropy(
+        x, weight, labels, bias=bias, ignore_index=ignore_index, softcap=softcap, reduction="none", shift=shift
+    )
+
+
+class FoldedHead(torch.autograd.Function):
+    """The loss of each token ``[T]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        terms: Terms,
+        slot: Slot | None,
+        differentiable: bool,
+        keep_bytes: int,
+    ) -> Tensor:
+        # x: [T, H], labels: [T] -> [T]
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            cast = x.to(dtype)
+            by_x, by_bias, by_weight = (differentiable and needed for needed in ctx.needs_input_grad[:3])
+            swept = sweep(cast, weight, bias, labels, terms, by_x, keep_bytes if by_bias or by_weight else 0)
+            counts = labels != ignore_index
+            losses = _losses(swept, weight.shape[0], terms)
+            losses = torch.where(counts, losses, torch.zeros_like(losses))
+            strange = counts & ((labels < 0) | (labels >= weight.shape[0]))
+            losses = torch.where(strange, torch.full_like(losses, torch.nan), losses)
+        if differentiable:
+            ctx.slot, ctx.terms, ctx.dtype = slot, terms, x.dtype
+            ctx.block = swept.kept.block if swept.kept else 0
+            again = (cast, labels, weight, bias) if by_bias or by_weight else (None,) * 4
+            ctx.save_for_backward(counts, swept.lse, swept.dx, *again, *(swept.kept[:3] if swept.kept else ()))
+        ctx.set_materialize_grads(False)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads  # [T]
+        if grad is None:  # no gradient, which is not a gradient of zeros
+            return (None,) * 9
+        demand, slot = Demand.NOTHING, ctx.slot
+        if ctx.needs_input_grad[2]:
+            demand = Demand.CAPTURE if slot is None else slot.admit()
+        if torch.is_grad_enabled():
+            raise FoldError(
+                "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits "
+                "and torch.nn.functional.cross_entropy where second derivatives are needed"
+            )
+        counts, lse, dx, x, labels, weight, bias, *rest = ctx.saved_tensors
+        dX = dW = db = None
+        with torch.autocast(grad.device.type, enabled=False):
+            scale = torch.where(counts, grad.to(lse.dtype), torch.zeros_like(lse))  # [T]
+            if dx is not None:
+                dX = _scaled(dx, scale, ctx.dtype)
+            wants_bias = bias is not None and ctx.needs_input_grad[1]
+            if demand is not Demand.NOTHING or wants_bias:
+                copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
+                leaf: Tensor = weight if slot is None else slot.param
+                kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
+                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, kept)
+                if demand is Demand.CAPTURE:
+                    dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
+                if wants_bias and copied is not None:
+                    db = torch.empty_like(copied)
+                if dW is not None or db is not None:
+                    use.write_out(dW, db)
+                if demand is Demand.STEP and slot is not None:
+                    slot.hand(use)
+        return dX, db, dW, None, None, None, None, None, None
+
+
+def _losses(swept: Swept, vocabulary: int, terms: Terms) -> Tensor:
+    losses = swept.lse - swept.label
+    if swept.mean is not None:
+        losses = losses + terms.label_smoothing * (swept.label - swept.mean)
+    return losses + terms.z_loss * swept.lse**2 if terms.z_loss else losses
+
+
+def _scaled(dx: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each token's gradient times what arrives for it, rounded once."""
+    out = torch.empty_like(dx, dtype=dtype)
+    for start, stop in token_blocks(dx):
+        torch.mul(dx[start:stop], scale[start:stop, None], out=out[start:stop])
+    return out
+
+
+def _token_losses(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    terms: Terms,
+    keep_bytes: int | None = None,
+) -> Tensor:
+    """The loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _plain(x, weight, bias, labels, ignore_index, terms)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _plain(x, weight, bias, labels, ignore_index, terms)
+    _refuse_strange_words(labels, ignore_index, weight.shape[0])
+    slot = slot_of(weight)
+    if slot is not None:
+        refuse_ddp()
+        slot = usable(slot)
+    limit = KEEP_BYTES if keep_bytes is None else keep_bytes
+    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled(), limit)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms) -> Tensor:
+    """The same from logits in memory."""
+    logits = F.linear(x, weight, bias)  # [T, V]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if terms.softcap is not None:
+        logits = torch.tanh(logits / terms.softcap) * terms.softcap
+    smoothing = terms.label_smoothing
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
+    if terms.z_loss:
+        penalty = terms.z_loss * logits.logsumexp(-1) ** 2
+        losses = losses + torch.where(labels != ignore_index, penalty, torch.zeros_like(penalty))
+    return losses
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    terms: Terms,
+    num_items: int | Tensor | None,
+    reduction: str,
+) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: give 'mean', 'sum' or 'none'")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items= divides the mean, not reduction={reduction!r}")
+    if not 0 <= terms.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={terms.label_smoothing}: give a number from 0 to 1")
+    if terms.softcap is not None and not terms.softcap > 0:
+        raise ValueError(f"softcap={terms.softcap}: give a positive number, or None")
+    if weight.dim() != 2 or not weight.shape[0] or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: give x [*, H] and weight [V, H]")
+    if labels.shape != x.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} {labels.dtype}: give words of shape {tuple(x.shape[:-1])}, as integers"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}: give one of shape {tuple(weight.shape[:1])}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: give both in one dtype, or use autocast")
+
+
+def _refuse_strange_words(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """As torch does; not on an accelerator, which it would have to wait for: there the loss becomes NaN."""
+    if labels.device.type != "cpu" or hasattr(labels, "fake_mode"):
+        return
+    strange = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]
+    if strange.numel():
+        raise IndexError(f"label {strange[0].item()} is no word of {vocabulary}, nor ignore_index={ignore_index}")

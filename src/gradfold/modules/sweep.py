@@ -1,0 +1,143 @@
+"""One pass over a loss head's weight, a block of the vocabulary at a time.
+
+Beside the log-sum-exp it sums the softmax times the weight, as attention sums its values, rescaling both as the largest
+logit grows (Dao et al. 2022, algorithm 1). The label's row comes last, with the coefficient p - 1 that is exact where p
+is close to 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import Kept, Terms, logits_of, operand, product, rows_at_a_time, within
+
+TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
+CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
+ROW_BYTES = 2**20  # of the input's gradient worked on at a time, token by token
+
+
+class Swept(NamedTuple):
+    """What one pass over the vocabulary finds for each token."""
+
+    lse: Tensor  # [T]: log-sum-exp of its logits
+    label: Tensor  # [T]: its label's logit; 0 where it has none
+    mean: Tensor | None  # [T]: mean logit, where labels are smoothed
+    dx: Tensor | None  # [T, H]: gradient of its loss
+    kept: Kept | None
+
+
+def sweep(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    terms: Terms,
+    differentiable: bool,
+    keep_bytes: int,
+) -> Swept:
+    """One pass over the vocabulary; x: ``[T, H]``, weight: ``[V, H]``, labels: ``[T]``.
+
+    differentiable: with the gradient by x. keep_bytes: the softmax is kept if it takes no more.
+    """
+    tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], terms.label_smoothing
+    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    keep = x.dtype if x.dtype == torch.bfloat16 else dtype
+    x = operand(x)
+    values, bases = None, []
+    if tokens * vocabulary * keep.itemsize <= keep_bytes and not (smoothing and terms.softcap):
+        values = x.new_empty(tokens, vocabulary, dtype=keep)
+    top = x.new_full((tokens,), -torch.inf, dtype=dtype)  # the largest logit so far
+    total, label = x.new_zeros(tokens, dtype=dtype), x.new_zeros(tokens, dtype=dtype)
+    mean = torch.zeros_like(label) if smoothing else None
+    summed = x.new_zeros(x.shape, dtype=dtype) if differentiable else None  # softmax * total times the weight
+    evenly = None  # [H], or [T, H] with a soft-cap: the sum of the weight's rows, each times its slope
+    if differentiable and smoothing:
+        evenly = x.new_zeros(x.shape[1:] if terms.softcap is None else x.shape, dtype=dtype)
+    block = rows_at_a_time(x, CUDA_TILE_BYTES if x.is_cuda else TILE_BYTES)
+    for start in range(0, vocabulary, block):
+        stop = min(start + block, vocabulary)
+        w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
+        logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], terms.softcap)
+        here, at = within(labels, start, stop)
+        label = torch.where(here, logits.gather(1, at).squeeze(1), label)
+        if mean is not None:
+            mean += logits.sum(1)
+        higher = torch.maximum(top, logits.amax(1))
+        base = torch.where(higher == -torch.inf, torch.zeros_like(higher), higher)  # of words that are all masked out
+        rescale = torch.exp(top - base)
+        e = logits.sub_(base.unsqueeze(1)).exp_()  # [T, v]
+        total = total * rescale + e.sum(1)
+        top = higher
+        if summed is None and values is None:
+            continue
+        # the label's own share comes last, at once with its -1, so that the two do not cancel in rounded numbers
+        e.scatter_(1, at, torch.where(here, torch.zeros_like(top), e.gather(1, at).squeeze(1)).unsqueeze(1))
+        if slope is not None:
+            e.mul_(slope)
+        if values is not None:
+            values[:, start:stop] = e
+            bases.append(base)
+        if summed is None:
+            continue
+        summed.mul_(rescale.unsqueeze(1))
+        _add_product(summed, e.to(x.dtype), w)
+        if evenly is not None:
+            if slope is None:
+                evenly += w.sum(0, dtype=dtype)
+            else:
+                _add_product(evenly, slope.to(x.dtype), w)
+    lse = top + total.log()
+    if mean is not None:
+        mean /= vocabulary
+    own = _by_label(lse, label, terms)
+    if summed is not None:
+        _finish(summed, evenly, weight, labels, lse, own, total, terms)
+    kept = None if values is None else Kept(values, torch.stack(bases), own, block)
+    return Swept(lse, label, mean, summed, kept)
+
+
+def _by_label(lse: Tensor, label: Tensor, terms: Terms) -> Tensor:
+    """The gradient ``[T]`` of the loss by the label's logit before the soft-cap, less what smoothing takes of all."""
+    z = 2 * terms.z_loss * lse
+    own = (1 + z) * torch.expm1(label - lse) + z + terms.label_smoothing  # (1 + z) p - (1 - smoothing)
+    return own if terms.softcap is None else own * (1 - (label / terms.softcap) ** 2)
+
+
+def _finish(
+    summed: Tensor,
+    evenly: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    own: Tensor,
+    total: Tensor,
+    terms: Terms,
+) -> None:
+    """Turn the sum of all words but the label into the gradient of the loss, in place."""
+    others = (1 + 2 * terms.z_loss * lse) / total
+    vocabulary = weight.shape[0]
+    ids = labels.clamp(0, vocabulary - 1)  # of those ignored: any
+    own = torch.where(ids == labels, own, torch.zeros_like(own))
+    for start, stop in token_blocks(summed):
+        part = summed[start:stop].mul_(others[start:stop, None])
+        part.addcmul_(weight.detach()[ids[start:stop]].to(part.dtype), own[start:stop, None])
+        if evenly is not None:
+            even = evenly if terms.softcap is None else evenly[start:stop]
+            part.sub_(even, alpha=terms.label_smoothing / vocabulary)
+
+
+def token_blocks(x: Tensor) -> list[tuple[int, int]]:
+    tokens = x.shape[0]
+    block = max(1, ROW_BYTES // (x.element_size() * max(1, x.shape[1])))
+    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``, out in fp32 or fp64."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out += product(a, b)
