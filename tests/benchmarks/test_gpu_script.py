@@ -58,6 +58,7 @@ def rows_of(report, name):
     return {row["key"]: row for row in part["rows"]}
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_again_and_a_fresh_one_everything(tmp_path, known_machine):
     assert script.run([FINE], tmp_path, True, 120) == 0
     first, page = report_of(tmp_path)
@@ -71,6 +72,7 @@ def test_a_second_run_measures_nothing_again_and_a_fresh_one_everything(tmp_path
     assert rows_of(report_of(tmp_path)[0], "fine")["first"]["nonce"] != rows["first"]["nonce"]
 
 
+@pytest.mark.slow
 def test_whatever_a_part_does_is_told_and_the_others_run(tmp_path, known_machine):
     """One row takes its process with it; a module is not there at all."""
     assert script.run([CRASHING, MISSING, FINE], tmp_path, True, 300) == 1

@@ -32,9 +32,7 @@ QUICK = [
     HOPPER,
     Job(90, norm_only=True),
     Job(90, kind=table.GATHER, states="int8"),
-    Job(90, kind=table.DENSE, states="int4", master="split8"),
     Job(90, biased=True),
-    Job(80),
     Job(100),
 ]
 MATRIX = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}

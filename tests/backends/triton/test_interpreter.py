@@ -32,7 +32,7 @@ SHARDS = {
     "rules": Shard(["test_repairs.py", "test_rules.py"], 80, 190),
     "storages": Shard(["test_storages.py"], 70, 32),
     "gradients": Shard(["test_gradients.py"], 60, 360),
-    "folds": Shard(["test_changes.py", "test_folds.py"], 60, 0),
+    "folds": Shard(["test_changes.py", "test_folds.py", "test_heads.py"], 64, 0),
 }
 FILES = [file for shard in SHARDS.values() for file in shard.files]
 QUICK_OLDEST = 60
