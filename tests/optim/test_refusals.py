@@ -216,7 +216,7 @@ def test_scratch_bytes_is_positive(scratch_bytes):
     assert type(model) is nn.Linear
 
 
-@pytest.mark.parametrize(("backend", "message"), [("triton", "backend='triton': "), ("cuda", "unknown")])
+@pytest.mark.parametrize(("backend", "message"), [("triton", "use backend='auto'"), ("cuda", "unknown")])
 def test_backends_by_name(backend, message):
     model = nn.Linear(3, 2)
     with pytest.raises(gradfold.FoldError, match=f"backend='{backend}'.*{message}"):
