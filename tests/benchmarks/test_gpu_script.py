@@ -173,6 +173,7 @@ def dry_run(out, *words):
     )
 
 
+@pytest.mark.slow
 def test_one_part_dry(tmp_path):
     done = dry_run(tmp_path, "--only", "compiled")
     assert done.returncode == 0, done.stderr

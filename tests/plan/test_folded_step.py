@@ -62,7 +62,7 @@ def batch_of(config, tokens):
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["untied", "tied", "checkpointed"])
 def test_fake_equals_real(dtype, kind):
     config = llama_config(3, tie_word_embeddings=kind == "tied")

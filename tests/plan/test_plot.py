@@ -99,6 +99,7 @@ def test_format_bytes(nbytes, text):
     assert format_bytes(nbytes) == text
 
 
+@pytest.mark.slow
 def test_importing_the_planner_imports_no_optional_package():
     code = (
         "import sys, gradfold.plan.plot; print(sorted({'matplotlib', 'transformers', 'datasets'} & set(sys.modules)))"

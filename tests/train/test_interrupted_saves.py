@@ -164,6 +164,7 @@ def test_killed_at_any_operation_the_last_complete_one_loads(parts):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_goes_on_from_its_last_checkpoint(tiny, texts, tmp_path, silent, no_pictures):
     out = tmp_path / "run"
     chosen = recipe(tiny, texts, steps=200, checkpoint__interval_steps=1, evaluation__sample_tokens=0, out=str(out))

@@ -194,6 +194,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_each_key_is_old_or_new(tmp_path):
     draw, value = random.Random(0), 0.0
     for _ in range(3):
