@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from triton.runtime.driver import driver
 
+from benchmarks.common import print_table, write_result
 from benchmarks.compiled import Job, Listening, stored_by
-from common import print_table, write_result
 from gradfold.backends import MatmulUse, Scratch
 from gradfold.backends.triton import Triton, backend
 
