@@ -130,7 +130,8 @@ class Part:
         if not ledger.measuring and not ledger.deferring and not self.tape and self.region is None:
             sums = [use for use in arrived if isinstance(use, SumUse)]
             coming = slot.weight is not None and slot.weight.pending.get(current_task())
-            if slot.weight is not None and coming and len(sums) == len(arrived):
+            taken = slot.weight in ledger.biases  # by another bias of a shared weight
+            if slot.weight is not None and coming and not taken and len(sums) == len(arrived):
                 slot.stepped = True
                 ledger.biases[slot.weight] = (self, sums)
                 return

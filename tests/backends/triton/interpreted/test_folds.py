@@ -101,6 +101,39 @@ def test_a_bias_steps_in_its_weights_kernel(monkeypatch):
     assert along == [(12,)] and apart == []  # alone.bias; down.bias is in the loss, up.bias has two owners
 
 
+class Shared(nn.Module):
+    """One weight with two biases, and a layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.twice = nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 9)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.twice(torch.tanh(self.twice(torch.tanh(self.other(torch.tanh(self.one(x))))))).square().sum()
+
+
+def test_no_bias_is_lost_where_weights_are_shared_or_used_twice(monkeypatch):
+    along = []
+    kept = Triton.step_along
+    monkeypatch.setattr(Triton, "step_along", lambda self, *jobs: along.append(kept(self, *jobs)) or along[-1])
+    found = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = Shared()
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer = gradfold.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        fold = gradfold.fold(model, optimizer, backend=backend)
+        for _ in range(2):
+            model(torch.randn(5, 9, generator=torch.Generator().manual_seed(1))).backward()
+            optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        found.append([*model.parameters(), torch.tensor(fold.grad_norm)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    assert len(along) == 2 and None not in along  # of the layer that is called twice, in each step
+
+
 def test_biases_round_as_on_the_reference_backend():
     """Exact sums: activations are ones, so that both backends step with the same gradients, and draw the same bits."""
     found = []
