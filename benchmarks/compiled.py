@@ -20,7 +20,7 @@ import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
 from gradfold.backends.triton import table
 from gradfold.backends.triton.kernels.step import fold_step
-from gradfold.backends.triton.launch import Bias, arguments, source_of, tensors_of, tiles_of
+from gradfold.backends.triton.launch import Bias, arguments, counts_of, source_of, tensors_of
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
@@ -127,7 +127,7 @@ def build(job: Job) -> Compiled:
     assert tensors is not None, f"{job.id}: not stored as kernels know it"
     source = source_of([use_of(job)], tensors.rows, tensors.columns, weight.values, job.family)
     assert source is not None, f"{job.id}: no kernel takes this gradient"
-    norms = torch.empty(tiles_of(tensors, source, job.family))
+    norms = torch.empty(counts_of(tensors, job.tiles)[0])
     if job.norm_only:
         positions, constants = arguments(tensors, source, None, (), norms, norms, job.family)
     else:

@@ -187,7 +187,7 @@ class Launch:
             stream = next((one.stream for one in stored if one.stream is not None), None)
             step = 0 if stream is None else stream.step
             scalars = scalars_of(twin, cell.numbers, step, weight.values.device)
-            self.tiles = launch.tiles_of(tensors, source, where)
+            (self.tiles,) = launch.counts_of(tensors, self.config)
             self.norms = torch.full((self.tiles,), float("nan"), device=weight.values.device)
             self.positions, self.constants = launch.arguments(
                 tensors,

@@ -33,6 +33,7 @@ def step_tile(
     numbers: Any,
     first_offset: int,
     row_stride: int,
+    keys: Sequence[Tensor | None],
 ) -> None:
     """One tile, in place.
 
@@ -41,11 +42,11 @@ def step_tile(
         grad: fp32 ``[rows, columns]``; it stays as it is.
         first_offset: where the tile begins in the whole parameter, counted in elements.
         row_stride: columns of the whole parameter.
+        keys: of the random bits of weight and states (``Stored.key``), None where rounding is to nearest.
     """
-    if grad.device.type == "cpu" and _compiled(weight, states, grad, rule, numbers, first_offset, row_stride):
+    if grad.device.type == "cpu" and _compiled(weight, states, grad, rule, numbers, first_offset, row_stride, keys):
         return
     rows, columns = grad.shape
-    keys = [stored.key for stored in (weight, *states)]
     limit = PANE_ELEMENTS if grad.device.type == "cpu" else PANE_ELEMENTS_GPU
     for height, width in panes(rows, columns, limit):
         cut = [
@@ -64,10 +65,16 @@ def step_tile(
 
 
 def _compiled(
-    weight: Stored, states: Sequence[Stored], grad: Tensor, rule: Rule, numbers: Any, first_offset: int, row_stride: int
+    weight: Stored,
+    states: Sequence[Stored],
+    grad: Tensor,
+    rule: Rule,
+    numbers: Any,
+    first_offset: int,
+    row_stride: int,
+    keys: Sequence[Tensor | None],
 ) -> bool:
     """The tile by a native kernel, if there is one."""
-    keys = [weight.key, *(state.key for state in states)]
     codecs = [stored.codec for stored in (weight, *states)]
     fake = hasattr(grad, "fake_mode")
     with _disable_current_modes() if fake else nullcontext():  # what a kernel is made of is real

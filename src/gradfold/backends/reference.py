@@ -63,6 +63,7 @@ class Backend(Protocol):
 
     name: str
     guards: bool = False  # ``step`` itself leaves alone what is not finite (``Change.guarded``), and says so by a NaN
+    takes_along: bool = False  # a weight's step can take its bias along (``step_along``)
 
     def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
         """Allocate the scratch memory this parameter's step will use."""
@@ -90,11 +91,6 @@ class Backend(Protocol):
     def step_all(self, jobs: Sequence[Job]) -> list[Power]:
         """``step`` for each of them."""
         return [self.step(*job) for job in jobs]
-
-    @property
-    def takes_along(self) -> bool:
-        """Whether a weight's step can take its bias along (``step_along``)."""
-        return False
 
     def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
         """Step a weight, and a bias whose gradient is the sum of its uses' ``left`` rows; None: not these two."""
@@ -228,6 +224,7 @@ class Reference(Backend):
         if whole is None:
             (tile,) = self.scratch.tiles(1, block, width, torch.float32, weight.values.device)
         views = Views([weight, *states], shape)
+        keys = [stored.key for stored in (weight, *states)]
         offset, stride = (0, width) if weight.place is None else weight.place[1:]
         if weight.values.dim() != 2:  # slices of these are contiguous, and a block may begin at any of the codecs' rows
             stride = width
@@ -241,7 +238,7 @@ class Reference(Backend):
             change.apply(grad)
             grad = grad.view((stop - start) * views.each, -1)
             row_stride = stride if weight.values.dim() == 2 else grad.shape[1]
-            step_tile(first, rest, grad, rule, group, numbers, offset + start * stride, row_stride)
+            step_tile(first, rest, grad, rule, group, numbers, offset + start * stride, row_stride, keys)
         return squares
 
     def _step_plain(

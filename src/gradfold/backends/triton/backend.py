@@ -26,6 +26,7 @@ from .launch import (
     Source,
     Tensors,
     arguments,
+    counts_of,
     describable,
     narrowed,
     product_arguments,
@@ -51,6 +52,7 @@ class Triton:
 
     name = "triton"
     guards = True
+    takes_along = True
 
     def __init__(self, scratch: Scratch, always: bool = True):
         self.scratch = scratch
@@ -64,7 +66,7 @@ class Triton:
 
     def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
         values = weight.values
-        if why_not([weight, *states], rule) is not None:
+        if self._prepared([weight, *states], rule) is None:
             self.reference.reserve(weight, states, rule, group)
         elif not self.always and values.dim() == 2 and values.numel():
             rows, columns = values.shape
@@ -82,7 +84,7 @@ class Triton:
     ) -> Power:
         """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
         job = Job(weight, states, uses, rule, group, numbers, change)
-        prepared = self._prepared(job)
+        prepared = self._prepared([weight, *states], rule)
         if prepared is None:
             return self._by_reference(job)
         flags, scalars = _numbers(prepared, job)
@@ -100,12 +102,9 @@ class Triton:
             return self._launch(tensors, source, prepared.twin, flags, scalars, change)[0][0]
         return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
 
-    @property
-    def takes_along(self) -> bool:
-        return True
-
     def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
-        prepared, other = self._prepared(job), self._prepared(bias)
+        prepared = self._prepared([job.weight, *job.states], job.rule)
+        other = self._prepared([bias.weight, *bias.states], bias.rule)
         if prepared is None or other is None or type(job.rule) is not type(bias.rule):
             return None
         if not PLAIN.issuperset(other.tensors.formats) or other.tensors.formats[0] != prepared.tensors.formats[0]:
@@ -126,8 +125,9 @@ class Triton:
         powers, _ = self._launch(tensors, source, prepared.twin, flags, scalars, job.change, along)
         return powers[0], powers[1]
 
-    def _prepared(self, job: Job) -> Prepared | None:
-        return self.shelf.find([job.weight, *job.states], job.rule) if _reachable(job.weight.values) else None
+    def _prepared(self, stored: Sequence[Stored], rule: Rule) -> Prepared | None:
+        """None: no kernel steps this parameter, and ``why_not`` says why."""
+        return self.shelf.find(stored, rule) if _reachable(stored[0].values) else None
 
     def _by_reference(self, job: Job) -> Power:
         if job.change.guarded and not self.reference.finite(job.weight.values, job.uses):
@@ -161,7 +161,7 @@ class Triton:
             prepared.launches[key] = made
             return powers
         tiles = table.config(table.PRODUCT, use.left.element_size(), self.where)
-        counts = _counts(tensors, tiles, bias)
+        counts = counts_of(tensors, tiles, bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         with _on(scalars.device):
             product = product_arguments(use, described, tiles)
@@ -267,7 +267,7 @@ class Triton:
         bias: Bias | None = None,
     ) -> tuple[list[Pending], Launch]:
         """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
-        counts = _counts(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
+        counts = counts_of(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
             tensors,
@@ -288,12 +288,6 @@ class Triton:
             kernel = fold_step[(counts[0],)](*positions, **constants)
         launched = Launch(fold_step.arg_names, kernel, positions, constants)
         return [Pending(part) for part in norms.split(counts)], launched
-
-
-def _counts(tensors: Tensors, tiles: table.Config, bias: Bias | None) -> list[int]:
-    """How many tiles a launch has, and how many parts of a bias."""
-    rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
-    return [rows * columns] if bias is None else [rows * columns, rows]
 
 
 def _numbers(prepared: Prepared, job: Job) -> tuple[tuple[int, ...], Tensor]:

@@ -261,7 +261,7 @@ def arguments(
     interpreted: bool = False,
     bias: Bias | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``fold_step[(tiles_of(...),)]`` is called with: positions, and constants with the compiler's options.
+    """What ``fold_step[(counts_of(...)[0],)]`` is called with: positions, and constants with the compiler's options.
 
     Args:
         twin: None to take the norm only.
@@ -276,7 +276,7 @@ def arguments(
     """
     tiles = table.config(source.kind, source.operand_bytes, where)
     n, k = tensors.rows, tensors.columns
-    on_device = isinstance(scale, Tensor)
+    scaled = isinstance(scale, Tensor)
     positions = (
         *source.arguments,
         tensors.firsts,
@@ -287,8 +287,8 @@ def arguments(
         tensors.words,
         tensors.offset,
         tensors.row_stride,
-        1.0 if on_device else float(scale),
-        scale if on_device else scalars,
+        1.0 if scaled else float(scale),
+        scale if scaled else scalars,
         0.0 if limit is None else float(limit),
         norms,
         n,
@@ -306,7 +306,7 @@ def arguments(
         "BIAS_FLAGS": () if bias is None else bias.flags,
         "BIAS_FORMATS": () if bias is None else bias.tensors.formats,
         "BIAS_RANDOM": () if bias is None else bias.tensors.random,
-        "SCALED": int(on_device),
+        "SCALED": int(scaled),
         "LIMITED": int(limit is not None),
         "GUARDED": int(guarded),
         "STEPS": int(twin is not None),
@@ -327,7 +327,7 @@ def arguments(
     return positions, constants
 
 
-def tiles_of(tensors: Tensors, source: Source, where: str) -> int:
-    """How many programs a launch has, each of which writes one norm."""
-    tiles = table.config(source.kind, source.operand_bytes, where)
-    return -(-tensors.rows // tiles.bn) * -(-tensors.columns // tiles.bk)
+def counts_of(tensors: Tensors, tiles: table.Config, bias: Bias | None = None) -> list[int]:
+    """How many programs a launch has, and how many parts of a bias; each writes one norm."""
+    rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
+    return [rows * columns] if bias is None else [rows * columns, rows]

@@ -64,10 +64,10 @@ class Launch:
         arguments = list(self.arguments)
         arguments[: len(product)] = product
         at = NUMBERS
-        on_device = isinstance(scale, Tensor)
+        scaled = isinstance(scale, Tensor)
         arguments[at] = scalars
-        arguments[at + 4] = 1.0 if on_device else float(scale)
-        arguments[at + 5] = scale if on_device else scalars
+        arguments[at + 4] = 1.0 if scaled else float(scale)
+        arguments[at + 5] = scale if scaled else scalars
         arguments[at + 6] = 0.0 if limit is None else float(limit)
         arguments[at + 7] = norms
         if bias is not None:

@@ -46,15 +46,20 @@ def _decayed(w, g, rate, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr):
 
 
 @triton.jit
-def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, sqrt of the second correction, eps, -rate."""
+def _moments(w, g, states, n, FLAGS: tl.constexpr):
+    """Sign, weight decay and both moments. n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     NEAR: tl.constexpr = FLAGS[2]
-    AMSGRAD: tl.constexpr = FLAGS[3]
     w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
-    exp_avg = _lerp(states[0], g, n[1], NEAR)
-    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    return w, g, _lerp(states[0], g, n[1], NEAR), tl.fma(g * n[3], g, states[1] * n[2])
+
+
+@triton.jit
+def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+    """n: of ``_moments``, then 1 / sqrt of the second correction, eps, -rate."""
+    AMSGRAD: tl.constexpr = FLAGS[3]
+    w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     if AMSGRAD:
         largest = tl.maximum(states[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         denom = sqrt(largest, EXACT) * n[4] + n[5]
@@ -132,13 +137,8 @@ def adagrad(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, second correction, eps, -rate of g, -rate of exp_avg."""
-    DECAY: tl.constexpr = FLAGS[0]
-    MAXIMIZE: tl.constexpr = FLAGS[1]
-    NEAR: tl.constexpr = FLAGS[2]
-    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
-    exp_avg = _lerp(states[0], g, n[1], NEAR)
-    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    """n: of ``_moments``, then 1 / second correction, eps, -rate of g, -rate of exp_avg."""
+    w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     denom = sqrt(exp_avg_sq * n[4], EXACT) + n[5]
     w = w + div(g * n[6], denom, EXACT)
     return w + div(exp_avg * n[7], denom, EXACT), (exp_avg, exp_avg_sq)
@@ -146,13 +146,8 @@ def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def radam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2, eps, -rate, 1 where the variance is tractable."""
-    DECAY: tl.constexpr = FLAGS[0]
-    MAXIMIZE: tl.constexpr = FLAGS[1]
-    NEAR: tl.constexpr = FLAGS[2]
-    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
-    exp_avg = _lerp(states[0], g, n[1], NEAR)
-    exp_avg_sq = tl.fma(g * n[3], g, states[1] * n[2])
+    """n: of ``_moments``, then eps, -rate, 1 where the variance is tractable."""
+    w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     step = exp_avg * n[5]
     adaptive = w + div(step, sqrt(exp_avg_sq, EXACT) + n[4], EXACT)
     return tl.where(n[6] != 0, adaptive, tl.fma(exp_avg, n[5], w)), (exp_avg, exp_avg_sq)
