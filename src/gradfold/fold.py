@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, tensors_of
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .engine.timing import Timing
 from .errors import FoldError
@@ -290,6 +290,16 @@ class Fold:
     def scratch_tensors(self) -> Sequence[Tensor]:
         """The temporary memory the fold holds between steps."""
         return self._ledger.backend.scratch_tensors()
+
+    def tape_tensors(self, parameter: nn.Parameter | None = None) -> list[Tensor]:
+        """What waits for ``optimizer.step()``, of all parameters or of one."""
+        slots = self._ledger.slots
+        chosen = slots.values() if parameter is None else filter(None, [slots.get(id(parameter))])
+        return [tensor for slot in chosen for part in slot.parts for use in part.tape.held for tensor in tensors_of(use)]
+
+    def waiting_tensors(self) -> list[Tensor]:
+        """States that are allocated and become the optimizer's when their parameters first step."""
+        return [t for slot in self._ledger.slots.values() for part in slot.parts for t in part.waiting.values()]
 
     def report(self) -> Report:
         """Print and return every parameter's route and bytes."""

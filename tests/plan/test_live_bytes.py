@@ -174,7 +174,7 @@ def test_labels_reach_back_over_the_whole_life():
     k = 4 * KIB
     assert by_category["gradients"] == [0, 0, k, k]
     assert by_category["scratch"] == [0, k, k, k]
-    assert by_category["activations"] == [k, k, k, 0]
+    assert by_category["temporary"] == [k, k, k, 0]
 
 
 def test_timeline_agrees_with_the_counters():
@@ -240,7 +240,7 @@ def test_wrong_arguments_are_named():
     live = LiveBytes()
     with pytest.raises(ValueError, match="category='gradient'.*gradients"):
         live.track(torch.ones(1), category="gradient")
-    with pytest.raises(ValueError, match="weights, states, gradients, activations, scratch"):
+    with pytest.raises(ValueError, match="weights, masters, states, staging, gradients"):
         live.label(torch.ones(1), "w")
     with pytest.raises(TypeError, match="cannot track a int"):
         live.track(3)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradfold.codecs import matrix
 
+from .blocks import visited
 from .stored import VALUES, Stored
 from .uses import DenseUse, Use
 
@@ -68,7 +69,7 @@ class Views:
         return lent, copies
 
     def blocks(self, starts: range, stop: int) -> Iterator[tuple[int, int, list[Stored]]]:
-        for start in starts:
+        for start in visited(starts, self.stored[0].values):
             end = min(start + starts.step, stop)
             lent, copies = self.lend(start, end)
             yield start, end, lent

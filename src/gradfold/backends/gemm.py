@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import visited
+
 BLOCK_BYTES = 2**20  # of widened operand alive at a time
 
 
@@ -40,7 +42,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     a2 = a.reshape(-1, a.shape[-1])  # [T, N]
     out = torch.zeros(a2.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     block = max(16, BLOCK_BYTES // (4 * max(1, b.shape[1], a2.shape[0])))
-    for start in range(0, b.shape[0], block):
+    for start in visited(range(0, b.shape[0], block), b):
         out.addmm_(a2[:, start : start + block].float(), b[start : start + block].float())
     return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
 
@@ -56,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = x.reshape(-1, x.shape[-1]).float()  # [T, K]
     out = x.new_empty(wide.shape[0], rows)
     block = max(16, BLOCK_BYTES // (4 * max(1, columns, wide.shape[0])))
-    for start in range(0, rows, block):
+    for start in visited(range(0, rows, block), weight):
         part = wide @ weight[start : start + block].float().t()  # [T, block]
         if bias is not None:
             part += bias[start : start + block]
@@ -72,7 +74,7 @@ def accumulate(tile: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
         block = max(16, BLOCK_BYTES // (4 * max(1, *tile.shape)))
         if not beta:
             tile.zero_()
-        for start in range(0, left.shape[0], block):
+        for start in visited(range(0, left.shape[0], block), left):
             tile.addmm_(left[start : start + block].float().t(), right[start : start + block].float())
     else:  # autocast: the product has the precision of its operands
         product = left.t() @ right

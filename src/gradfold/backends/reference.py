@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradfold.rules import Group, Rule
 
+from .blocks import visited
 from .chain import step_tile
 from .coded import Views, flat, ready, shape_of
 from .gemm import emulated
@@ -178,9 +179,10 @@ class Reference(Backend):
         shape = rows, _ = shape_of(weight, uses)
         uses, flat_out = flat(uses, shape), out.view(shape)
         block = self._block_rows(*shape, 1, out.dtype)
+        starts = range(0, rows, block)
         for use in uses:
-            use.prepare(range(0, rows, block), rows)
-        for start in range(0, rows, block):
+            use.prepare(starts, rows)
+        for start in visited(starts, out):
             stop = min(start + block, rows)
             if add:
                 for use in uses:
@@ -195,9 +197,10 @@ class Reference(Backend):
         dtype = accumulation_dtype(weight.dtype)
         block = self._block_rows(rows, width, 1, dtype)
         (tile,) = self.scratch.tiles(1, block, width, dtype, weight.device)
+        starts = range(0, rows, block)
         for use in uses:
-            use.prepare(range(0, rows, block), rows)
-        for start in range(0, rows, block):
+            use.prepare(starts, rows)
+        for start in visited(starts, weight):
             stop = min(start + block, rows)
             _sum(uses, tile[: stop - start], start, stop)
             yield tile[: stop - start]
@@ -265,7 +268,7 @@ class Reference(Backend):
         starts = range(0, weight.shape[0], cut.block)
         for use in uses:
             use.prepare(starts, weight.shape[0])
-        for start in starts:
+        for start in visited(starts, weight):
             stop = min(start + cut.block, weight.shape[0])
             grad, *rest = [tile[: stop - start] for tile in tiles]
             _sum(uses, grad, start, stop)

@@ -14,9 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
+from gradfold.fold import Fold
 from gradfold.fold import fold as fold_model
+from gradfold.optim.masters import RESIDUAL
 from gradfold.plan.fake import SkipWrites, fake_copy, fake_tensor
 from gradfold.plan.masks import packing_known, without_idle_mask
+from gradfold.plan.place import Place
 from gradfold.plan.trace import CATEGORIES, LiveBytes, Timeline
 
 PHASES = ("forward", "backward", "step")
@@ -36,6 +39,24 @@ class StepMemory:
     peak_bytes: int
     peak_phase: str
     peak_op: str
+    peak_place: str = ""
+    """The module, by its name in the model; "" outside of all."""
+
+    @classmethod
+    def of(cls, label: str, timeline: Timeline) -> StepMemory:
+        """What a timeline of one step says."""
+        event = timeline.peak_event
+        total = timeline.live_bytes.sum(axis=1)
+        first = next((moment.event for moment in timeline.moments if moment.label == PHASES[0]), 0)
+        return cls(
+            label=label,
+            timeline=timeline,
+            resting_bytes=int(total[first - 1]) if first else 0,
+            peak_bytes=int(total[event]) if event >= 0 else 0,
+            peak_phase=timeline.moment_of(event),
+            peak_op=timeline.op_of(event),
+            peak_place=timeline.place_of(event),
+        )
 
     def at_peak(self) -> dict[str, int]:
         """Bytes per category at the peak."""
@@ -53,6 +74,7 @@ class StepMemory:
             "peak_bytes": self.peak_bytes,
             "peak_phase": self.peak_phase,
             "peak_op": self.peak_op,
+            "peak_place": self.peak_place,
             "at_peak_bytes": self.at_peak(),
         }
 
@@ -122,44 +144,89 @@ def measure_step(
         made_fold = fold_model(model, optimizer)
     elif callable(fold):
         made_fold = fold(model, optimizer)
+    label = label or ("folded" if made_fold is not None else "plain")
     try:
         for _ in range(warm_up_steps):
-            for _ in range(micro_batches):
-                loss(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
-        with LiveBytes() as live, _gradients_labelled(live, model):
-            live.track(model, optimizer, batch)
-            if made_fold is not None:
-                live.track(made_fold.scratch_tensors(), category="scratch")
-            resting_bytes = live.now_bytes
-            for _ in range(micro_batches):
-                live.moment("forward")
-                value = loss(model, batch)
-                live.moment("backward")
-                value.backward()
-                del value
-            live.moment("step")
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    live.label(parameter.grad, "gradients")
-            optimizer.step()
-            optimizer.zero_grad()
-            if made_fold is not None:
-                live.track(made_fold.scratch_tensors(), category="scratch")
-            live.moment("end")
-        return StepMemory(
-            label=label or ("folded" if made_fold is not None else "plain"),
-            timeline=live.timeline(),
-            resting_bytes=resting_bytes,
-            peak_bytes=live.peak_bytes,
-            peak_phase=live.peak_moment,
-            peak_op=live.peak_op,
-        )
+            run_step(model, optimizer, batch, made_fold, loss, micro_batches)
+        return record_step(model, optimizer, batch, made_fold, loss=loss, label=label, micro_batches=micro_batches)
     finally:
         if made_fold is not None:
             made_fold.remove()
+
+
+def run_step(
+    model: nn.Module,
+    optimizer: Any,
+    batch: Any,
+    fold: Fold | None = None,
+    loss: LossFunction | None = None,
+    micro_batches: int = 1,
+    moment: Callable[[str], None] = lambda label: None,
+) -> None:
+    """One training step, its phases announced to `moment`."""
+    for _ in range(micro_batches):
+        moment("forward")
+        value = (loss or _loss_of_model)(model, batch)
+        moment("backward")
+        if fold is None:
+            value.backward()
+        else:
+            fold.backward(value)
+        del value
+    moment("step")
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def record_step(
+    model: nn.Module,
+    optimizer: Any,
+    batch: Any,
+    fold: Fold | None = None,
+    *,
+    loss: LossFunction | None = None,
+    label: str = "",
+    micro_batches: int = 1,
+    meet: Callable[[LiveBytes], None] = lambda live: None,
+) -> StepMemory:
+    """Run one step and count its live bytes. `meet` is given the meter before the step, to tell it what it cannot see."""
+    gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
+    place = Place(model)
+    with LiveBytes(place=place) as live:
+        live.moment("weights")
+        live.track(model)
+        live.moment("states")
+        live.track(optimizer, batch)
+        _track_fold(live, model, optimizer, fold)
+        meet(live)
+
+        def moment(name: str) -> None:
+            live.moment(name)
+            if name != "step":
+                return
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    live.label(parameter.grad, "gradients")
+            if fold is not None:
+                live.move("tape", *fold.tape_tensors())
+
+        with place, _labelled(live, model, fold):
+            run_step(model, optimizer, batch, fold, loss, micro_batches, moment)
+        _track_fold(live, model, optimizer, fold)
+        live.moment("end")
+    return StepMemory.of(label, live.timeline())
+
+
+def _track_fold(live: LiveBytes, model: nn.Module, optimizer: Any, fold: Fold | None) -> None:
+    """What an optimizer's states do not say: which of them are masters, what the fold itself holds."""
+    if fold is None:
+        return
+    for parameter in model.parameters():
+        for name, state in optimizer.state.get(parameter, {}).items():
+            if name.startswith(RESIDUAL) and isinstance(state, torch.Tensor):
+                live.label(state, "masters")
+    live.track(fold.waiting_tensors(), category="states")
+    live.track(fold.scratch_tensors(), category="scratch")
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:
@@ -176,18 +243,24 @@ def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch
     return model(**batch).loss
 
 
-def _gradients_labelled(live: LiveBytes, model: nn.Module) -> ExitStack:
-    """Label each gradient as autograd hands it to its parameter, also one that a hook consumes before backward ends."""
+def _labelled(live: LiveBytes, model: nn.Module, fold: Fold | None) -> ExitStack:
+    """Label each gradient as autograd hands it to its parameter, also one that a hook consumes before backward ends;
+    and what waits on a tape from then on."""
 
     def hand_over(grads: tuple[torch.Tensor | None, ...]) -> None:
         for grad in grads:
             if grad is not None:
                 live.label(grad, "gradients")
 
+    def taken(parameter: nn.Parameter) -> Callable[..., None]:
+        return lambda *_: None if fold is None else live.move("tape", *fold.tape_tensors(parameter))
+
     stack = ExitStack()
     for parameter in model.parameters():
         if parameter.requires_grad:
             node = get_gradient_edge(parameter).node
             stack.callback(node.register_prehook(hand_over).remove)
+            if fold is not None:
+                stack.callback(node.register_hook(taken(parameter)).remove)
             stack.callback(lambda node=node: None)  # the node lives only as long as someone holds it
     return stack

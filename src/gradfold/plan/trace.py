@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,18 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-CATEGORIES = ("weights", "states", "gradients", "activations", "scratch")
-"""What a byte is for. `activations` is also every temporary that nobody labelled."""
+CATEGORIES = ("weights", "masters", "states", "staging", "gradients", "tape", "activations", "temporary", "scratch")
+"""What a byte is for. Of what nobody labelled, `activations` are what backward finds when it begins, as long as they
+live; all else, also what a checkpoint computes again, is `temporary`. `staging` is on its way between two memories."""
 
-_ACTIVATIONS = CATEGORIES.index("activations")
+_TEMPORARY = CATEGORIES.index("temporary")
+_SAVED = CATEGORIES.index("activations")
 _DEVICE_OF = torch.ops.prim.device.default
 
 
 class _Block:
-    """One storage: how many bytes it holds now. Its number in the timeline says what they are for."""
+    """One storage: how many bytes it holds now. Its number in the timeline says what they are for; it gets another one
+    when that changes."""
 
     __slots__ = ("aside", "index", "nbytes", "ref")
 
@@ -60,12 +63,18 @@ class Moment:
 class Timeline:
     """Live bytes after each event (a storage born, freed or resized), by category.
 
-    `live_bytes`: int64 [E, C], C in the order of `CATEGORIES`. `touched_bytes`: int64 [E], the bytes all operators had
-    read or written by that event; a clock that runs as a memory-bound device would. `moments`: marks in order.
+    `live_bytes`: int64 [E, C], C in the order of `CATEGORIES`. `deltas_bytes`: int64 [E], what one storage gained or
+    lost. `touched_bytes`: int64 [E], the bytes all operators had read or written by that event; a clock that runs as a
+    memory-bound device would. `ops` and `places`: int32 [E], which of `names` ran then, and in which module. `moments`:
+    marks in order.
     """
 
     live_bytes: np.ndarray  # [E, C]
+    deltas_bytes: np.ndarray  # [E]
     touched_bytes: np.ndarray  # [E]
+    ops: np.ndarray  # [E]
+    places: np.ndarray  # [E]
+    names: tuple[str, ...]
     moments: tuple[Moment, ...]
     end_touched_bytes: int
 
@@ -77,6 +86,14 @@ class Timeline:
     def at(self, event: int) -> dict[str, int]:
         """Bytes per category just after event number `event`."""
         return {name: int(n) for name, n in zip(CATEGORIES, self.live_bytes[event], strict=True)}
+
+    def op_of(self, event: int) -> str:
+        """The operator of an event; "" where there was none."""
+        return self.names[self.ops[event]] if event >= 0 else ""
+
+    def place_of(self, event: int) -> str:
+        """The module of an event; "" where it is not known."""
+        return self.names[self.places[event]] if event >= 0 else ""
 
     def moment_of(self, event: int) -> str:
         """Label of the moment that event number `event` belongs to ("" before the first mark)."""
@@ -99,11 +116,13 @@ class LiveBytes(TorchDispatchMode):
 
     A storage is counted from the operator that returns it, while that operator's inputs are still alive. One that
     existed before (and was not given to `track`) is counted when an operator first touches it. With fake tensors, enter
-    this mode inside `FakeTensorMode`. With `timeline=False` only `now_bytes` and `peak_bytes` are kept.
+    this mode inside `FakeTensorMode`. With `timeline=False` only `now_bytes` and `peak_bytes` are kept. `place` says in
+    which module we are, whenever it is asked.
     """
 
-    def __init__(self, timeline: bool = True):
+    def __init__(self, timeline: bool = True, place: Callable[[], str] | None = None):
         super().__init__()
+        self._place = place
         self.now_bytes = 0
         self.peak_bytes = 0
         self.peak_moment = ""
@@ -114,6 +133,11 @@ class LiveBytes(TorchDispatchMode):
         self._events_block = array("q")
         self._events_delta = array("q")
         self._events_touched = array("q")
+        self._events_op = array("i")
+        self._events_place = array("i")
+        self._names: dict[str, int] = {"": 0}
+        self._moves: list[tuple[int, int, int, int]] = []  # (event, from block, to block, bytes)
+        self._found: set[int] = set()  # blocks that a backward found
         self._touched_bytes = 0
         self._moments: list[Moment] = []
         self._op = ""
@@ -132,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist already: tensors, modules, optimizers, or containers of them.
 
         By default parameters and buffers are `weights`, their `.grad` `gradients`, what an optimizer holds `states`,
-        any other tensor `activations`. Raises ValueError for an unknown category, TypeError for any other thing.
+        any other tensor `activations` (a batch). Raises ValueError for an unknown category, TypeError for any other thing.
         """
         for thing in things:
             for tensor, default in _tensors_of(thing):
@@ -141,6 +165,20 @@ class LiveBytes(TorchDispatchMode):
     def label(self, tensor: torch.Tensor, category: str) -> None:
         """Say what a storage is for, for the whole of its life, also the part that has passed."""
         self._see(tensor, _category_index(category), relabel=True)
+
+    def move(self, category: str, *tensors: torch.Tensor) -> None:
+        """Say what storages are for from now on; what they were until now they stay."""
+        index = _category_index(category)
+        with self._lock:
+            for storage in (storage for tensor in tensors for storage in _storages(tensor)):
+                block = self._blocks.get(storage._cdata)
+                if block is None or self._categories is None:
+                    self._see_storage(storage, index)
+                elif self._categories[block.index] != index:
+                    self._categories.append(index)
+                    fresh = len(self._categories) - 1
+                    self._moves.append((len(self._events_delta) - 1, block.index, fresh, block.nbytes))
+                    block.index = fresh
 
     def set_aside(self, *tensors: torch.Tensor) -> None:
         """Stop counting tensors that would be in another memory by now, until an operator or `track` meets them."""
@@ -153,6 +191,8 @@ class LiveBytes(TorchDispatchMode):
     def moment(self, label: str) -> None:
         """Mark that a new phase begins here."""
         self._recheck()
+        if label == "backward":
+            self._found.update(block.index for block in self._blocks.values())
         self._moments.append(Moment(label, len(self._events_delta), self._touched_bytes))
         self._op = ""
 
@@ -165,9 +205,25 @@ class LiveBytes(TorchDispatchMode):
             deltas = np.array(self._events_delta, dtype=np.int64)  # [E]
             touched = np.array(self._events_touched, dtype=np.int64)  # [E]
             categories = np.array(self._categories, dtype=np.int64)
+            saved = np.array(sorted(self._found), dtype=np.int64)
+            ops, places = (np.array(kept, dtype=np.int32) for kept in (self._events_op, self._events_place))
+        saved = saved[categories[saved] == _TEMPORARY]
+        categories[saved] = _SAVED
         by_category = np.zeros((len(deltas), len(CATEGORIES)), dtype=np.int64)  # [E, C]
         by_category[np.arange(len(deltas)), categories[blocks]] = deltas
-        return Timeline(by_category.cumsum(axis=0), touched, tuple(self._moments), self._touched_bytes)
+        for event, before, after, nbytes in self._moves:
+            by_category[event, categories[before]] -= nbytes
+            by_category[event, categories[after]] += nbytes
+        return Timeline(
+            live_bytes=by_category.cumsum(axis=0),
+            deltas_bytes=deltas,
+            touched_bytes=touched,
+            ops=ops,
+            places=places,
+            names=tuple(self._names),
+            moments=tuple(self._moments),
+            end_touched_bytes=self._touched_bytes,
+        )
 
     # ---- dispatch -----------------------------------------------------------------------------------------------
 
@@ -187,18 +243,21 @@ class LiveBytes(TorchDispatchMode):
             self._touched_bytes += touched_bytes
         return out
 
-    def _see(self, tensor: torch.Tensor, category: int = _ACTIVATIONS, relabel: bool = False) -> None:
+    def _see(self, tensor: torch.Tensor, category: int = _TEMPORARY, relabel: bool = False) -> None:
         for storage in _storages(tensor):
-            with self._lock:
-                block = self._blocks.get(storage._cdata)
-                if block is None:
-                    block = self._born(storage, category)
-                elif relabel and self._categories is not None:
-                    self._categories[block.index] = category
-                block.aside = False
-                nbytes = storage.nbytes()
-                if nbytes != block.nbytes:
-                    self._resize(block, nbytes)
+            self._see_storage(storage, category, relabel)
+
+    def _see_storage(self, storage: torch.UntypedStorage, category: int, relabel: bool = False) -> None:
+        with self._lock:
+            block = self._blocks.get(storage._cdata)
+            if block is None:
+                block = self._born(storage, category)
+            elif relabel and self._categories is not None:
+                self._categories[block.index] = category
+            block.aside = False
+            nbytes = storage.nbytes()
+            if nbytes != block.nbytes:
+                self._resize(block, nbytes)
 
     def _born(self, storage: torch.UntypedStorage, category: int) -> _Block:
         index = -1
@@ -220,6 +279,9 @@ class LiveBytes(TorchDispatchMode):
             self._events_block.append(block.index)
             self._events_delta.append(delta)
             self._events_touched.append(self._touched_bytes)
+            self._events_op.append(self._names.setdefault(self._op, len(self._names)))
+            place = "" if self._place is None else self._place()
+            self._events_place.append(self._names.setdefault(place, len(self._names)))
         if self.now_bytes > self.peak_bytes:
             self.peak_bytes = self.now_bytes
             self.peak_moment = self._moments[-1].label if self._moments else ""
