@@ -19,8 +19,9 @@ from torch import Tensor
 import gradfold
 from common import DTYPES, PEERS, SteppedInHooks, llama, llama_config, print_table, random_batch, write_result
 from gradfold.backends import Backend
-from gradfold.plan.plot import draw_step_memory, format_bytes
+from gradfold.plan.plot import draw_step_memory
 from gradfold.plan.step import StepMemory, measure_step, step_memory
+from gradfold.plan.units import format_bytes
 
 
 class NullBackend(Backend):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.plan.plot import COLORS, _resampled, draw_step_memory, format_bytes
+from gradfold.plan.plot import COLORS, _resampled, draw_step_memory
 from gradfold.plan.step import step_memory
+from gradfold.plan.units import format_bytes
 
 pytest.importorskip("matplotlib")
 

@@ -1,7 +1,7 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
 from .choose import choose
-from .gemm import linear, multiply
+from .gemm import as_accelerator, linear, multiply, on_accelerator
 from .logits import Terms, logits_of, operand, product, within
 from .norms import accumulation_dtype, safe_magnitude
 from .powers import Pending, Power, resolve, total
@@ -46,12 +46,14 @@ __all__ = [
     "Terms",
     "Use",
     "accumulation_dtype",
+    "as_accelerator",
     "choose",
     "linear",
     "logits_of",
     "mapped",
     "multiply",
     "narrowed",
+    "on_accelerator",
     "operand",
     "product",
     "resolve",

@@ -6,7 +6,9 @@ widened to fp32 instead: faster, and rounded once at the end.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +20,28 @@ from .blocks import visited
 BLOCK_BYTES = 2**20  # of widened operand alive at a time
 
 
+_played = False
+
+
+@contextlib.contextmanager
+def as_accelerator() -> Iterator[None]:
+    """While open, tensors of the CPU stand for those of a GPU: a plan is made on fake ones, which cannot be on one."""
+    global _played
+    before, _played = _played, True
+    try:
+        yield
+    finally:
+        _played = before
+
+
+def on_accelerator(x: Tensor) -> bool:
+    """Whether this is a GPU's tensor, or stands for one."""
+    return _played or x.device.type != "cpu"
+
+
 def emulated(x: Tensor) -> bool:
     """Whether products of tensors like this are better computed in fp32 blocks."""
-    return x.dtype.itemsize == 2 and x.device.type == "cpu" and not _native(x.dtype)
+    return x.dtype.itemsize == 2 and not on_accelerator(x) and not _native(x.dtype)
 
 
 @functools.cache

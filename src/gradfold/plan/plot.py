@@ -10,6 +10,7 @@ import numpy as np
 
 from gradfold.plan.step import PHASES, StepMemory
 from gradfold.plan.trace import CATEGORIES, Moment, Timeline
+from gradfold.plan.units import format_bytes, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 # folding takes away.
 COLORS = {
     "weights": "#33475b",
+    "masters": "#4a6a86",
     "states": "#6f93b5",
+    "staging": "#aec6dc",
     "scratch": "#8e6bb0",
     "gradients": "#e4572e",
+    "tape": "#b5446e",
     "activations": "#f2c879",
+    "temporary": "#f8e6bf",
 }
-STACK_ORDER = ("weights", "states", "scratch", "gradients", "activations")  # what stays lies at the bottom
+STACK_ORDER = tuple(COLORS)  # what stays lies at the bottom
 INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e7eb"
 MIN_PHASE_SHARE = 0.09  # of the width, so that every phase can carry its name
 BINS = 1600
@@ -51,7 +56,7 @@ def draw_step_memory(
 
     steps = (plain, folded)
     top_bytes = max(plain.peak_bytes, folded.peak_bytes, budget_bytes or 0) * 1.14
-    unit, unit_bytes = _unit(top_bytes / 1.14)
+    unit, unit_bytes = unit_of(top_bytes / 1.14)
     figure = Figure(figsize=(10, 6.9), dpi=160, facecolor="white")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1, sharey=True)
@@ -81,22 +86,6 @@ def draw_step_memory(
         columnspacing=1.4,
     )
     figure.savefig(path)
-
-
-def format_bytes(nbytes: float) -> str:
-    """Three figures and a binary unit: 1.25 GiB, 310 MiB."""
-    unit, unit_bytes = _unit(nbytes)
-    if unit == "B":
-        return f"{nbytes:.0f} B"
-    value = nbytes / unit_bytes
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
-def _unit(nbytes: float) -> tuple[str, int]:
-    for name, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 0.9995 * (1 << power):  # 1.00 MiB rather than 1024 KiB
-            return name, 1 << power
-    return "B", 1
 
 
 def _summary(plain: StepMemory, folded: StepMemory) -> str:
