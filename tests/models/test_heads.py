@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import gradfold
-from gradfold.modules.causal import Promise
+from gradfold.modules.promise import Promise
 from tests.zoo import distance, no_gradients, ours, torchs, twins
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("precise")
 
 SMALL = dict(vocab_size=53, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
 MODELS = {
@@ -24,13 +25,6 @@ MODELS = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=53, n_embd=8, n_layer=1, n_head=2, n_positions=16),
     "phi": lambda: transformers.PhiConfig(**SMALL),
 }
-
-
-@pytest.fixture(autouse=True)
-def precise(monkeypatch):
-    """transformers goes down to fp32 for the loss."""
-    to_fp32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_fp32(t))
 
 
 def build(name):
