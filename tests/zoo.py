@@ -290,7 +290,9 @@ def _bound(use: Any, weight: Tensor) -> Tensor:
     if hasattr(use, "left"):
         return use.left.abs().t() @ use.right.abs()
     if isinstance(use, HeadUse):
-        p = torch.cat([use._logit_gradient(start, stop) for start, stop in use._blocks(0, weight.shape[0])], 1)  # [T, V]
+        p = torch.cat(
+            [use._logit_gradient(start, stop) for start, stop in use._blocks(0, weight.shape[0])], 1
+        )  # [T, V]
         return p.abs().t() @ use.x.abs()
     if hasattr(use, "ids"):
         return torch.zeros_like(weight).index_add(0, use.ids, use.grad.abs())

@@ -137,7 +137,7 @@ def test_they_are_part_of_the_graph(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_not_after_the_step(tied):
     """They would be another model's."""
-    _, folded, fold = made("llama_tied" if tied else "llama")
+    _, folded, _ = made("llama_tied" if tied else "llama")
     out, read = folded(**batch(0)), folded(**batch(0))
     before = read.logits.detach().clone()
     out.loss.backward()
@@ -198,14 +198,18 @@ def test_nothing_is_lost_silently():
 class Masked(transformers.LlamaForCausalLM):
     """Bans a word in place, before the loss."""
 
+    scale = 0.0
+
     def forward(self, input_ids, labels=None):
         logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
         logits[..., 7] = -30.0
-        logits = logits / 2.0
+        logits = logits / self.scale if self.scale else logits
         return self.loss_function(logits=logits, labels=labels, vocab_size=WORDS)
 
 
-def test_changes_in_place_before_the_loss_count():
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_changes_in_place_before_the_loss_count(scale, monkeypatch):
+    monkeypatch.setattr(Masked, "scale", scale)
     plain, folded = twins(lambda: Masked(MODELS["llama"]()))
     gradfold.fold(folded, ours(folded))
     assert torch.equal(folded(**batch(0)), plain(**batch(0)))

@@ -119,27 +119,34 @@ def _loss() -> Callable[..., Tensor] | None:
 
 
 def _is_causal(module: Any) -> bool:
-    if _loss() is None or not type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    """Whether it is one of transformers' causal models, not a wrapper around one."""
+    if _loss() is None or not isinstance(getattr(type(module), "loss_function", None), property):
         return False
-    is_wrapper = not isinstance(getattr(type(module), "loss_function", None), property)
-    return hasattr(module, "get_output_embeddings") and not is_wrapper
+    named = any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(module).__mro__)
+    return named and hasattr(module, "get_output_embeddings")
 
 
 def _why_plain(model: Any, head: Any) -> str:
     """Why this head cannot be folded; empty if it can."""
     if "forward" in vars(model):
         return "its model's forward was replaced"
-    if not any(_names_loss_function(vars(kind).get("forward")) for kind in type(model).__mro__):
+    if not _calls_loss_function(type(model)):
         return f"{type(model).__name__} computes its loss without loss_function"
     if (loss := model.loss_function) is not _loss():
         return f"its loss is {getattr(loss, '__name__', loss)}, not transformers' ForCausalLMLoss"
-    if not isinstance(head, nn.Linear) or not (isinstance(head, FoldedLinear) or foldable(head) is FoldedLinear):
-        return f"its head is a {type(head).__name__}, not a plain Linear"
-    return ""
+    if isinstance(head, FoldedLinear) or (isinstance(head, nn.Linear) and foldable(head) is FoldedLinear):
+        return ""
+    return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
 
 
-def _names_loss_function(forward: Any) -> bool:
-    return "loss_function" in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+def _calls_loss_function(kind: type) -> bool:
+    """Whether its forward does, or that of a base class which it calls."""
+    for base in kind.__mro__:
+        if (forward := vars(base).get("forward")) is not None:
+            names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+            if "loss_function" in names or "forward" not in names:
+                return "loss_function" in names
+    return False
 
 
 def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
