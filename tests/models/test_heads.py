@@ -353,3 +353,30 @@ def test_two_forwards_and_one_that_failed():
     assert distance(folded, plain) <= 1e-12
     assert isinstance(folded(batch(0)["input_ids"]).logits, torch.Tensor)
     assert "_gradfold_promises" not in vars(folded.lm_head)
+
+
+def test_compiled_models_take_the_plain_way():
+    plain, folded = twins(lambda: build("llama"))
+    optimizer = ours(folded)
+    gradfold.fold(folded, optimizer)
+    out = torch.compile(folded, backend="eager", fullgraph=True)(**batch(0))
+    assert not isinstance(out.logits, Promise)
+    assert out.loss.item() == pytest.approx(plain(**batch(0)).loss.item(), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_hooks_that_wait_for_a_tensor():
+    """On the head, on every module, on the model's output."""
+    plain, folded = twins(lambda: build("llama"))
+    gradfold.fold(folded, ours(folded))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(out)))
+    folded(**batch(0))
+    handle.remove()
+    assert Promise not in seen and len(seen) > 5
+    for model in (plain, folded):
+        model.register_forward_hook(lambda module, args, out: out.to_tuple())
+    (_, wanted, *_), (_, found, *_) = plain(**batch(0)), folded(**batch(0))
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    folded.register_full_backward_hook(lambda module, grad, out: None)  # a Function around the outputs
+    folded(**batch(0))[0].backward()

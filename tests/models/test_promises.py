@@ -134,6 +134,30 @@ def test_they_are_part_of_the_graph(name):
     assert distance(folded, plain) <= 1e-11
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_read_without_grad_they_keep_their_graph(context):
+    plain, folded, _ = made()
+    found = []
+    for model in (plain, folded):
+        out = model(**batch(0))
+        with context():
+            out.logits.argmax(-1)
+        found.append(torch.autograd.grad(out.logits.pow(2).mean(), model.model.norm.weight)[0])
+    assert torch.allclose(found[0], found[1], rtol=0, atol=1e-13)
+
+
+def test_a_weight_that_is_computed_or_lent():
+    """Parametrized after the fold, or given for one call: the logits are there, of the weight of that call."""
+    plain, folded, _ = made()
+    other = {"lm_head.weight": 2 * plain.lm_head.weight.detach()}
+    wanted, found = (torch.func.functional_call(model, other, (), batch(0)) for model in (plain, folded))
+    assert torch.equal(found.logits, wanted.logits) and abs(found.loss - wanted.loss) < 1e-6
+    for model in (plain, folded):
+        torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    wanted, found = plain(**batch(0)), folded(**batch(0))
+    assert torch.equal(found.logits, wanted.logits) and abs(found.loss - wanted.loss) < 1e-6
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_not_after_the_step(tied):
     """They would be another model's."""

@@ -22,7 +22,7 @@ from gradfold.backends import rows
 
 from .head import linear_cross_entropy
 from .linear import FoldedLinear
-from .live import Folded, is_plain, live, transformed
+from .live import SLOT, Folded, is_plain, transformed
 from .promise import Promise, real
 from .swap import foldable
 
@@ -47,9 +47,10 @@ class PromisingLinear(FoldedLinear):
             return super().forward(input)
         if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or _has_any_global_hook():
             return super().forward(input)  # they wait for a tensor
-        if not is_plain(input) or input.is_inference():
+        slot, weight = self.__dict__.get(SLOT), me._parameters.get("weight")
+        replaced = not isinstance(weight, nn.Parameter) or (slot is not None and weight is not slot.param)
+        if replaced or not is_plain(input) or input.is_inference():
             return super().forward(input)
-        live(me)  # refuses replicas
         return Promise(self, input)
 
 
@@ -67,11 +68,12 @@ def causal_loss(
     **kwargs: Any,
 ) -> Tensor:
     """``ForCausalLMLoss``; 0 and not NaN where every label is ignored."""
-    operands = logits.operands() if isinstance(logits, Promise) and logits.shape[-1] == vocab_size else None
+    operands = None
+    if isinstance(logits, Promise):
+        operands = logits.operands() if logits.shape[-1] == vocab_size else None
+        logits = logits if operands else logits.tensor()
     if operands is None:
-        return plain(
-            real(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
-        )
+        return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
     head, (x, softcap) = logits._head, operands
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -155,9 +157,12 @@ def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
 
 
 def _methods(plain: Any, loss: Any) -> dict[str, Any]:
+    own_loss = plain.loss_function.fget
+
     @functools.wraps(plain.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is None or transformed():
+        hooked = self._backward_hooks or self._backward_pre_hooks  # they put a Function around the outputs
+        if kwargs.get("labels") is None or hooked or transformed():
             return plain.forward(self, *args, **kwargs)
         head = self.get_output_embeddings()
         head.__dict__[PROMISES] = True
@@ -167,7 +172,7 @@ def _methods(plain: Any, loss: Any) -> dict[str, Any]:
             head.__dict__.pop(PROMISES, None)
 
     def get(self: Any) -> Any:
-        found = plain.loss_function.fget(self)
+        found = own_loss(self)
         if found is loss:
             return functools.partial(causal_loss, loss)
         return lambda logits, *args, **kwargs: found(real(logits), *args, **kwargs)

@@ -69,7 +69,7 @@ class Promise(Tensor):
                 )
             folded = isinstance(self._head, FoldedLinear)  # not after fold.remove()
             forward = FoldedLinear.forward if folded else type(self._head).forward
-            with torch.enable_grad(), torch.autocast(self._x.device.type, *self._autocast):
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._x.device.type, *self._autocast):
                 logits = forward(self._head, self._x)
                 for what, number in self._done:
                     logits = STEPS[what](logits, number)
