@@ -212,6 +212,9 @@ def test_nothing_is_lost_silently():
     with pytest.raises(FoldError, match="custom autograd Function"):
         (out.loss + Doubled.apply(out.logits).sum()).backward()
     folded.zero_grad()
+    out = folded(**batch(0))
+    with pytest.raises(RuntimeError, match="to not have been used"):
+        torch.autograd.grad(out.loss, out.logits)
     for ask in (lambda logits: logits.retain_grad(), lambda logits: logits.register_hook(print)):
         with pytest.raises(FoldError, match="head='plain'"):
             ask(folded(**batch(0)).logits)
@@ -229,6 +232,23 @@ class Masked(transformers.LlamaForCausalLM):
         logits[..., 7] = -30.0
         logits = logits / self.scale if self.scale else logits
         return self.loss_function(logits=logits, labels=labels, vocab_size=WORDS)
+
+
+class Meddling(transformers.LlamaForCausalLM):
+    """Changes the head's input before the loss."""
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.model(input_ids=input_ids).last_hidden_state.detach()
+        logits = self.lm_head(hidden)
+        hidden.zero_()
+        return self.loss_function(logits=logits, labels=labels, vocab_size=WORDS)
+
+
+def test_an_input_changed_before_the_loss_is_refused():
+    folded = twins(lambda: Meddling(MODELS["llama"]()))[1]
+    gradfold.fold(folded, ours(folded))
+    with pytest.raises(FoldError, match="its input has changed"):
+        folded(**batch(0))
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0])

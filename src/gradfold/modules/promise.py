@@ -61,12 +61,7 @@ class Promise(Tensor):
             FoldError: what they follow from is not as it was, as after the head's step.
         """
         if self._made is None:
-            weight = self._versions[0][0]
-            if self._head.weight is not weight or any(t._version != version for t, version in self._versions):
-                raise FoldError(
-                    "out.logits: were not computed, since nobody had read them, and by now the head has stepped or its "
-                    f"input has changed; read them before backward, or {PLAIN}"
-                )
+            self._refuse_changed()
             folded = isinstance(self._head, FoldedLinear)  # not after fold.remove()
             forward = FoldedLinear.forward if folded else type(self._head).forward
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._x.device.type, *self._autocast):
@@ -76,10 +71,19 @@ class Promise(Tensor):
             self._made = logits
         return self._made
 
+    def _refuse_changed(self) -> None:
+        weight = self._versions[0][0]
+        if self._head.weight is not weight or any(t._version != version for t, version in self._versions):
+            raise FoldError(
+                "out.logits: nobody read them, so they were not computed, and now the head has stepped or its input has "
+                f"changed; read them before backward, or {PLAIN}"
+            )
+
     def operands(self) -> tuple[Tensor, float | None] | None:
         """The head's input and the soft-cap, for ``linear_cross_entropy``; None: logits it has no option for."""
         if self._made is not None:  # they may have been changed in place
             return None
+        self._refuse_changed()
         done = [(what, number) for what, number in self._done if what != "float"]  # as the loss is anyway
         steps = [what for what, _ in done]
         if steps in (["/"], ["*"]) and self._head.bias is None:  # Granite, Cohere: as well of the input
