@@ -75,8 +75,8 @@ class Promise(Tensor):
         weight = self._versions[0][0]
         if self._head.weight is not weight or any(t._version != version for t, version in self._versions):
             raise FoldError(
-                "out.logits: nobody read them, so they were not computed, and now the head has stepped or its input has "
-                f"changed; read them before backward, or {PLAIN}"
+                "out.logits: nobody read them, so they were not computed, and now the head has stepped or its input "
+                f"has changed; read them before backward, or {PLAIN}"
             )
 
     def operands(self) -> tuple[Tensor, float | None] | None:
