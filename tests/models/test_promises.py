@@ -257,3 +257,38 @@ def test_changes_in_place_before_the_loss_count(scale, monkeypatch):
     plain, folded = twins(lambda: Masked(MODELS["llama"]()))
     gradfold.fold(folded, ours(folded))
     assert torch.equal(folded(**batch(0)), plain(**batch(0)))
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = batch(index)["input_ids"][0]
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_reads_them_in_evaluation_only(bf16, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    compute, computed = Promise.tensor, []
+    monkeypatch.setattr(Promise, "tensor", lambda promise: computed.append(1) or compute(promise))
+    options = {"max_grad_norm": 0.0, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    losses = []
+    for model, how in zip(twins(lambda: build("llama_tied"), torch.float32), ("plain", "fold"), strict=True):
+        optimizer = ours(model)
+        gradfold.fold(model, optimizer, head=how)
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(str(tmp_path), max_steps=3, logging_steps=1, bf16=bf16, **options),
+            train_dataset=Sentences(),
+            eval_dataset=Sentences(),
+            optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+        )
+        trainer.train()
+        predicted = trainer.predict(Sentences())
+        assert predicted.predictions.shape == (8, 7, WORDS)
+        logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        losses.append([*logged, predicted.metrics["test_loss"]])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if bf16 else 1e-5) and len(losses[0]) == 4
+    assert not computed
