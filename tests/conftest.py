@@ -20,6 +20,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def precise(monkeypatch):
+    """transformers computes a loss in fp32; in these tests that of an fp64 model stays in fp64."""
+    to_fp32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_fp32(t))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """Every tile is NaN when it is lent, so that a read before a write shows."""

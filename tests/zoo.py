@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import gradfold
-from gradfold.backends import Backend, Stored
+from gradfold.backends import Backend, HeadUse, Stored
 
 VOCABULARY, WIDTH, TOKENS = 11, 6, 5
 
@@ -289,6 +289,11 @@ class Recorder(Backend):
 def _bound(use: Any, weight: Tensor) -> Tensor:
     if hasattr(use, "left"):
         return use.left.abs().t() @ use.right.abs()
+    if isinstance(use, HeadUse):
+        p = torch.cat(
+            [use._logit_gradient(start, stop) for start, stop in use._blocks(0, weight.shape[0])], 1
+        )  # [T, V]
+        return p.abs().t() @ use.x.abs()
     if hasattr(use, "ids"):
         return torch.zeros_like(weight).index_add(0, use.ids, use.grad.abs())
     return use.grad.abs() + 1  # dense: plain autograd's own sum of the order of one

@@ -13,7 +13,7 @@ from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, tensors_of
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .engine.timing import Timing
 from .errors import FoldError
-from .modules import SLOT, fold_heads, restore, swap
+from .modules import SLOT, HeadRow, fold_heads, restore, swap
 from .optim import RuleOptimizer
 from .report import Report, report_of
 from .workset import Rotation, Turn, WorkingSet
@@ -45,7 +45,8 @@ def fold(
     timing: Literal["auto", "deferred"] = "auto",
     tape: Literal["device", "host"] = "device",
     working_set: WorkingSet | None = None,
-    head: Literal["fold", "plain"] = "plain",
+    head: Literal["fold", "plain"] = "fold",
+    head_keep_bytes: int | None = None,
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> Fold:
@@ -76,8 +77,12 @@ def fold(
         tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
             weight's part of it at a time.
         working_set: train a chunk of the model at a time, see ``WorkingSet``.
-        head: "fold" lets transformers' causal models, given labels, take their loss from ``linear_cross_entropy``; the
-            logits are computed only if something else reads them.
+        head: "fold" lets transformers' causal models, given labels, take their loss from ``linear_cross_entropy``,
+            wherever that loss is transformers' own and the head a plain Linear (``Fold.report()`` says it); their
+            logits are computed only if something reads them, which after the head's step is too late and raises.
+            "plain" leaves them as they are.
+        head_keep_bytes: how much of the head's softmax is kept for backward, and not computed twice: the ``keep_bytes``
+            of ``linear_cross_entropy``.
         backend: ``"triton"`` (GPUs: gradients stay in registers), ``"reference"`` (any device), ``"auto"``: for each
             weight whichever should be faster here; or an object that steps parameters (``gradfold.backends.Backend``).
         scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
@@ -90,6 +95,7 @@ def fold(
     when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape)
     if head not in ("fold", "plain"):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
+    _check_keep_bytes(head_keep_bytes, head)
     _check_optimizer(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
@@ -127,8 +133,8 @@ def fold(
     made = Fold(ledger, [])
     try:
         made._modules = swap(model, slots)
-        if head == "fold":
-            made._modules = [*fold_heads(model, made._modules), *made._modules]
+        changed, made._heads = fold_heads(model, head, head_keep_bytes)
+        made._modules = [*changed, *made._modules]
         optimizer._ledger = ledger
         if rotation is None:
             for slot in slots.values():
@@ -146,6 +152,15 @@ def fold(
             raise FoldError(f"working_set=: {error}") from None
         raise
     return made
+
+
+def _check_keep_bytes(keep_bytes: object, head: str) -> None:
+    if keep_bytes is None:
+        return
+    if not isinstance(keep_bytes, int) or isinstance(keep_bytes, bool) or keep_bytes < 0:
+        raise FoldError(f"head_keep_bytes={keep_bytes!r}: how many bytes of the softmax to keep, 0 or more")
+    if head == "plain":
+        raise FoldError(f"head_keep_bytes={keep_bytes} with head='plain', which keeps all logits: give one of them")
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -189,6 +204,7 @@ class Fold:
     def __init__(self, ledger: Ledger, modules: list[nn.Module]):
         self._ledger = ledger
         self._modules = modules
+        self._heads: Sequence[HeadRow] = ()
 
     @property
     def grad_norm(self) -> float | None:
@@ -302,7 +318,7 @@ class Fold:
         return [t for slot in self._ledger.slots.values() for part in slot.parts for t in part.waiting.values()]
 
     def report(self) -> Report:
-        """Print and return every parameter's route and bytes."""
-        report = report_of(self._ledger)
+        """Print and return every parameter's route and bytes, and which heads of causal models are folded."""
+        report = report_of(self._ledger, self._heads)
         print(report)
         return report

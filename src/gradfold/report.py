@@ -1,9 +1,10 @@
-"""``Fold.report()``: every parameter's route, storage and bytes, and the cut of a working set."""
+"""``Fold.report()``: every parameter's route, storage and bytes, causal models' heads, and the cut of a working set."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .backends import Routed, native
 from .engine import Ledger
 from .engine.storage import storage_of
+from .modules import HeadRow
 from .optim import RuleOptimizer
 from .workset import Rotation
 
@@ -53,10 +55,13 @@ class Report:
     working_set: str = ""  # its settings, in words
     host_bytes: int = 0  # of sleeping states
     disk_bytes: int = 0
+    heads: tuple[HeadRow, ...] = ()  # one for each of transformers' causal models in the model
 
     def __str__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
         text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
+        for head in self.heads:
+            text.append(f"head {head.name}: {head.how}" + (f", since {head.why}" if head.why else ""))
         if self.chunks:
             lines = [(str(c.index), c.first, c.last, _mib(c.bytes), "awake" if c.awake else "") for c in self.chunks]
             text += ["", *_table(("chunk", "from", "to", "MiB", ""), lines, left=3)]
@@ -80,11 +85,11 @@ class Report:
         return (*head, "weight MiB", "states MiB"), lines
 
 
-def report_of(ledger: Ledger) -> Report:
+def report_of(ledger: Ledger, heads: Sequence[HeadRow] = ()) -> Report:
     """The report of a fold as it is now."""
     rows = tuple(_row(ledger, name, param) for name, param in ledger.model.named_parameters())
     scratch_bytes = sum(t.numel() * t.element_size() for t in ledger.backend.scratch_tensors())
-    made = Report(rows, _backend(ledger), scratch_bytes)
+    made = Report(rows, _backend(ledger), scratch_bytes, heads=tuple(heads))
     turns = ledger.turns
     if not isinstance(turns, Rotation):
         return made

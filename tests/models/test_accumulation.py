@@ -11,6 +11,7 @@ MODES = {
     "both": {"accumulate": 4, "clip_norm": 1e-2},
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
+pytestmark = pytest.mark.usefixtures("precise")
 
 
 def trained(name, mode, prepare=lambda model: None):

@@ -9,6 +9,7 @@ from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("precise")
 
 import gradfold  # noqa: E402
 from tests.zoo import compare, distance, no_gradients, ours, recorded, torchs, twins  # noqa: E402

@@ -94,12 +94,15 @@ def test_a_causal_model():
     )
     ids = torch.zeros(4, 512, dtype=torch.int64)
 
-    def fold(model, optimizer):
-        return gradfold.fold(model, optimizer, head="fold")
+    def fold(how):
+        return lambda model, optimizer: gradfold.fold(model, optimizer, **how)
 
     batch = {"input_ids": ids, "labels": ids}
-    plain, head = (step_memory(config, adamw, batch, fold=how) for how in (True, fold))
+    plain, default, head = (
+        step_memory(config, adamw, batch, fold=fold(how)) for how in ({"head": "plain"}, {}, {"head_keep_bytes": 0})
+    )
     logits = 4 * ids.numel() * config.vocab_size
+    assert default.peak_bytes < plain.peak_bytes - logits // 2
     assert head.peak_bytes < plain.peak_bytes - logits
 
 

@@ -12,6 +12,7 @@ from tests.workset.sliced import SlicedTorch, active_slices, snapshot, untouched
 from tests.zoo import CHECKPOINTS, SCENES, Net, batches, distance, no_gradients, ours, twins
 
 each_axis = pytest.mark.parametrize("axis", ["out", "in"])
+pytestmark = pytest.mark.usefixtures("precise")
 
 
 def check(make, loss, steps, rule="AdamW", fold_options=None, **options):

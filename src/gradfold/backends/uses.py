@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,9 +119,9 @@ class GatherUse(Ready):
 
 
 class Kept(NamedTuple):
-    """The softmax of a loss head's logits, as its forward pass came by it: relative to the largest logit so far."""
+    """The softmax of a loss head's first words, as forward came by it: relative to the largest logit so far."""
 
-    values: Tensor  # [T, V]: exp(logit - base) times the soft-cap's slope; 0 for the label
+    values: Tensor  # [T, words]: exp(logit - base) times the soft-cap's slope; 0 for the label
     bases: Tensor  # [blocks, T]: what was subtracted, for each ``block`` words
     own: Tensor  # [T]: the gradient of the loss by the label's logit
     block: int
@@ -132,7 +132,7 @@ class HeadUse(Ready):
 
     p is never there as a whole. It follows from x, the log-sum-exp, the labels and the weight, so that a block of rows
     reads the rows of the weight it is the gradient of. They must be the old ones: a backend writes a block before the
-    rule changes it, and a slot steps once. Where ``kept`` holds the softmax, the weight is not read.
+    rule changes it, and a slot steps once. Of words whose softmax is ``kept`` the weight is not read.
     """
 
     def __init__(
@@ -211,10 +211,7 @@ class HeadUse(Ready):
 
     def write_out(self, grad: Tensor | None, bias_grad: Tensor | None = None) -> None:
         """Write the gradients of the weight and the bias, a block of rows at a time; one that is None is left out."""
-        vocabulary = self.weight.shape[0]
-        block = rows_at_a_time(self.x, HEAD_BYTES)
-        for start in range(0, vocabulary, block):
-            stop = min(start + block, vocabulary)
+        for start, stop in self._blocks(0, self.weight.shape[0]):
             p = self._logit_gradient(start, stop)
             if bias_grad is not None:
                 bias_grad[start:stop] = p.sum(0)
@@ -223,13 +220,20 @@ class HeadUse(Ready):
         self._operand = None
 
     def _product(self, tile: Tensor, start: int, stop: int, beta: int) -> None:
-        block = rows_at_a_time(self.x, HEAD_BYTES)  # of many tokens a tile's logits would be larger than the tile
-        for first in range(start, stop, block):
-            last = min(first + block, stop)
+        for first, last in self._blocks(start, stop):  # of many tokens a tile's logits would be larger than the tile
             p = self._logit_gradient(first, last)
             accumulate(tile[first - start : last - start], p.to(self._x.dtype), self._x[:, self.columns], beta)
         if stop == self._rows:
             self._operand = None
+
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """These rows a block at a time, the softmax of all or of none of its words kept."""
+        block = rows_at_a_time(self.x, HEAD_BYTES)
+        edge = 0 if self.kept is None else self.kept.values.shape[1] - self.first
+        while start < stop:
+            last = min(start + block, stop, edge if start < edge else stop)
+            yield start, last
+            start = last
 
     @property
     def _x(self) -> Tensor:
@@ -245,7 +249,7 @@ class HeadUse(Ready):
         grown = self.scale * (1 + 2 * self.terms.z_loss * self.lse)  # [T]
         here, at = within(self.labels, first, last)
         slope = None
-        if self.kept is not None:
+        if self.kept is not None and first < self.kept.values.shape[1]:
             p, hit = self._kept_softmax(self.kept, first, last, grown), self.scale * self.kept.own
         else:
             x, bias = self._x, None if self.bias is None else self.bias[first:last]

@@ -6,89 +6,55 @@ the hidden states out of it; whatever else looks at it gets the logits themselve
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from gradfold.backends import rows
 
 from .head import linear_cross_entropy
 from .linear import FoldedLinear
-from .live import Folded
+from .live import SLOT, Folded, is_plain, transformed
+from .promise import Promise, real
+from .swap import foldable
 
 
-class Promise:
-    """Logits that nobody has computed yet: a head's input, and what has been done to its output since."""
+@dataclasses.dataclass(frozen=True)
+class HeadRow:
+    """The head of one causal model in ``Fold.report()``."""
 
-    def __init__(self, head: Any, x: Tensor, done: tuple[tuple[str, float], ...] = ()):
-        self._head, self._x, self._done = head, x, done
-        self._made: Tensor | None = None
-
-    def then(self, what: str, number: float = 0.0) -> Promise:
-        return Promise(self._head, self._x, (*self._done, (what, number)))
-
-    def tensor(self) -> Tensor:
-        """The logits ``[*, V]``."""
-        if self._made is None:
-            logits = FoldedLinear.forward(self._head, self._x)
-            for what, number in self._done:
-                logits = torch.tanh(logits) if what == "tanh" else logits * number if what == "*" else logits / number
-            self._made = logits
-        return self._made
-
-    def operands(self) -> tuple[Tensor, float | None] | None:
-        """The head's input and the soft-cap, for ``linear_cross_entropy``; None: logits it has no option for."""
-        steps = "".join(what[0] for what, _ in self._done)
-        if steps in ("/", "*") and self._head.bias is None:  # Granite, Cohere: as well of the input
-            number = self._done[0][1]
-            return self._x / number if steps == "/" else self._x * number, None
-        if steps == "/t*" and self._done[0][1] == self._done[2][1] > 0:
-            return self._x, self._done[0][1]
-        return None if steps else (self._x, None)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.then("/", other) if isinstance(other, int | float) else self.tensor() / other
-
-    def __mul__(self, other: Any) -> Any:
-        return self.then("*", other) if isinstance(other, int | float) else self.tensor() * other
-
-    __rmul__ = __mul__
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self.tensor()[key]
-
-    def __len__(self) -> int:
-        return len(self.tensor())
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is torch.tanh and isinstance(args[0], Promise) and not kwargs:
-            return args[0].then("tanh")
-        return func(*[_real(arg) for arg in args], **{key: _real(value) for key, value in (kwargs or {}).items()})
-
-
-def _real(value: Any) -> Any:
-    if isinstance(value, Promise):
-        return value.tensor()
-    return type(value)(map(_real, value)) if type(value) in (list, tuple) else value
+    name: str
+    how: Literal["folded", "plain"]
+    why: str  # it is plain
 
 
 class PromisingLinear(FoldedLinear):
     """A folded head, which promises its output while its model's forward runs with labels."""
 
+    keep_bytes: int | None = None  # for ``linear_cross_entropy``
+
     def forward(self, input: Tensor) -> Any:
         me: Any = self
-        hooked = me._forward_hooks or me._backward_hooks or me._backward_pre_hooks  # they wait for a tensor
-        if self.__dict__.get("_gradfold_promises") and torch.is_grad_enabled() and not hooked:
-            return Promise(self, input)
-        return super().forward(input)
+        if not self.__dict__.get(PROMISES) or not torch.is_grad_enabled() or transformed():
+            return super().forward(input)
+        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or _has_any_global_hook():
+            return super().forward(input)  # they wait for a tensor
+        slot, weight = self.__dict__.get(SLOT), me._parameters.get("weight")
+        replaced = not isinstance(weight, nn.Parameter) or (slot is not None and weight is not slot.param)
+        if replaced or not is_plain(input) or input.is_inference():
+            return super().forward(input)
+        return Promise(self, input)
+
+
+PROMISES = "_gradfold_promises"
 
 
 def causal_loss(
@@ -102,46 +68,87 @@ def causal_loss(
     **kwargs: Any,
 ) -> Tensor:
     """``ForCausalLMLoss``; 0 and not NaN where every label is ignored."""
-    operands = logits.operands() if isinstance(logits, Promise) else None
-    if operands is None or logits._head.weight.shape[0] != vocab_size:
-        return plain(
-            _real(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
-        )
+    operands = None
+    if isinstance(logits, Promise):
+        operands = logits.operands() if logits.shape[-1] == vocab_size else None
+        logits = logits if operands else logits.tensor()
+    if operands is None:
+        return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
     head, (x, softcap) = logits._head, operands
-    labels = labels if shift_labels is None else shift_labels.view(x.shape[:-1])
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return linear_cross_entropy(
-        x,
+        rows(x),
         head.weight,
-        labels.to(x.device),
+        shift_labels.reshape(-1).to(x.device),
         bias=head.bias,
         ignore_index=ignore_index,
         softcap=softcap,
         num_items=num_items_in_batch,
-        shift=shift_labels is None,
+        keep_bytes=head.keep_bytes,
     )
 
 
-def fold_heads(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Let transformers' causal models take their loss from their folded heads; returns the models.
+def fold_heads(
+    model: nn.Module, how: Literal["fold", "plain"], keep_bytes: int | None
+) -> tuple[list[nn.Module], list[HeadRow]]:
+    """Let transformers' causal models take their loss from their heads; returns what has changed, and what is said.
 
-    Only where the loss is transformers' own for causal models. Heads are ``modules`` that have been folded.
+    A head that does not step, because it is frozen, is folded too: neither its logits nor their gradient are stored.
     """
-    losses: Any = sys.modules.get("transformers.loss.loss_utils")
-    folded = {id(module) for module in modules if isinstance(module, FoldedLinear)}
-    found: list[nn.Module] = []
-    for one in list(model.modules()) if losses else []:
-        if not type(one).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not hasattr(one, "get_output_embeddings"):
+    changed: list[nn.Module] = []
+    said: list[HeadRow] = []
+    names = {id(module): name for name, module in model.named_modules()}
+    for one in list(model.modules()):
+        if not _is_causal(one):
             continue
-        if not isinstance(getattr(type(one), "loss_function", None), property):  # a wrapper around such a model
+        head: Any = one.get_output_embeddings()  # type: ignore[operator]
+        why = "head='plain'" if how == "plain" else _why_plain(one, head)
+        said.append(HeadRow(names.get(id(head)) or type(one).__name__, "plain" if why else "folded", why))
+        if why:
             continue
-        if "forward" in vars(one) or one.loss_function is not losses.ForCausalLMLoss:
-            continue
-        head = one.get_output_embeddings()  # type: ignore[operator]
-        if id(head) in folded:
-            head.__class__ = _class(type(head).plain_class, PromisingLinear, {})
-            one.__class__ = _class(type(one), Folded, _methods(type(one), losses.ForCausalLMLoss))
-            found.append(one)
-    return found
+        kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
+        head.__class__ = _class(kind, PromisingLinear, {"keep_bytes": keep_bytes})
+        one.__class__ = _class(type(one), Folded, _methods(type(one), _loss()))
+        changed += [one, head]
+    return changed, said
+
+
+def _loss() -> Callable[..., Tensor] | None:
+    """transformers' own loss of causal models."""
+    losses: Any = sys.modules.get("transformers.loss.loss_utils")  # a model that has one has imported it
+    return getattr(losses, "ForCausalLMLoss", None)
+
+
+def _is_causal(module: Any) -> bool:
+    """Whether it is one of transformers' causal models, not a wrapper around one."""
+    if _loss() is None or not isinstance(getattr(type(module), "loss_function", None), property):
+        return False
+    named = any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(module).__mro__)
+    return named and hasattr(module, "get_output_embeddings")
+
+
+def _why_plain(model: Any, head: Any) -> str:
+    """Why this head cannot be folded; empty if it can."""
+    if "forward" in vars(model):
+        return "its model's forward was replaced"
+    if not _calls_loss_function(type(model)):
+        return f"{type(model).__name__} computes its loss without loss_function"
+    if (loss := model.loss_function) is not _loss():
+        return f"its loss is {getattr(loss, '__name__', loss)}, not transformers' ForCausalLMLoss"
+    if isinstance(head, FoldedLinear) or (isinstance(head, nn.Linear) and foldable(head) is FoldedLinear):
+        return ""
+    return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
+
+
+def _calls_loss_function(kind: type) -> bool:
+    """Whether its forward does, or that of a base class which it calls."""
+    for base in kind.__mro__:
+        if (forward := vars(base).get("forward")) is not None:
+            names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+            if "loss_function" in names or "forward" not in names:
+                return "loss_function" in names
+    return False
 
 
 def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
@@ -149,22 +156,25 @@ def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
     return type(plain.__name__, (folding, plain), {**names, **members})
 
 
-def _methods(plain: Any, loss: Callable[..., Tensor]) -> dict[str, Any]:
+def _methods(plain: Any, loss: Any) -> dict[str, Any]:
+    own_loss = plain.loss_function.fget
+
     @functools.wraps(plain.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is None or torch.compiler.is_compiling():
+        hooked = self._backward_hooks or self._backward_pre_hooks  # they put a Function around the outputs
+        if kwargs.get("labels") is None or hooked or transformed():
             return plain.forward(self, *args, **kwargs)
         head = self.get_output_embeddings()
-        head.__dict__["_gradfold_promises"] = True
+        head.__dict__[PROMISES] = True
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            head.__dict__.pop("_gradfold_promises", None)
+            head.__dict__.pop(PROMISES, None)
 
     def get(self: Any) -> Any:
-        found = plain.loss_function.fget(self)
+        found = own_loss(self)
         if found is loss:
             return functools.partial(causal_loss, loss)
-        return lambda logits, *args, **kwargs: found(_real(logits), *args, **kwargs)
+        return lambda logits, *args, **kwargs: found(real(logits), *args, **kwargs)
 
     return {"forward": forward, "loss_function": property(get, plain.loss_function.fset)}

@@ -7,8 +7,8 @@ backward only multiplies that by what arrives for the token. The weight's rows a
     forward     logits 2 T V H, softmax times weight 2 T V H (not where x needs no gradient)
     the step    logits again 2 T V H, gradient of the weight 2 T V H
 
-8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H. Where few tokens
-make it cheap (``keep_bytes``), the softmax is kept in x's precision, and its logits are not computed again: 6 T V H.
+8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H. As much of the
+softmax as ``keep_bytes`` allows is kept in x's precision, and those logits are not computed again: 6 T V H if all are.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gradfold.backends import HeadUse, Kept, Terms, rows
 from gradfold.engine import Demand, Slot, refuse_ddp, slot_of
 from gradfold.errors import FoldError
 
-from .live import usable
+from .live import transformed, usable
 from .sweep import Swept, sweep, token_blocks
 
-KEEP_BYTES = 64 * 2**20  # the largest softmax ``[T, V]`` that is kept: 32 Mi words in bf16, 256 tokens of 128 Ki
+KEEP_BYTES = 512 * 2**20  # of a softmax ``[T, V]`` that is kept: 2,048 tokens of 128 Ki words in bf16
 
 
 def linear_cross_entropy(
@@ -61,8 +60,9 @@ def linear_cross_entropy(
         reduction: "none" gives a loss for each label, 0 where ignored.
         shift: tokens before n predict n, as ``transformers``' causal models count: ``x[..., :-1, :]`` with
             ``labels[..., 1:]``.
-        keep_bytes: where the softmax ``[T, V]`` takes no more than this, in bf16 for bf16 and else in the loss's
-            precision, it is kept for backward instead of computed twice. None: ``KEEP_BYTES``, 64 MiB; 0: never.
+        keep_bytes: as much of the softmax ``[T, V]``, in bf16 for bf16 and else in the loss's precision, is kept for
+            backward instead of computed twice. None: ``KEEP_BYTES``, 512 MiB, and nothing of a weight that waits for
+            ``optimizer.step()``; 0: nothing.
 
     Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0, as are its gradients; torch's is NaN.
 
@@ -70,11 +70,12 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or options that do not go together.
         IndexError: a label that is no word; on an accelerator its loss is NaN instead.
     """
-    if shift:
-        labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     terms = Terms(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     _check(x, weight, labels, bias, terms, num_items, reduction)
-    flat = labels.reshape(-1).to(x.device, torch.int64)  # [T]
+    labels = labels.to(x.device, torch.int64)
+    if shift:
+        labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    flat = labels.reshape(-1)  # [T]
     losses = _token_losses(rows(x), weight, bias, flat, ignore_index, terms, keep_bytes)
     if reduction == "none":
         return losses.view(labels.shape)
@@ -199,17 +200,16 @@ def _token_losses(
     keep_bytes: int | None = None,
 ) -> Tensor:
     """The loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _plain(x, weight, bias, labels, ignore_index, terms)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transformed():
         return _plain(x, weight, bias, labels, ignore_index, terms)
     _refuse_strange_words(labels, ignore_index, weight.shape[0])
     slot = slot_of(weight)
     if slot is not None:
         refuse_ddp()
         slot = usable(slot)
-    limit = KEEP_BYTES if keep_bytes is None else keep_bytes
-    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled(), limit)
+    if keep_bytes is None:  # on a tape it would stay until the end of the step
+        keep_bytes = 0 if slot is not None and slot.ledger.deferring else KEEP_BYTES
+    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled(), keep_bytes)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms) -> Tensor:

@@ -49,6 +49,13 @@ def usable(slot: Slot) -> Slot | None:
     return slot
 
 
+def transformed() -> bool:
+    """Whether this code is being traced or transformed, for which everything takes the plain path."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def is_plain(x: torch.Tensor) -> bool:
     """Whether x is one dense block of numbers; sparse and nested tensors take the plain path."""
     return x.layout is torch.strided and not x.is_nested

@@ -40,15 +40,12 @@ def sweep(
 ) -> Swept:
     """One pass over the vocabulary; x: ``[T, H]``, weight: ``[V, H]``, labels: ``[T]``.
 
-    differentiable: with the gradient by x. keep_bytes: the softmax is kept if it takes no more.
+    differentiable: with the gradient by x. keep_bytes: as much of the softmax is kept, of the first words.
     """
     tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], terms.label_smoothing
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
     keep = x.dtype if x.dtype == torch.bfloat16 else dtype
     x = operand(x)
-    values, bases = None, []
-    if tokens * vocabulary * keep.itemsize <= keep_bytes and not (smoothing and terms.softcap):
-        values = x.new_empty(tokens, vocabulary, dtype=keep)
     top = x.new_full((tokens,), -torch.inf, dtype=dtype)  # the largest logit so far
     total, label = x.new_zeros(tokens, dtype=dtype), x.new_zeros(tokens, dtype=dtype)
     mean = torch.zeros_like(label) if smoothing else None
@@ -57,6 +54,12 @@ def sweep(
     if differentiable and smoothing:
         evenly = x.new_zeros(x.shape[1:] if terms.softcap is None else x.shape, dtype=dtype)
     block = rows_at_a_time(x, CUDA_TILE_BYTES if x.is_cuda else TILE_BYTES)
+    words = min(vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens)))  # whose softmax is kept
+    if words < vocabulary:
+        words -= words % block
+    if smoothing and terms.softcap is not None:  # whose slope the share of smoothing would need too
+        words = 0
+    values, bases = x.new_empty(tokens, words, dtype=keep) if words else None, []
     for start in range(0, vocabulary, block):
         stop = min(start + block, vocabulary)
         w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
@@ -71,13 +74,13 @@ def sweep(
         e = logits.sub_(base.unsqueeze(1)).exp_()  # [T, v]
         total = total * rescale + e.sum(1)
         top = higher
-        if summed is None and values is None:
+        if summed is None and start >= words:
             continue
         # the label's own share comes last, at once with its -1, so that the two do not cancel in rounded numbers
         e.scatter_(1, at, torch.where(here, torch.zeros_like(top), e.gather(1, at).squeeze(1)).unsqueeze(1))
         if slope is not None:
             e.mul_(slope)
-        if values is not None:
+        if values is not None and start < words:
             values[:, start:stop] = e
             bases.append(base)
         if summed is None:
