@@ -311,7 +311,8 @@ class Fold:
         """What waits for ``optimizer.step()``, of all parameters or of one."""
         slots = self._ledger.slots
         chosen = slots.values() if parameter is None else filter(None, [slots.get(id(parameter))])
-        return [tensor for slot in chosen for part in slot.parts for use in part.tape.held for tensor in tensors_of(use)]
+        uses = [use for slot in chosen for part in slot.parts for use in part.tape.held]
+        return [tensor for use in uses for tensor in tensors_of(use)]
 
     def waiting_tensors(self) -> list[Tensor]:
         """States that are allocated and become the optimizer's when their parameters first step."""

@@ -1,5 +1,6 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
+from .blocks import visited
 from .choose import choose
 from .gemm import as_accelerator, linear, multiply, on_accelerator
 from .logits import Terms, logits_of, operand, product, within
@@ -62,5 +63,6 @@ __all__ = [
     "safe_magnitude",
     "tensors_of",
     "total",
+    "visited",
     "within",
 ]

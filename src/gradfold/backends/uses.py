@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import visited
 from .gemm import accumulate
 from .logits import Terms, logits_of, operand, product, within
 
@@ -211,7 +212,7 @@ class HeadUse(Ready):
 
     def write_out(self, grad: Tensor | None, bias_grad: Tensor | None = None) -> None:
         """Write the gradients of the weight and the bias, a block of rows at a time; one that is None is left out."""
-        for start, stop in self._blocks(0, self.weight.shape[0]):
+        for start, stop in visited(list(self._blocks(0, self.weight.shape[0])), self.x):
             p = self._logit_gradient(start, stop)
             if bias_grad is not None:
                 bias_grad[start:stop] = p.sum(0)
@@ -220,7 +221,9 @@ class HeadUse(Ready):
         self._operand = None
 
     def _product(self, tile: Tensor, start: int, stop: int, beta: int) -> None:
-        for first, last in self._blocks(start, stop):  # of many tokens a tile's logits would be larger than the tile
+        for first, last in visited(
+            list(self._blocks(start, stop)), self.x
+        ):  # of many tokens a tile's logits would be larger than the tile
             p = self._logit_gradient(first, last)
             accumulate(tile[first - start : last - start], p.to(self._x.dtype), self._x[:, self.columns], beta)
         if stop == self._rows:

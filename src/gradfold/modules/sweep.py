@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import Kept, Terms, logits_of, operand, product, rows_at_a_time, within
+from gradfold.backends import Kept, Terms, logits_of, on_accelerator, operand, product, rows_at_a_time, visited, within
 
 TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
 CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
@@ -53,14 +53,15 @@ def sweep(
     evenly = None  # [H], or [T, H] with a soft-cap: the sum of the weight's rows, each times its slope
     if differentiable and smoothing:
         evenly = x.new_zeros(x.shape[1:] if terms.softcap is None else x.shape, dtype=dtype)
-    block = rows_at_a_time(x, CUDA_TILE_BYTES if x.is_cuda else TILE_BYTES)
+    block = rows_at_a_time(x, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
     words = min(vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens)))  # whose softmax is kept
     if words < vocabulary:
         words -= words % block
     if smoothing and terms.softcap is not None:  # whose slope the share of smoothing would need too
         words = 0
-    values, bases = x.new_empty(tokens, words, dtype=keep) if words else None, []
-    for start in range(0, vocabulary, block):
+    values = x.new_empty(tokens, words, dtype=keep) if words else None
+    bases = x.new_empty(-(-words // block), tokens, dtype=dtype)
+    for start in visited(range(0, vocabulary, block), x):
         stop = min(start + block, vocabulary)
         w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
         logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], terms.softcap)
@@ -82,7 +83,7 @@ def sweep(
             e.mul_(slope)
         if values is not None and start < words:
             values[:, start:stop] = e
-            bases.append(base)
+            bases[start // block] = base
         if summed is None:
             continue
         summed.mul_(rescale.unsqueeze(1))
@@ -98,7 +99,7 @@ def sweep(
     own = _by_label(lse, label, terms)
     if summed is not None:
         _finish(summed, evenly, weight, labels, lse, own, total, terms)
-    kept = None if values is None else Kept(values, torch.stack(bases), own, block)
+    kept = None if values is None else Kept(values, bases, own, block)
     return Swept(lse, label, mean, summed, kept)
 
 

@@ -17,7 +17,6 @@ import bisect
 from collections import defaultdict
 from typing import NamedTuple
 
-
 from gradfold.plan.trace import Timeline
 
 ROUND_BYTES = 512

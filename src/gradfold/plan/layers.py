@@ -133,9 +133,15 @@ def _phases(timeline: Timeline, names: dict[str, int]) -> list[_Phase]:
     for mark, following in pairwise(marks):
         cut = slice(mark.event, following.event)
         events = _Stretch(
-            deltas[cut], timeline.deltas_bytes[cut], touched[cut].copy(), index[timeline.ops[cut]], index[timeline.places[cut]]
+            deltas[cut],
+            timeline.deltas_bytes[cut],
+            touched[cut].copy(),
+            index[timeline.ops[cut]],
+            index[timeline.places[cut]],
         )
-        passed = int(timeline.touched_bytes[following.event - 1]) if following.event > mark.event else mark.touched_bytes
+        passed = (
+            int(timeline.touched_bytes[following.event - 1]) if following.event > mark.event else mark.touched_bytes
+        )
         if following.event > mark.event:  # the first event's clock starts at the mark
             events.touched[0] = timeline.touched_bytes[mark.event] - mark.touched_bytes
         phases.append(_Phase(mark.label, events, following.touched_bytes - passed))

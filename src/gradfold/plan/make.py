@@ -27,7 +27,7 @@ def plan(
     progress: Callable[[str], None] = lambda what: None,
     **changes: Any,
 ) -> Plan:
-    """Predict the memory of a training step by running its real code on fake tensors; nothing is downloaded but a config.
+    """Predict the memory of a training step by running its real code on fake tensors. No weights are downloaded.
 
     gradfold.plan("llama-3.1-8b", tokens=512, states="int8", checkpointing=True)
 
@@ -51,7 +51,9 @@ def plan(
         settings = make()
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(changes.keys() - known):
-        raise PlanError(f"{unknown[0]}={changes[unknown[0]]!r}: there is no such setting; there is {', '.join(sorted(known))}")
+        raise PlanError(
+            f"{unknown[0]}={changes[unknown[0]]!r}: there is no such setting; there is {', '.join(sorted(known))}"
+        )
     if device not in DEVICES:
         raise PlanError(f"device={device!r}: 'cuda' (an accelerator) or 'cpu'")
     settings = dataclasses.replace(settings or Settings(), **changes)

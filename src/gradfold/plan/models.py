@@ -62,6 +62,7 @@ class Subject:
         except (ValueError, TypeError, KeyError, ImportError) as error:
             raise PlanError(f"model {self.name}: transformers cannot build a causal model of it ({error})") from None
 
+    @property
     def parameters(self) -> int:
         """How many numbers it trains."""
         return self._meta[0]
@@ -90,8 +91,10 @@ class Subject:
 
 
 def find_subject(model: Any) -> Subject:
-    """A model by name (a preset, a folder, a config.json, a hub id), a transformers config, a module, or a function that
-    builds one. Raises PlanError, saying what it could be."""
+    """A model by name (a preset, a folder, a config.json, a hub id), a transformers config, a module, or what builds one.
+
+    Raises PlanError, saying what it could be.
+    """
     if isinstance(model, (str, Path)):
         return _named(str(model))
     if hasattr(model, "model_type"):
@@ -100,7 +103,9 @@ def find_subject(model: Any) -> Subject:
         return Subject(type(model).__name__, source=model)
     if callable(model):
         return Subject(getattr(model, "__name__", "model"), source=model)
-    raise PlanError(f"model={model!r}: give a name, a folder, a transformers config, a module or a function that builds one")
+    raise PlanError(
+        f"model={model!r}: give a name, a folder, a transformers config, a module or a function that builds one"
+    )
 
 
 def _named(name: str) -> Subject:
@@ -121,7 +126,9 @@ def _named(name: str) -> Subject:
 def _hint(name: str) -> str:
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], PRESETS, n=1, cutoff=0.55)
     known = ", ".join(PRESETS)
-    return f"; did you mean {near[0]!r}?" if near else f"; known without a download: {known}; or name a hub id, ORG/MODEL"
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; known without a download: {known}; or name a hub id, ORG/MODEL"
+    )
 
 
 def _from_file(name: str, path: Path) -> Any:
@@ -148,7 +155,9 @@ def _from_hub(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:
-        raise PlanError(f"model {name!r}: its config cannot be had from the hub ({_short(error)}){_hint(name)}") from None
+        raise PlanError(
+            f"model {name!r}: its config cannot be had from the hub ({_short(error)}){_hint(name)}"
+        ) from None
     finally:
         logging.set_verbosity(level)
 
@@ -157,7 +166,9 @@ def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
 
 
-def _of_source(source: nn.Module | Callable[[], nn.Module], dtype: torch.dtype, mode: FakeTensorMode | None) -> nn.Module:
+def _of_source(
+    source: nn.Module | Callable[[], nn.Module], dtype: torch.dtype, mode: FakeTensorMode | None
+) -> nn.Module:
     if mode is None:
         model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
     else:

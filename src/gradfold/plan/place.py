@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 
 class Place:
@@ -17,13 +16,18 @@ class Place:
     """
 
     def __init__(self, model: nn.Module):
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names = {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
         self._backward = ""
         self._handles: list[Any] = []
+        find = getattr(model, "get_output_embeddings", None)
+        self._without_hooks = find() if callable(find) else None  # a head with hooks is not folded
 
     def __enter__(self) -> Place:
-        self._handles = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end, always_call=True)]
+        for module in self._names:
+            if module is not self._without_hooks:
+                self._handles.append(module.register_forward_pre_hook(self._begin))
+                self._handles.append(module.register_forward_hook(self._end, always_call=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -37,7 +41,7 @@ class Place:
         return self._backward if torch._C._current_graph_task_id() != -1 else ""
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._running.append(self._names.get(id(module), self._running[-1] if self._running else ""))
+        self._running.append(self._names[module])
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         name = self._running.pop() if self._running else ""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradfold.plan.trace import LiveBytes
 from gradfold.workset import Host
+from gradfold.workset.store import bytes_of
 
 
 class PlayedHost(Host):
@@ -25,7 +26,7 @@ class PlayedHost(Host):
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         super().put(key, tensors)
-        self.left_bytes += _bytes(tensors)
+        self.left_bytes += bytes_of(tensors.values())
         if self.meter is not None:
             self.meter.set_aside(*tensors.values())
 
@@ -46,13 +47,9 @@ class PlayedHost(Host):
             return
         self._coming.add(key)
         held = self._held[key]
-        self.arrived_bytes += _bytes(held)
+        self.arrived_bytes += bytes_of(held.values())
         if self.meter is not None:
             self.meter.move("staging", *held.values())
 
     def _let_go(self, key: str) -> None:
         self._coming.discard(key)
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

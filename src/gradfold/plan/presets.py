@@ -40,7 +40,9 @@ def _sizes(vocabulary: int, width: int, hidden: int, layers: int, heads: int, kv
 
 def _gemma(hub: str, kind: str, width: int, hidden: int, layers: int, heads: int, kv: int, **more: Any) -> Preset:
     vocabulary = more.pop("vocabulary", 256_000)
-    return Preset(hub, kind, _sizes(vocabulary, width, hidden, layers, heads, kv) | {"tie_word_embeddings": True} | more)
+    return Preset(
+        hub, kind, _sizes(vocabulary, width, hidden, layers, heads, kv) | {"tie_word_embeddings": True} | more
+    )
 
 
 _LONG = {"max_position_embeddings": 131_072}

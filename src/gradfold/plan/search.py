@@ -88,7 +88,8 @@ class _Search:
         self.subject, self.settings, self.device = subject, settings, device
         self.budget_bytes, self.fixed, self.progress = budget_bytes, fixed, progress
         self.context_bytes = CONTEXT_BYTES if device == "cuda" else 0
-        self.weight_bytes, self.parameters, _ = resting_of(subject, dataclasses.replace(settings, working_set=None))
+        self.weight_bytes, _ = resting_of(subject, dataclasses.replace(settings, working_set=None))
+        self.parameters = subject.parameters
         self._steps: dict[tuple, StepMemory] = {}
         self._states: dict[tuple, int] = {}
         self._guesses: dict[int, int] = {}
@@ -185,7 +186,7 @@ class _Search:
     def _state_bytes(self, one: Settings) -> int:
         key = (one.states, one.master)
         if key not in self._states:
-            *_, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None))
+            _, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None))
         return self._states[key]
 
     def _trace(self, one: Settings, why: str) -> Choice:
@@ -196,7 +197,9 @@ class _Search:
             size = allocated(predicted.memory.timeline).allocated_bytes + self.context_bytes
         return Choice(one, predicted, size, self._expected_s(one, predicted.moved_bytes_per_step), why)
 
-    def _pick(self, candidates: list[Settings], why: str, most: int, beside: list[Choice] | None = None) -> list[Choice]:
+    def _pick(
+        self, candidates: list[Settings], why: str, most: int, beside: list[Choice] | None = None
+    ) -> list[Choice]:
         """The first of these that fit."""
         picked: list[Choice] = []
         known = [choice.settings for choice in beside or ()]
@@ -241,6 +244,6 @@ class _Search:
     def _too_small(self, least: Choice) -> str:
         return (
             f"budget {format_bytes(self.budget_bytes)}: nothing fits; of all that was tried the least is "
-            f"{format_bytes(least.device_bytes)} ({least.settings.describe()}); give more, fewer --tokens, or a smaller "
+            f"{format_bytes(least.device_bytes)} ({least.settings.describe()}); give more, fewer tokens, or a smaller "
             "model"
         )

@@ -189,7 +189,7 @@ def record_step(
     micro_batches: int = 1,
     meet: Callable[[LiveBytes], None] = lambda live: None,
 ) -> StepMemory:
-    """Run one step and count its live bytes. `meet` is given the meter before the step, to tell it what it cannot see."""
+    """Run one step and count its live bytes. `meet` is given the meter before it, to tell it what it cannot see."""
     gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
     place = Place(model)
     with LiveBytes(place=place) as live:

@@ -156,7 +156,8 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist already: tensors, modules, optimizers, or containers of them.
 
         By default parameters and buffers are `weights`, their `.grad` `gradients`, what an optimizer holds `states`,
-        any other tensor `activations` (a batch). Raises ValueError for an unknown category, TypeError for any other thing.
+        any other tensor `activations` (a batch). Raises ValueError for an unknown category, TypeError for what holds
+        no tensors.
         """
         for thing in things:
             for tensor, default in _tensors_of(thing):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradfold.plan.scene import enable_checkpointing
 from gradfold.train.data import Data
 from gradfold.train.errors import ModelError, one_line
 from gradfold.train.recipe import Recipe
@@ -111,14 +112,8 @@ def load_model(source: Source, recipe: Recipe, device: torch.device) -> torch.nn
             f"model {source.name}: its weights are quantized and cannot be trained; use the original model"
         )
     _mend_generation_config(model)
-    if recipe.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(f"model {source.name}: has no gradient checkpointing; set gradient_checkpointing to false")
-        settings = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if recipe.gradient_checkpointing and not enable_checkpointing(model):
+        raise ModelError(f"model {source.name}: has no gradient checkpointing; set gradient_checkpointing to false")
     return model.to(device).train()
 
 
