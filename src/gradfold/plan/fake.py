@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -49,6 +52,20 @@ def _written_argument(func: Any) -> int:
     first = schema.arguments[0].alias_info
     written = first is not None and first.is_write
     return 0 if written and len(schema.returns) == 1 and schema.returns[0].alias_info is not None else _RUN
+
+
+@contextlib.contextmanager
+def frozen_objects() -> Iterator[None]:
+    """While open, the cycle collector leaves alone what exists now.
+
+    It is run before each step that is traced, and with transformers loaded that takes longer than the step.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def fake_copy(model: Any, mode: FakeTensorMode) -> nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 
 from gradfold.plan.allocator import allocated
 from gradfold.plan.errors import PlanError
+from gradfold.plan.fake import frozen_objects
 from gradfold.plan.models import find_subject
-from gradfold.plan.peers import PEERS, SteppedInHooks
+from gradfold.plan.peers import PEERS, peers_of
 from gradfold.plan.predict import predict, predict_peer
 from gradfold.plan.report import Plan
 from gradfold.plan.settings import Settings
@@ -59,13 +60,12 @@ def plan(
     settings = dataclasses.replace(settings or Settings(), **changes)
     subject = find_subject(model)
     progress(f"tracing: {settings.describe()}")
-    predicted = predict(subject, settings, device)
-    others = []
-    for name, optimizer in PEERS.items() if peers else ():
-        if optimizer is SteppedInHooks and (settings.accumulate > 1 or settings.clip_norm is not None):
-            continue
-        progress(f"tracing: {name}")
-        others.append(predict_peer(subject, settings, optimizer, name, device))
+    with frozen_objects():
+        predicted = predict(subject, settings, device)
+        others = []
+        for name in peers_of(settings) if peers else ():
+            progress(f"tracing: {name}")
+            others.append(predict_peer(subject, settings, PEERS[name], name, device))
     return Plan(
         model=subject.name,
         settings=settings,

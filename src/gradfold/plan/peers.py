@@ -9,16 +9,19 @@ import torch
 from torch import nn
 
 from gradfold.optim import AdamW
+from gradfold.plan.settings import Settings
 
 
 class SteppedInHooks:
     """An optimizer for each parameter, which steps when its gradient arrives and lets go of it."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[nn.Parameter, Any] = {}
         for parameter in parameters:
             optimizer = plain([parameter])
+            self.optimizers.append(optimizer)
             self.state[parameter] = optimizer.state  # filled by its first step
             parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: self._consume(p, optimizer))
 
@@ -45,4 +48,10 @@ PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "AdamW stepped in hooks": SteppedInHooks,
     "AdamW, 8-bit states": eight_bit,
 }
-"""Name -> what makes the optimizer. Those in hooks can neither accumulate nor clip."""
+"""Name -> what makes the optimizer."""
+
+
+def peers_of(settings: Settings) -> list[str]:
+    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip."""
+    waits = settings.accumulate > 1 or settings.clip_norm is not None
+    return [name for name, peer in PEERS.items() if not (waits and peer is SteppedInHooks)]

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from gradfold.fold import Fold
+from gradfold.fold import Fold, fold
+from gradfold.optim import RuleOptimizer
 from gradfold.plan.models import Subject
 from gradfold.plan.scene import Scene, trainable
 from gradfold.plan.settings import Settings
-from gradfold.plan.step import StepMemory, record_step, run_step
+from gradfold.plan.step import StepMemory, make_states, record_step
 from gradfold.plan.turns import in_turns
 from gradfold.workset.store import bytes_of
 
@@ -51,8 +53,10 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
     def run(model: nn.Module) -> StepMemory:
         optimizer = settings.make_optimizer(trainable(model))
         made = settings.make_fold(model, optimizer, None) if settings.fold else None
+        if made is None:
+            _allocate(model, optimizer)
         try:
-            return _second_step(scene, model, optimizer, made, settings.describe())
+            return _step(scene, model, optimizer, made, settings.describe())
         finally:
             if made is not None:
                 made.remove()
@@ -65,7 +69,14 @@ def predict_peer(
 ) -> StepMemory:
     """The same batches trained with another optimizer, and without a fold."""
     scene = Scene(subject, settings, device)
-    return scene.over_layers(lambda model: _second_step(scene, model, make_optimizer(trainable(model)), None, label))
+
+    def run(model: nn.Module) -> StepMemory:
+        optimizer = make_optimizer(trainable(model))
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            _allocate(model, one)
+        return _step(scene, model, optimizer, None, label)
+
+    return scene.over_layers(run)
 
 
 def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
@@ -88,8 +99,14 @@ def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
     return weight_bytes, state_bytes
 
 
-def _second_step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
-    """The first one brings states into being that are made when they are needed."""
-    batch, parts = scene.batch(), scene.settings.accumulate
-    run_step(model, optimizer, batch, made, micro_batches=parts)
-    return record_step(model, optimizer, batch, made, label=label, micro_batches=parts)
+def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer have its states."""
+    if isinstance(optimizer, RuleOptimizer):
+        fold(model, optimizer, backend="reference").remove()  # which takes no step
+    else:
+        make_states(optimizer)
+
+
+def _step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
+    """One with all states there already: a fold makes them when it is made."""
+    return record_step(model, optimizer, scene.batch(), made, label=label, micro_batches=scene.settings.accumulate)

@@ -107,7 +107,7 @@ def step_memory(
         # A fold makes its states and scratch when it is made. A torch optimizer is made to without a forward and
         # backward, which take most of the time (a parameter that the loss never reaches gets states too, then).
         if not fold and isinstance(fake_optimizer, torch.optim.Optimizer):
-            _make_states(fake_optimizer)
+            make_states(fake_optimizer)
         ready = bool(fold) or isinstance(fake_optimizer, torch.optim.Optimizer)
         return measure_step(
             fake_model,
@@ -229,7 +229,7 @@ def _track_fold(live: LiveBytes, model: nn.Module, optimizer: Any, fold: Fold | 
     live.track(fold.scratch_tensors(), category="scratch")
 
 
-def _make_states(optimizer: torch.optim.Optimizer) -> None:
+def make_states(optimizer: torch.optim.Optimizer) -> None:
     """Let a (fake) step bring an optimizer's states into being."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
