@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from collections.abc import Sequence
 from typing import Any
+
+import tyro
 
 from gradfold.train.conform import did_you_mean, from_words
 from gradfold.train.errors import RecipeError
@@ -35,6 +40,26 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def print_help(command: Any, default: Any, prog: str) -> None:
+    with contextlib.suppress(SystemExit):
+        tyro.cli(command, default=default, args=["--help"], prog=prog)
+
+
+def parsed_again(command: Any, default: Any, words: Sequence[str], prog: str) -> Any:
+    """What the option parser behind --help makes of the words, so that the two can never disagree in silence.
+
+    Raises RecipeError where it cannot read them.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command, default=default, args=list(words), prog=prog)
+    except SystemExit:
+        lines = [line.strip(" │╭╮╰╯─-") for line in said.getvalue().splitlines()]
+        message = " ".join(line for line in lines if line)
+        raise RecipeError(f"{message or 'the options cannot be read'}") from None
+
+
 def _split_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(flag, its words); `--lr=1` is one word for two."""
     flags: list[tuple[str, list[str]]] = []
@@ -47,3 +72,9 @@ def _split_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             flags[-1][1].append(word)
     return flags
+
+
+def quiet_environment() -> None:
+    """Settings that libraries read when they load."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("gradfold.cli.train", "fine-tune every weight of a causal language model"),
+    "plan": ("gradfold.cli.plan", "predict what a training step takes, and what fits a budget"),
     "record": ("gradfold.cli.record", "verify, merge and sign the papers' records"),
 }
 """Name -> (module with `run(arguments) -> exit code`, what it does). A module loads when its command is called."""
 
 ERRORS = {
     "gradfold.errors": "FoldError",
+    "gradfold.plan.errors": "PlanError",
     "gradfold.train.errors": "TrainError",
     "gradfold.provenance.errors": "ProvenanceError",
 }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gradfold.cli.flags import given_fields
+from gradfold.cli.flags import given_fields, parsed_again, print_help, quiet_environment
 from gradfold.train.errors import CheckpointError, RecipeError
 from gradfold.train.recipe import DEMO, Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     from gradfold.train.checkpoint import Saved
 
 RUNS = "runs"
+PROG = "gradfold train"
 FILE_ENDINGS = (*SUFFIXES, ".gguf")
 
 
@@ -45,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code. Raises TrainError."""
     words = _with_latest(arguments)
     if "-h" in words or "--help" in words:
-        return _help()
+        print_help(TrainCommand, TrainCommand(Recipe()), PROG)
+        return 0
     extra = {"config": str | None, "resume": str | None}
     given = given_fields(words, extra)
     config, resume = given.pop("config", None), given.pop("resume", None)
@@ -58,11 +57,12 @@ def run(arguments: Sequence[str]) -> int:
     else:
         base = _base(config, given)
     recipe = _overlay(_overlay(base, in_file), given)
-    _parse_with_tyro(words, recipe)
+    if parsed_again(TrainCommand, TrainCommand(recipe), words, PROG).recipe != recipe:
+        raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))
     recipe = dataclasses.replace(recipe, out=str(out))
 
-    _quiet_environment()
+    quiet_environment()
     from gradfold.train.loop import train
 
     train(recipe, out, saved)
@@ -130,29 +130,3 @@ def _with_latest(arguments: Sequence[str]) -> list[str]:
             words.append("latest")
         words.append(word)
     return words[:-1]
-
-
-def _help() -> int:
-    with contextlib.suppress(SystemExit):
-        tyro.cli(TrainCommand, default=TrainCommand(Recipe()), args=["--help"], prog="gradfold train")
-    return 0
-
-
-def _parse_with_tyro(words: list[str], recipe: Recipe) -> None:
-    """Let the option parser behind --help read the words too, so that the two can never disagree in silence."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(TrainCommand, default=TrainCommand(recipe), args=words, prog="gradfold train")
-    except SystemExit:
-        lines = [line.strip(" │╭╮╰╯─-") for line in said.getvalue().splitlines()]
-        message = " ".join(line for line in lines if line)
-        raise RecipeError(f"{message or 'the options cannot be read'}") from None
-    if parsed.recipe != recipe:
-        raise RecipeError("the options are ambiguous; give each as --name value")
-
-
-def _quiet_environment() -> None:
-    """Settings that libraries read when they load."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

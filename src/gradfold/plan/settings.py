@@ -45,6 +45,8 @@ class Settings:
     """Compute activations again in backward instead of keeping them."""
     head: Literal["fold", "plain"] = "fold"
     """Whether the loss head is folded as well."""
+    head_keep_bytes: int | None = None
+    """How much of the softmax a folded head keeps instead of computing it twice; None: its own default."""
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
@@ -82,7 +84,9 @@ class Settings:
         except (TypeError, ValueError) as error:
             raise PlanError(f"{self.optimizer}: {error}") from None
 
-    def make_fold(self, model: nn.Module, optimizer: RuleOptimizer, working_set: WorkingSet | None) -> Fold:
+    def make_fold(
+        self, model: nn.Module, optimizer: RuleOptimizer, working_set: WorkingSet | None, backend: str = "reference"
+    ) -> Fold:
         """Folded as these settings say, but for the working set, of which a trace takes one that it can watch."""
         return fold(
             model,
@@ -93,7 +97,8 @@ class Settings:
             clip=self.clip,
             working_set=working_set,
             head=self.head,
-            backend="reference",
+            head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
+            backend=backend,
         )
 
     def describe(self) -> str:

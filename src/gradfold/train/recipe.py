@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gradfold.train.conform import conform_fields
 from gradfold.train.errors import RecipeError
+
+if TYPE_CHECKING:
+    from gradfold.plan.settings import Settings
 
 OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "AdamW": ("betas", "eps", "amsgrad", "maximize"),
@@ -303,6 +306,8 @@ class Recipe:
     """Folder for all results; must be new or empty. None: a new folder under runs/."""
     fold: bool = True
     """Fold the optimizer into backward. --no-fold: the same optimizer, stepping from stored gradients."""
+    head: Literal["fold", "plain"] = "fold"
+    """The loss head. fold: neither the logits nor the gradient of its weight are ever whole. plain: the model's own."""
     steps: int | None = None
     """Optimizer steps. None: see epochs."""
     epochs: float | None = None
@@ -354,8 +359,16 @@ class Recipe:
             raise RecipeError(
                 "working_set with fold = False: only a folded model has one; leave working_set out, or fold"
             )
+        if not self.fold and self.head != "fold":
+            raise _bad(self, "head", "does nothing with fold = False, where every head is plain; leave one of them out")
         if not 0 <= self.seed < 2**32:
             raise _bad(self, "seed", "give a whole number from 0 to 2**32 - 1")
+
+    def plan_settings(self) -> Settings:
+        """The same as `gradfold.plan` takes it. Raises RecipeError for a working set that cannot be."""
+        from gradfold.train.planned import settings_of
+
+        return settings_of(self)
 
 
 DEMO = Recipe(

@@ -113,7 +113,9 @@ def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
                 run.model,
                 lambda parameters: make_optimizer(recipe, parameters),
                 batch,
-                fold=lambda model, optimizer: gradfold.fold(model, optimizer, **clipping, **working_set),
+                fold=lambda model, optimizer: gradfold.fold(
+                    model, optimizer, head=run.recipe.head, **clipping, **working_set
+                ),
                 label=f"folded {recipe.name}{chunk}{part}",
             ),
         }

@@ -113,7 +113,9 @@ def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
             options["folder"] = out / STATES
         working_set = gradfold.WorkingSet(**options)
     try:
-        return gradfold.fold(model, optimizer, working_set=working_set, **recipe.gradient.fold_options())
+        return gradfold.fold(
+            model, optimizer, working_set=working_set, head=recipe.head, **recipe.gradient.fold_options()
+        )
     except gradfold.FoldError as error:
         if working_set is None:
             raise
