@@ -10,7 +10,7 @@ from typing import Any
 from gradfold.plan.allocator import allocated
 from gradfold.plan.errors import PlanError
 from gradfold.plan.fake import frozen_objects
-from gradfold.plan.models import find_subject
+from gradfold.plan.models import Subject, find_subject
 from gradfold.plan.peers import PEERS, peers_of
 from gradfold.plan.predict import predict, predict_peer
 from gradfold.plan.report import Plan
@@ -58,7 +58,7 @@ def plan(
     if device not in DEVICES:
         raise PlanError(f"device={device!r}: 'cuda' (an accelerator) or 'cpu'")
     settings = dataclasses.replace(settings or Settings(), **changes)
-    subject = find_subject(model)
+    subject = model if isinstance(model, Subject) else find_subject(model)
     progress(f"tracing: {settings.describe()}")
     with frozen_objects():
         predicted = predict(subject, settings, device)

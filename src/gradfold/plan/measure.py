@@ -28,7 +28,7 @@ class Measured:
 
 
 def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: int) -> Measured:
-    """Train a model of random weights for a few steps on `device`, "cpu" or "cuda". On the CPU live tensors are counted.
+    """Train a model of random weights for a few steps on `device`, "cpu" (where live tensors are counted) or "cuda".
 
     Raises PlanError if it would not fit, or there is no such device.
     """

@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Subject:
 
 
 def find_subject(model: Any) -> Subject:
-    """A model by name (a preset, a folder, a config.json, a hub id), a transformers config, a module, or what builds one.
+    """A model: its name (a preset, a folder, a config.json, a hub id), a transformers config, a module or its builder.
 
     Raises PlanError, saying what it could be.
     """
@@ -148,10 +149,12 @@ def _from_file(name: str, path: Path) -> Any:
 
 def _from_hub(name: str) -> Any:
     from transformers import AutoConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as logs
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    level, hub = logs.get_verbosity(), logging.getLogger("huggingface_hub")
+    logs.set_verbosity(logs.CRITICAL)
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)  # it would say each time that it tries again
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:
@@ -159,7 +162,8 @@ def _from_hub(name: str) -> Any:
             f"model {name!r}: its config cannot be had from the hub ({_short(error)}){_hint(name)}"
         ) from None
     finally:
-        logging.set_verbosity(level)
+        logs.set_verbosity(level)
+        hub.setLevel(before)
 
 
 def _short(error: BaseException) -> str:

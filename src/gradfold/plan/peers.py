@@ -44,9 +44,9 @@ def eight_bit(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
-    "AdamW (torch, fused)": plain,
-    "AdamW stepped in hooks": SteppedInHooks,
-    "AdamW, 8-bit states": eight_bit,
+    "plain AdamW": plain,
+    "AdamW in hooks": SteppedInHooks,
+    "8-bit AdamW": eight_bit,
 }
 """Name -> what makes the optimizer."""
 

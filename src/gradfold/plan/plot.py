@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ COLORS = {
     "temporary": "#f8e6bf",
 }
 STACK_ORDER = tuple(COLORS)  # what stays lies at the bottom
-INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e7eb"
+INK, MUTED, GRID, BUDGET = "#1d2733", "#66727f", "#e3e7eb", "#b3261e"
 MIN_PHASE_SHARE = 0.09  # of the width, so that every phase can carry its name
 BINS = 1600
 
@@ -85,7 +87,9 @@ def draw_step_memory(
         handletextpad=0.5,
         columnspacing=1.4,
     )
-    figure.savefig(path)
+    drawn = io.BytesIO()  # whole before the file is touched
+    figure.savefig(drawn, format=Path(path).suffix.lstrip(".") or "png")
+    Path(path).write_bytes(drawn.getvalue())
 
 
 def _summary(plain: StepMemory, folded: StepMemory) -> str:
@@ -99,6 +103,8 @@ def _summary(plain: StepMemory, folded: StepMemory) -> str:
 
 
 def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_bytes: int | None) -> None:
+    from matplotlib.patheffects import withStroke
+
     x, live = _resampled(step.timeline)  # [B], [B, C]
     stack = live[:, [CATEGORIES.index(c) for c in STACK_ORDER]].cumsum(axis=1) / unit_bytes
     below = np.zeros(len(x))
@@ -134,6 +140,7 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
             color=MUTED,
         )
 
+    halo = [withStroke(linewidth=3, foreground="white")]  # so that it reads on any colour
     peak_x = x[int(live.sum(axis=1).argmax())]
     peak = step.peak_bytes / unit_bytes
     on_left = peak_x > 0.6
@@ -148,10 +155,11 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
         fontsize=10,
         fontweight="bold",
         color=INK,
+        path_effects=halo,
     )
     if budget_bytes is not None:
         level = budget_bytes / unit_bytes
-        ax.axhline(level, color="#b3261e", linewidth=1.4)
+        ax.axhline(level, color=BUDGET, linewidth=1.4)
         ax.annotate(
             f"budget {format_bytes(budget_bytes)}",
             (0.004, level),
@@ -159,7 +167,9 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
             textcoords="offset points",
             va="bottom",
             fontsize=9,
-            color="#b3261e",
+            color=BUDGET,
+            fontweight="bold",
+            path_effects=halo,
         )
 
 

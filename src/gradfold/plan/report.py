@@ -45,8 +45,7 @@ class Plan:
     def moment(self) -> str:
         """When the peak occurs: "backward, model.layers.31.mlp, aten.mm"."""
         memory = self.memory
-        words = [memory.peak_phase, memory.peak_place, memory.peak_op.removesuffix(".default")]
-        return ", ".join(word for word in words if word)
+        return f"{memory.peak_phase}, {memory.peak_place or 'loss'}, {memory.peak_op.removesuffix('.default')}"
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether the card has enough; `allocated.reserved_bytes` may be more where the allocator fragments."""
@@ -54,16 +53,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """What `gradfold plan --json` prints."""
-        settings = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
-        turns = self.settings.working_set
-        settings["options"] = dict(self.settings.options)
-        settings["working_set"] = None if turns is None else _plain(turns)
         return {
             "model": self.model,
             "parameters": self.predicted.parameters,
             "dtype": self.dtype,
             "device": self.device,
-            "settings": settings,
+            "settings": settings_dict(self.settings),
             **self.memory.as_dict(),
             "label": self.settings.describe(),
             "allocator_peak_bytes": self.allocated.allocated_bytes,
@@ -86,7 +81,8 @@ class Plan:
             raise ValueError("plot() draws plain AdamW above the plan: make it with peers=True")
         tokens = self.settings.tokens * self.settings.batch
         title = f"Memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
-        draw_step_memory(self.peers[0], self.memory, path, title=title, budget_bytes=budget_bytes)
+        ours = dataclasses.replace(self.memory, label=f"gradfold: {self.memory.label}")
+        draw_step_memory(self.peers[0], ours, path, title=title, budget_bytes=budget_bytes)
 
     def __str__(self) -> str:
         lines = [
@@ -98,6 +94,13 @@ class Plan:
         lines += [f"  {name:<12} {format_bytes(size):>9}" for name, size in self.memory.at_peak().items() if size]
         lines += [f"{peer.label}: peak {format_bytes(peer.peak_bytes)}" for peer in self.peers]
         return "\n".join(lines)
+
+
+def settings_dict(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON takes them."""
+    made = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    turns = settings.working_set
+    return made | {"options": dict(settings.options), "working_set": None if turns is None else _plain(turns)}
 
 
 def _plain(turns: Any) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
+from gradfold.modules.head import KEEP_BYTES
 from gradfold.plan.allocator import CONTEXT_BYTES, allocated
 from gradfold.plan.errors import PlanError
 from gradfold.plan.models import Subject
 from gradfold.plan.predict import Predicted, predict, resting_of
+from gradfold.plan.report import settings_dict
 from gradfold.plan.settings import Settings
 from gradfold.plan.step import StepMemory
 from gradfold.plan.units import format_bytes
@@ -54,6 +57,27 @@ class Found:
     choices: tuple[Choice, ...]
     misses: tuple[tuple[Settings, int], ...]
     """Settings that do not fit, with about what they would take, the nearest first."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `gradfold plan --json` prints."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "fits": [
+                {
+                    "why": choice.why,
+                    "settings": settings_dict(choice.settings),
+                    "peak_bytes": choice.predicted.memory.peak_bytes,
+                    "device_bytes": choice.device_bytes,
+                    "host_bytes": choice.predicted.host_bytes,
+                    "moved_bytes_per_step": choice.predicted.moved_bytes_per_step,
+                    "expected_s": choice.expected_s,
+                }
+                for choice in self.choices
+            ],
+            "does_not_fit": [
+                {"settings": settings_dict(settings), "about_bytes": size} for settings, size in self.misses
+            ],
+        }
 
 
 def search(
@@ -206,12 +230,18 @@ class _Search:
         for one in candidates:
             if len(picked) == most:
                 break
-            if self._guess(one) > 1.01 * self.budget_bytes or one in known:
+            if self._guess(one) > 1.01 * self.budget_bytes or one in known or any(self._beats(c, one) for c in picked):
                 continue
             choice = self._trace(one, why)
             if choice.device_bytes <= self.budget_bytes:
                 picked.append(choice)
         return picked
+
+    def _beats(self, choice: Choice, other: Settings) -> bool:
+        """Whether a choice is as exact, as fast and no larger."""
+        same = (choice.settings.states, choice.settings.master) == (other.states, other.master)
+        faster = choice.expected_s <= self._expected_s(other)
+        return same and faster and self._guess(choice.settings) <= self._guess(other)
 
     def _expected_s(self, one: Settings, moved_bytes: float = 0.0) -> float:
         """See the top of this file."""
@@ -222,13 +252,25 @@ class _Search:
         # forward 2; backward 2 for inputs (of half the layers, on average, where one chunk is awake) and 2 for weights
         products = 2 + (2 if turns is None else 1) + 2 * share + (2 if one.checkpointing else 0)
         reads = 3 * width * self.parameters / BANDWIDTH
-        forwards = one.accumulate * max(products * self.parameters * tokens / FLOPS, reads)
+        flops = products * self.parameters * tokens + 2 * self._recomputed(one)
+        forwards = one.accumulate * max(flops / FLOPS, reads)
         state = max(1.0, STATE_BYTES[one.states]) if one.states else width  # int4 is no faster than int8
         each = 2 * width + 4 * state
         stepping = share * self.parameters * each / BANDWIDTH
         if one.states in ("int8", "int4") or one.master:
             stepping += share * self.parameters * CODED_S
         return max(forwards + stepping, moved_bytes / LINK)
+
+    def _recomputed(self, one: Settings) -> float:
+        """Multiplications that a folded head does twice: those of the logits it does not keep."""
+        config = self.subject.config
+        vocabulary, hidden = getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0)
+        logits = one.tokens * one.batch * vocabulary
+        if one.head == "plain" or not isinstance(hidden, int) or not logits:
+            return 0.0
+        kept = KEEP_BYTES if one.head_keep_bytes is None else one.head_keep_bytes
+        width = max(2, one.torch_dtype(self.subject.dtype).itemsize)
+        return hidden * max(0.0, logits - kept / width)
 
     # nothing fits -----------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Settings:
 
     def describe(self) -> str:
         """In one line."""
-        words = [self.optimizer, f"{self.states or 'as the weights'} states"]
+        words = [self.optimizer if self.states is None else f"{self.optimizer}, {self.states} states"]
         if self.master is not None:
             words.append(f"{self.master} masters")
         if not self.fold:

@@ -1,0 +1,140 @@
+"""How a plan looks on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gradfold.plan.allocator import CONTEXT_BYTES, allocated
+from gradfold.plan.measure import Measured
+from gradfold.plan.report import Plan
+from gradfold.plan.search import Found
+from gradfold.plan.step import StepMemory
+from gradfold.plan.trace import CATEGORIES
+from gradfold.plan.units import format_bytes
+
+GIB = 2**30
+MISSES = 4  # that are shown
+
+
+def print_plan(plan: Plan, budget_bytes: int | None = None, console: Console | None = None) -> None:
+    """Peaks side by side, by what their bytes are for."""
+    console = console or Console(highlight=False)
+    settings, predicted = plan.settings, plan.predicted
+    where = "as an accelerator runs it" if plan.device == "cuda" else "as this processor runs it"
+    size = f"{settings.batch} x {settings.tokens:,} tokens"
+    batches = f"{settings.accumulate} batches of {size}" if settings.accumulate > 1 else size
+    console.print(f"[bold]{escape(plan.model)}[/bold]  {predicted.parameters:,} parameters, {plan.dtype}")
+    console.print(f"[dim]one step of {batches}, {where}; {escape(settings.describe())}[/dim]\n")
+
+    steps = (plan.memory, *plan.peers)
+    table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    table.add_column("GiB", style="dim", no_wrap=True)
+    table.add_column("this plan", justify="right", style="bold")
+    for peer in plan.peers:
+        table.add_column(peer.label, justify="right")
+    at_peak = [step.at_peak() for step in steps]
+    for category in CATEGORIES:
+        if any(figures[category] >= GIB / 1000 for figures in at_peak):
+            table.add_row(category, *(_gib(figures[category]) for figures in at_peak))
+    table.add_section()
+    table.add_row("peak of live tensors", *(_gib(step.peak_bytes) for step in steps))
+    table.add_row("reached in", *(_moment(step) for step in steps))
+    if plan.device == "cuda":
+        blocks = [allocated(step.timeline) for step in steps]
+        table.add_row("as blocks of 512 B", *(_gib(block.allocated_bytes) for block in blocks))
+        table.add_row("  and CUDA context", *(_gib(block.allocated_bytes + CONTEXT_BYTES) for block in blocks))
+        table.add_row("allocator's segments", *(_gib(block.reserved_bytes) for block in blocks))
+    if budget_bytes is not None:
+        fits = ["yes" if _fits(plan, step, budget_bytes) else "no" for step in steps]
+        table.add_row(f"fits {format_bytes(budget_bytes)}", *fits)
+    console.print(table)
+    if predicted.chunks:
+        host, disk = format_bytes(predicted.host_bytes), format_bytes(predicted.disk_bytes)
+        moved = format_bytes(predicted.moved_bytes_per_step)
+        console.print(
+            f"\nworking set: {predicted.chunks} chunks; sleeping states take {host} of host memory and {disk} of disk; "
+            f"{moved} move to or from them in a step, on average"
+        )
+    if plan.device == "cuda":
+        console.print(
+            f"[dim]\nThe CUDA context is assumed to take {_gib(CONTEXT_BYTES)} GiB. Segments are what the caching "
+            "allocator asks the driver for; with PYTORCH_ALLOC_CONF=expandable_segments:True they come close to the "
+            "blocks.[/dim]"
+        )
+
+
+def print_measured(plan: Plan, measured: Measured, console: Console | None = None) -> None:
+    console = console or Console(highlight=False)
+    error = plan.peak_bytes / measured.peak_bytes - 1
+    console.print(
+        f"\npredicted [bold]{format_bytes(plan.peak_bytes)}[/bold], measured [bold]{format_bytes(measured.peak_bytes)}"
+        f"[/bold] ({measured.by}): error {error:+.2%}"
+    )
+
+
+def print_found(plan: Plan, found: Found, console: Console | None = None) -> None:
+    """Settings that fit, and the nearest that do not."""
+    console = console or Console(highlight=False)
+    table = Table(
+        title=f"\nWhat fits {format_bytes(found.budget_bytes)}",
+        title_justify="left",
+        title_style="bold",
+        show_edge=False,
+        pad_edge=False,
+        box=None,
+        header_style="dim",
+    )
+    table.add_column("")
+    table.add_column("settings", overflow="fold")
+    table.add_column("device GiB", justify="right")
+    table.add_column("host GiB", justify="right")
+    table.add_column("step", justify="right")
+    first = found.choices[0].expected_s
+    for choice in found.choices:
+        step = f"{choice.expected_s / first:.2f}x"
+        size, host = _gib(choice.device_bytes), _gib(choice.predicted.host_bytes)
+        table.add_row(choice.why, escape(_flags(choice.settings)), size, host, step)
+    console.print(table)
+    if found.misses:
+        console.print("\n[bold]What does not[/bold]")
+        for settings, size_bytes in found.misses[:MISSES]:
+            console.print(f"[dim]about {_gib(size_bytes)} GiB[/dim]  {escape(_flags(settings))}")
+    console.print(
+        "[dim]\nstep: expected time by the card's data sheet, for ordering only. A working set's steps are shorter "
+        "because they train a chunk at a time.[/dim]"
+    )
+
+
+def _flags(settings) -> str:
+    """Settings as the flags that ask for them."""
+    words = []
+    if settings.states is not None:
+        words.append(f"--optimizer.states {settings.states}")
+    if settings.master is not None:
+        words.append(f"--optimizer.master {settings.master}")
+    if settings.checkpointing:
+        words.append("--gradient-checkpointing")
+    if settings.head == "plain":
+        words.append("--head plain")
+    if settings.accumulate > 1:
+        words.append(f"--batch {settings.batch} --gradient.accumulate {settings.accumulate}")
+    if (turns := settings.working_set) is not None:
+        words.append(f"--working-set.chunks {turns.chunks}" if turns.chunks else "--working-set.by layer")
+        words += [f"--working-set.offload {turns.offload}"] if isinstance(turns.offload, str) else []
+    return " ".join(words) or "(nothing more)"
+
+
+def _moment(step: StepMemory) -> str:
+    return f"{step.peak_phase}, {step.peak_place.removeprefix('model.') or 'loss'}"
+
+
+def _fits(plan: Plan, step: StepMemory, budget_bytes: int) -> bool:
+    if plan.device != "cuda":
+        return step.peak_bytes <= budget_bytes
+    return allocated(step.timeline).allocated_bytes + CONTEXT_BYTES <= budget_bytes
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:.2f}"
