@@ -23,6 +23,9 @@ from torch import nn
 
 import gradfold
 
+# A script's folder is where Python looks first, and transformers looks for a package of this name: it is not our file.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

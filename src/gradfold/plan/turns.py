@@ -1,7 +1,8 @@
-"""Steps of a working set: one of the first chunk's turn and one of the last's, each with the change of chunks after it.
+"""Steps of a working set: of all turns, or of those that can differ, each with the change of chunks after it.
 
-In the first turn backward goes all the way down; the last one is short, and next to the loss head. Every change is
-between chunks that have had a turn before, as all but a run's first round are.
+In the first turns backward goes all the way down; the embedding's own needs little for that, a layer's keeps its
+inputs; the last ones are short, and next to the loss head. Every change is between chunks that have had a turn before,
+as all but a run's first round are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from gradfold.plan.step import StepMemory, record_step, run_step
 from gradfold.plan.trace import LiveBytes
 from gradfold.workset import Rotation, WorkingSet
 from gradfold.workset.store import bytes_of
+
+
+ALL_TURNS = 6  # of so many chunks every turn is traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class _Round:
 
     def run(self) -> Turns:
         try:
-            steps = [self._step_of(turn) for turn in dict.fromkeys((0, self.chunks - 1))]
+            steps = [self._step_of(turn) for turn in self._turns()]
         finally:
             if self.host is not None:
                 self.host.meter = None
@@ -62,6 +66,15 @@ class _Round:
         kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
         a_chunk = self.state_bytes / self.chunks * kept
         return Turns(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if self.chunks > 1 else 0.0)
+
+    def _turns(self) -> list[int]:
+        """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
+        if self.chunks <= ALL_TURNS:
+            return list(range(self.chunks))
+        slices = [self.rotation.slices[slot] for slot in self.rotation.turning if slot.param.dim() > 1]
+        begins = [min(index for index, _ in regions) for regions in slices if regions] or [0]
+        layer = begins[min(1, len(begins) - 1)]
+        return sorted({0, layer, min(layer + 1, self.chunks - 1), begins[-1], self.chunks - 1})
 
     def _step_of(self, turn: int) -> tuple[StepMemory, float]:
         """A step of this turn, and which share of its states was kept."""
