@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from .fold import Fold, fold
     from .modules import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
+    from .plan.errors import PlanError
+    from .plan.make import plan
+    from .plan.report import Plan
     from .workset import WorkingSet
 
 __version__ = "0.1.0.dev0"
@@ -22,6 +25,8 @@ __all__ = [
     "FoldError",
     "Lion",
     "NAdam",
+    "Plan",
+    "PlanError",
     "RAdam",
     "RMSprop",
     "WorkingSet",
@@ -30,9 +35,11 @@ __all__ = [
     "import_masters",
     "linear_cross_entropy",
     "linear_log_probs",
+    "plan",
 ]
 
 _HOMES = (".errors", ".fold", ".modules", ".optim", ".workset")
+_PLANNER = {"plan": ".plan.make", "Plan": ".plan.report", "PlanError": ".plan.errors"}
 _PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "report", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 
@@ -41,6 +48,9 @@ def __getattr__(name: str) -> Any:
     """Load the library, and torch with it, when the first of its names is used: not every command needs them."""
     if name not in __all__ and name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _PLANNER:
+        found = globals()[name] = getattr(importlib.import_module(_PLANNER[name], __name__), name)
+        return found
     for home in _HOMES:
         module = importlib.import_module(home, __name__)
         globals().update({key: getattr(module, key) for key in __all__ if hasattr(module, key)})

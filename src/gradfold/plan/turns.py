@@ -20,7 +20,6 @@ from gradfold.plan.trace import LiveBytes
 from gradfold.workset import Rotation, WorkingSet
 from gradfold.workset.store import bytes_of
 
-
 ALL_TURNS = 6  # of so many chunks every turn is traced
 
 
