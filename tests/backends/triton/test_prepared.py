@@ -3,14 +3,11 @@
 # ruff: noqa: E402
 
 import gc
-import os
 import weakref
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="kernels need triton: pip install 'gradfold[gpu]'")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
 import torch
 from triton.runtime.driver import driver
