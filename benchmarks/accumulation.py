@@ -22,6 +22,7 @@ import gradfold
 from common import (
     DTYPES,
     PEERS,
+    fold_plain_head,
     interleaved_ms,
     llama,
     llama_config,
@@ -85,7 +86,7 @@ def memory(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers
     peer = PEERS["adamw"]
 
     def folding(model: torch.nn.Module, optimizer: gradfold.AdamW) -> gradfold.Fold:
-        return gradfold.fold(model, optimizer, accumulate=micro_batches, clip_norm=clip_norm)
+        return fold_plain_head(model, optimizer, accumulate=micro_batches, clip_norm=clip_norm)
 
     def peak(make_optimizer: Callable, fold: Callable | bool, count: int) -> int:
         found = step_memory(lambda: llama(config, DTYPES[dtype]), make_optimizer, batch, fold=fold, micro_batches=count)
@@ -118,7 +119,7 @@ def times(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers:
     plain_optimizer = peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options)
     folded = llama(config, DTYPES[dtype])
     folded_optimizer = gradfold.AdamW(folded.parameters(), lr=1e-4)
-    fold = gradfold.fold(folded, folded_optimizer, accumulate=micro_batches, clip_norm=clip_norm)
+    fold = fold_plain_head(folded, folded_optimizer, accumulate=micro_batches, clip_norm=clip_norm)
     norms: dict[str, float] = {}
 
     def torch_step() -> None:

@@ -95,6 +95,14 @@ def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
+def fold_plain_head(model: nn.Module, optimizer: Any, **options: Any) -> gradfold.Fold:
+    """``gradfold.fold``, with the loss head left as transformers has it.
+
+    Figures compare optimizers, so all of them have the same head; what a folded one saves is `head.py`'s question.
+    """
+    return gradfold.fold(model, optimizer, head="plain", **options)
+
+
 def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
     """One sequence [1, tokens], which is also its own labels."""
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradfold
+from common import fold_plain_head
 from tasks import Task
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -33,12 +34,12 @@ def of_all(model: nn.Module) -> int:
 
 def full(model: nn.Module, lr: float) -> Contest:
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
-    return Contest(model, optimizer, lambda: of_all(model), gradfold.fold(model, optimizer))
+    return Contest(model, optimizer, lambda: of_all(model), fold_plain_head(model, optimizer))
 
 
 def working_set(model: nn.Module, lr: float) -> Contest:
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
-    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
+    fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
     named = dict(model.named_parameters())
     sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._ledger.turns.chunks]
     return Contest(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 import gradfold
-from common import DTYPES, PEERS, SteppedInHooks, llama, llama_config, print_table, random_batch, write_result
+from common import (
+    DTYPES,
+    PEERS,
+    SteppedInHooks,
+    fold_plain_head,
+    llama,
+    llama_config,
+    print_table,
+    random_batch,
+    write_result,
+)
 from gradfold.backends import Backend
 from gradfold.plan.plot import draw_step_memory
 from gradfold.plan.step import StepMemory, measure_step, step_memory
@@ -99,7 +109,7 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: b
     kinds = {
         "plain": (lambda params: peer.torch(params, lr=lr, **peer.torch_options), False),
         "hooks": (lambda params: SteppedInHooks(params, rule, lr), False),
-        "folded": (lambda params: peer.gradfold(params, lr=lr), True),
+        "folded": (lambda params: peer.gradfold(params, lr=lr), fold_plain_head),
         "null": (lambda params: peer.gradfold(params, lr=lr), null_fold),
     }
     steps = {}
@@ -115,7 +125,7 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: b
 
 
 def null_fold(model: torch.nn.Module, optimizer: Any) -> gradfold.Fold:
-    return gradfold.fold(model, optimizer, backend=NullBackend())
+    return fold_plain_head(model, optimizer, backend=NullBackend())
 
 
 def row_of(rule: str, dtype: str, tokens: int, layers: int, tied: bool, steps: dict[str, StepMemory]) -> dict:

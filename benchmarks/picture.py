@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 import gradfold
-from common import RESULTS, llama
+from common import RESULTS, fold_plain_head, llama
 from gradfold.backends import gemm
 from gradfold.plan.plot import draw_step_memory
 from gradfold.plan.step import step_memory
@@ -46,7 +46,9 @@ def main() -> None:
     plain = step_memory(
         build, lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True), batch, fold=False, label="plain AdamW"
     )
-    folded = step_memory(build, lambda p: gradfold.AdamW(p, lr=1e-5), batch, label="gradfold.AdamW, folded")
+    folded = step_memory(
+        build, lambda p: gradfold.AdamW(p, lr=1e-5), batch, fold=fold_plain_head, label="gradfold.AdamW, folded"
+    )
     title = f"Llama-3.1-8B, bf16 weights and states, {args.tokens} tokens: one training step"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw_step_memory(plain, folded, args.out, title=title)

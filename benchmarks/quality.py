@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradfold
-from common import RESULTS, fill_table, print_table, write_result
+from common import RESULTS, fill_table, fold_plain_head, print_table, write_result
 from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
 from tasks import Task, shakespeare, smollm2
@@ -125,7 +125,7 @@ def train(
     ]
     optimizer = gradfold.AdamW(groups, lr=suite.lr, betas=(0.9, 0.99), seed=seed, **options)
     schedule = make_schedule(suite.schedule, optimizer, steps)
-    fold = gradfold.fold(model, optimizer)
+    fold = fold_plain_head(model, optimizer)
     losses = []
     for step in range(steps):
         loss = model(**task.batch(step), use_cache=False).loss

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-import gradfold
 from common import (
     DTYPES,
     PEERS,
+    fold_plain_head,
     interleaved_ms,
     llama,
     llama_config,
@@ -87,7 +87,7 @@ def compare(
     plain_step = stepper(plain, peer.torch(plain.parameters(), lr=lr, **peer.torch_options), batch)
     folded = llama(config, DTYPES[dtype])
     optimizer = peer.gradfold(folded.parameters(), lr=lr, **storage)
-    gradfold.fold(folded, optimizer)
+    fold_plain_head(folded, optimizer)
     folded_step = stepper(folded, optimizer, batch)
 
     torch_ms, folded_ms = interleaved_ms([plain_step, folded_step], pairs, warm_up)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
-from common import print_table, write_result
+from common import fold_plain_head, print_table, write_result
 from gradfold.plan.fake import SkipWrites
 from gradfold.plan.trace import LiveBytes
 from gradfold.workset import Host
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
         store = Metered()
         working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
-        fold = gradfold.fold(model, optimizer, working_set=working_set)
+        fold = fold_plain_head(model, optimizer, working_set=working_set)
         rotation = fold._ledger.turns
         weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}
         peaks, states = {}, {}

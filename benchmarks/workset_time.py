@@ -19,7 +19,17 @@ from typing import Any
 import torch
 
 import gradfold
-from common import DTYPES, PEERS, interleaved_ms, llama, llama_config, print_table, random_batch, write_result
+from common import (
+    DTYPES,
+    PEERS,
+    fold_plain_head,
+    interleaved_ms,
+    llama,
+    llama_config,
+    print_table,
+    random_batch,
+    write_result,
+)
 
 
 def main() -> None:
@@ -46,7 +56,7 @@ def main() -> None:
     for axis in args.axis:
         model = llama(config, DTYPES[args.dtype])
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
-        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
+        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
         steps[name := f"working set, {axis}"] = stepper(model, optimizer, batch)
         blocks[name] = args.chunks
     if importlib.util.find_spec("badam"):

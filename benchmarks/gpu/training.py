@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradfold
-from benchmarks.common import SteppedInHooks, llama
+from benchmarks.common import SteppedInHooks, fold_plain_head, llama
 
 from .kernel import using
 from .setting import Setting
@@ -109,7 +109,7 @@ def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Contest
 
     def make(model: nn.Module) -> Contestant:
         optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
-        fold = gradfold.fold(model, optimizer, backend="triton")
+        fold = fold_plain_head(model, optimizer, backend="triton")
         return Contestant(model, optimizer, "triton", fold.remove)
 
     return make

@@ -39,11 +39,11 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(params=["compiled", "eager"])
 def form(request, monkeypatch):
-    if request.param == "eager":
-        monkeypatch.setenv("GRADFOLD_COMPILE", "0")
-    elif native.reason() is not None:
-        pytest.skip(native.reason())
-    return request.param
+    if request.param == "compiled":
+        request.getfixturevalue("compiler")
+    monkeypatch.setenv("GRADFOLD_COMPILE", "1" if request.param == "compiled" else "0")
+    yield request.param
+    assert request.param == "eager" or native.reason() is None, "it was not compiled"
 
 
 class Coded:
@@ -93,10 +93,9 @@ def test_any_layout_in_any_cut_is_the_contiguous_one(layout, form):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_and_eager_agree(monkeypatch):
     """To the rounding of single operations: the last bits of a 32-bit master, a code here and there."""
-    if native.reason() is not None:
-        pytest.skip(native.reason())
     grads = [torch.randn(60, 300) for _ in range(4)]
     results = []
     for compiled in ("1", "0"):
@@ -106,6 +105,7 @@ def test_compiled_and_eager_agree(monkeypatch):
         for grad in grads:
             coded.step([DenseUse(grad)])
         results.append(coded.bits())
+        assert (native.reason() is None) == (compiled == "1")
     for a, b in zip(*results, strict=True):
         assert (a == b).float().mean() > (0.95 if a.dtype == torch.int16 else 0.999)
 

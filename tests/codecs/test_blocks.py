@@ -231,8 +231,10 @@ def test_a_non_finite_element_shows(name, signed, bad):
 def test_subnormal_blocks_shrink_and_never_grow(name, signed):
     codec = state_codec(name, signed)
     x = torch.tensor([[1e-39, 5e-40, 1e-45]])
-    got = round_trip(codec, x)
-    assert got.isfinite().all() and (got <= x.max()).all() and (got >= 0).all()
+    for bits in (None, torch.zeros_like(x, dtype=torch.int32), bits_like(x)):
+        got = round_trip(codec, x, bits)
+        assert got.isfinite().all() and (got <= x.max()).all() and (got >= 0).all()
+        assert got[0, 1] <= x[0, 1], "its scale has no finite inverse: not the largest of the block either"
 
 
 @names

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import gradfold
+from benchmarks.common import fold_plain_head
 from benchmarks.gpu import training
 from benchmarks.gpu.book import OK, rows_in
 from benchmarks.gpu.setting import Setting
@@ -91,7 +92,7 @@ def _predict(name: str, layers: int, shape: dict[str, int], tokens: int, device:
     fake_batch = {key: value.to(device) for key, value in batch.items()}
 
     def fold(model: Any, optimizer: Any) -> Any:
-        return gradfold.fold(model, optimizer, backend=InRegisters())
+        return fold_plain_head(model, optimizer, backend=InRegisters())
 
     how = fold if name.startswith("ours") else False
     return step_memory(lambda: training.model_of(shape, layers, device), make, fake_batch, fold=how)

@@ -1,8 +1,9 @@
 """The engine: when a weight's last use in a backward completes, and the books of one step."""
 
 from .apply import allocate, stepping
+from .audit import outside
 from .contracts import Turns
-from .ledger import Ledger, outside
+from .ledger import Ledger
 from .parameters import refuse_parameter
 from .part import Part, Region
 from .scaling import scaler_is_looking

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from gradfold.backends import Backend, Change, Power, SumUse, Use
 from gradfold.errors import FoldError
 
+from .audit import audit, refuse_moved, unhooked_gradients
 from .contracts import Owner, Turns
 from .offload import Host
 from .part import Part, step_together
@@ -94,7 +95,7 @@ class Ledger:
         if self._looked:
             return
         refuse_wrappers(self.model)
-        self._refuse_moved()
+        refuse_moved(self.slots.values())
         if self.turns is not None:
             self.turns.catch_up()
             self.turns.look()
@@ -131,7 +132,7 @@ class Ledger:
             self._refuse_second()
             self._forget_failed()
             if not self.open:  # a functional_call has given the parameters back by now
-                self._audit()
+                audit(self.model, self.slots)
             for slot in self.slots.values():
                 if slot.others() and demand(slot.param) is Demand.STEP:
                     raise FoldError(
@@ -153,10 +154,6 @@ class Ledger:
         for slot in self.slots.values():
             if (slot.done or slot.deferred) and (nested or demand(slot.param) is Demand.STEP):
                 raise FoldError(second_backward(slot.name, slot.stepped))
-
-    def _audit(self) -> None:
-        self._refuse_moved()
-        self._refuse_strangers(dict(self.model.named_parameters()))
 
     def _forget_failed(self) -> None:
         """Drop what a backward left behind that raised before any weight stepped, and was simply run again."""
@@ -331,8 +328,8 @@ class Ledger:
                     "fold again"
                 )
         refuse_wrappers(self.model)
-        self._audit()
-        for slot in list(self._unhooked_gradients()):
+        audit(self.model, self.slots)
+        for slot in list(unhooked_gradients(self.slots.values())):
             # unfrozen after the forward began: autograd wrote its gradient before the gate was there
             grad, slot.param.grad = slot.param.grad, None
             for part in slot.parts:
@@ -377,43 +374,3 @@ class Ledger:
         self._looked = False
         for slot in self.slots.values():
             slot.rearm()
-
-    def _refuse_moved(self) -> None:
-        for slot in self.slots.values():
-            if change := slot.moved():
-                raise FoldError(
-                    f"{slot.name}: {change} since it was folded, and its states did not; call "
-                    "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
-                )
-
-    def _refuse_strangers(self, present: dict[str, Parameter]) -> None:
-        ids = {id(param) for param in present.values()}
-        for slot in self.slots.values():
-            if id(slot.param) not in ids:
-                reason = "was replaced by another Parameter" if slot.name in present else "is no longer in the model"
-                raise FoldError(
-                    f"{slot.name}: the parameter that was folded {reason} (load_state_dict(assign=True), "
-                    "resize_token_embeddings, pruning?); call optimizer.zero_grad() and fold.remove(), then make a new "
-                    "optimizer and fold again"
-                )
-        for name, param in present.items():
-            if id(param) not in self.slots and param.requires_grad:
-                raise FoldError(outside(name))
-
-    def _unhooked_gradients(self) -> Iterator[Slot]:
-        for slot in self.slots.values():
-            if slot.param.grad is None or not slot.param.requires_grad:
-                continue
-            if slot.stepped or (slot.hook and slot.hook.attached()):
-                raise FoldError(
-                    f"{slot.name}: a .grad is left over that no backward of this fold produced (one inside "
-                    "fold.paused()?); step it there, or set it to None before optimizer.step()"
-                )
-            yield slot
-
-
-def outside(name: str) -> str:
-    return (
-        f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
-        "optimizer.add_param_group, or freeze it with requires_grad_(False)"
-    )

@@ -36,8 +36,8 @@ def play(ledger: Ledger) -> None:
         if not captured:
             settle(ledger)
     if ledger.guarded and not captured:  # else the kernels see to it
-        ledger.nonfinite += [part.name for part in taped if not _finite(ledger, part)]
-    moved = any(part.slot.stepped and part.name not in ledger.nonfinite for part in ledger.parts())
+        unknown = [part for part in taped if part.name not in ledger.nonfinite]
+        ledger.nonfinite += [part.name for part in unknown if not _finite(ledger, part)]
     if taped and not ledger.nonfinite:
         if ledger.clips:
             ledger.coefficients = coefficients(ledger, taped)
@@ -49,6 +49,7 @@ def play(ledger: Ledger) -> None:
     ledger.step_batch()
     if not captured and (ledger.timing.on_nonfinite == "raise" or ledger.turns or ledger.timing.clip == "delayed"):
         settle(ledger)
+    moved = any(part.slot.stepped and part.name not in ledger.nonfinite for part in ledger.parts())
     ledger.grad_norm = math.nan if ledger.nonfinite else _norm(ledger, ledger.parts())
     if ledger.timing.clip == "delayed":
         known = [part for part in ledger.parts() if id(part) in ledger.powers]
@@ -66,10 +67,13 @@ def settle(ledger: Ledger) -> None:
     """Wait for the device once: norms that are still there, and whose gradient was not finite."""
     waiting = [key for key, power in ledger.powers.items() if isinstance(power, Pending)]
     found = dict(zip(waiting, resolve([ledger.powers[key] for key in waiting]), strict=True))
+    # of those that no kernel takes NaN tells; squares of finite numbers may have summed to infinity there
+    bad = {key for key, power in ledger.powers.items() if not isinstance(power, Pending) and math.isnan(power)}
+    bad |= {key for key, power in found.items() if not math.isfinite(power)}
     ledger.powers.update(found)
-    if ledger.guarded and found:
-        bad = [part.name for part in ledger.parts() if not math.isfinite(found.get(id(part), 0.0))]
-        ledger.nonfinite += [name for name in bad if name not in ledger.nonfinite]
+    if ledger.guarded and bad:
+        names = [part.name for part in ledger.parts() if id(part) in bad]
+        ledger.nonfinite += [name for name in names if name not in ledger.nonfinite]
 
 
 def _finite(ledger: Ledger, part: Part) -> bool:

@@ -3,13 +3,11 @@
 # ruff: noqa: E402
 
 import gc
-import os
+import weakref
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="kernels need triton: pip install 'gradfold[gpu]'")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
 import torch
 from triton.runtime.driver import driver
@@ -96,9 +94,43 @@ def test_another_kind_of_launch_is_made_anew(listening):
     assert len(next(iter(ours.shelf._found.values())).launches) == 4
 
 
-def test_nothing_prepared_keeps_a_state_alive(listening):
-    import weakref
+def test_operands_that_lie_otherwise_are_another_kind(listening, monkeypatch):
+    """Triton compiles for addresses and strides that are multiples of 16, and for those that are not."""
+    made = []
+    monkeypatch.setattr(Triton, "_launch", lambda *_: made.append(1) or ([0.0], lambda *_: None))
+    job, ours = problem(), Triton(Scratch())
 
+    def layouts(rows, columns):
+        wide = torch.zeros(rows, columns + 1, dtype=torch.bfloat16)
+        aside = torch.zeros(rows * columns + 1, dtype=torch.bfloat16)[1:].view(rows, columns)
+        return [wide[:, 1:].contiguous(), wide[:, :-1], wide[:, 1:], aside]
+
+    lefts, rights = layouts(TOKENS, SHAPE[0]), layouts(TOKENS, SHAPE[1])
+    uses = [(left, rights[0]) for left in lefts] + [(lefts[0], right) for right in rights[1:]]
+    for _ in range(2):
+        for left, right in uses:
+            weight, states, _, *rest = job(1)
+            ours.step(weight, states, [MatmulUse(left, right)], *rest)
+    assert len(made) == len(uses)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["described", "by address"])
+def test_nothing_prepared_keeps_a_product_alive(listening, offset):
+    """Neither the launch that was made for it, nor one that was there."""
+    job, ours = problem(), Triton(Scratch())
+    for _ in range(2):
+        weight, states, _, *rest = job(1)
+        operands = [torch.zeros(TOKENS * n + offset, dtype=torch.bfloat16)[offset:].view(TOKENS, n) for n in SHAPE]
+        alive = [weakref.ref(operand) for operand in operands]
+        ours.step(weight, states, [MatmulUse(*operands)], *rest)
+        operands.clear()
+        listening.launched.clear()
+        gc.collect()
+        assert [one() for one in alive] == [None, None]
+    assert len(next(iter(ours.shelf._found.values())).launches) == 1
+
+
+def test_nothing_prepared_keeps_a_state_alive(listening):
     job, ours = problem("fp32"), Triton(Scratch())
     given = job(1)
     ours.step(*given)

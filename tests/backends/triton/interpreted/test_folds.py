@@ -134,6 +134,29 @@ def test_no_bias_is_lost_where_weights_are_shared_or_used_twice(monkeypatch):
     assert len(along) == 2 and None not in along  # of the layer that is called twice, in each step
 
 
+@pytest.mark.parametrize(
+    "options, how",
+    [({"clip_value": 1e-3}, {}), ({"clip_norm": 1e-3}, {"clip_norm": 1.0, "clip": "delayed"}), ({"lr": 0.3}, {})],
+    ids="-".join,
+)
+def test_a_bias_of_another_group(options, how):
+    """What is clipped otherwise than its weight does not step in its kernel; another learning rate may."""
+    found = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 9)
+        optimizer = gradfold.SGD(
+            [{"params": [model.weight]}, {"params": [model.bias], **options}], lr=0.01, momentum=0.9
+        )
+        fold = gradfold.fold(model, optimizer, backend=backend, **how)
+        for _ in range(2):
+            model(torch.randn(5, 7, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+            optimizer.step()
+        found.append([*model.parameters(), torch.tensor(fold.grad_norm)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
 def test_biases_round_as_on_the_reference_backend():
     """Exact sums: activations are ones, so that both backends step with the same gradients, and draw the same bits."""
     found = []
@@ -156,6 +179,69 @@ def test_small_parameters_step_in_one_launch(monkeypatch):
     monkeypatch.setattr(module, "step_many", lambda *args: launched.append(len(args[1])) or kept(*args))
     train("triton", steps=1)
     assert launched == [2]  # the norm's; biases that do not step along have two gradients to add up
+
+
+def test_small_parameters_draw_bits_of_their_own():
+    """Exact: autograd's gradients are the same on both backends as long as the weights are."""
+    found = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(7), nn.LayerNorm(7)).to(torch.bfloat16)
+        options = {"states": "bf16", "rounding": "stochastic", "small_size": 0}
+        optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2, **options)
+        gradfold.fold(model, optimizer, backend=backend)
+        for step in range(3):
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+            model(x).square().sum().backward()
+            optimizer.step()
+        found.append([*model.parameters(), *(s for p in model.parameters() for s in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_everything_has_stepped_when_backward_ends():
+    """Small parameters wait for each other, not for ``optimizer.step()``: until then nobody holds their gradients."""
+    model, _, fold = train("triton", steps=1)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    fold.backward(model(torch.tensor([[1, 2]])))
+    assert [name for name, param in model.named_parameters() if torch.equal(param, before[name])] == []
+    assert not fold._ledger.batch
+
+
+def test_row_blocks_draw_the_bits_of_their_own_rows():
+    """Exact sums: inputs are ones. One block of all rows, several of them, and none."""
+    found = []
+    for backend in (Triton(Scratch()), Triton(Scratch(), always=False), Triton(Scratch(100), always=False)):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 9, bias=False)
+        optimizer = gradfold.AdamW(
+            model.named_parameters(), lr=1e-2, states="bf16", rounding="stochastic", small_size=0
+        )
+        gradfold.fold(model, optimizer, backend=backend)
+        for _ in range(3):
+            model(torch.ones(4, 7)).sum().backward()
+            optimizer.step()
+        found.append([model.weight, *optimizer.state[model.weight].values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("how", [{}, {"clip_norm": 1.0}, {"on_nonfinite": "skip"}], ids=["raise", "clipped", "skip"])
+def test_what_no_kernel_takes_is_guarded_too(how):
+    """A double steps by the reference backend."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4).double())
+    model[0].register_forward_hook(lambda module, args, out: out.double())
+    optimizer = gradfold.AdamW(model.parameters(), lr=0.1)
+    fold = gradfold.fold(model, optimizer, backend="triton", **how)
+    before = [param.detach().clone() for param in model.parameters()]
+    model(torch.ones(2, 5)).mul(math.nan).sum().backward()
+    if "on_nonfinite" in how:
+        optimizer.step()
+    else:
+        with pytest.raises(NonFiniteError, match=r"^0\.weight and 3 more: .* no weight has moved"):
+            optimizer.step()
+    assert math.isnan(fold.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.oldest
