@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +14,7 @@ from gradfold.plan.report import Plan
 from gradfold.plan.search import Found
 from gradfold.plan.step import StepMemory
 from gradfold.plan.trace import CATEGORIES
-from gradfold.plan.units import format_bytes
+from gradfold.plan.units import format_bytes, unit_of
 
 GIB = 2**30
 MISSES = 4  # that are shown
@@ -29,23 +31,29 @@ def print_plan(plan: Plan, budget_bytes: int | None = None, console: Console | N
     console.print(f"[dim]one step of {batches}, {where}; {escape(settings.describe())}[/dim]\n")
 
     steps = (plan.memory, *plan.peers)
+    most_bytes = max(step.peak_bytes for step in steps)
+    unit, unit_bytes = unit_of(most_bytes)
+
+    def sizes(of: Iterable[float]) -> list[str]:
+        return [f"{size / unit_bytes:.2f}" for size in of]
+
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
-    table.add_column("GiB", style="dim", no_wrap=True)
+    table.add_column(unit, style="dim", no_wrap=True)
     table.add_column("this plan", justify="right", style="bold")
     for peer in plan.peers:
         table.add_column(peer.label, justify="right")
     at_peak = [step.at_peak() for step in steps]
     for category in CATEGORIES:
-        if any(figures[category] >= GIB / 1000 for figures in at_peak):
-            table.add_row(category, *(_gib(figures[category]) for figures in at_peak))
+        if any(figures[category] >= most_bytes / 5000 for figures in at_peak):
+            table.add_row(category, *sizes(figures[category] for figures in at_peak))
     table.add_section()
-    table.add_row("peak of live tensors", *(_gib(step.peak_bytes) for step in steps))
+    table.add_row("peak of live tensors", *sizes(step.peak_bytes for step in steps))
     table.add_row("reached in", *(_moment(step) for step in steps))
     if plan.device == "cuda":
         blocks = [allocated(step.timeline) for step in steps]
-        table.add_row("as blocks of 512 B", *(_gib(block.allocated_bytes) for block in blocks))
-        table.add_row("  and CUDA context", *(_gib(block.allocated_bytes + CONTEXT_BYTES) for block in blocks))
-        table.add_row("allocator's segments", *(_gib(block.reserved_bytes) for block in blocks))
+        table.add_row("as blocks of 512 B", *sizes(block.allocated_bytes for block in blocks))
+        table.add_row("  and CUDA context", *sizes(block.allocated_bytes + CONTEXT_BYTES for block in blocks))
+        table.add_row("allocator's segments", *sizes(block.reserved_bytes for block in blocks))
     if budget_bytes is not None:
         fits = ["yes" if _fits(plan, step, budget_bytes) else "no" for step in steps]
         table.add_row(f"fits {format_bytes(budget_bytes)}", *fits)

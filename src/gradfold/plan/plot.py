@@ -32,6 +32,7 @@ COLORS = {
 }
 STACK_ORDER = tuple(COLORS)  # what stays lies at the bottom
 INK, MUTED, GRID, BUDGET = "#1d2733", "#66727f", "#e3e7eb", "#b3261e"
+PLATE = {"facecolor": "white", "alpha": 0.78, "linewidth": 0, "pad": 1.5}  # behind words, to be read on any colour
 MIN_PHASE_SHARE = 0.09  # of the width, so that every phase can carry its name
 BINS = 1600
 
@@ -103,8 +104,6 @@ def _summary(plain: StepMemory, folded: StepMemory) -> str:
 
 
 def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_bytes: int | None) -> None:
-    from matplotlib.patheffects import withStroke
-
     x, live = _resampled(step.timeline)  # [B], [B, C]
     stack = live[:, [CATEGORIES.index(c) for c in STACK_ORDER]].cumsum(axis=1) / unit_bytes
     below = np.zeros(len(x))
@@ -140,7 +139,6 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
             color=MUTED,
         )
 
-    halo = [withStroke(linewidth=3, foreground="white")]  # so that it reads on any colour
     peak_x = x[int(live.sum(axis=1).argmax())]
     peak = step.peak_bytes / unit_bytes
     on_left = peak_x > 0.6
@@ -155,11 +153,11 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
         fontsize=10,
         fontweight="bold",
         color=INK,
-        path_effects=halo,
+        bbox=PLATE,
     )
     if budget_bytes is not None:
         level = budget_bytes / unit_bytes
-        ax.axhline(level, color=BUDGET, linewidth=1.4)
+        ax.axhline(level, color=BUDGET, linewidth=1.4, zorder=4)
         ax.annotate(
             f"budget {format_bytes(budget_bytes)}",
             (0.004, level),
@@ -169,7 +167,7 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
             fontsize=9,
             color=BUDGET,
             fontweight="bold",
-            path_effects=halo,
+            bbox=PLATE,
         )
 
 
