@@ -40,7 +40,8 @@ class PlanCommand:
     """Predict the memory of a training step, by running its real code on tensors that have no memory.
 
     Takes the flags of `gradfold train`, so that a command can be planned by putting `plan` in the place of `train`;
-    those that change no memory change nothing here. Nothing is downloaded but the model's config.json, and of the
+    those that change no memory change nothing here. Without --dtype or --config it plans for the dtype in which the
+    model is published; train's default is float32. Nothing is downloaded but the model's config.json, and of the
     models listed in the README not even that.
     """
 
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def settings_from(recipe: Recipe, settled: frozenset[str]) -> Settings:
-    """The recipe's settings; the dtype stays the model's own unless it was given."""
+    """The recipe's settings; without a recipe file or --dtype, the dtype is what the model is published in."""
     made = recipe.plan_settings()
     return made if "dtype" in settled else dataclasses.replace(made, dtype=None)
 
@@ -123,6 +124,8 @@ def _read(words: list[str]) -> tuple[PlanCommand, Recipe, frozenset[str]]:
         if short in extra and name in given:
             raise RecipeError(f"--{short} and --{name.replace('_', '-')} say the same; keep one")
     fields = load_fields(extra["config"]) if extra.get("config") else {}
+    if fields:
+        fields.setdefault("dtype", Recipe().dtype)  # as it would train
     fields |= given
     if "model" not in fields:
         raise RecipeError("name a model: --model llama-3.1-8b, a hub id, or a folder with a config.json")
