@@ -93,15 +93,16 @@ def test_peers_a_picture_and_a_real_step(tmp_path, small):
 def test_a_recipe_is_planned_as_it_would_train(plan, small, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {small}\ndtype: bfloat16\nsequence_length: 16\nbatch_size: 3\ngradient_checkpointing: true\n"
-        "head: plain\nworking_set:\n  chunks: 2\n  offload: cpu\noptimizer:\n  states: fp32\n  master: split8\n"
+        f"model: {small}\nsequence_length: 16\nbatch_size: 3\ngradient_checkpointing: true\n"
+        "head: plain\nworking_set:\n  chunks: 2\n  offload: cpu\noptimizer:\n  states: int8\n"
     )
     code, out, err = plan("--config", str(recipe), "--json", "--no-compare")
     assert code == 0, err
     found = json.loads(out)
     settings = found["settings"]
     assert (settings["tokens"], settings["batch"], settings["checkpointing"]) == (16, 3, True)
-    assert (settings["head"], settings["states"], settings["master"]) == ("plain", "fp32", "split8")
+    assert (settings["head"], settings["states"], settings["master"]) == ("plain", "int8", None)
+    assert found["dtype"] == "float32"  # what `gradfold train` takes
     assert found["chunks"] == 2 and found["host_bytes"] > 0 and found["moved_bytes_per_step"] > 0
 
 
