@@ -109,4 +109,5 @@ def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
     """One with all states there already: a fold makes them when it is made."""
-    return record_step(model, optimizer, scene.batch(), made, label=label, micro_batches=scene.settings.accumulate)
+    parts = scene.settings.accumulate
+    return record_step(model, optimizer, scene.batch(), made, loss=scene.loss, label=label, micro_batches=parts)

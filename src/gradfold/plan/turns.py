@@ -38,6 +38,7 @@ def in_turns(scene: Scene, model: nn.Module, config: WorkingSet) -> Turns:
 class _Round:
     def __init__(self, scene: Scene, model: nn.Module, config: WorkingSet):
         self.model, self.config, self.settings, self.batch = model, config, scene.settings, scene.batch()
+        self.loss = scene.loss
         away = config.offload is not None and scene.device != "cpu"
         self.host = PlayedHost() if away else None
         # Every step changes chunks, in an order that is set here.
@@ -90,6 +91,7 @@ class _Round:
             self.optimizer,
             self.batch,
             self.fold,
+            loss=self.loss,
             label=self.settings.describe(),
             micro_batches=self.settings.accumulate,
             meet=meet,
