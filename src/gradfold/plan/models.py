@@ -35,17 +35,13 @@ class Subject:
         if self.config is None:
             return self._source_dtype
         found = getattr(self.config, "dtype", None)
-        named = getattr(torch, found, None) if isinstance(found, str) else found
-        if found is not None and not isinstance(named, torch.dtype):
-            raise PlanError(f"model {self.name}: its config says dtype {found!r}, and torch has none of that name")
-        return named
+        return getattr(torch, found) if isinstance(found, str) else found
 
     @functools.cached_property
     def _source_dtype(self) -> torch.dtype | None:
-        source = self.source
-        model = (
-            source if isinstance(source, nn.Module) else self.build(None, FakeTensorMode(allow_non_fake_inputs=True))
-        )
+        model = self.source
+        if not isinstance(model, nn.Module):
+            model = self.build(None, FakeTensorMode(allow_non_fake_inputs=True))
         return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
 
     @property
@@ -94,9 +90,7 @@ class Subject:
         layers = self.layers
         if layers is None or getattr(self.config, "text_config", None) is not None:
             return None
-        if getattr(
-            self.config, "num_kv_shared_layers", None
-        ):  # the last layers use keys of others: depth changes which
+        if getattr(self.config, "num_kv_shared_layers", None):  # the last layers use the keys of others
             return None
         period = _period(self.config, layers, self._meta[1])
         if period is None:
@@ -106,7 +100,7 @@ class Subject:
 
 
 def find_subject(model: Any) -> Subject:
-    """A model by name (a preset, a folder, a config.json, a hub id), a transformers config, a module, or what builds one.
+    """A model by name (preset, folder, config.json, hub id), a transformers config, a module, or what builds one.
 
     Raises PlanError, saying what it could be.
     """

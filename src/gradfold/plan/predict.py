@@ -46,7 +46,7 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
             parameters=subject.parameters,
             host_bytes=turns.asleep_bytes if away and config.offload != "disk" else 0,
             disk_bytes=turns.asleep_bytes if config.offload == "disk" else 0,
-            moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval if away else 0.0,
+            moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval,
             chunks=turns.chunks,
         )
 
