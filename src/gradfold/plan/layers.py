@@ -59,8 +59,7 @@ def repeated(shallow: Timeline, deeper: Timeline, more: int, period: int = 1) ->
 
 def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, int]) -> _Phase | None:
     a, b = one.events, other.events
-    rows_a, rows_b = (np.concatenate([s.deltas, s.sizes[:, None]], axis=1) for s in (a, b))
-    put_in = _put_in(rows_a, rows_b)
+    put_in = _put_in(_rows(a, names), _rows(b, names))
     if put_in is None:
         return None
     # Backward meets the last layer first: there the layers that are put in lie below those met before.
@@ -79,6 +78,17 @@ def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, i
     if missing and len(made.touched):
         made.touched[0] = max(0, made.touched[0] + missing)
     return _Phase(one.label, made, tail)
+
+
+def _rows(stretch: _Stretch, names: dict[str, int]) -> np.ndarray:
+    """What two events must have in common, which layer it is left out: [e, C + 3].
+
+    Places and operators too: a model's last norm may take what a layer's first one takes.
+    """
+    kinds: dict[str, int] = {}
+    kind_of = np.array([kinds.setdefault(_LAYER.sub("#", name, count=1), len(kinds)) for name in names])
+    columns = [stretch.sizes, stretch.ops, kind_of[stretch.places]]
+    return np.concatenate([stretch.deltas, np.stack(columns, axis=1)], axis=1)
 
 
 def _put_in(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]] | None:

@@ -211,9 +211,7 @@ def _refuse_other_kinds(name: str, config: Any) -> None:
 
     kind = getattr(config, "model_type", "")
     if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(
-            f"model {name}: {kind} is an encoder and a decoder; a plan is for causal models: give its module"
-        )
+        raise PlanError(f"model {name}: {kind} is encoder and decoder; a plan is for causal models: give its module")
     if kind in masked and not getattr(config, "is_decoder", False):
         raise PlanError(
             f"model {name}: {kind} is a masked language model; a plan is for causal ones: give its module, or a config "
