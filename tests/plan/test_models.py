@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-transformers = pytest.importorskip("transformers")
-
 from gradfold.plan.errors import PlanError
 from gradfold.plan.models import Subject, find_subject
 from gradfold.plan.predict import predict
 from gradfold.plan.settings import Settings
 from tests.plan.small import SIZES, differing, gemma2, gemma3, llama, qwen2_moe
+
+transformers = pytest.importorskip("transformers")
 
 SHORT = Settings(tokens=16)
 

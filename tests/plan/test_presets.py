@@ -2,10 +2,10 @@
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from gradfold.plan.models import find_subject
 from gradfold.plan.presets import ALIASES, PRESETS, config_of, preset_of
+
+pytest.importorskip("transformers")
 
 # As the safetensors index of each model on the hub counts them, a tied head once.
 PARAMETERS = {
