@@ -1,6 +1,7 @@
 """Event sequences worked out by hand from the constants that torch documents: 512 B, 1, 2, 10 and 20 MiB."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_reserved_is_never_less_and_blocks_never_overlap(seed, monkeypatch):
         def take(self, size, segment_bytes, small):
             address = super().take(size, segment_bytes, small)
             spans = sorted([*((a, s) for a, s in self._used.items()), *((a, s) for s, a in self._free)])
-            assert all(a + s <= b for (a, s), (b, _) in zip(spans, spans[1:], strict=False))
+            assert all(a + s <= b for (a, s), (b, _) in pairwise(spans))
             assert sum(s for _, s in spans) == self.reserved_bytes  # every byte is used or free
             return address
 
