@@ -1,6 +1,5 @@
 """`plan()`: what it refuses, what overrides what, and that it does not depend on where it is called."""
 
-import contextlib
 import gc
 import json
 import types
@@ -95,22 +94,12 @@ def test_a_plan():
     assert "peak" in str(result)
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 AROUND = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "meta": lambda: torch.device("meta"),
     "fakes": FakeTensorMode,
-    "default dtype": lambda: default_dtype(torch.float64),
 }
 
 
@@ -123,6 +112,14 @@ def alone():
 def test_the_callers_modes_change_nothing(around, alone):
     with around():
         assert made().memory.as_dict() == alone
+
+
+def test_the_default_dtype_is_that_of_step_counts(alone):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert made().peak_bytes == pytest.approx(alone["peak_bytes"], rel=1e-3)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_nothing_stays_frozen():
