@@ -225,5 +225,5 @@ def test_a_step_of_two_depths_is_that_of_the_whole(config, fold, monkeypatch):
     subject, settings = Subject("one", config=config), Settings(tokens=16, fold=fold)
     assert subject.depths is not None
     shallow = predict(subject, settings).memory
-    monkeypatch.setattr(Subject, "depths", None)
+    monkeypatch.setitem(vars(subject), "depths", None)
     assert not differing(shallow.timeline, predict(subject, settings).memory.timeline)

@@ -83,7 +83,7 @@ def test_resting_is_that_of_the_whole_model(monkeypatch):
     settings = dataclasses.replace(SHORT, states="int8", small_size=0)
     of_two = resting_of(subject, settings)
     assert subject.depths == (2, 3, 1)
-    monkeypatch.setattr(type(subject), "depths", None)
+    monkeypatch.setitem(vars(subject), "depths", None)
     assert resting_of(subject, settings) == of_two
 
 

@@ -102,6 +102,13 @@ def test_what_is_fixed_stays(fixed):
             assert getattr(settings, name) == getattr(BASE, name)
 
 
+@pytest.mark.parametrize("fixed", ["batch", "accumulate"])
+def test_a_fixed_batch_is_not_split_where_it_is_tight(fixed):
+    found = find(peak(BASE) - 1, fixed={*FIXED, fixed})
+    tried = [choice.settings for choice in found.choices] + [settings for settings, _ in found.misses]
+    assert len(tried) > 1 and {(one.batch, one.accumulate) for one in tried} == {(4, 1)}
+
+
 def test_a_working_set_that_is_given_is_kept():
     base = dataclasses.replace(BASE, working_set=WorkingSet(chunks=4, offload="cpu"))
     found = find(2**40, base, fixed={*FIXED, "working_set"})
