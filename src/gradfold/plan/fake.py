@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Matrix products into a buffer of the right shape. Other out= operators may resize their result.
@@ -60,12 +60,31 @@ def frozen_objects() -> Iterator[None]:
 
     It is run before each step that is traced, and with transformers loaded that takes longer than the step.
     """
+    if gc.get_freeze_count():  # somebody else's: thawing would thaw theirs
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """While open, what the caller's code has switched on is off: no_grad, inference, autocast, a default device, fakes.
+
+    A plan says what its settings say, wherever it is asked for. The default dtype stays: models are built in it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))  # the only device that a trace knows
+        if torch.get_default_device().type != "cpu":  # torch asks this mode before each function: only where need be
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def fake_copy(model: Any, mode: FakeTensorMode) -> nn.Module:

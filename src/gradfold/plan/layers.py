@@ -59,19 +59,22 @@ def repeated(shallow: Timeline, deeper: Timeline, more: int, period: int = 1) ->
 
 def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, int]) -> _Phase | None:
     a, b = one.events, other.events
-    rows_a, rows_b = (np.concatenate([s.deltas, s.sizes[:, None]], axis=1) for s in (a, b))
-    put_in = _put_in(rows_a, rows_b)
+    put_in = _put_in(_rows(a, names), _rows(b, names))
     if put_in is None:
         return None
     # Backward meets the last layer first: there the layers that are put in lie below those met before.
     down = one.label == "backward"
-    parts, here, there = [], 0, 0
-    for at, length in put_in:
-        parts.append(_renumbered(a[here:at], more * period if down and not here else 0, names))
+    parts, here, there, met = [], 0, 0, np.zeros(0, dtype=np.int64)
+    first, last = (more * period, 0) if down else (0, more * period)  # by how much layers move, before and after
+    for number, (at, length) in enumerate(put_in):
+        turn = here + (_turn(a[here:at], met, down, names) if number else 0)  # the next way through them begins
+        parts.append(_renumbered(a[here:turn], last, names))
+        parts.append(_renumbered(a[turn:at], first, names))
         new = b[there + at - here : there + at - here + length]
         parts += [_renumbered(new, (more - 1 - i if down else i) * period, names) for i in range(more)]
+        met = _layers_of(new, names) - (0 if down else period)
         here, there = at, there + at - here + length
-    parts.append(_renumbered(a[here:], 0 if down or not put_in else more * period, names))
+    parts.append(_renumbered(a[here:], last if put_in else 0, names))
     made = _Stretch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     tail = one.tail + (other.tail - one.tail) * more
     # An operator on all parameters at once touches more of them.
@@ -79,6 +82,17 @@ def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, i
     if missing and len(made.touched):
         made.touched[0] = max(0, made.touched[0] + missing)
     return _Phase(one.label, made, tail)
+
+
+def _rows(stretch: _Stretch, names: dict[str, int]) -> np.ndarray:
+    """What two events must have in common, which layer it is left out: [e, C + 3].
+
+    Places and operators too: a model's last norm may take what a layer's first one takes.
+    """
+    kinds: dict[str, int] = {}
+    kind_of = np.array([kinds.setdefault(_LAYER.sub("#", name, count=1), len(kinds)) for name in names])
+    columns = [stretch.sizes, stretch.ops, kind_of[stretch.places]]
+    return np.concatenate([stretch.deltas, np.stack(columns, axis=1)], axis=1)
 
 
 def _put_in(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]] | None:
@@ -120,6 +134,23 @@ def _renumbered(stretch: _Stretch, by: int, names: dict[str, int]) -> _Stretch:
         moved = _LAYER.sub(lambda found: str(int(found[0]) + by), spelled[place], count=1)
         places[stretch.places == place] = names.setdefault(moved, len(names))
     return stretch._replace(places=places)
+
+
+def _turn(stretch: _Stretch, met: np.ndarray, down: bool, names: dict[str, int]) -> int:
+    """The first event that goes back to where a way through the layers begins; its length: none does. `met`: the layers
+    of the events before."""
+    layers = _layers_of(stretch, names)
+    events = np.flatnonzero(layers >= 0)
+    before = met[met >= 0][-1:]
+    steps = np.diff(layers[events], prepend=before if len(before) else layers[events][:1])
+    back = np.flatnonzero(steps > 0 if down else steps < 0)
+    return int(events[back[0]]) if len(back) else len(layers)
+
+
+def _layers_of(stretch: _Stretch, names: dict[str, int]) -> np.ndarray:
+    """Of each event the number of its layer; below 0 outside of them."""
+    found = (_LAYER.search(name) for name in names)
+    return np.array([-1000 if number is None else int(number[0]) for number in found])[stretch.places]
 
 
 def _phases(timeline: Timeline, names: dict[str, int]) -> list[_Phase]:

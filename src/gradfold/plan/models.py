@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -17,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradfold.plan.errors import PlanError
-from gradfold.plan.fake import fake_copy
+from gradfold.plan.fake import fake_copy, plain_torch
 from gradfold.plan.presets import PRESETS, config_of, preset_of
 
 
@@ -32,49 +33,55 @@ class Subject:
     @property
     def dtype(self) -> torch.dtype | None:
         """What it is published in, or is in."""
-        if self.config is not None:
-            found = getattr(self.config, "dtype", None)
-            return getattr(torch, found) if isinstance(found, str) else found
-        if isinstance(self.source, nn.Module):
-            return next((p.dtype for p in self.source.parameters() if p.dtype.is_floating_point), None)
-        return None
+        if self.config is None:
+            return self._source_dtype
+        found = getattr(self.config, "dtype", None)
+        return getattr(torch, found) if isinstance(found, str) else found
+
+    @functools.cached_property
+    def _source_dtype(self) -> torch.dtype | None:
+        model = self.source
+        if not isinstance(model, nn.Module):
+            model = self.build(None, FakeTensorMode(allow_non_fake_inputs=True))
+        return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
 
     @property
     def layers(self) -> int | None:
         """How many it has; None: it cannot be built with fewer."""
         return None if self.config is None else getattr(self.config, "num_hidden_layers", None)
 
-    def build(self, dtype: torch.dtype, mode: FakeTensorMode | None, layers: int | None = None) -> nn.Module:
-        """The model in training mode, on fake tensors of `mode`; without one, of real random numbers.
+    def build(self, dtype: torch.dtype | None, mode: FakeTensorMode | None, layers: int | None = None) -> nn.Module:
+        """The model in training mode, on fake tensors of `mode`; without one, of real random numbers. `dtype` None: in
+        its own, or its own ones.
 
-        Raises PlanError for what transformers cannot build.
+        Raises PlanError for what transformers cannot build, and for what is no causal model.
         """
         if self.config is None:
             return _of_source(self.source, dtype, mode)
         from transformers import AutoModelForCausalLM
 
+        _refuse_other_kinds(self.name, self.config)
+        dtype = dtype or self.dtype or torch.bfloat16
         config = copy.deepcopy(self.config) if layers is None else _with_layers(self.config, layers)
         config.use_cache = False
         try:
-            if mode is None:
-                return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-            with mode:
+            with mode or contextlib.nullcontext():
                 return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         except (ValueError, TypeError, KeyError, ImportError) as error:
-            raise PlanError(f"model {self.name}: transformers cannot build a causal model of it ({error})") from None
+            what = f"transformers cannot build a causal model of it ({_short(error)})"
+            raise PlanError(f"model {self.name}: {what}") from None
 
     @property
     def parameters(self) -> int:
-        """How many numbers it trains."""
+        """How many numbers it has."""
         return self._meta[0]
 
     @functools.cached_property
     def _meta(self) -> tuple[int, list[tuple] | None]:
         """How many parameters it has, and of each layer its modules and their parameters."""
         if self.config is None:
-            model = self.build(self.dtype or torch.float32, FakeTensorMode(allow_non_fake_inputs=True))
-            return _count(model), None
-        with torch.device("meta"):
+            return _count(self.build(None, FakeTensorMode(allow_non_fake_inputs=True))), None
+        with plain_torch(), torch.device("meta"):
             model = self.build(torch.bfloat16, None)
         return _count(model), _shapes(model, self.layers)
 
@@ -83,6 +90,8 @@ class Subject:
         """Two depths whose steps tell that of the whole model, and the period of its layers; None: run it whole."""
         layers = self.layers
         if layers is None or getattr(self.config, "text_config", None) is not None:
+            return None
+        if getattr(self.config, "num_kv_shared_layers", None):  # the last layers use the keys of others
             return None
         period = _period(self.config, layers, self._meta[1])
         if period is None:
@@ -110,6 +119,8 @@ def find_subject(model: Any) -> Subject:
 
 
 def _named(name: str) -> Subject:
+    if not name.strip():
+        raise PlanError(f"model {name!r}: give a name, a folder or a hub id, ORG/MODEL")
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -171,16 +182,45 @@ def _short(error: BaseException) -> str:
 
 
 def _of_source(
-    source: nn.Module | Callable[[], nn.Module], dtype: torch.dtype, mode: FakeTensorMode | None
+    source: nn.Module | Callable[[], nn.Module], dtype: torch.dtype | None, mode: FakeTensorMode | None
 ) -> nn.Module:
-    if mode is None:
-        model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
-    else:
-        model = fake_copy(source, mode)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            return model.to(dtype)
-    return model
+    with plain_torch():
+        if mode is not None:
+            model = fake_copy(source, mode)
+        else:
+            model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"model={source!r}: makes a {type(model).__name__}, not a torch module")
+        if dtype is not None:
+            _convert(model, dtype)
+    return model if model.training else model.train()
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """`model.to(dtype)`, which torch cannot do to fake parameters."""
+    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    for module in list(model.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+
+
+def _refuse_other_kinds(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    kind = getattr(config, "model_type", "")
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError(f"model {name}: {kind} is encoder and decoder; a plan is for causal models: give its module")
+    if kind in masked and not getattr(config, "is_decoder", False):
+        raise PlanError(
+            f"model {name}: {kind} is a masked language model; a plan is for causal ones: give its module, or a config "
+            "with is_decoder=True"
+        )
 
 
 def _with_layers(config: Any, layers: int) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_MARK = "gradfold.plan.place"
+
 
 class Place:
     """The module that runs, in forward or in backward; what is inside this `with` can ask it.
@@ -47,7 +49,8 @@ class Place:
         name = self._running.pop() if self._running else ""
         first = output[0] if isinstance(output, tuple) and output else output
         node = first.grad_fn if isinstance(first, torch.Tensor) else None
-        if node is not None:
+        if node is not None and _MARK not in node.metadata:  # else what a module inside of this one has returned
+            node.metadata[_MARK] = name
             node.register_prehook(lambda grads: self._arrive(name))
 
     def _arrive(self, name: str) -> None:

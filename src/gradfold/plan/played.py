@@ -21,7 +21,6 @@ class PlayedHost(Host):
         self.meter: LiveBytes | None = None
         self.left_bytes = 0
         """What has been put here, in all."""
-        self.arrived_bytes = 0
         self._coming: set[str] = set()  # type: ignore[assignment]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -47,7 +46,6 @@ class PlayedHost(Host):
             return
         self._coming.add(key)
         held = self._held[key]
-        self.arrived_bytes += bytes_of(held.values())
         if self.meter is not None:
             self.meter.move("staging", *held.values())
 

@@ -46,7 +46,7 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
             parameters=subject.parameters,
             host_bytes=turns.asleep_bytes if away and config.offload != "disk" else 0,
             disk_bytes=turns.asleep_bytes if config.offload == "disk" else 0,
-            moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval if away else 0.0,
+            moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval,
             chunks=turns.chunks,
         )
 
@@ -109,4 +109,5 @@ def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
     """One with all states there already: a fold makes them when it is made."""
-    return record_step(model, optimizer, scene.batch(), made, label=label, micro_batches=scene.settings.accumulate)
+    parts = scene.settings.accumulate
+    return record_step(model, optimizer, scene.batch(), made, loss=scene.loss, label=label, micro_batches=parts)

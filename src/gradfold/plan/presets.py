@@ -76,17 +76,19 @@ PRESETS: dict[str, Preset] = {
     "smollm2-1.7b": _llama("HuggingFaceTB/SmolLM2-1.7B", 49_152, 2048, 8192, 24, 32, 32, tie_word_embeddings=True),
 }
 
+_ENDINGS = ("-hf", "-instruct", "-it", "-pt", "-base", "-chat", "-v0.3")  # Mistral v0.1 has another vocabulary
 ALIASES = {"smollm2": "smollm2-135m", "llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b"}
 
 
 def preset_of(name: str) -> Preset | None:
     """The preset of a name: its own, its hub id's, with or without the organisation; upper and lower case are alike."""
-    word = name.lower().rpartition("/")[2]
-    for ending in ("-hf", "-instruct", "-it", "-pt", "-base", "-v0.3", "-v0.1", "-meta"):
-        if word not in PRESETS and word not in ALIASES:
-            word = word.removesuffix(ending)
-    word = word.removeprefix("meta-") if word not in PRESETS else word
-    return PRESETS.get(ALIASES.get(word, word))
+    word = name.lower().rpartition("/")[2].removeprefix("meta-")
+    while word not in PRESETS and word not in ALIASES:
+        ending = next((ending for ending in _ENDINGS if word.endswith(ending)), None)
+        if ending is None:
+            return None
+        word = word.removesuffix(ending)
+    return PRESETS[ALIASES.get(word, word)]
 
 
 def config_of(preset: Preset) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from gradfold.backends import as_accelerator
 from gradfold.plan.errors import PlanError
-from gradfold.plan.fake import SkipWrites
+from gradfold.plan.fake import SkipWrites, plain_torch
 from gradfold.plan.layers import repeated
 from gradfold.plan.masks import packing_known
 from gradfold.plan.models import Subject
 from gradfold.plan.settings import Settings
 from gradfold.plan.step import StepMemory
+
+_INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
+gradfold.plan.step.step_memory takes a loss function for any other model"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Scene:
         """A fake model, with fake tensors on. Raises PlanError for what cannot be built or traced."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         playing = as_accelerator() if self.device != "cpu" else contextlib.nullcontext()
-        with self._tracing():
-            made = self.subject.build(self.settings.torch_dtype(self.subject.dtype), mode, layers)
+        with plain_torch(), self._tracing():
+            wanted = self.settings.dtype
+            made = self.subject.build(None if wanted is None else getattr(torch, wanted), mode, layers)
+            self._check(made)
             if self.settings.checkpointing and not enable_checkpointing(made):
                 raise PlanError(f"checkpointing=True: {type(made).__name__} has none; leave it out")
             with playing, packing_known(self.batch()), mode, SkipWrites():
@@ -60,6 +66,28 @@ class Scene:
                 return StepMemory.of(found[0].label, timeline)
         with self.model() as model:
             return run(model)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The model's own. Raises PlanError where it returns none."""
+        loss = getattr(model(**batch), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise PlanError(f"model {self.subject.name}: what it returns has no .loss{_INSTEAD}")
+        return loss
+
+    def _check(self, model: nn.Module) -> None:
+        """What fake tensors would not notice, or notice late."""
+        takes = inspect.signature(model.forward).parameters.values()
+        missing = {"input_ids", "labels"} - {parameter.name for parameter in takes}
+        if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+            raise PlanError(f"model {self.subject.name}: its forward takes no {min(missing)}{_INSTEAD}")
+        longest = getattr(self.subject.config, "max_position_embeddings", None)
+        if not isinstance(longest, int) or self.settings.tokens <= longest:
+            return
+        # Rotary positions go on past what a model was trained for, at the same cost; a table of learned ones ends.
+        words = getattr(self.subject.config, "vocab_size", None)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and longest <= module.num_embeddings <= longest + 2 != words:
+                raise PlanError(f"tokens={self.settings.tokens}: {name} of {self.subject.name} ends at {longest}")
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What fits a budget, the fastest first; and, for the others, the least that one of them would take."""
+    """What fits a budget: the fastest ways first, then the most exact one, then a working set; and what does not."""
 
     budget_bytes: int
     choices: tuple[Choice, ...]
@@ -116,7 +116,9 @@ class _Search:
         self.parameters = subject.parameters
         self._steps: dict[tuple, StepMemory] = {}
         self._states: dict[tuple, int] = {}
-        self._guesses: dict[int, int] = {}
+        self._guesses: dict[Settings, int] = {}
+        self._traced: dict[Settings, Choice] = {}
+        self._predicted: dict[Settings, Predicted] = {}
 
     def run(self) -> Found:
         self._refuse_hopeless()
@@ -125,16 +127,19 @@ class _Search:
         choices = self._pick(sorted(whole, key=self._expected_s), "fastest", FASTEST)
         choices += self._pick(self._exact(), "most exact", 1, beside=choices)
         choices += self._pick(turning, "working set", 1)
-        guesses = sorted(((self._guess(one), n) for n, one in enumerate([*whole, *turning])))
-        every = [*whole, *turning]
+        every = list(dict.fromkeys([*whole, *turning]))
         if not choices:
-            least = self._trace(every[guesses[0][1]], "least memory")
-            if least.device_bytes > self.budget_bytes:
-                raise PlanError(self._too_small(least))
-            choices.append(least)
-        chosen = [choice.settings for choice in choices]
-        missed = [(every[n], size) for size, n in guesses if size > self.budget_bytes and every[n] not in chosen]
+            choices.append(self._least([*every, *self._split(turning)]))
+        sizes = sorted(((self._guess(one), n) for n, one in enumerate(every)))
+        missed = [(every[n], size) for size, n in sizes if size > self.budget_bytes]
         return Found(self.budget_bytes, tuple(choices), tuple(missed))
+
+    def _least(self, candidates: list[Settings]) -> Choice:
+        """Of all these; raises PlanError if even that does not fit."""
+        least = self._trace(min(candidates, key=self._guess), "least memory")
+        if least.device_bytes > self.budget_bytes:
+            raise PlanError(self._too_small(least))
+        return least
 
     # candidates -------------------------------------------------------------------------------------------------------
 
@@ -173,6 +178,11 @@ class _Search:
             for checkpointing in self._free("checkpointing", (False, True))
         ]
 
+    def _split(self, turning: list[Settings]) -> list[Settings]:
+        """The smallest chunks, one sequence at a time: what is left when nothing else fits."""
+        batch, accumulate = self._splits()[-1]
+        return [dataclasses.replace(one, batch=batch, accumulate=accumulate) for one in turning[-1:]]
+
     def _free(self, name: str, values: Iterable) -> list:
         """The values a setting may take: its own first."""
         own = getattr(self.settings, name)
@@ -181,7 +191,7 @@ class _Search:
     def _splits(self) -> list[tuple[int, int]]:
         """(batch, accumulate) of the same step."""
         base = self.settings
-        if "accumulate" in self.fixed or base.clip != "exact":
+        if {"batch", "accumulate"} & self.fixed or base.clip != "exact":
             return [(base.batch, base.accumulate)]
         parts = [d for d in range(1, base.batch + 1) if base.batch % d == 0]
         return [(base.batch // d, base.accumulate * d) for d in parts]
@@ -190,21 +200,23 @@ class _Search:
 
     def _guess(self, one: Settings) -> int:
         """About what settings take on the device, from a step traced with other states."""
-        if id(one) not in self._guesses:
+        if one in self._traced:
+            return self._traced[one].device_bytes
+        if one not in self._guesses:
             step = self._step_of(one)
             states = self._state_bytes(one)
             if (turns := one.working_set) is not None and turns.chunks:
                 states = (1 + turns.prefetch) * states // turns.chunks if turns.offload is not None else states
             moving = step.peak_bytes - step.resting_bytes
-            self._guesses[id(one)] = self.weight_bytes + states + moving + self.context_bytes
-        return self._guesses[id(one)]
+            self._guesses[one] = self.weight_bytes + states + moving + self.context_bytes
+        return self._guesses[one]
 
     def _step_of(self, one: Settings) -> StepMemory:
         key = (one.checkpointing, one.head, one.batch, one.accumulate)
         if key not in self._steps:
             plain = dataclasses.replace(one, working_set=None, states=self.settings.states, master=self.settings.master)
             self.progress(f"tracing: {plain.describe()}")
-            self._steps[key] = predict(self.subject, plain, self.device).memory
+            self._steps[key] = self._predict(plain).memory
         return self._steps[key]
 
     def _state_bytes(self, one: Settings) -> int:
@@ -213,13 +225,22 @@ class _Search:
             _, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None))
         return self._states[key]
 
+    def _predict(self, one: Settings) -> Predicted:
+        if one not in self._predicted:
+            self._predicted[one] = predict(self.subject, one, self.device)
+        return self._predicted[one]
+
     def _trace(self, one: Settings, why: str) -> Choice:
+        if one in self._traced:
+            return dataclasses.replace(self._traced[one], why=why)
         self.progress(f"checking: {one.describe()}")
-        predicted = predict(self.subject, one, self.device)
+        predicted = self._predict(one)
         size = predicted.memory.peak_bytes
         if self.device == "cuda":
             size = allocated(predicted.memory.timeline).allocated_bytes + self.context_bytes
-        return Choice(one, predicted, size, self._expected_s(one, predicted.moved_bytes_per_step), why)
+        made = Choice(one, predicted, size, self._expected_s(one, predicted.moved_bytes_per_step), why)
+        self._traced[one] = made
+        return made
 
     def _pick(
         self, candidates: list[Settings], why: str, most: int, beside: list[Choice] | None = None
@@ -230,7 +251,9 @@ class _Search:
         for one in candidates:
             if len(picked) == most:
                 break
-            if self._guess(one) > 1.01 * self.budget_bytes or one in known or any(self._beats(c, one) for c in picked):
+            if one in known or any(_alike(one, choice.settings) for choice in picked):
+                continue
+            if self._guess(one) > 1.01 * self.budget_bytes or any(self._beats(choice, one) for choice in picked):
                 continue
             choice = self._trace(one, why)
             if choice.device_bytes <= self.budget_bytes:
@@ -289,3 +312,8 @@ class _Search:
             f"{format_bytes(least.device_bytes)} ({least.settings.describe()}); give more, fewer tokens, or a smaller "
             "model"
         )
+
+
+def _alike(one: Settings, other: Settings) -> bool:
+    """But for how a batch is split."""
+    return one == dataclasses.replace(other, batch=one.batch, accumulate=one.accumulate)

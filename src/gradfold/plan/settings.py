@@ -32,7 +32,7 @@ class Settings:
     """False: the same optimizer steps from stored gradients."""
     optimizer: str = "AdamW"
     """One of gradfold's."""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Keyword arguments of the optimizer beside how it stores: `betas`, `amsgrad`, `momentum`."""
     states: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """How the states are stored; None: in the weights' dtype."""
@@ -51,7 +51,7 @@ class Settings:
     clip_norm: float | None = None
     clip_value: float | None = None
     clip: Literal["exact", "two_pass", "delayed"] = "exact"
-    working_set: WorkingSet | None = None
+    working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "accumulate"):

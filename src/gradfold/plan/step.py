@@ -219,12 +219,12 @@ def record_step(
 
 def _track_fold(live: LiveBytes, model: nn.Module, optimizer: Any, fold: Fold | None) -> None:
     """What an optimizer's states do not say: which of them are masters, what the fold itself holds."""
+    for parameter in model.parameters():
+        for name, state in getattr(optimizer, "state", {}).get(parameter, {}).items():
+            if isinstance(name, str) and name.startswith(RESIDUAL) and isinstance(state, torch.Tensor):
+                live.label(state, "masters")
     if fold is None:
         return
-    for parameter in model.parameters():
-        for name, state in optimizer.state.get(parameter, {}).items():
-            if name.startswith(RESIDUAL) and isinstance(state, torch.Tensor):
-                live.label(state, "masters")
     live.track(fold.waiting_tensors(), category="states")
     live.track(fold.scratch_tensors(), category="scratch")
 

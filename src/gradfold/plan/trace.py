@@ -180,6 +180,7 @@ class LiveBytes(TorchDispatchMode):
                     fresh = len(self._categories) - 1
                     self._moves.append((len(self._events_delta) - 1, block.index, fresh, block.nbytes))
                     block.index = fresh
+                self._see_storage(storage, index)  # also one that was aside
 
     def set_aside(self, *tensors: torch.Tensor) -> None:
         """Stop counting tensors that would be in another memory by now, until an operator or `track` meets them."""

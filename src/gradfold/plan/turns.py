@@ -30,18 +30,19 @@ class Turns:
     memory: StepMemory  # of the turn with the higher peak
     chunks: int
     asleep_bytes: int  # states of sleeping chunks, once all have had a turn
-    moved_bytes_per_turn: float  # in and out
+    moved_bytes_per_turn: float  # in and out; nothing moves where it sleeps on the device
 
 
 def in_turns(scene: Scene, model: nn.Module, config: WorkingSet) -> Turns:
-    """Run both steps. With `offload` what sleeps is elsewhere; on a processor it is in the same memory."""
+    """Run both steps. With `offload` what sleeps is elsewhere; on a processor only the disk is."""
     return _Round(scene, model, config).run()
 
 
 class _Round:
     def __init__(self, scene: Scene, model: nn.Module, config: WorkingSet):
         self.model, self.config, self.settings, self.batch = model, config, scene.settings, scene.batch()
-        away = config.offload is not None and scene.device != "cpu"
+        self.loss = scene.loss
+        away = config.offload == "disk" or (config.offload is not None and scene.device != "cpu")
         self.host = PlayedHost() if away else None
         # Every step changes chunks, in an order that is set here.
         watched = dataclasses.replace(config, interval=1, order="forward", offload=self.host, folder=None)
@@ -64,7 +65,8 @@ class _Round:
         memory = max((step for step, _ in steps), key=lambda step: step.peak_bytes)
         kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
         a_chunk = self.state_bytes / self.chunks * kept
-        return Turns(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if self.chunks > 1 else 0.0)
+        moves = self.host is not None and self.chunks > 1
+        return Turns(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0)
 
     def _turns(self) -> list[int]:
         """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
@@ -102,6 +104,7 @@ class _Round:
             self.optimizer,
             self.batch,
             self.fold,
+            loss=self.loss,
             label=self.settings.describe(),
             micro_batches=self.settings.accumulate,
             meet=meet,

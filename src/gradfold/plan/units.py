@@ -12,12 +12,12 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | float) -> int:
     """`24GiB`, `24 GB`, `141e9` in bytes. Raises PlanError for what is no size, or none above 0."""
-    found = re.fullmatch(r"\s*([0-9_.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
+    found = re.fullmatch(r"\s*([0-9_.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
     try:
         size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise PlanError(f"budget={text!r}: give a size such as 24GiB, 80GB or 24000MiB")
@@ -30,7 +30,7 @@ def format_bytes(nbytes: float) -> str:
     if unit == "B":
         return f"{nbytes:.0f} B"
     value = nbytes / unit_bytes
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def unit_of(nbytes: float) -> tuple[str, int]:
