@@ -49,8 +49,9 @@ class Place:
         name = self._running.pop() if self._running else ""
         first = output[0] if isinstance(output, tuple) and output else output
         node = first.grad_fn if isinstance(first, torch.Tensor) else None
-        if node is not None and _MARK not in node.metadata:  # else what a module inside of this one has returned
-            node.metadata[_MARK] = name
+        marks: Any = {} if node is None else node.metadata
+        if node is not None and _MARK not in marks:  # else what a module inside of this one has returned
+            marks[_MARK] = name
             node.register_prehook(lambda grads: self._arrive(name))
 
     def _arrive(self, name: str) -> None:
