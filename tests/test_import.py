@@ -16,6 +16,15 @@ assert gradfold.Fold is Fold and "torch" in sys.modules
 from gradfold import *
 assert fold is gradfold.fold and AdamW is gradfold.AdamW
 assert gradfold.optim.AdamW is AdamW
+assert "gradfold.plan.make" not in sys.modules
+import gradfold.plan.units as units  # a package, which can be called
+assert callable(gradfold.plan) and gradfold.plan.units is units
+try:
+    gradfold.plan(3)
+except gradfold.PlanError as error:
+    assert "model=3" in str(error)
+else:
+    raise AssertionError
 try:
     gradfold.nothing
 except AttributeError as error:

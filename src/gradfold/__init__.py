@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = (".errors", ".fold", ".modules", ".optim", ".workset")
-_PLANNER = {"plan": ".plan.make", "Plan": ".plan.report", "PlanError": ".plan.errors"}
+_PLANNER = {"Plan": ".plan.report", "PlanError": ".plan.errors"}
 _PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "report", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 
@@ -48,6 +48,8 @@ def __getattr__(name: str) -> Any:
     """Load the library, and torch with it, when the first of its names is used: not every command needs them."""
     if name not in __all__ and name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "plan":  # a package that can be called
+        return importlib.import_module(".plan", __name__)
     if name in _PLANNER:
         found = globals()[name] = getattr(importlib.import_module(_PLANNER[name], __name__), name)
         return found
@@ -65,7 +67,7 @@ class _Package(types.ModuleType):
     """The import system binds a submodule to its name in the package; `gradfold.fold` stays the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or not isinstance(value, types.ModuleType):
+        if name not in __all__ or name == "plan" or not isinstance(value, types.ModuleType):
             super().__setattr__(name, value)
 
 

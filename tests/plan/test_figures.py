@@ -31,7 +31,7 @@ def test_llama_8b(states, checkpointing, most):
     assert (2 + each) * 8_030_261_248 / GIB < memory.peak_bytes / GIB <= most
 
 
-@pytest.mark.parametrize(("peer", "measured"), [("AdamW (torch, fused)", 60.08), ("AdamW, 8-bit states", 45.36)])
+@pytest.mark.parametrize(("peer", "measured"), [("plain AdamW", 60.08), ("8-bit AdamW", 45.36)])
 def test_peers_on_llama_8b(peer, measured):
     """An H200's torch.cuda.max_memory_allocated, as the FORGE authors give it for torch's AdamW and bitsandbytes'."""
     memory = predict_peer(find_subject("llama-3.1-8b"), EIGHT, PEERS[peer], peer)

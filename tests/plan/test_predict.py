@@ -106,4 +106,4 @@ def test_peers_that_cannot_do_what_is_asked_are_left_out():
 
     assert peers_of(SHORT) == list(PEERS)
     for changes in ({"accumulate": 2}, {"clip_norm": 1.0}):
-        assert "AdamW stepped in hooks" not in peers_of(dataclasses.replace(SHORT, **changes))
+        assert "AdamW in hooks" not in peers_of(dataclasses.replace(SHORT, **changes))

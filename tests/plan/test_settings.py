@@ -74,7 +74,7 @@ def test_equal_settings_are_one_key():
 
 
 def test_describe():
-    assert Settings().describe() == "AdamW, as the weights states"
+    assert Settings().describe() == "AdamW"
     turns = WorkingSet(chunks=8, offload="cpu")
     said = Settings(
         states="int8", master="split8", checkpointing=True, accumulate=4, clip_norm=1.0, working_set=turns, head="plain"

@@ -8,6 +8,8 @@ README.md in this folder says which file does what.
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,3 +37,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+class _Callable(types.ModuleType):
+    """`gradfold.plan` is this package and, called, the function of that name in `make.py`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__("plan")(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
