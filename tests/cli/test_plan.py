@@ -132,6 +132,13 @@ def test_errors_are_one_line(plan, words, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_peer_is_traced():
+    from gradfold.cli.plan_peers import COUNT
+    from gradfold.plan.peers import PEERS
+
+    assert len(PEERS) == COUNT
+
+
 def test_help_names_every_flag(plan):
     code, out, _ = plan("--help")
     assert code == 0

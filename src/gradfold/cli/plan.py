@@ -157,7 +157,7 @@ def _work(
     recipe: Recipe,
     settled: frozenset[str],
     budget_bytes: int | None,
-    peers: Callable[[], tuple | None],
+    peers: Callable[[], tuple],
     progress: Callable[[str], None],
 ) -> tuple[Plan, Found | None, Any]:
     """The plan, what a search found, what was measured."""
@@ -197,24 +197,15 @@ def device_of(recipe: Recipe, measured: bool) -> str:
 
 
 @contextlib.contextmanager
-def _beside(options: PlanCommand, recipe: Recipe, settled: frozenset[str]) -> Iterator[Callable[[], tuple | None]]:
-    """The peers' steps, traced by a second process meanwhile: loading the libraries takes longer than tracing."""
+def _beside(options: PlanCommand, recipe: Recipe, settled: frozenset[str]) -> Iterator[Callable[[], tuple]]:
+    """What waits for the peers' steps."""
     if not options.compare:
         yield lambda: ()
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from gradfold.cli.plan_peers import tracing_beside
 
-    from gradfold.cli.plan_peers import trace_peers
-
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        coming = pool.submit(trace_peers, recipe, settled, options.measure)
-        try:
-            yield coming.result
-        except BaseException:
-            for process in list(pool._processes.values()):  # it may be in the middle of a trace nobody waits for
-                process.terminate()
-            raise
+    with tracing_beside(recipe, settled, options.measure) as peers:
+        yield peers
 
 
 @contextlib.contextmanager

@@ -1,28 +1,64 @@
-"""What a plan is compared with, traced in a process of its own."""
+"""What a plan is compared with, traced by a second process meanwhile: loading the libraries takes longer than tracing."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from gradfold.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from gradfold.plan.step import StepMemory
 
+COUNT = 3  # of `gradfold.plan.peers.PEERS`, which is not loaded here
+Peers = Callable[[], tuple["StepMemory", ...]]
 
-def trace_peers(recipe: Recipe, settled: frozenset[str], measured: bool) -> tuple[StepMemory, ...]:
-    """Steps of the same batches with plain AdamW and its kin; runs in a second process, hence the arguments."""
+
+@contextlib.contextmanager
+def tracing_beside(recipe: Recipe, settled: frozenset[str], measured: bool) -> Iterator[Peers]:
+    """Begin to trace the peers; what is yielded waits for them, and meanwhile traces those that nobody has begun."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    arguments = (recipe, settled, measured)
+    coming: list[Future] = [pool.submit(trace_peer, index, *arguments) for index in range(COUNT)]
+
+    def result() -> tuple[StepMemory, ...]:
+        last = trace_peer(COUNT - 1, *arguments) if coming[-1].cancel() else coming[-1].result()
+        found = [*(future.result() for future in coming[:-1]), last]
+        return tuple(step for step in found if step is not None)
+
+    try:
+        yield result
+    finally:
+        for process in list(pool._processes.values()):
+            process.terminate()  # whatever it still does, nobody waits for it
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def trace_peer(index: int, recipe: Recipe, settled: frozenset[str], measured: bool) -> StepMemory | None:
+    """A step of the same batches with one of the peers; None if it cannot do what is asked. Runs in either process."""
     from gradfold.cli.flags import quiet_environment
     from gradfold.cli.plan import device_of, settings_from
 
     quiet_environment()
 
     from gradfold.plan.fake import frozen_objects
-    from gradfold.plan.models import find_subject
     from gradfold.plan.peers import PEERS, peers_of
     from gradfold.plan.predict import predict_peer
 
+    name = list(PEERS)[index]
     settings, device = settings_from(recipe, settled), device_of(recipe, measured)
-    subject = find_subject(recipe.model)
+    if name not in peers_of(settings):
+        return None
     with frozen_objects():
-        return tuple(predict_peer(subject, settings, PEERS[name], name, device) for name in peers_of(settings))
+        return predict_peer(_subject(recipe.model), settings, PEERS[name], name, device)
+
+
+@functools.cache
+def _subject(model: str) -> Any:
+    from gradfold.plan.models import find_subject
+
+    return find_subject(model)
