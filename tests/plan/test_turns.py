@@ -130,8 +130,7 @@ def test_on_a_processor_it_is_the_real_round(chunks, offload):
     predicted = predict(subject, settings, "cpu").memory
     counters = 4 * 12 * chunks  # of chunks that a plan does not wake
     assert abs(predicted.resting_bytes - steps[0].resting_bytes) <= counters
-    assert abs(predicted.peak_bytes - max(steps[0].peak_bytes, steps[-1].peak_bytes)) <= counters
-    assert max(step.peak_bytes for step in steps) <= 1.02 * predicted.peak_bytes
+    assert abs(predicted.peak_bytes - max(step.peak_bytes for step in steps)) <= counters
 
 
 def test_a_played_host():

@@ -161,27 +161,26 @@ def _work(
     progress: Callable[[str], None],
 ) -> tuple[Plan, Found | None, Any]:
     """The plan, what a search found, what was measured."""
+    from gradfold.cli.plan_peers import subject_of
     from gradfold.plan.fake import frozen_objects
     from gradfold.plan.make import plan
     from gradfold.plan.measure import measure
-    from gradfold.plan.models import find_subject
     from gradfold.plan.search import search
 
     settings, device = settings_from(recipe, settled), device_of(recipe, options.measure)
-    subject = find_subject(recipe.model)
-    made = plan(subject, settings, device=device, peers=False, progress=progress)
-    found = None
-    if budget_bytes is not None:
-        fixed = {SEARCHED[name] for name in settled if name in SEARCHED}
-        with frozen_objects():
+    subject = subject_of(recipe.model)
+    found = measured = None
+    with frozen_objects(collect=False):
+        made = plan(subject, settings, device=device, peers=False, progress=progress)
+        if budget_bytes is not None:
+            fixed = {SEARCHED[name] for name in settled if name in SEARCHED}
             found = search(subject, settings, budget_bytes, device=device, fixed=fixed, progress=progress)
-    measured = None
+        if options.compare:
+            progress("tracing: what it is compared with")
+            made = dataclasses.replace(made, peers=peers())
     if options.measure:
         progress("taking the step for real")
         measured = measure(subject, settings, device, made.peak_bytes)
-    if options.compare:
-        progress("tracing: what it is compared with")
-        made = dataclasses.replace(made, peers=peers())
     return made, found, measured
 
 

@@ -1,4 +1,4 @@
-"""What a plan is compared with, traced by a second process meanwhile: loading the libraries takes longer than tracing."""
+"""What a plan is compared with, traced by a second process meanwhile."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ def trace_peer(index: int, recipe: Recipe, settled: frozenset[str], measured: bo
     settings, device = settings_from(recipe, settled), device_of(recipe, measured)
     if name not in peers_of(settings):
         return None
-    with frozen_objects():
-        return predict_peer(_subject(recipe.model), settings, PEERS[name], name, device)
+    with frozen_objects(collect=False):
+        return predict_peer(subject_of(recipe.model), settings, PEERS[name], name, device)
 
 
 @functools.cache
-def _subject(model: str) -> Any:
+def subject_of(model: str) -> Any:
+    """The model, found once in each process."""
     from gradfold.plan.models import find_subject
 
     return find_subject(model)

@@ -55,15 +55,17 @@ def _written_argument(func: Any) -> int:
 
 
 @contextlib.contextmanager
-def frozen_objects() -> Iterator[None]:
+def frozen_objects(collect: bool = True) -> Iterator[None]:
     """While open, the cycle collector leaves alone what exists now.
 
     It is run before each step that is traced, and with transformers loaded that takes longer than the step.
+    `collect`: what is garbage now goes first, as it must in a process that lives on.
     """
     if gc.get_freeze_count():  # somebody else's: thawing would thaw theirs
         yield
         return
-    gc.collect()
+    if collect:
+        gc.collect()
     gc.freeze()
     try:
         yield
