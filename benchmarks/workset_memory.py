@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gradfold
 from common import fold_plain_head, print_table, write_result
 from gradfold.plan.fake import SkipWrites
+from gradfold.plan.played import PlayedHost
 from gradfold.plan.trace import LiveBytes
-from gradfold.workset import Host
 
 GIB = 2**30
-
-
-class Metered(Host):
-    """Host memory, where a device is only played: tells the meter what leaves it and what comes back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meter: LiveBytes | None = None
-
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        super().put(key, tensors)
-        if self.meter is not None:
-            self.meter.set_aside(*tensors.values())
-
-    def prefetch(self, keys: Sequence[str], device: Any) -> None:
-        for key in keys:
-            self._arrive(key)
-
-    def take(self, key: str, device: Any) -> dict[str, Tensor] | None:
-        self._arrive(key)
-        return super().take(key, device)
-
-    def _arrive(self, key: str) -> None:
-        if self.meter is not None and (held := self.peek(key)) is not None:
-            self.meter.track(list(held.values()), category="states")
 
 
 def llama_2_7b() -> Any:
@@ -114,7 +88,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, args.tokens, dtype=torch.int64)
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
-        store = Metered()
+        store = PlayedHost()
         working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
         fold = fold_plain_head(model, optimizer, working_set=working_set)
         rotation = fold._ledger.turns
