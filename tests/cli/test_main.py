@@ -115,6 +115,7 @@ def test_what_the_parser_behind_help_reads_differently_is_an_error(asked, monkey
     assert "ambiguous" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume_alone_continues_the_newest_run_and_a_path_names_one(
     gradfold, tiny, texts, tmp_path, monkeypatch, no_pictures
 ):

@@ -34,7 +34,7 @@ def scene_loss(kind, model, step):
 
 @each_mode
 @pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("kind", ["none", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("reentrant", marks=pytest.mark.slow), "non_reentrant"])
 def test_scenes(scene, kind, mode):
     check(functools.partial(Net, scene), functools.partial(scene_loss, kind), MODES[mode])
 

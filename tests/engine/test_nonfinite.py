@@ -41,7 +41,7 @@ def spoilt(x, value):
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("where", ["X", "dY"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, {"states": "int8", "small_size": 0}], ids=["plain", "int8"])
 def test_nothing_that_is_not_finite_reaches_a_weight_or_state(timing, where, value, options):
     """Injected at every folded layer in turn."""

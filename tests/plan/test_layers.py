@@ -98,6 +98,7 @@ def test_llama(case, tied, layers):
     check(llama, (2, 3, layers), optimizer, fold, tie_word_embeddings=tied, **options)
 
 
+@pytest.mark.slow
 def test_the_peak_is_found_in_a_layer_that_was_not_run():
     """Activations of a backward that begins at the top, and a step whose largest gradient is met on the way down."""
     full = check(llama, (2, 3, 9), torch_adamw, False, vocab_size=16, tie_word_embeddings=True)

@@ -61,6 +61,7 @@ def test_a_model_without_a_loss_and_one_that_looks():
         made(Looks())
 
 
+@pytest.mark.slow
 def test_positions_that_were_learned_end():
     def gpt2(positions):
         sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}

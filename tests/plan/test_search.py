@@ -53,6 +53,7 @@ def peak(settings):
     return _predict(settings, "cpu").memory.peak_bytes
 
 
+@pytest.mark.slow
 def test_with_room_for_all_nothing_is_given_up():
     found = find(2**40)
     fastest = [choice for choice in found.choices if choice.why == "fastest"]
@@ -115,6 +116,7 @@ def test_a_working_set_that_is_given_is_kept():
     assert {choice.settings.working_set for choice in found.choices} == {base.working_set}
 
 
+@pytest.mark.slow
 def test_nothing_fits():
     weights, _ = _resting(BASE)
     with pytest.raises(
@@ -124,6 +126,7 @@ def test_nothing_fits():
     assert "working set of 8 chunks" in str(e.value) or "int4" in str(e.value)
 
 
+@pytest.mark.slow
 def test_the_least_is_shown_when_only_that_fits():
     smallest = dataclasses.replace(
         BASE, batch=1, accumulate=4, working_set=WorkingSet(chunks=8, interval=4, offload="cpu")

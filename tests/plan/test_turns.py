@@ -87,6 +87,7 @@ def test_states_that_begin_anew_are_kept_nowhere():
     assert predicted.memory.most_bytes("staging") == 0
 
 
+@pytest.mark.slow
 def test_masters_outlive_a_turn():
     kept = played(
         WorkingSet(chunks=2, offload="cpu", states="reset"), dtype="bfloat16", master="split8", small_size=0
@@ -94,12 +95,14 @@ def test_masters_outlive_a_turn():
     assert kept == pytest.approx(all_states(1) / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_by_layer():
     predicted = played(WorkingSet(by="layer", offload="cpu", interval=2), layers=2)
     assert predicted.chunks == 5  # embeddings, two layers, norm, head
     assert predicted.host_bytes == pytest.approx(all_states(layers=2) * 4 / 5, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"clip_norm": 1.0}, {"states": "int8", "checkpointing": True}])
 def test_with_other_settings(changes):
     predicted = played(WorkingSet(chunks=2, offload="cpu"), **changes)

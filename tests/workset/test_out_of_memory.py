@@ -55,7 +55,8 @@ SMALL = (8, 18, 0.6, {"step 7": ("5", "2", "1")})
 LARGE = (16, 44, 0.3, {"step 9": ("5", "2", "1"), "saving 40": ("35", "1", "1")})
 
 
-@pytest.mark.parametrize("case", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SMALL, LARGE], ids=["small", "large"])
 def test_killed_and_resumed_under_a_cap(tmp_path, case):
     layers, steps, share, kills = case
     (tmp_path / "whole").mkdir()

@@ -49,7 +49,9 @@ def reloaded(state_dict):
 
 @pytest.mark.parametrize("offload", [None, "cpu", "disk"])
 @pytest.mark.parametrize("order", ["forward", "random", "importance"])
-@pytest.mark.parametrize("stop", [1, 5, 13])  # in the first turn, in the middle of a turn, in the second round
+@pytest.mark.parametrize(
+    "stop", [1, 5, pytest.param(13, marks=pytest.mark.slow)]
+)  # in the first turn, in the middle of a turn, in the second round
 def test_resume(offload, order, stop, tmp_path):
     def make(folder):
         place = {"folder": tmp_path / folder} if offload == "disk" else {}

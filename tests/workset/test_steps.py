@@ -40,7 +40,7 @@ def check(make, loss, steps, rule="AdamW", fold_options=None, **options):
 
 
 @each_axis
-@pytest.mark.parametrize("chunks", [1, 2, 7, 64])
+@pytest.mark.parametrize("chunks", [1, 2, 7, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5"])
 def test_models(name, chunks, axis):
     make, loss = MODELS[name]

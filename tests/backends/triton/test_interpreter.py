@@ -71,6 +71,7 @@ def test_newest(tmp_path, shard):
     run(tmp_path, SHARDS[shard].files, "not slow", SHARDS[shard].quick)
 
 
+@pytest.mark.slow
 @needs_oldest
 def test_oldest(tmp_path):
     run(tmp_path, FILES, "oldest and not slow", QUICK_OLDEST, OLDEST_PATH)
