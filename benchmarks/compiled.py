@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import gradfold
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Stored
 from gradfold.backends.triton import table
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.launch import Bias, arguments, counts_of, source_of, tensors_of
@@ -171,13 +171,13 @@ def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Store
     return weight, states, rule, numbers
 
 
-def use_of(job: Job) -> MatmulUse | GatherUse | DenseUse:
+def use_of(job: Job) -> MatmulTerm | GatherTerm | DenseTerm:
     dtype = DTYPES[job.operands]
     if job.kind == table.GATHER:
-        return GatherUse(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
+        return GatherTerm(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
     if job.kind == table.DENSE:
-        return DenseUse(torch.empty(ROWS, COLUMNS, dtype=dtype))
-    return MatmulUse(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
+        return DenseTerm(torch.empty(ROWS, COLUMNS, dtype=dtype))
+    return MatmulTerm(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
 
 
 def _bytes_per_element(stored: list[Stored]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def working_set(model: nn.Module, lr: float) -> Contest:
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
     fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
     named = dict(model.named_parameters())
-    sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._ledger.turns.chunks]
+    sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._state.turns.chunks]
     return Contest(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
 
 
@@ -81,7 +81,7 @@ def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
     before = [p.detach().clone() for p in plain.parameters()]
     one, named, slices = working_set(mine, lr), dict(plain.named_parameters()), {}
     for step in range((CHUNKS + 1) * INTERVAL):
-        active = one.fold._ledger.turns.chunks[one.fold.working_set.chunk]
+        active = one.fold._state.turns.chunks[one.fold.working_set.chunk]
         for model in (mine, plain):
             model(**task.batch(step), use_cache=False).loss.backward()
         one.optimizer.step()

@@ -18,7 +18,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.common import print_table, write_result
 from benchmarks.compiled import Job, Listening, stored_by
-from gradfold.backends import MatmulUse, Scratch
+from gradfold.backends import MatmulTerm, Scratch
 from gradfold.backends.triton import Triton, backend
 
 ROUNDS, CALLS = 15, 200
@@ -44,7 +44,7 @@ def main() -> None:
     for states in ("fp32", "int8"):
         weight, found, rule, numbers = stored_by(Job(90, states=states))
         n, k = weight.values.shape
-        use = MatmulUse(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
+        use = MatmulTerm(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
         ours, arguments = Triton(Scratch()), (weight, found, [use], rule, {}, numbers)
         prepared = ours.shelf.find([weight, *found], rule)
         assert prepared is not None

@@ -9,12 +9,10 @@ the real step code on fake tensors (`--real`: on real ones; the figures are the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gradfold
 from common import (
@@ -39,18 +37,8 @@ class NullBackend(Backend):
 
     name = "null"
 
-    def reserve(self, weight: Any, states: Any, rule: Any, group: Any) -> None: ...
-
-    def finite(self, weight: Any, uses: Any) -> bool:
-        return True
-
-    def step(
-        self, weight: Any, states: Any, uses: Any, rule: Any, group: Any, numbers: Any, change: Any = None
-    ) -> float:
-        return 0.0
-
-    def scratch_tensors(self) -> Sequence[Tensor]:
-        return []
+    def prepare(self, weight: Any, states: Any, rule: Any, group: Any) -> Any:
+        return lambda terms, numbers, change: 0.0
 
 
 def main() -> None:

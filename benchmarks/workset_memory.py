@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
         store = PlayedHost()
         working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
         fold = fold_plain_head(model, optimizer, working_set=working_set)
-        rotation = fold._ledger.turns
+        rotation = fold._state.turns
         weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}
         peaks, states = {}, {}
         turns = sorted({round(i * (args.chunks - 1) / max(1, args.turns - 1)) for i in range(args.turns)})

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 import gradfold
-from gradfold.backends import Backend, HeadUse, Stored
+from gradfold.backends import Backend, Stored
+from gradfold.head.term import HeadTerm
 
 VOCABULARY, WIDTH, TOKENS = 11, 6, 5
 
@@ -256,17 +257,10 @@ class Recorder(Backend):
         self.order: list[str] = []
         self.log: Callable[[str], None] = self.order.append
 
-    def reserve(self, weight: Stored, states: Any, rule: Any, group: Any) -> None:
-        pass
+    def prepare(self, weight: Stored, states: Any, rule: Any, group: Any) -> Callable[..., float]:
+        return lambda terms, numbers, change: self._record(weight.values, terms)
 
-    def scratch_tensors(self) -> list[Tensor]:
-        return []
-
-    def finite(self, weight: Tensor, uses: Any) -> bool:
-        return True
-
-    def step(self, stored: Stored, states: Any, uses: Any, rule: Any, group: Any, numbers: Any, change: Any) -> float:
-        weight = stored.values
+    def _record(self, weight: Tensor, uses: Any) -> float:
         (name,) = {n for n, p in self.model.named_parameters() if p.data_ptr() == weight.data_ptr()}
         assert name not in self.grads, f"{name} steps twice"
         assert no_gradients(self.model)
@@ -289,7 +283,7 @@ class Recorder(Backend):
 def _bound(use: Any, weight: Tensor) -> Tensor:
     if hasattr(use, "left"):
         return use.left.abs().t() @ use.right.abs()
-    if isinstance(use, HeadUse):
+    if isinstance(use, HeadTerm):
         p = torch.cat(
             [use._logit_gradient(start, stop) for start, stop in use._blocks(0, weight.shape[0])], 1
         )  # [T, V]

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gradfold
-from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, Place, Reference, Scratch, Stored, Use
+from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, GradTerm, Place, Reference, Scratch, Stored
 from gradfold.backends.triton import Triton, interpreted, launch, table
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
 from gradfold.engine.apply import allocate
-from gradfold.engine.part import Region
+from gradfold.engine.region import Region
 from gradfold.engine.storage import bind, keys_of, tick
 
 NAME = "weight"  # of the parameter, in the streams of random bits
@@ -133,7 +133,7 @@ class Cell:
         self.rule.update(weight, grad.clone().view(weight.shape), states, self.numbers, scratch)
         return [weight, *states]
 
-    def by_reference(self, uses: Sequence[Use], change: Change = UNCHANGED) -> None:
+    def by_reference(self, uses: Sequence[GradTerm], change: Change = UNCHANGED) -> None:
         """The reference backend's step."""
         weight, *states = self.stored()
         with torch.no_grad():
@@ -171,7 +171,7 @@ class Launch:
     """One launch of ``fold_step``, prepared: calling it steps the cell in place and returns the compiled kernel."""
 
     def __init__(
-        self, cell: Cell, uses: Sequence[Use], config: table.Config | None = None, change: Change | None = None
+        self, cell: Cell, uses: Sequence[GradTerm], config: table.Config | None = None, change: Change | None = None
     ):
         change = Change(guarded=True) if change is None else change
         where = family()
@@ -222,7 +222,7 @@ def rounds_once(device: torch.device | str) -> bool:
     return float(out) == 2.0**-24
 
 
-def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+def gradient_by_kernel(uses: Sequence[GradTerm], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     """The fp32 gradient as the kernel sums it in registers, on the CPU: a step of SGD from zero, with rate 1."""
     cell = Cell(gradfold.SGD, shape, torch.float32, {"lr": 1.0}, device=device, std=0.0)
     Launch(cell, uses, change=UNCHANGED)()
@@ -230,7 +230,7 @@ def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torc
     return torch.where(grad == 0, torch.zeros_like(grad), grad)
 
 
-def by_backend(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
+def by_backend(cell: Cell, uses: Sequence[GradTerm]) -> Callable[[], Any]:
     """The step as the Triton backend takes it: Python's work and its choice of a route included."""
     backend = Triton(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = cell.stored()
@@ -242,7 +242,7 @@ def by_backend(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
     return step
 
 
-def row_blocks(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
+def row_blocks(cell: Cell, uses: Sequence[GradTerm]) -> Callable[[], Any]:
     """A library's products into scratch and the rule after each: the reference backend's way, on this device."""
     backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = [one._replace(codec=None, stream=None) for one in cell.stored()]

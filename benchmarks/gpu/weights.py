@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gradfold
-from gradfold.backends import MatmulUse
+from gradfold.backends import MatmulTerm
 
 from .kernel import Cell
 from .setting import Setting
@@ -29,7 +29,7 @@ class Operands(NamedTuple):
     """A bf16 weight with states, and one product's worth of gradient for it."""
 
     cell: Cell
-    use: MatmulUse
+    use: MatmulTerm
 
     @property
     def moved_bytes(self) -> int:
@@ -44,7 +44,7 @@ def operands(shape: tuple[int, int], tokens: int, states: str, setting: Setting)
     options = {"lr": 1e-5, "states": states, "small_size": 0}
     cell = Cell(gradfold.AdamW, shape, torch.bfloat16, options, device=device)
     left, right = (_random(tokens, columns, device) for columns in shape)
-    return Operands(cell, MatmulUse(left, right))
+    return Operands(cell, MatmulTerm(left, right))
 
 
 def _random(rows: int, columns: int, device: torch.device) -> Tensor:

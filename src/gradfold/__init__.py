@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import FoldError
     from .fold import Fold, fold
-    from .modules import linear_cross_entropy, linear_log_probs
+    from .head import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
     from .plan.errors import PlanError
     from .plan.make import plan
@@ -38,9 +38,9 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = (".errors", ".fold", ".modules", ".optim", ".workset")
+_HOMES = (".errors", ".fold", ".head", ".optim", ".workset")
 _PLANNER = {"Plan": ".plan.report", "PlanError": ".plan.errors"}
-_PARTS = ("backends", "codecs", "engine", "errors", "modules", "optim", "report", "rules", "workset")
+_PARTS = ("backends", "codecs", "engine", "errors", "head", "modules", "optim", "report", "rules", "workset")
 """Subpackages that loading the names above brings along."""
 
 

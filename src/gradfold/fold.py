@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, tensors_of
-from .engine import Ledger, outside, refuse_parameter, wrapper_of
-from .engine.timing import Timing
+from . import _torch
+from ._options import FoldOptions
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .engine import FoldState, outside, refuse_parameter, wrapper_of
 from .errors import FoldError
-from .modules import SLOT, HeadRow, fold_heads, restore, swap
+from .head import HeadRow, fold_heads
+from .modules import FOLD_PARAM, restore, swap
 from .optim import RuleOptimizer
 from .report import Report, report_of
 from .workset import Rotation, Turn, WorkingSet
@@ -92,7 +94,9 @@ def fold(
             optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
             the model. Nothing has been changed then.
     """
-    when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape)
+    options = FoldOptions(
+        accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape
+    )
     if head not in ("fold", "plain"):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
@@ -100,7 +104,7 @@ def fold(
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
     for name, module in model.named_modules():
-        if vars(module).get(SLOT) is not None:
+        if vars(module).get(FOLD_PARAM) is not None:
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
     named = dict(model.named_parameters())
     in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -126,19 +130,19 @@ def fold(
             "'two_pass'"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
-    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes, devices), when)
-    slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    rotation = None if working_set is None else Rotation(working_set, ledger)
+    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options)
+    params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
+    rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
-    made = Fold(ledger, [])
+    made = Fold(state, [])
     try:
-        made._modules = swap(model, slots)
+        made._modules = swap(model, params)
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
         made._modules = [*changed, *made._modules]
-        optimizer._ledger = ledger
+        optimizer._fold = state
         if rotation is None:
-            for slot in slots.values():
-                slot.arm()
+            for param in params.values():
+                param.arm()
         else:
             rotation.begin()
     except BaseException as error:  # out of memory, too: what is half folded would step without being seen
@@ -165,7 +169,7 @@ def _check_keep_bytes(keep_bytes: object, head: str) -> None:
 
 def _check_optimizer(optimizer: object) -> None:
     if isinstance(optimizer, RuleOptimizer):
-        if optimizer._ledger is not None:
+        if optimizer._fold is not None:
             raise FoldError("this optimizer is folded into a model already; call remove() on that fold first")
         return
     name = type(optimizer).__name__
@@ -187,7 +191,7 @@ def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
         if param.numel():
             first = int(param.storage_offset())
             last = first + sum((int(n) - 1) * int(k) for n, k in zip(param.shape, param.stride(), strict=True))
-            spans.setdefault(param.untyped_storage()._cdata, []).append((first, last, name, param.requires_grad))
+            spans.setdefault(_torch.storage_key(param), []).append((first, last, name, param.requires_grad))
     for shared in spans.values():
         shared.sort()
         for (_, end, a, trained), (start, _, b, also) in itertools.pairwise(shared):
@@ -201,8 +205,8 @@ def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
 class Fold:
     """A folded model and optimizer."""
 
-    def __init__(self, ledger: Ledger, modules: list[nn.Module]):
-        self._ledger = ledger
+    def __init__(self, state: FoldState, modules: list[nn.Module]):
+        self._state = state
         self._modules = modules
         self._heads: Sequence[HeadRow] = ()
 
@@ -213,26 +217,26 @@ class Fold:
         Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite. On a GPU,
         reading it waits for the step.
         """
-        norm = self._ledger.grad_norm
+        norm = self._state.grad_norm
         return float(norm) if isinstance(norm, Tensor) else norm
 
     @property
     def working_set(self) -> Turn | None:
         """Which chunk of the working set is awake; None without one."""
-        turns = self._ledger.turns
+        turns = self._state.turns
         return turns.turn() if isinstance(turns, Rotation) else None
 
     def describe_working_set(self) -> str:
         """The cut and its settings, in one line; empty without a working set."""
-        turns = self._ledger.turns
+        turns = self._state.turns
         return turns.describe() if isinstance(turns, Rotation) else ""
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step takes from the last one beside weights and the optimizer's states: with
         ``clip="delayed"``, by which factor gradients are scaled (of each param_group that is clipped by its own norm;
         -1: of all others). Else it is empty."""
-        self._ledger.require_closed("fold.state_dict()")
-        return {"following": {str(pool): float(factor) for pool, factor in self._ledger.following.items()}}
+        self._state.require_closed("fold.state_dict()")
+        return {"following": {str(pool): float(factor) for pool, factor in self._state.following.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue as the fold that gave this would have.
@@ -240,23 +244,23 @@ class Fold:
         Raises:
             FoldError: in the middle of a step; a param_group that the optimizer has not. Nothing has changed then.
         """
-        self._ledger.require_closed("fold.load_state_dict()")
+        self._state.require_closed("fold.load_state_dict()")
         following: dict[int, float | Tensor] = {
             int(pool): float(factor) for pool, factor in state_dict["following"].items()
         }
-        groups = len(self._ledger.optimizer.param_groups)
+        groups = len(self._state.optimizer.groups)
         if unknown := [pool for pool in following if not -1 <= pool < groups]:
             raise FoldError(f"state_dict has param_group {unknown[0]}, and the optimizer has {groups} groups")
-        self._ledger.following = dict(following)
+        self._state.following = dict(following)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """A context whose backwards leave their uses on the tape, for any number of them before the last."""
-        self._ledger.accumulating += 1
+        self._state.accumulating += 1
         try:
             yield
         finally:
-            self._ledger.accumulating -= 1
+            self._state.accumulating -= 1
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``; with ``clip="two_pass"`` the norm first, then the step, clipped by it.
@@ -265,15 +269,15 @@ class Fold:
 
         Two passes add the gradient of a leaf that is no parameter (an input that requires grad) to its ``.grad`` twice.
         """
-        ledger = self._ledger
-        if ledger.turns is not None and not loss.requires_grad:
+        state = self._state
+        if state.turns is not None and not loss.requires_grad:
             return
-        if ledger.timing.clip != "two_pass":
+        if state.options.clip != "two_pass":
             loss.backward()
             return
-        with ledger.first_pass():
+        with state.first_pass():
             loss.backward(retain_graph=True)
-        if not ledger.nonfinite or not ledger.guarded:  # else this step is left out as a whole
+        if not state.step.nonfinite or not state.step.guarded:  # else this step is left out as a whole
             loss.backward()
 
     @contextlib.contextmanager
@@ -283,12 +287,12 @@ class Fold:
         Raises:
             FoldError: entered in the middle of a step.
         """
-        self._ledger.require_closed("fold.paused()")
-        self._ledger.paused += 1
+        self._state.require_closed("fold.paused()")
+        self._state.paused += 1
         try:
             yield
         finally:
-            self._ledger.paused -= 1
+            self._state.paused -= 1
 
     def remove(self) -> None:
         """Plain modules and an ordinary optimizer again, with the states it has.
@@ -296,30 +300,30 @@ class Fold:
         Raises:
             FoldError: in the middle of a step.
         """
-        self._ledger.require_closed("fold.remove()")
-        for slot in self._ledger.slots.values():
-            slot.disarm()
+        self._state.require_closed("fold.remove()")
+        for param in self._state.params.values():
+            param.disarm()
         restore(self._modules)
         self._modules = []
-        self._ledger.release()
+        self._state.release()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """The temporary memory the fold holds between steps."""
-        return self._ledger.backend.scratch_tensors()
+        return self._state.backend.scratch_tensors()
 
     def tape_tensors(self, parameter: nn.Parameter | None = None) -> list[Tensor]:
         """What waits for ``optimizer.step()``, of all parameters or of one."""
-        slots = self._ledger.slots
-        chosen = slots.values() if parameter is None else filter(None, [slots.get(id(parameter))])
-        uses = [use for slot in chosen for part in slot.parts for use in part.tape.held]
-        return [tensor for use in uses for tensor in tensors_of(use)]
+        params = self._state.params
+        chosen = params.values() if parameter is None else filter(None, [params.get(id(parameter))])
+        kept = [kept for param in chosen for one in param.slices if (kept := one.deferred)]
+        return [tensor for one in kept for term in one.held for tensor in term.tensors]
 
     def waiting_tensors(self) -> list[Tensor]:
         """States that are allocated and become the optimizer's when their parameters first step."""
-        return [t for slot in self._ledger.slots.values() for part in slot.parts for t in part.waiting.values()]
+        return [t for param in self._state.params.values() for one in param.slices for t in one.lazy.values()]
 
     def report(self) -> Report:
         """Print and return every parameter's route and bytes, and which heads of causal models are folded."""
-        report = report_of(self._ledger, self._heads)
+        report = report_of(self._state, self._heads)
         print(report)
         return report

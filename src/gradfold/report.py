@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Routed, native
-from .engine import Ledger
+from .engine import FoldState
 from .engine.storage import storage_of
-from .modules import HeadRow
+from .head import HeadRow
 from .optim import RuleOptimizer
 from .workset import Rotation
 
@@ -85,12 +85,12 @@ class Report:
         return (*head, "weight MiB", "states MiB"), lines
 
 
-def report_of(ledger: Ledger, heads: Sequence[HeadRow] = ()) -> Report:
+def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     """The report of a fold as it is now."""
-    rows = tuple(_row(ledger, name, param) for name, param in ledger.model.named_parameters())
-    scratch_bytes = sum(t.numel() * t.element_size() for t in ledger.backend.scratch_tensors())
-    made = Report(rows, _backend(ledger), scratch_bytes, heads=tuple(heads))
-    turns = ledger.turns
+    rows = tuple(_row(fold, name, param) for name, param in fold.model.named_parameters())
+    scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
+    made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
+    turns = fold.turns
     if not isinstance(turns, Rotation):
         return made
     chunks = []
@@ -107,50 +107,52 @@ def report_of(ledger: Ledger, heads: Sequence[HeadRow] = ()) -> Report:
     )
 
 
-def _backend(ledger: Ledger) -> str:
+def _backend(fold: FoldState) -> str:
     """The backend's name, and how it steps coded parameters, if there are any."""
-    name, optimizer = ledger.backend.name, ledger.optimizer
-    if isinstance(ledger.backend, Routed):
-        return f"{name}: {_routes(ledger, ledger.backend)}"
-    slots = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
-    if all(storage_of(slot.param, optimizer.rule, slot.group).weight is None for slot in slots):
+    name, optimizer = fold.backend.name, fold.optimizer
+    if isinstance(fold.backend, Routed):
+        return f"{name}: {_routes(fold, fold.backend)}"
+    trainable = [param for param in fold.params.values() if param.param.requires_grad]
+    if all(storage_of(param.param, optimizer.rule, param.group).weight is None for param in trainable):
         return name
-    if any(not slot.param.is_cpu for slot in slots):
+    if any(not param.param.is_cpu for param in trainable):
         return f"{name}, coded steps in tensor operations"
     why = native.reason()
     return f"{name}, compiled" if why is None else f"{name}, not compiled ({why})"
 
 
-def _routes(ledger: Ledger, backend: Routed) -> str:
+def _routes(fold: FoldState, backend: Routed) -> str:
     """How many parameters step in which way, and why."""
     ways = Counter()
-    for slot in ledger.slots.values():
-        for part in slot.parts if slot.param.requires_grad else ():
-            if len(part.state) or part.waiting:
-                weight, states = part.bound()
-                ways[backend.route(weight, states, ledger.optimizer.rule)] += 1
+    for param in fold.params.values():
+        for one in param.slices if param.param.requires_grad else ():
+            if len(one.states) or one.lazy:
+                weight, states = one.stored(param.group)
+                ways[backend.route(weight, states, fold.optimizer.rule)] += 1
     return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
 
-def _row(ledger: Ledger, name: str, param: nn.Parameter) -> Row:
-    slot = ledger.slots.get(id(param))
+def _row(fold: FoldState, name: str, param: nn.Parameter) -> Row:
+    member = fold.params.get(id(param))
     held: list[Tensor] = []
     stored, chunks = "", ""
-    if slot is not None:
-        assert isinstance(ledger.optimizer, RuleOptimizer)
-        waiting = {part.region: part.waiting for part in slot.parts}
-        for region, states in ledger.optimizer.slices_of(param):
-            both = {**states, **waiting.get(region, {})}
+    if member is not None:
+        assert isinstance(fold.optimizer, RuleOptimizer)
+        lazy = {one.region: one.lazy for one in member.slices}
+        for region, states in fold.optimizer.slices_of(param):
+            both = {**states, **lazy.get(region, {})}
             found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
             held += found.values()
             if found and not stored:
-                stored = storage_of(param, ledger.optimizer.rule, slot.group).describe(found)
-        if isinstance(ledger.turns, Rotation):
-            chunks = ledger.turns.chunks_of(slot)
-    tapes = [] if slot is None else [part.tape for part in slot.parts if part.tape]
-    asleep = slot is not None and not slot.parts
-    frozen = slot is None or not (asleep or param.requires_grad)
-    route = "frozen" if frozen else "asleep" if asleep else "folded" if slot is not None and slot.folded else "hooked"
+                stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
+        if isinstance(fold.turns, Rotation):
+            chunks = fold.turns.chunks_of(member)
+    tapes = [] if member is None else [kept for one in member.slices if (kept := one.deferred)]
+    asleep = member is not None and not member.slices
+    frozen = member is None or not (asleep or param.requires_grad)
+    route = (
+        "frozen" if frozen else "asleep" if asleep else "folded" if member is not None and member.folded else "hooked"
+    )
     return Row(
         name=name,
         shape=tuple(param.shape),

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, Stored, chain, native
-from gradfold.backends.coded import shape_of
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, chain, native
+from gradfold.backends.quantized import block_shape as shape_of
 from gradfold.codecs import Stream, state_codec, weight_codec
 from gradfold.plan.trace import LiveBytes
 from gradfold.rules import Adam
@@ -82,13 +82,13 @@ def test_any_layout_in_any_cut_is_the_contiguous_one(layout, form):
     grads = [torch.randn(values.shape) for _ in range(3)]
     plain = Coded(values.contiguous())
     for grad in grads:
-        plain.step([DenseUse(grad)])
+        plain.step([DenseTerm(grad)])
     for scratch_bytes in (1, 3_000, 2**20):
         for dtype in (torch.float32, torch.float64):
             coded = Coded(values)
             assert coded.weight.stride() == values.stride()
             for grad in grads:
-                coded.step([DenseUse(grad.to(dtype))], scratch_bytes)
+                coded.step([DenseTerm(grad.to(dtype))], scratch_bytes)
             for a, b in zip(plain.bits(), coded.bits(), strict=True):
                 assert torch.equal(a, b)
 
@@ -103,7 +103,7 @@ def test_compiled_and_eager_agree(monkeypatch):
         torch.manual_seed(0)
         coded = Coded(LAYOUTS["linear"](), master="split16")
         for grad in grads:
-            coded.step([DenseUse(grad)])
+            coded.step([DenseTerm(grad)])
         results.append(coded.bits())
         assert (native.reason() is None) == (compiled == "1")
     for a, b in zip(*results, strict=True):
@@ -117,11 +117,11 @@ def test_the_gradient_of_every_use_is_summed_in_fp32(form):
     total = dY.t() @ X + dense + torch.zeros(50, 200).index_add(0, ids, rows)
     values = torch.randn(50, 200)
     wanted = Coded(values)
-    wanted.step([DenseUse(total)])
+    wanted.step([DenseTerm(total)])
     for dtype in (torch.float32, torch.bfloat16):
         for scratch_bytes in (1, 5_000, 2**20):
             coded = Coded(values)
-            uses = [MatmulUse(dY.to(dtype), X.to(dtype)), GatherUse(ids, rows.to(dtype)), DenseUse(dense.to(dtype))]
+            uses = [MatmulTerm(dY.to(dtype), X.to(dtype)), GatherTerm(ids, rows.to(dtype)), DenseTerm(dense.to(dtype))]
             coded.step(uses, scratch_bytes)
             for a, b in zip(wanted.bits(), coded.bits(), strict=True):
                 assert torch.equal(a, b)
@@ -141,7 +141,7 @@ def test_scratch_is_bounded(layout):
     values = LAYOUTS[layout]()
     row_bytes = 4 * shape_of(values)[1]
     for scratch_bytes in (1, 4 * row_bytes, 64 * KIB):
-        held = Coded(values).step([DenseUse(torch.randn(values.shape).double())], scratch_bytes)
+        held = Coded(values).step([DenseTerm(torch.randn(values.shape).double())], scratch_bytes)
         assert held <= max(scratch_bytes, row_bytes + 8)
 
 
@@ -149,8 +149,8 @@ def test_experts_are_cut_inside_one():
     """``[3, 20, 150]`` with its gradient there: a block may begin at any of the 60 rows."""
     values = LAYOUTS["experts"]()
     assert shape_of(values) == (3, 3_000)
-    assert shape_of(values, [DenseUse(values)]) == (60, 150)
-    assert Coded(values).step([DenseUse(torch.randn(values.shape).double())], 10_000) <= 10_000
+    assert shape_of(values, [DenseTerm(values)]) == (60, 150)
+    assert Coded(values).step([DenseTerm(torch.randn(values.shape).double())], 10_000) <= 10_000
 
 
 def test_eager_temporaries_do_not_grow_with_the_weight(monkeypatch):
@@ -161,7 +161,7 @@ def test_eager_temporaries_do_not_grow_with_the_weight(monkeypatch):
         with LiveBytes(timeline=False) as live:
             live.track(coded.bits(), grad)
             at_rest = live.now_bytes
-            coded.step([DenseUse(grad)])
+            coded.step([DenseTerm(grad)])
             peaks.append(live.peak_bytes - at_rest)
     assert peaks[1] <= peaks[0] + 64 * KIB  # row indices
     assert peaks[1] <= 20 * 4 * chain.PANE_ELEMENTS

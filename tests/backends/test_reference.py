@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import DEFAULT_SCRATCH_BYTES, DenseUse, MatmulUse, Reference, Scratch, Stored, choose, reference
+from gradfold.backends import (
+    DEFAULT_SCRATCH_BYTES,
+    DenseTerm,
+    MatmulTerm,
+    Reference,
+    Scratch,
+    Stored,
+    choose,
+    reference,
+)
 from gradfold.backends.scratch import TILE_ALIGNMENT
 from gradfold.plan.trace import LiveBytes
 from tests.cases import BUSY, each_rule, each_state_set
@@ -60,7 +69,7 @@ WEIGHTS = {
 def test_scratch_is_bounded_as_long_as_a_row_fits(row, kind):
     weight = WEIGHTS[kind]()
     tiles, row_bytes = tiles_of(row, weight), weight[0].numel() * max(4, weight.dtype.itemsize)
-    use = DenseUse(torch.randn(weight.shape, dtype=torch.float64))
+    use = DenseTerm(torch.randn(weight.shape, dtype=torch.float64))
     for scratch_bytes in (1, tiles * row_bytes, 8 * tiles * row_bytes + 13, 64 * KIB):
         held = steps(row, weight.clone(), [use], scratch_bytes)
         assert held <= max(scratch_bytes, tiles * (row_bytes + TILE_ALIGNMENT))
@@ -68,7 +77,7 @@ def test_scratch_is_bounded_as_long_as_a_row_fits(row, kind):
 
 def test_scratch_is_bounded_to_the_byte():
     """What tiles are rounded up by counts too, at any limit from the first in which two tiles of a row fit."""
-    weight, use = torch.randn(12, 25), DenseUse(torch.randn(12, 25))
+    weight, use = torch.randn(12, 25), DenseTerm(torch.randn(12, 25))
     least = steps(BUSY["NAdam"], weight, [use], 1)
     for scratch_bytes in range(least, 12 * least, 7):
         assert steps(BUSY["NAdam"], weight, [use], scratch_bytes) <= scratch_bytes
@@ -188,7 +197,7 @@ def test_a_product_never_exists_whole(row):
     with torch.no_grad(), LiveBytes() as live:
         live.track(weight, states, dY, X)
         standing = live.now_bytes
-        backend.step(Stored.plain(weight), list(map(Stored.plain, states)), [MatmulUse(dY, X)], rule, group, numbers)
+        backend.step(Stored.plain(weight), list(map(Stored.plain, states)), [MatmulTerm(dY, X)], rule, group, numbers)
     assert live.peak_bytes - standing <= limit + KIB < N * K * 4
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Reference, Scratch, Stored, gemm, uses
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, gemm, uses
 from gradfold.rules import Rule
 from tests import oracle
 from tests.cases import MATMULS, SHAPES
@@ -87,7 +87,7 @@ def test_matmul(shape, layout):
     T, N, K = shape
     dY, X = normal(T, N), normal(T, K)
     scale = oracle.linear_grad(abs(exactly(dY)), abs(exactly(X)))
-    check([MatmulUse(layout(dY), layout(X))], oracle.linear_grad(exactly(dY), exactly(X)), scale)
+    check([MatmulTerm(layout(dY), layout(X))], oracle.linear_grad(exactly(dY), exactly(X)), scale)
 
 
 @pytest.mark.parametrize("shape", MATMULS, ids=str)
@@ -95,7 +95,7 @@ def test_conv1d_is_the_transposed_matmul(shape):
     T, N, K = shape
     dY, X = normal(T, N), normal(T, K)
     scale = oracle.conv1d_grad(abs(exactly(dY)), abs(exactly(X)))
-    check([MatmulUse(X, dY)], oracle.conv1d_grad(exactly(dY), exactly(X)), scale)
+    check([MatmulTerm(X, dY)], oracle.conv1d_grad(exactly(dY), exactly(X)), scale)
 
 
 @pytest.mark.parametrize("expand", [(1, 1), (5, 1), (1, 4)], ids=["scalar", "column", "row"])
@@ -103,7 +103,7 @@ def test_expanded_dy(expand):
     """``loss.sum()`` and means over a dimension hand down gradients whose strides are zero."""
     dY, X = normal(*expand).expand(5, 4), normal(5, 3)
     scale = oracle.linear_grad(abs(exactly(dY)), abs(exactly(X)))
-    check([MatmulUse(dY, X)], oracle.linear_grad(exactly(dY), exactly(X)), scale)
+    check([MatmulTerm(dY, X)], oracle.linear_grad(exactly(dY), exactly(X)), scale)
 
 
 @pytest.mark.parametrize("shape", MATMULS, ids=str)
@@ -124,7 +124,7 @@ def test_low_precision_matmul(shape, operands, weight, tolerance, native, monkey
     T, N, K = shape
     dY, X = normal(T, N, dtype=operands), normal(T, K, dtype=operands)
     scale = oracle.linear_grad(abs(exactly(dY)), abs(exactly(X)))
-    check([MatmulUse(dY, X)], oracle.linear_grad(exactly(dY), exactly(X)), scale, tolerance, weight)
+    check([MatmulTerm(dY, X)], oracle.linear_grad(exactly(dY), exactly(X)), scale, tolerance, weight)
 
 
 # embeddings -----------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_gather(ids, padding_idx, chunk_bytes, monkeypatch):
     kept = dY.clone()
     flat = exactly(dY).reshape(-1, 3)
     scale = oracle.embedding_grad(ids.numpy(), abs(flat), ROWS)
-    check([GatherUse(ids, dY, padding_idx)], oracle.embedding_grad(ids.numpy(), flat, ROWS, padding_idx), scale)
+    check([GatherTerm(ids, dY, padding_idx)], oracle.embedding_grad(ids.numpy(), flat, ROWS, padding_idx), scale)
     assert torch.equal(dY, kept), "autograd's tensor is not ours to change"
 
 
@@ -161,7 +161,7 @@ def test_gather_of_expanded_dy(dtype):
     ones = torch.ones(1, dtype=dtype).expand(3, 4)
     want = np.zeros((ROWS, 4))
     want[5], want[1] = 2, 1
-    check([GatherUse(ids, ones)], want, want, 0, dtype)
+    check([GatherTerm(ids, ones)], want, want, 0, dtype)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
@@ -174,7 +174,7 @@ def test_bfloat16_gather_errs_no_more_than_torch(native, monkeypatch):
     torch.nn.functional.embedding(ids, weight).backward(dY)
     want = oracle.embedding_grad(ids.numpy(), exactly(dY), ROWS)
     theirs = np.linalg.norm(exactly(weight.grad) - want)
-    for how, got in gradients((ROWS, 8), [GatherUse(ids, dY)], torch.bfloat16):
+    for how, got in gradients((ROWS, 8), [GatherTerm(ids, dY)], torch.bfloat16):
         assert np.linalg.norm(exactly(got) - want) <= 1.05 * theirs, how
 
 
@@ -184,14 +184,14 @@ def test_bfloat16_gather_errs_no_more_than_torch(native, monkeypatch):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if 0 not in shape], ids=str)
 def test_dense(shape):
     grad = normal(*shape)
-    check([DenseUse(grad)], exactly(grad), exactly(grad), 0)
-    check([DenseUse(grad), DenseUse(grad.float())], 2 * exactly(grad), exactly(grad), 1e-7)
+    check([DenseTerm(grad)], exactly(grad), exactly(grad), 0)
+    check([DenseTerm(grad), DenseTerm(grad.float())], 2 * exactly(grad), exactly(grad), 1e-7)
 
 
 def test_dense_that_is_expanded_or_strided():
     for grad in (torch.ones(1, dtype=torch.float64).expand(5, 3), normal(3, 5).t(), normal(5, 6)[:, ::2]):
         kept = grad.clone()
-        check([DenseUse(grad)], exactly(grad), exactly(grad), 0)
+        check([DenseTerm(grad)], exactly(grad), exactly(grad), 0)
         assert torch.equal(grad, kept)
 
 
@@ -202,9 +202,9 @@ def mixed_uses():
     one = oracle.linear_grad(exactly(dY), exactly(X))
     two = oracle.embedding_grad(ids.numpy(), exactly(E), ROWS, 1)
     return {
-        "matmul": (lambda: MatmulUse(dY, X), one),
-        "gather": (lambda: GatherUse(ids, E, 1), two),
-        "dense": (lambda: DenseUse(dense), exactly(dense)),
+        "matmul": (lambda: MatmulTerm(dY, X), one),
+        "gather": (lambda: GatherTerm(ids, E, 1), two),
+        "dense": (lambda: DenseTerm(dense), exactly(dense)),
     }
 
 
@@ -234,7 +234,7 @@ def test_uses_of_several_dtypes_add_up(native, monkeypatch):
     full = [normal(5, n, dtype=torch.float32) for n in (ROWS, 4)]
     ids, rows = IDS["unsorted repeats"], normal(7, 4, dtype=torch.bfloat16)
     dense = normal(ROWS, 4, dtype=torch.float64)
-    parts = [MatmulUse(*low), MatmulUse(*full), GatherUse(ids, rows), DenseUse(dense)]
+    parts = [MatmulTerm(*low), MatmulTerm(*full), GatherTerm(ids, rows), DenseTerm(dense)]
     want = [
         oracle.linear_grad(exactly(low[0]), exactly(low[1])),
         oracle.linear_grad(exactly(full[0]), exactly(full[1])),

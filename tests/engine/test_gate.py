@@ -98,9 +98,9 @@ def test_dropped_forwards_leave_nothing_behind(kind):
     for ids in batches(5):
         outputs.append(weakref.ref(model.loss(ids, kind)))
     gc.collect()
-    slots = model.embed.__dict__["_gradfold_slot"].ledger.slots.values()
+    step = model.embed.__dict__["_gradfold_param"].fold.step
     assert not any(ref() is not None for ref in outputs)
-    assert not any(slot.pending or slot.deferred for slot in slots)
+    assert not step.waiting and not any(backward.terms for backward in step.backwards.values())
 
 
 @KINDS
@@ -379,6 +379,6 @@ def test_direct_use_only():
 
 def test_the_other_hook_of_autograd(monkeypatch):
     """Where a post-accumulate hook does not run without a gradient, the node's own hook is the gate."""
-    monkeypatch.setattr("gradfold.engine.task.hook_fires_without_gradient", lambda: False)
+    monkeypatch.setattr("gradfold.engine.gate.hook_fires_without_gradient", lambda: False)
     for scene in ("untied", "tied", "direct"):
         assert compare(lambda: Net(scene), lambda m, o, step: m.loss(batches(3)[step]).backward()) <= CLOSE  # noqa: B023

@@ -37,7 +37,7 @@ def test_fold_remove_and_fold_again_in_mid_training(rule):
     train(model, optimizer)
     fold.remove()
     assert all(type(m) in (nn.Linear, nn.Tanh, nn.LayerNorm) for m in model)
-    assert not any("_gradfold_slot" in vars(m) for m in model)
+    assert not any("_gradfold_param" in vars(m) for m in model)
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
     model(X).sum().backward()
     assert not any(p.grad is None for p in model.parameters())
@@ -130,7 +130,7 @@ def test_copies_are_plain_modules(how):
     copied = COPIES[how](model)
     assert type(copied.embed) is nn.Embedding and type(copied.head) is nn.Linear
     assert copied.head.weight is copied.embed.weight
-    assert not any("_gradfold_slot" in vars(m) for m in copied.modules())
+    assert not any("_gradfold_param" in vars(m) for m in copied.modules())
     assert same_bits(copied, model)
     copied.loss(batches(1)[0]).backward()
     assert copied.embed.weight.grad is not None and no_gradients(model)

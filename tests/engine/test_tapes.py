@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import MatmulUse, tensors_of
+from gradfold.backends import MatmulTerm
 from gradfold.engine.offload import Host
 from gradfold.errors import FoldError
 from tests.accumulated import check
@@ -103,12 +103,12 @@ class Elsewhere(Host):
 @pytest.mark.parametrize("scene", ["untied", "tied"])
 @pytest.mark.parametrize("width", ["tape", "collapsed"])
 def test_in_host_memory(options, scene, width, monkeypatch):
-    monkeypatch.setattr("gradfold.engine.ledger.Host", Elsewhere)
+    monkeypatch.setattr("gradfold.engine.context.Host", Elsewhere)
     if width == "tape":  # else micro-batches of this size collapse
-        monkeypatch.setattr("gradfold.engine.tape.Tape.gradient_bytes", 1 << 30)
+        monkeypatch.setattr("gradfold.engine.deferred.DeferredGrads.gradient_bytes", 1 << 30)
     kind = functools.partial(Net, scene)
     _, fold = check(kind, lambda model, step: model.loss(batches(20)[step % 20]), {**options, "tape": "host"})
-    host = fold._ledger.host
+    host = fold._state.host
     assert host.brought and host.sent
     gc.collect()
     assert all(ref() is None for ref in host.sent)  # nothing of what was sent stays on the device
@@ -117,31 +117,31 @@ def test_in_host_memory(options, scene, width, monkeypatch):
 def test_what_three_weights_share_is_sent_once():
     host = Elsewhere()
     x, grads = torch.randn(5, 3), [torch.randn(5, 2) for _ in range(3)]
-    uses = [host.send(MatmulUse(grad, x)) for grad in grads]
+    uses = [host.send(MatmulTerm(grad, x)) for grad in grads]
     assert len(host.sent) == 4
     assert uses[0].right is uses[1].right is uses[2].right is not x
     del x, uses
-    host.send(MatmulUse(grads[0], torch.randn(5, 3)))  # which may have been given the same address
+    host.send(MatmulTerm(grads[0], torch.randn(5, 3)))  # which may have been given the same address
     assert len(host.sent) == 6
 
 
 def test_a_buffer_that_is_refilled_is_sent_again():
     host, buffer, grad = Elsewhere(), torch.zeros(5, 3), torch.randn(5, 2)
-    first = host.send(MatmulUse(grad, buffer))
+    first = host.send(MatmulTerm(grad, buffer))
     buffer.fill_(1.0)
-    second = host.send(MatmulUse(grad, buffer))
+    second = host.send(MatmulTerm(grad, buffer))
     assert first.left is second.left
     assert not first.right.any() and second.right.all()
 
 
 def test_what_lies_in_host_memory_comes_back_twice(monkeypatch):
     """For the norm, and for the step; to wait for it, or to see its dtype, nothing has to move."""
-    monkeypatch.setattr("gradfold.engine.ledger.Host", Elsewhere)
+    monkeypatch.setattr("gradfold.engine.context.Host", Elsewhere)
     model = Net("untied")
     optimizer = gradfold.SGD(model.parameters(), lr=0.1)
-    ledger = gradfold.fold(model, optimizer, clip_norm=1.0, tape="host")._ledger
+    state = gradfold.fold(model, optimizer, clip_norm=1.0, tape="host")._state
     model.loss(batches(1)[0]).backward()
-    held = sum(len(tensors_of(use)) for part in ledger.parts() for use in part.tape.held)
-    ledger.host.brought = 0
+    held = sum(len(term.tensors) for one in state.slices() for term in one.deferred.held)
+    state.host.brought = 0
     optimizer.step()
-    assert ledger.host.brought == 2 * held > 0
+    assert state.host.brought == 2 * held > 0

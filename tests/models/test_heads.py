@@ -12,8 +12,8 @@ from torch import nn
 
 import gradfold
 from gradfold import FoldError
-from gradfold.modules.head import KEEP_BYTES, FoldedHead
-from gradfold.modules.promise import Promise
+from gradfold.head.lazy_logits import LazyLogits
+from gradfold.head.loss import KEEP_BYTES, FoldedHead
 from tests.zoo import RULES, distance, no_gradients, ours, torchs, twins
 
 transformers = pytest.importorskip("transformers")
@@ -54,7 +54,7 @@ def test_training(name, more):
             out = model(**batch(step, **more))
             losses.append(out.loss.item())
             if model is folded:
-                assert isinstance(out.logits, Promise) and out.logits._made is None
+                assert isinstance(out.logits, LazyLogits) and out.logits._made is None
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -236,7 +236,7 @@ def test_what_is_folded_and_what_is_said(scene, listed, capsys):
     for step in range(3):
         for model, optimizer in zip((plain, folded), optimizers, strict=True):
             out = model(**batch(step))
-            assert isinstance(out.logits, Promise) is (model is folded and not why)
+            assert isinstance(out.logits, LazyLogits) is (model is folded and not why)
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -352,7 +352,7 @@ def test_two_forwards_and_one_that_failed():
         optimizer.step()
     assert distance(folded, plain) <= 1e-12
     assert isinstance(folded(batch(0)["input_ids"]).logits, torch.Tensor)
-    assert "_gradfold_promises" not in vars(folded.lm_head)
+    assert "_gradfold_lazy_logits" not in vars(folded.lm_head)
 
 
 def test_compiled_models_take_the_plain_way():
@@ -360,7 +360,7 @@ def test_compiled_models_take_the_plain_way():
     optimizer = ours(folded)
     gradfold.fold(folded, optimizer)
     out = torch.compile(folded, backend="eager", fullgraph=True)(**batch(0))
-    assert not isinstance(out.logits, Promise)
+    assert not isinstance(out.logits, LazyLogits)
     assert out.loss.item() == pytest.approx(plain(**batch(0)).loss.item(), abs=1e-12)
 
 
@@ -373,7 +373,7 @@ def test_hooks_that_wait_for_a_tensor():
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(out)))
     folded(**batch(0))
     handle.remove()
-    assert Promise not in seen and len(seen) > 5
+    assert LazyLogits not in seen and len(seen) > 5
     for model in (plain, folded):
         model.register_forward_hook(lambda module, args, out: out.to_tuple())
     (_, wanted, *_), (_, found, *_) = plain(**batch(0)), folded(**batch(0))

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 
 import gradfold
 from gradfold import FoldError
-from gradfold.modules.promise import Promise
+from gradfold.head.lazy_logits import LazyLogits
 from tests.models.test_heads import MODELS, batch, build
 from tests.zoo import distance, ours, torchs, twins
 
@@ -26,7 +26,7 @@ def made(name="llama", dtype=torch.float64, **options):
 
 
 def pending(logits):
-    return isinstance(logits, Promise) and logits._made is None
+    return isinstance(logits, LazyLogits) and logits._made is None
 
 
 def test_what_is_known_is_not_computed():
@@ -271,8 +271,8 @@ class Sentences(torch.utils.data.Dataset):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trainer_reads_them_in_evaluation_only(bf16, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
-    compute, computed = Promise.tensor, []
-    monkeypatch.setattr(Promise, "tensor", lambda promise: computed.append(1) or compute(promise))
+    compute, computed = LazyLogits.tensor, []
+    monkeypatch.setattr(LazyLogits, "tensor", lambda promise: computed.append(1) or compute(promise))
     options = {"max_grad_norm": 0.0, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     losses = []
     for model, how in zip(twins(lambda: build("llama_tied"), torch.float32), ("plain", "fold"), strict=True):

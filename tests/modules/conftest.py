@@ -2,16 +2,15 @@
 
 import pytest
 
-from gradfold.backends import uses
-from gradfold.modules import head, sweep
+from gradfold.head import loss, online_softmax, term
 
 
 @pytest.fixture(params=["again", "part", "kept"])
 def small_blocks(monkeypatch, request):
     """Logits are computed again, or what follows from them is kept, for two blocks or all; a block is seven words."""
-    monkeypatch.setattr(head, "KEEP_BYTES", {"again": 0, "part": 2600, "kept": 2**20}[request.param])
-    for module in (sweep, uses):
+    monkeypatch.setattr(loss, "KEEP_BYTES", {"again": 0, "part": 2600, "kept": 2**20}[request.param])
+    for module in (online_softmax, term):
         for name in ("TILE_BYTES", "HEAD_BYTES", "ROW_BYTES"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, 100)
-    monkeypatch.setattr(uses, "MIN_HEAD_ROWS", 7)
+    monkeypatch.setattr(term, "MIN_HEAD_ROWS", 7)

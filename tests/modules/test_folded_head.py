@@ -7,7 +7,7 @@ from torch import nn
 
 import gradfold
 from gradfold import FoldError, WorkingSet, linear_cross_entropy
-from gradfold.modules import head
+from gradfold.head import loss as head
 from tests.modules.heads import CLOSE, B, H, T, V, each_option, gap, some, torchs_losses, words
 from tests.zoo import CHECKPOINTS, RULES, distance, no_gradients, ours, torchs, twins
 
@@ -301,7 +301,7 @@ def test_no_softmax_lies_on_a_tape(waits, monkeypatch):
     for keep_bytes, words_kept in ((None, None), (2**20, V)):
         with monkeypatch.context() as patch:
             made = []
-            patch.setattr(head, "HeadUse", lambda *args, made=made: made.append(args[-1]) or 1 / 0)
+            patch.setattr(head, "HeadTerm", lambda *args, made=made: made.append(args[-1]) or 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 folded_loss(model, *batch(0), keep_bytes=keep_bytes).backward()
         assert (None if made[0] is None else made[0].values.shape[1]) == words_kept

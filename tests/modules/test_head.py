@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gradfold import FoldError, linear_cross_entropy, linear_log_probs
-from gradfold.modules import sweep
+from gradfold.head import online_softmax as sweep
 from tests.modules.heads import CLOSE, B, H, T, V, each_option, gap, some, torchs_losses, words
 
 pytestmark = pytest.mark.usefixtures("small_blocks")

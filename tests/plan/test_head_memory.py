@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradfold
-from gradfold.backends import uses
-from gradfold.modules import sweep
+from gradfold.head import online_softmax as sweep
+from gradfold.head import term as uses
 from gradfold.plan.step import measure_step, step_memory
 
 MIB = 2**20

@@ -121,7 +121,7 @@ def test_on_a_processor_it_is_the_real_round(chunks, offload):
     model = subject.build(torch.float32, None)
     optimizer = settings.make_optimizer(trainable(model))
     fold = settings.make_fold(model, optimizer, turns)
-    rotation = fold._ledger.turns
+    rotation = fold._state.turns
     ids = torch.zeros(1, SHORT.tokens, dtype=torch.int64)
 
     def asleep(live):

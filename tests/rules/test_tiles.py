@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradfold
-from gradfold.backends import DenseUse, Reference, Scratch, Stored
+from gradfold.backends import DenseTerm, Reference, Scratch, Stored
 from gradfold.rules import Rule
 from tests.cases import BUSY, BUSY_ROWS, all_rules, each_rule, problem
 
@@ -146,7 +146,7 @@ def test_float32_states_of_a_bfloat16_weight_stay_float32(row):
         backend.step(
             Stored.plain(target),
             [Stored.plain(tensor) for tensor in tensors.values()],
-            [DenseUse(grad)],
+            [DenseTerm(grad)],
             optimizer.rule,
             optimizer.param_groups[0],
             numbers,

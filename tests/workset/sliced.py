@@ -46,7 +46,7 @@ class SlicedTorch:
 
 def active_slices(fold):
     """The slices that are awake, as tuples."""
-    rotation = fold._ledger.turns
+    rotation = fold._state.turns
     always = [(slot.name, 0, 0, slot.param.shape[0]) for slot in rotation.always]
     return always + [tuple(slice_) for slice_ in rotation.chunks[rotation.schedule.index]]
 

@@ -80,7 +80,7 @@ def test_step_can_be_called_again(stuck, name, at, monkeypatch):
     assert same(model, twin)
     monkeypatch.undo()
     optimizer.step()
-    assert fold.working_set == fold._ledger.turns.turn() and fold.working_set.step == 0
+    assert fold.working_set == fold._state.turns.turn() and fold.working_set.step == 0
     assert optimizer.state_dict()["working_set"] == its.state_dict()["working_set"]
     optimizer.zero_grad()
     train(model, optimizer, range(10, 20))
@@ -125,8 +125,8 @@ def test_or_the_fold_is_removed(stuck, name, at):
 
 def test_what_was_written_of_a_chunk_that_stays_awake_is_deleted(stuck, tmp_path):
     _, _, fold, *_ = stuck("write", 3)
-    turns = fold._ledger.turns
-    awake = {part.name for slot in turns.turning for part in slot.parts}
+    turns = fold._state.turns
+    awake = {one.name for param in turns.turning for one in param.slices}
     current = set(turns.store.keys())
     assert len(awake) >= 3 and not awake & current
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == len(current)
@@ -208,7 +208,7 @@ def test_a_fold_that_failed_lets_go_of_its_folder(tmp_path):
 def test_a_fold_that_nobody_removes_closes_its_lock(tmp_path, recwarn):
     model, optimizer, fold = folded(**OPTIONS, offload="disk", folder=tmp_path)
     train(model, optimizer, range(3))
-    gone = weakref.ref(fold._ledger.turns)
+    gone = weakref.ref(fold._state.turns)
     del model, optimizer, fold
     gc.collect()
     assert gone() is None

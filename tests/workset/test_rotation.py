@@ -169,7 +169,7 @@ def test_whole_int8_states_are_cut(axis):
     before = optimizer.torch_state_dict()["state"]
     masters = gradfold.export_masters(model, optimizer)
     fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
-    assert any(len(slices) > 1 for slices in fold._ledger.turns.slices.values())
+    assert any(len(slices) > 1 for slices in fold._state.turns.slices.values())
     for _ in range(2):
         after, exported = optimizer.torch_state_dict()["state"], gradfold.export_masters(model, optimizer)
         for index, entry in before.items():
@@ -232,7 +232,7 @@ def test_frozen_before():
     before = model.embed.weight.detach().clone()
     train(model, optimizer, range(6))
     assert torch.equal(model.embed.weight, before) and not model.embed.weight.requires_grad
-    assert "embed.weight" not in {name for chunk in fold._ledger.turns.chunks for name, *_ in chunk}
+    assert "embed.weight" not in {name for chunk in fold._state.turns.chunks for name, *_ in chunk}
     fold.remove()
     assert not model.embed.weight.requires_grad and model.head.weight.requires_grad
 
@@ -355,7 +355,7 @@ def test_bad_arguments(options, says):
 
 def test_a_loss_without_anything_awake():
     model, optimizer, fold = folded("partial", by="layer")
-    chunks = fold._ledger.turns.chunks
+    chunks = fold._state.turns.chunks
     asleep = next(i for i, chunk in enumerate(chunks) if chunk[0][0].startswith("blocks.2"))
     for step in range(len(chunks)):
         before = snapshot(model)
@@ -376,12 +376,12 @@ def test_transformers_checkpointing_does_not_keep_backward_going():
         layer.register_forward_pre_hook(lambda module, args: needs.append(args[0].requires_grad))
     fold = gradfold.fold(model, ours(model), working_set=gradfold.WorkingSet(by="layer"))
     found = {}
-    for _ in range(len(fold._ledger.turns.chunks)):
+    for _ in range(len(fold._state.turns.chunks)):
         needs.clear()
         turn = fold.working_set.chunk
         loss(model, 0).backward()
-        found[fold._ledger.turns.chunks[turn][0].name] = needs[:2]
-        fold._ledger.optimizer.step()
+        found[fold._state.turns.chunks[turn][0].name] = needs[:2]
+        fold._state.optimizer.step()
     assert found["model.embed_tokens.weight"] == [True, True]
     assert found["model.layers.0.self_attn.q_proj.weight"] == [False, True]
     assert found["model.layers.1.self_attn.q_proj.weight"] == [False, False]

@@ -65,7 +65,7 @@ def test_random_bits_are_those_of_the_place_in_the_whole(shape, order):
         (module.w.float() * 0.3 * 2.0**-8).sum().backward()
         optimizer.step()
         found.append(module.w.detach().clone())
-    _, dim, start, stop = fold._ledger.turns.chunks[0 if order == "forward" else 1][0]
+    _, dim, start, stop = fold._state.turns.chunks[0 if order == "forward" else 1][0]
     one, other = (w.narrow(dim, start, stop - start) for w in found)
     assert torch.equal(one, other) and 0 < (one != 1).float().mean() < 1
 
@@ -157,7 +157,7 @@ def test_assigned_weights_train_after_folding_again():
 def test_tied_parameters_answer_to_both_names():
     (model, _) = twins(lambda: Net("tied"))
     fold = gradfold.fold(model, gradfold.AdamW(model.parameters()), working_set=WS(chunks=2, always=["head"]))
-    assert [slot.name for slot in fold._ledger.turns.always] == ["embed.weight"]
+    assert [param.name for param in fold._state.turns.always] == ["embed.weight"]
     fold.remove()
     gradfold.fold(model, gradfold.AdamW(model.parameters()), working_set=WS(by=[["blocks"], ["head"]]))
 
@@ -166,7 +166,7 @@ def test_lazy_states_of_slices_that_never_stepped_are_let_go():
     model = linears(2)
     optimizer = gradfold.SGD(model.parameters(), lr=0.1, momentum=0.9)
     fold = gradfold.fold(model, optimizer, working_set=WS(chunks=2))
-    first = fold._ledger.slots[id(model[0].weight)].parts[0]
+    first = fold._state.params[id(model[0].weight)].slices[0]
     assert sum(row.state_bytes for row in fold.report().rows) == 8 * 8 * 8
     for _ in range(2):
         optimizer.step()  # without a backward: the turn ends
@@ -184,5 +184,5 @@ def test_importance_goes_by_the_unscaled_norm(norm_type):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(model.loss(batches(1)[0])).backward()
     scaler.step(optimizer)
-    assert fold._ledger.turns.schedule.norms[0] == pytest.approx(fold.grad_norm, rel=1e-12)
+    assert fold._state.turns.schedule.norms[0] == pytest.approx(fold.grad_norm, rel=1e-12)
     assert fold.grad_norm < 100

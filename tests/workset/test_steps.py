@@ -45,7 +45,7 @@ def check(make, loss, steps, rule="AdamW", fold_options=None, **options):
 def test_models(name, chunks, axis):
     make, loss = MODELS[name]
     fold, seen = check(lambda: make().train(), loss, min(2 * chunks, 64), chunks=chunks, axis=axis)
-    assert seen == {tuple(slice_) for chunk in fold._ledger.turns.chunks for slice_ in chunk}
+    assert seen == {tuple(slice_) for chunk in fold._state.turns.chunks for slice_ in chunk}
 
 
 @each_axis
@@ -148,7 +148,7 @@ def test_two_slices_of_one_weight_at_once():
 def test_always_awake():
     loss = lambda m, step: m.loss(batches(20)[step % 20])  # noqa: E731
     fold, _ = check(lambda: Net("untied"), loss, 8, chunks=3, always=["norm", "head"])
-    always = {slot.name for slot in fold._ledger.turns.always}
+    always = {slot.name for slot in fold._state.turns.always}
     assert always == {f"blocks.{i}.norm.{kind}" for i in range(3) for kind in ("weight", "bias")} | {"head.weight"}
 
 

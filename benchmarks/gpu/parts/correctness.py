@@ -22,8 +22,8 @@ import gradfold
 from benchmarks.gpu.kernel import Cell, Launch, gradient_by_kernel, rounds_once
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.worker import Case, Failed
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use, mapped
-from gradfold.engine.part import Region
+from gradfold.backends import DenseTerm, GatherTerm, GradTerm, MatmulTerm
+from gradfold.engine.region import Region
 
 REPEATS = 20
 FACTOR = 2.0  # how much further from fp64 than the reference's a result may be
@@ -143,7 +143,7 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
 
     grad = gradient_by_kernel(there, tuple(before.param.shape), setting.device)
     twin = before.to("cpu")
-    twin.by_reference([DenseUse(grad)])
+    twin.by_reference([DenseTerm(grad)])
     figures["bits_differ"], wrong = _other_bits(example, stepped, twin)
     if wrong and not rounds_once(setting.device):
         figures["note"] = f"bits not judged, since this interpreter's fma rounds twice: {wrong}"
@@ -161,22 +161,22 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
     return figures
 
 
-def uses_of(example: Example, shape: tuple[int, ...]) -> list[Use]:
+def uses_of(example: Example, shape: tuple[int, ...]) -> list[GradTerm]:
     """The gradient's sources, on the CPU."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape
     dtype, tokens = DTYPES[example.operand], example.tokens
 
-    def product(tokens: int) -> Use:
-        return MatmulUse(_poisoned(tokens, rows, dtype), _poisoned(tokens, columns, dtype))
+    def product(tokens: int) -> GradTerm:
+        return MatmulTerm(_poisoned(tokens, rows, dtype), _poisoned(tokens, columns, dtype))
 
-    def gather(tokens: int, padding: int | None) -> Use:
-        return GatherUse(torch.randint(0, rows, (tokens,)), _poisoned(tokens, columns, dtype), padding)
+    def gather(tokens: int, padding: int | None) -> GradTerm:
+        return GatherTerm(torch.randint(0, rows, (tokens,)), _poisoned(tokens, columns, dtype), padding)
 
-    def dense() -> Use:
+    def dense() -> GradTerm:
         grad = _poisoned(rows, columns, dtype)
-        return DenseUse(grad.reshape(shape) if len(shape) == 1 else grad)
+        return DenseTerm(grad.reshape(shape) if len(shape) == 1 else grad)
 
-    kinds: dict[str, list[Use]] = {
+    kinds: dict[str, list[GradTerm]] = {
         "product": [product(tokens)],
         "product x 3": [product(tokens), product(1), product(70)],
         "gather": [gather(tokens, 0)],
@@ -195,7 +195,7 @@ def _poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return around[:rows, :columns]
 
 
-def _moved(use: Use, device: torch.device) -> Use:
+def _moved(use: GradTerm, device: torch.device) -> GradTerm:
     """The same use on a device, in the same kind of buffer."""
 
     def move(t: Tensor) -> Tensor:
@@ -205,20 +205,20 @@ def _moved(use: Use, device: torch.device) -> Use:
         around[: t.shape[0], : t.shape[1]] = t.to(device)
         return around[: t.shape[0], : t.shape[1]]
 
-    return mapped(use, move)
+    return use.map(move)
 
 
-def _fresh(use: Use) -> Use:
-    return mapped(use, lambda t: t.clone())
+def _fresh(use: GradTerm) -> GradTerm:
+    return use.map(lambda t: t.clone())
 
 
-def truth_of(uses: list[Use], shape: torch.Size) -> Tensor:
+def truth_of(uses: list[GradTerm], shape: torch.Size) -> Tensor:
     """The gradient in fp64."""
     total = torch.zeros(shape, dtype=torch.float64)
     for use in uses:
-        if isinstance(use, MatmulUse):
+        if isinstance(use, MatmulTerm):
             total += (use.left.double().t() @ use.right.double()).view(shape)
-        elif isinstance(use, GatherUse):
+        elif isinstance(use, GatherTerm):
             grad = use.grad.double()
             if use.padding_idx is not None:
                 grad = grad.masked_fill((use.ids == use.padding_idx)[:, None], 0)
@@ -266,16 +266,16 @@ def _ints(t: Tensor) -> Tensor:
     return t.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launch, setting: Setting) -> str:
+def masks(before: Cell, uses: list[GradTerm], clean: dict[str, Tensor], launch: Launch, setting: Setting) -> str:
     """What is wrong after a step in which one row's gradient is not finite; of two-dimensional weights."""
     shape = before.param.shape
     if len(shape) != 2:
         return ""
     row = int(torch.randint(0, shape[0], ()))
     bad = [_fresh(use) for use in uses]
-    if isinstance(bad[0], MatmulUse):
+    if isinstance(bad[0], MatmulTerm):
         bad[0].left[0, row] = float("inf")
-    elif isinstance(bad[0], DenseUse):
+    elif isinstance(bad[0], DenseTerm):
         bad[0].grad[row] = float("nan")
     else:
         found = torch.nonzero(bad[0].ids != (-1 if bad[0].padding_idx is None else bad[0].padding_idx))

@@ -1,68 +1,48 @@
 """Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
 
-from .blocks import visited
 from .choose import choose
-from .gemm import as_accelerator, linear, multiply, on_accelerator
-from .logits import Terms, logits_of, operand, product, within
-from .norms import accumulation_dtype, safe_magnitude
-from .powers import Pending, Power, resolve, total
-from .reference import UNCHANGED, Backend, Change, Job, Reference, Routed
+from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper
+from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
+from .fake_blocks import visited
+from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
+from .reference import Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
-from .uses import (
-    DenseUse,
-    GatherUse,
-    HeadUse,
-    Kept,
-    MatmulUse,
-    SumUse,
-    Use,
-    mapped,
-    narrowed,
-    rows,
-    rows_at_a_time,
-    tensors_of,
-)
+from .terms import BiasTerm, DenseTerm, GatherTerm, GradTerm, MatmulTerm, gemm_ready, largest, rows
 
 __all__ = [
     "DEFAULT_SCRATCH_BYTES",
     "UNCHANGED",
     "VALUES",
     "Backend",
+    "BiasTerm",
     "Change",
-    "DenseUse",
-    "GatherUse",
-    "HeadUse",
+    "DenseTerm",
+    "GatherTerm",
+    "GradTerm",
     "Job",
-    "Kept",
-    "MatmulUse",
-    "Pending",
+    "MatmulTerm",
+    "PendingSum",
     "Place",
-    "Power",
+    "PowerSum",
     "Reference",
     "Routed",
     "Scratch",
+    "StepNumbers",
+    "Stepper",
     "Stored",
-    "SumUse",
-    "Terms",
-    "Use",
+    "accumulate",
     "accumulation_dtype",
     "as_accelerator",
     "choose",
+    "gemm_ready",
+    "largest",
     "linear",
-    "logits_of",
-    "mapped",
     "multiply",
-    "narrowed",
     "on_accelerator",
-    "operand",
-    "product",
     "resolve",
     "rows",
-    "rows_at_a_time",
     "safe_magnitude",
-    "tensors_of",
     "total",
     "visited",
-    "within",
 ]

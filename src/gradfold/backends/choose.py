@@ -10,7 +10,8 @@ import torch
 
 from gradfold.errors import FoldError
 
-from .reference import Backend, Reference
+from .contract import Backend
+from .reference import Reference
 from .scratch import Scratch
 
 OLDEST = (8, 0)  # compute capability whose tensor cores take bf16

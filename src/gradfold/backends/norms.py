@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gradfold.rules import number
 
-from .gemm import emulated
-from .uses import DenseUse, GatherUse, HeadUse, MatmulUse, Use
+from .cpu_gemm import emulated
+from .terms import GradTerm, MatmulTerm
 
 GRAM_ROWS = 512  # tokens in one block of a Gram matrix
 CANCELLATION = 1e3  # magnitudes over result, from which the tiles are more exact
@@ -28,18 +28,59 @@ CANCELLATION = 1e3  # magnitudes over result, from which the tiles are more exac
 Tiles = Callable[[], Iterator[Tensor]]
 
 
+class PendingSum:
+    """A gradient's sum of squares that is still on the device, as the norms of its tiles; NaN: a tile is not finite."""
+
+    def __init__(self, tiles: Tensor):
+        self.tiles = tiles  # fp32, in any shape
+
+    def tensor(self) -> Tensor:
+        """0-d float64, on the device."""
+        return self.tiles.to(torch.float64).square().sum()
+
+    def __float__(self) -> float:
+        """Waits for the device."""
+        return float(self.tensor())
+
+
+PowerSum = float | PendingSum
+
+
+def resolve(powers: Sequence[PowerSum]) -> list[float]:
+    """Return all of them as floats, with one wait for each device that has some."""
+    found = [power if isinstance(power, float) else 0.0 for power in powers]
+    devices: dict[torch.device, list[int]] = {}
+    for index, power in enumerate(powers):
+        if isinstance(power, PendingSum):
+            devices.setdefault(power.tiles.device, []).append(index)
+    for indices in devices.values():
+        tiles = [powers[index].tiles.flatten() for index in indices]  # type: ignore[union-attr]
+        lengths = torch.tensor([len(one) for one in tiles], device=tiles[0].device)
+        squares = torch.cat(tiles).to(torch.float64).square()
+        for index, value in zip(indices, torch.segment_reduce(squares, "sum", lengths=lengths).tolist(), strict=True):
+            found[index] = value
+    return found
+
+
+def total(powers: Sequence[PowerSum]) -> Tensor:
+    """Return their sum on the device, 0-d float64; nothing waits."""
+    pending = [power.tensor() for power in powers if isinstance(power, PendingSum)]
+    known = sum(power for power in powers if isinstance(power, float))
+    return torch.stack(pending).sum() + known
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which sums of gradients are kept: fp32 for 16-bit ones."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def total_power(uses: Sequence[Use], shape: tuple[int, int], tiles: Tiles, norm_type: float) -> float:
+def total_power(terms: Sequence[GradTerm], shape: tuple[int, int], tiles: Tiles, norm_type: float) -> float:
     """Sum of ``|g|^norm_type`` over the gradient, or for infinity the largest ``|g|``; NaN or inf if g has one.
 
     tiles: makes the gradient ``shape`` a tile at a time.
     """
-    if norm_type == 2 and gram_is_cheaper(uses, shape):
-        squares, magnitudes = gram(uses)  # type: ignore[arg-type]
+    if norm_type == 2 and gram_is_cheaper(terms, shape):
+        squares, magnitudes = gram(terms)  # type: ignore[arg-type]
         # else they cancel, or overflow where the gradient itself may not
         if 0 < magnitudes < CANCELLATION * squares < math.inf:
             return squares
@@ -64,21 +105,21 @@ def norm_of(tile: Tensor, norm_type: float = 2.0) -> float:
     return size
 
 
-def gram_is_cheaper(uses: Sequence[Use], shape: tuple[int, int]) -> bool:
+def gram_is_cheaper(terms: Sequence[GradTerm], shape: tuple[int, int]) -> bool:
     """Whether the Gram form takes fewer multiplications; it knows products alone."""
-    if not uses or not all(isinstance(use, MatmulUse) for use in uses):
+    if not terms or not all(isinstance(term, MatmulTerm) for term in terms):
         return False
     rows, columns = shape
-    tokens = sum(use.left.shape[0] for use in uses)  # type: ignore[union-attr]
+    tokens = sum(term.left.shape[0] for term in terms)  # type: ignore[union-attr]
     return tokens * (rows + columns) < rows * columns
 
 
-def gram(uses: Sequence[MatmulUse]) -> tuple[float, float]:
-    """``<X Xᵀ, dY dYᵀ>`` over the tokens of all uses, and the same sum of magnitudes; blocks of ``GRAM_ROWS``."""
+def gram(terms: Sequence[MatmulTerm]) -> tuple[float, float]:
+    """``<X Xᵀ, dY dYᵀ>`` over the tokens of all terms, and the same sum of magnitudes; blocks of ``GRAM_ROWS``."""
     blocks = [
-        (use.left[start : start + GRAM_ROWS], use.right[start : start + GRAM_ROWS])
-        for use in uses
-        for start in range(0, use.left.shape[0], GRAM_ROWS)
+        (term.left[start : start + GRAM_ROWS], term.right[start : start + GRAM_ROWS])
+        for term in terms
+        for start in range(0, term.left.shape[0], GRAM_ROWS)
     ]
     total = magnitudes = 0.0
     for i, (left, right) in enumerate(blocks):
@@ -96,42 +137,27 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(torch.float32) if x.dtype.itemsize < 4 or emulated(x) else x
 
 
-def certainly_finite(uses: Sequence[Use], dtype: torch.dtype) -> bool | None:
-    """Whether the uses' gradient is finite in ``dtype``, from their magnitudes; None: they are too large to tell."""
-    bound = 0.0
-    for use in uses:
-        if isinstance(use, MatmulUse):
-            bound += largest(use.left) * largest(use.right) * use.left.shape[0]
-        elif isinstance(use, GatherUse):
-            bound += largest(use.grad) * max(1, use.ids.numel())
-        elif isinstance(use, HeadUse):  # a row of logits has a gradient of at most 2, but for the z-loss
-            most = 2 + abs(2 * use.terms.z_loss) * largest(use.lse)
-            bound += most * largest(use.scale) * largest(use.x) * use.x.shape[0]
-        elif isinstance(use, DenseUse):
-            bound += largest(use.grad)
-    if math.isnan(bound):
-        return False
-    return True if bound < safe_magnitude(uses, dtype) else None
+def certainly_finite(terms: Sequence[GradTerm], dtype: torch.dtype) -> bool | None:
+    """Return True if the terms' gradient is finite in ``dtype`` by their magnitudes; None: these do not tell."""
+    return True if sum(term.bound() for term in terms) < safe_magnitude(terms, dtype) else None
 
 
-def safe_magnitude(uses: Sequence[Use], dtype: torch.dtype) -> float:
-    """A gradient of these uses whose elements are below it is finite in ``dtype`` and on the way there.
+def is_finite(grad: Tensor, norm: float, dtype: torch.dtype) -> bool:
+    """Return whether a gradient of this norm is finite in ``dtype``; its elements are only looked at if need be."""
+    return norm < _SAFE[dtype] or bool(grad.to(dtype).isfinite().all())
+
+
+def safe_magnitude(terms: Sequence[GradTerm], dtype: torch.dtype) -> float:
+    """Return below which magnitude the elements of a gradient are finite in ``dtype``, and on the way there.
 
     Under autocast a product has the precision of its operands, and fp16 ends at 65504.
     """
-    return 0.25 * min(torch.finfo(kind).max for kind in (dtype, *(tensor.dtype for tensor in map(_factor, uses))))
+    limit = _SAFE[dtype]
+    for term in terms:
+        limit = min(limit, _SAFE[term.factor.dtype])
+    return limit
 
 
-def _factor(use: Use) -> Tensor:
-    if isinstance(use, HeadUse):
-        return use.x
-    return use.left if isinstance(use, MatmulUse) else use.grad
-
-
-def largest(x: Tensor) -> float:
-    """The largest magnitude; NaN if there is one, or an infinity, which times zero would be."""
-    if not x.numel():
-        return 0.0
-    low, high = torch.aminmax(x)
-    size = max(abs(number(low)), abs(number(high)))
-    return math.nan if math.isnan(number(low)) or math.isinf(size) else size
+_SAFE = {
+    dtype: 0.25 * torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}

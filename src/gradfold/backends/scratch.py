@@ -9,6 +9,7 @@ from torch import Tensor
 
 TILE_ALIGNMENT = 8  # bytes: of the widest dtype
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
+MOST_TILES = 256  # that are remembered
 
 
 class Scratch:
@@ -19,6 +20,7 @@ class Scratch:
             raise ValueError(f"scratch_bytes={limit_bytes}: give a positive number of bytes")
         self.limit_bytes = limit_bytes
         self._buffers: dict[tuple, Tensor] = {}
+        self._tiles: dict[tuple, list[Tensor]] = {}  # those cut from these buffers so far
 
     def reserve(self, device: torch.device, size_bytes: int) -> Tensor:
         """The buffer of this device and stream, of at least ``size_bytes``."""
@@ -26,15 +28,23 @@ class Scratch:
         held = self._buffers.get((device, stream))
         if held is None or held.numel() < size_bytes:
             self._buffers.pop((device, stream), None)
+            self._tiles.clear()
             held = self._buffers[device, stream] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         return held
 
     def tiles(self, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """``count`` uninitialised tiles ``[rows, columns]``."""
+        """Return ``count`` uninitialised tiles ``[rows, columns]``."""
+        key = (count, rows, columns, dtype, device)
+        if device.type == "cpu" and (cut := self._tiles.get(key)) is not None:
+            return cut
         each = -(-rows * columns * dtype.itemsize // TILE_ALIGNMENT) * TILE_ALIGNMENT
         buffer = self.reserve(device, count * each)
         used = rows * columns * dtype.itemsize
-        return [buffer[i * each : i * each + used].view(dtype).view(rows, columns) for i in range(count)]
+        made = [buffer[i * each : i * each + used].view(dtype).view(rows, columns) for i in range(count)]
+        if len(self._tiles) >= MOST_TILES:
+            self._tiles.clear()
+        self._tiles[key] = made
+        return made
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._buffers.values()

@@ -35,10 +35,11 @@ class Stored(NamedTuple):
     def plain(cls, values: Tensor) -> Stored:
         return cls({VALUES: values})
 
-    @property
-    def key(self) -> Tensor | None:
-        """Of the hash that rounds it stochastically, on its device; None: to nearest."""
-        return None if self.stream is None else self.stream.key(next(iter(self.parts.values())).device)
+    def key(self, step: int | Tensor) -> Tensor | None:
+        """Return the hash key of the random bits that round it in this step, on its device; None: to nearest."""
+        if self.stream is None:
+            return None
+        return self.stream._replace(step=step).key(next(iter(self.parts.values())).device)
 
     @property
     def values(self) -> Tensor:
@@ -46,6 +47,6 @@ class Stored(NamedTuple):
         return self.parts[VALUES]
 
 
-def coded(weight: Stored) -> bool:
-    """Whether this parameter goes through codecs; then its weight and all of its states have one."""
+def quantized(weight: Stored) -> bool:
+    """Return whether this parameter goes through codecs; then its weight and all of its states have one."""
     return weight.codec is not None

@@ -1,33 +1,33 @@
-"""The engine: when a weight's last use in a backward completes, and the books of one step."""
+"""The engine: when a parameter's last use in a backward completes, and the account of one step."""
 
-from .apply import allocate, stepping
 from .audit import outside
-from .contracts import Turns
-from .ledger import Ledger
+from .gate import Demand
+from .grad_scaler import scaler_is_looking
+from .param import FoldParam, param_of
+from .param_slice import ParamSlice
 from .parameters import refuse_parameter
-from .part import Part, Region
-from .scaling import scaler_is_looking
-from .slot import Slot, slot_of
-from .task import NO_TASK, Demand, current_task
+from .protocols import Turns
+from .region import Region
+from .state import FoldState
+from .stepper import GroupStep, ParamStepper, allocate
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
 
 __all__ = [
-    "NO_TASK",
     "Demand",
-    "Ledger",
-    "Part",
+    "FoldParam",
+    "FoldState",
+    "GroupStep",
+    "ParamSlice",
+    "ParamStepper",
     "Region",
-    "Slot",
     "Turns",
     "allocate",
-    "current_task",
     "outside",
+    "param_of",
     "refuse_ddp",
     "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
-    "slot_of",
-    "stepping",
     "wrapper_of",
 ]

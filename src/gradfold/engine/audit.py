@@ -3,70 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import is_
 
 from torch import nn
 
+from gradfold import _torch
 from gradfold.errors import FoldError
 
-from .slot import Slot
+from .param import FoldParam
+from .wrappers import refuse_wrappers
 
 
-def audit(model: nn.Module, slots: Mapping[int, Slot]) -> None:
-    """Hold the model's parameters against their slots (by id of the parameter).
+class Auditor:
+    """Holds a model against the fold's parameters, again and again; cheap where nothing has changed."""
 
-    Raises:
-        FoldError: a parameter was moved or replaced; a trainable one has no slot.
-    """
-    refuse_moved(slots.values())
-    refuse_strangers(model, slots)
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules: list[tuple[nn.Module, type, list[nn.Module | None], list[nn.Parameter | None]]] = []
+        self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
+        self._count = -1  # parameters in the fold at that time
+
+    def refuse_wrappers(self) -> None:
+        """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
+        refuse_wrappers(None if self._unchanged() else self._model)
+
+    def audit(self, params: Mapping[int, FoldParam]) -> None:
+        """Check that every trainable parameter of the model is in the fold, as it was when it was folded.
+
+        Args:
+            params: the fold's, by id of the Parameter.
+
+        Raises:
+            FoldError: a parameter was moved or replaced; a trainable one is not in the fold.
+        """
+        refuse_moved(params.values())
+        if len(params) != self._count or not self._unchanged():
+            self._modules = []
+            self._outside = refuse_strangers(self._model, params)
+            self._remember(len(params))
+            return
+        for name, param in self._outside:
+            if param.requires_grad:
+                raise FoldError(outside(name))
+
+    def _remember(self, count: int) -> None:
+        self._modules = [
+            (
+                module,
+                type(module),
+                list(_torch.own_modules(module).values()),
+                list(_torch.own_parameters(module).values()),
+            )
+            for module in self._model.modules()
+        ]
+        self._count = count
+
+    def _unchanged(self) -> bool:
+        """Return whether the model has the modules and parameters it had at the last whole audit."""
+        for module, kind, children, parameters in self._modules:
+            own, below = _torch.own_parameters(module), _torch.own_modules(module)
+            if type(module) is not kind or len(own) != len(parameters) or len(below) != len(children):
+                return False
+            if not all(map(is_, own.values(), parameters)) or not all(map(is_, below.values(), children)):
+                return False
+        return bool(self._modules)
 
 
-def refuse_moved(slots: Iterable[Slot]) -> None:
+def refuse_moved(params: Iterable[FoldParam]) -> None:
     """Raise if a parameter has changed its shape, dtype or device since it was folded."""
-    for slot in slots:
-        if change := slot.moved():
+    for param in params:
+        if change := param.moved():
             raise FoldError(
-                f"{slot.name}: {change} since it was folded, and its states did not; call "
+                f"{param.name}: {change} since it was folded, and its states did not; call "
                 "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
             )
 
 
-def refuse_strangers(model: nn.Module, slots: Mapping[int, Slot]) -> None:
-    """Raise if a slot's parameter is not in the model any more, or a trainable one of the model has no slot."""
+def refuse_strangers(model: nn.Module, params: Mapping[int, FoldParam]) -> list[tuple[str, nn.Parameter]]:
+    """Raise if a folded parameter is not in the model any more, or a trainable one of the model is not in the fold.
+
+    Returns:
+        The parameters of the model that are not in the fold, by name.
+    """
     present = dict(model.named_parameters())
     ids = {id(param) for param in present.values()}
-    for slot in slots.values():
-        if id(slot.param) not in ids:
-            reason = "was replaced by another Parameter" if slot.name in present else "is no longer in the model"
+    for param in params.values():
+        if id(param.param) not in ids:
+            reason = "was replaced by another Parameter" if param.name in present else "is no longer in the model"
             raise FoldError(
-                f"{slot.name}: the parameter that was folded {reason} (load_state_dict(assign=True), "
+                f"{param.name}: the parameter that was folded {reason} (load_state_dict(assign=True), "
                 "resize_token_embeddings, pruning?); call optimizer.zero_grad() and fold.remove(), then make a new "
                 "optimizer and fold again"
             )
-    for name, param in present.items():
-        if id(param) not in slots and param.requires_grad:
+    strangers = [(name, param) for name, param in present.items() if id(param) not in params]
+    for name, param in strangers:
+        if param.requires_grad:
             raise FoldError(outside(name))
+    return strangers
 
 
-def unhooked_gradients(slots: Iterable[Slot]) -> Iterator[Slot]:
-    """The slots whose gradient autograd wrote before their gate was there.
+def unhooked_gradients(params: Iterable[FoldParam]) -> Iterator[FoldParam]:
+    """Yield the parameters whose gradient autograd wrote before their gate was there.
 
     Raises:
         FoldError: a gradient was left over where there was a gate, or after the step.
     """
-    for slot in slots:
-        if slot.param.grad is None or not slot.param.requires_grad:
+    for param in params:
+        if param.param.grad is None or not param.param.requires_grad:
             continue
-        if slot.stepped or (slot.hook and slot.hook.attached()):
+        if param.stepped or (param.gate and param.gate.attached()):
             raise FoldError(
-                f"{slot.name}: a .grad is left over that no backward of this fold produced (one inside "
+                f"{param.name}: a .grad is left over that no backward of this fold produced (one inside "
                 "fold.paused()?); step it there, or set it to None before optimizer.step()"
             )
-        yield slot
+        yield param
 
 
 def outside(name: str) -> str:
-    """What to say about a trainable parameter that no step will reach."""
+    """Return what to say about a trainable parameter that no step will reach."""
     return (
         f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
         "optimizer.add_param_group, or freeze it with requires_grad_(False)"

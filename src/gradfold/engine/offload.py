@@ -7,7 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from gradfold.backends import Use, mapped
+from gradfold import _torch
+from gradfold.backends import GradTerm
 
 
 class Host:
@@ -17,18 +18,18 @@ class Host:
         # a storage's address may be taken over by another, so it counts only while that storage lives
         self._sent: dict[tuple, tuple[weakref.ref, weakref.ref]] = {}
 
-    def send(self, use: Use) -> Use:
-        """The use with its tensors in host memory; it is complete once ``use.wait`` has been called."""
-        return mapped(use, self._sent_once)
+    def send(self, term: GradTerm) -> GradTerm:
+        """Return the term with its tensors in host memory; it is complete once ``term.wait`` has been called."""
+        return term.map(self._sent_once)
 
-    def bring(self, use: Use, device: torch.device) -> Use:
-        """The use with its tensors on the device again."""
-        return mapped(use, lambda tensor: self.from_host(tensor, device))
+    def bring(self, term: GradTerm, device: torch.device) -> GradTerm:
+        """Return the term with its tensors on the device again."""
+        return term.map(lambda tensor: self.from_host(tensor, device))
 
     def _sent_once(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        key = (*place, tensor.dtype, tensor._version)  # a buffer that has been refilled is another tensor
+        place = (_torch.storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = (*place, tensor.dtype, _torch.version(tensor))  # a buffer that has been refilled is another tensor
         if key in self._sent:
             source, copy = self._sent[key]
             if source() is not None and (found := copy()) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from gradfold import _torch
 from gradfold.errors import FoldError
 
 
@@ -15,7 +16,7 @@ def refuse_parameter(name: str, param: nn.Parameter) -> None:
         raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
     if not param.is_floating_point():
         raise FoldError(f"{name}: {param.dtype} parameters cannot be folded; freeze it or view it as real")
-    if param._backward_hooks or param._post_accumulate_grad_hooks:
+    if _torch.gradient_hooks(param) or _torch.post_accumulate_hooks(param):
         raise FoldError(
             f"{name}: a hook registered on this tensor waits for a gradient that is never made; remove it before "
             "folding, or freeze the parameter"

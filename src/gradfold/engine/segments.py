@@ -11,11 +11,7 @@ import sys
 import weakref
 from typing import Any
 
-import torch
-
-_ENGINE = torch.autograd.graph._engine_run_backward.__code__  # on the stack while a backward runs
-_NODE = torch.autograd.function.BackwardCFunction.apply.__code__  # ... while an autograd Function's backward runs
-_FUNCTION = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined] # ... while its forward does
+from gradfold import _torch
 
 
 class Segment:
@@ -29,7 +25,7 @@ class Segment:
     def survey(self) -> None:
         """Ask the running backward whether it will reach the segment."""
         node = self._node()
-        self.due = node is not None and torch._C._will_engine_execute_node(node)
+        self.due = node is not None and _torch.will_execute(node)
 
     @property
     def open(self) -> bool:
@@ -48,10 +44,10 @@ class Segment:
 def node_in_forward() -> Any | None:
     """The node of the autograd Function whose forward is now running; of nested ones, the outermost."""
     found, inner, frame = None, None, sys._getframe(1)
-    while frame is not None and frame.f_code is not _ENGINE and frame.f_code is not _NODE:
-        if frame.f_code is _FUNCTION and inner is not None and inner.f_code.co_argcount:
+    while frame is not None and frame.f_code is not _torch.CALLS_ENGINE and frame.f_code is not _torch.CALLS_BACKWARD:
+        if frame.f_code is _torch.CALLS_FORWARD and inner is not None and inner.f_code.co_argcount:
             candidate = inner.f_locals.get(inner.f_code.co_varnames[0])
-            if isinstance(candidate, torch.autograd.function.BackwardCFunction):
+            if isinstance(candidate, _torch.BackwardNode):
                 found = candidate
         frame, inner = frame.f_back, frame
     return found
@@ -60,7 +56,7 @@ def node_in_forward() -> Any | None:
 def on_calling_thread() -> bool:
     """Whether the backward runs on the thread that called it: true on the CPU; devices have threads of their own."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _ENGINE:
+    while frame is not None and frame.f_code is not _torch.CALLS_ENGINE:
         frame = frame.f_back
     return frame is not None
 
@@ -68,8 +64,8 @@ def on_calling_thread() -> bool:
 def running_node() -> Any | None:
     """The node of the innermost autograd Function whose backward is running."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _ENGINE:
-        if frame.f_code is _NODE:
+    while frame is not None and frame.f_code is not _torch.CALLS_ENGINE:
+        if frame.f_code is _torch.CALLS_BACKWARD:
             return frame.f_locals["self"]
         frame = frame.f_back
     return None
@@ -79,9 +75,9 @@ def node_around_backward() -> Any | None:
     """The node that called the running backward from within its own; None at the top."""
     frame, engine_seen = sys._getframe(1), False
     while frame is not None:
-        if frame.f_code is _ENGINE:
+        if frame.f_code is _torch.CALLS_ENGINE:
             engine_seen = True
-        elif engine_seen and frame.f_code is _NODE:
+        elif engine_seen and frame.f_code is _torch.CALLS_BACKWARD:
             return frame.f_locals["self"]
         frame = frame.f_back
     return None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from gradfold.backends import VALUES, Place, Stored
 from gradfold.codecs import WEIGHT, WEIGHTS, Codec, Plain, Split, Stream, dither, state_codec, stream_key, weight_codec
 from gradfold.errors import FoldError
-from gradfold.rules import Group, Rule, State, number
+from gradfold.rules import Group, Rule, State
 
 OPTIONS: dict[str, Any] = {"states": None, "rounding": None, "master": None, "small_size": 4096, "seed": 0}
 ROUNDINGS = ("nearest", "stochastic")
@@ -167,19 +167,21 @@ def bind(
     stream: str,
     group: Group,
     place: Place | None = None,
+    count: int | Tensor = 0,
 ) -> tuple[Stored, list[Stored]]:
-    """The weight and its states as a backend takes them, with this step's random bits.
+    """Return the weight and its states as a backend takes them.
 
-    ``state``: with its counters advanced. ``stream``: the parameter's name in the streams of random bits.
+    Args:
+        stream: the parameter's name in the streams of random bits.
+        place: of a slice in its parameter.
+        count: how many steps it has taken, with the one whose random bits are wanted; a stepper is told later.
 
     Raises:
         FoldError: a state is not stored as the group says; somebody changed one of them.
     """
     if storage.weight is None:
         return Stored.plain(param.detach()), [Stored.plain(state[spec.name]) for spec in storage.specs]
-    seed, step = group.get("seed", 0), 0
-    if any(storage.random):  # it stays on the device where a graph may be captured
-        step = state[STEP] if group.get("capturable") else int(number(state[STEP]))
+    seed = group.get("seed", 0)
     bound = []
     names = [WEIGHT, *(spec.name for spec in storage.specs)]
     for name, codec, random in zip(names, (storage.weight, *storage.codecs), storage.random, strict=True):
@@ -191,7 +193,7 @@ def bind(
                 raise FoldError(stored_otherwise(name, parts[VALUES].dtype))
             codec = WEIGHTS[parts[VALUES].dtype]
         random = random and codec.stochastic
-        random_stream = Stream.of(seed, step, stream, name) if random else None
+        random_stream = Stream.of(seed, count, stream, name) if random else None
         bound.append(Stored(parts, codec, random_stream, place))
     return bound[0], bound[1:]
 
@@ -208,9 +210,3 @@ def stored_otherwise(name: str, found: object) -> str:
         f"state {name!r} is stored as {found}, not as its param_group's states= says; to convert, load this "
         "optimizer's torch_state_dict() into a new one made with the states= you want"
     )
-
-
-def tick(state: MutableMapping[str, Tensor], rule: Rule, storage: Storage) -> None:
-    """Count the step where the rule does not and random bits need it."""
-    if any(storage.random) and STEP not in rule.counters:
-        state[STEP] += 1

@@ -9,21 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradfold import _torch
 from gradfold.errors import FoldError
 
 
-def refuse_wrappers(model: nn.Module) -> None:
+def refuse_wrappers(model: nn.Module | None) -> None:
     """Raise if a data-parallel wrapper is around the model, or on the stack above the forward now running.
+
+    Args:
+        model: None if it has been looked at already, and is as it was.
 
     Such a wrapper reduces ``.grad``, which a folded backward never writes: replicas would drift apart without a word.
     """
-    if found := wrapper_of(model) or _wrapper_on_stack():
+    if found := (model is not None and wrapper_of(model)) or _wrapper_on_stack():
         raise FoldError(_around(found))
 
 
 def refuse_ddp() -> None:
     """Raise if a DistributedDataParallel forward is running, be it not the first forward of the step."""
-    if torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+    if _torch.active_ddp() is not None:
         raise FoldError(_around("DistributedDataParallel"))
 
 

@@ -1,17 +1,6 @@
-"""Foldable modules: each hands its (dY, X) to the weight's slot instead of writing a gradient."""
+"""Foldable modules: each hands its (dY, X) to its weight's place in the fold instead of writing a gradient."""
 
-from .causal import HeadRow, fold_heads
-from .head import linear_cross_entropy, linear_log_probs
-from .live import SLOT
+from .routing import FOLD_PARAM
 from .swap import foldable, restore, swap
 
-__all__ = [
-    "SLOT",
-    "HeadRow",
-    "fold_heads",
-    "foldable",
-    "linear_cross_entropy",
-    "linear_log_probs",
-    "restore",
-    "swap",
-]
+__all__ = ["FOLD_PARAM", "foldable", "restore", "swap"]

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.backends import GatherUse, rows
-from gradfold.engine import Demand, Slot
+from gradfold.backends import GatherTerm, rows
+from gradfold.engine import Demand, FoldParam
 
-from .live import Folded, is_plain, live, not_a_view
+from .routing import Folded, is_plain, not_a_view, routed
 
 
 class FoldedLookup(torch.autograd.Function):
     """Rows of a weight ``[V, H]`` by id."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, slot: Slot) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, param: FoldParam) -> Tensor:
         # ids: [*] -> [*, H]
-        ctx.slot, ctx.padding_idx, ctx.rows = slot, padding_idx, weight.shape[0]
+        ctx.param, ctx.padding_idx, ctx.rows = param, padding_idx, weight.shape[0]
         ctx.save_for_backward(ids)
         ctx.set_materialize_grads(False)
         y = F.embedding(ids, weight, padding_idx)
@@ -33,9 +33,9 @@ class FoldedLookup(torch.autograd.Function):
             return None, None, None, None
         (ids,) = ctx.saved_tensors
         dW = None
-        demand = ctx.slot.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
+        demand = ctx.param.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
         if demand is Demand.STEP:
-            ctx.slot.hand(GatherUse(ids, dY, ctx.padding_idx))
+            ctx.param.hand(GatherTerm(ids, dY, ctx.padding_idx))
         elif demand is Demand.CAPTURE:
             grad = rows(dY)  # [T, H]
             if ctx.padding_idx is not None:
@@ -48,7 +48,7 @@ class FoldedEmbedding(Folded):
     """``nn.Embedding`` whose weight steps in backward; every row takes the rule, as in torch."""
 
     def forward(self, input: Tensor) -> Tensor:
-        slot = live(self)  # type: ignore[arg-type]
-        if slot is None or not is_plain(input):
+        param = routed(self)  # type: ignore[arg-type]
+        if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedLookup.apply(input, slot.param, self.padding_idx, slot)  # type: ignore[attr-defined]
+        return FoldedLookup.apply(input, param.param, self.padding_idx, param)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Linear layers and transformers' Conv1D: y = x W + b whose backward hands (dY, X) on instead of writing dW."""
+"""Linear layers and transformers' Conv1D: y = x W + b whose backward hands on (dY, X) instead of writing dW."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.backends import MatmulUse, linear, multiply, rows
-from gradfold.engine import Demand, Slot
+from gradfold.backends import MatmulTerm, linear, multiply, rows
+from gradfold.engine import Demand, FoldParam
 
-from .live import Folded, is_plain, live, not_a_view
+from .routing import Folded, is_plain, not_a_view, routed
 
 
 class FoldedMatmul(torch.autograd.Function):
     """A matrix product with a weight ``[N, K]`` (Linear) or, ``transposed``, ``[K, N]`` (Conv1D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, slot: Slot, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam, transposed: bool) -> Tensor:
         # x: [*, K] -> [*, N]; the bias stands before the weight: of two gates autograd comes to the earlier one first
-        ctx.slot, ctx.transposed = slot, transposed
-        ctx.bias_slot = None if bias is None or transposed else slot.ledger.companion(bias)
+        ctx.param, ctx.transposed = param, transposed
+        ctx.bias = None if bias is None or transposed else param.fold.companion(bias)
         if torch.is_autocast_enabled(x.device.type):
             # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -40,7 +40,7 @@ class FoldedMatmul(torch.autograd.Function):
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 5
-        demand = ctx.slot.admit() if ctx.needs_input_grad[2] else Demand.NOTHING
+        demand = ctx.param.admit() if ctx.needs_input_grad[2] else Demand.NOTHING
         x, weight = ctx.saved_tensors
         if torch.is_autocast_enabled(dY.device.type):
             with torch.autocast(dY.device.type, enabled=False):
@@ -59,9 +59,9 @@ def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | 
         dY2, x2 = rows(dY), rows(x)  # [T, N], [T, K]
         left, right = (x2, dY2) if ctx.transposed else (dY2, x2)
         if demand is Demand.STEP:
-            use = MatmulUse(left, right)
-            ctx.slot.hand(use)
-            along = ctx.needs_input_grad[1] and ctx.bias_slot is not None and ctx.bias_slot.take_along(use, ctx.slot)
+            term = MatmulTerm(left, right)
+            ctx.param.hand(term)
+            along = ctx.bias is not None and ctx.needs_input_grad[1] and ctx.bias.take_along(term, ctx.param)
         else:
             dW = left.t() @ right
     if ctx.needs_input_grad[1] and not along:
@@ -82,17 +82,17 @@ class FoldedLinear(Folded):
     """``nn.Linear`` whose weight steps in backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        slot = live(self)  # type: ignore[arg-type]
-        if slot is None or not is_plain(input):
+        param = routed(self)  # type: ignore[arg-type]
+        if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedMatmul.apply(input, self.bias, slot.param, slot, False)  # type: ignore[attr-defined]
+        return FoldedMatmul.apply(input, self.bias, param.param, param, False)  # type: ignore[attr-defined]
 
 
 class FoldedConv1D(Folded):
     """``transformers.pytorch_utils.Conv1D`` (GPT-2's transposed Linear) whose weight steps in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        slot = live(self)  # type: ignore[arg-type]
-        if slot is None or not is_plain(x):
+        param = routed(self)  # type: ignore[arg-type]
+        if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return FoldedMatmul.apply(x, self.bias, slot.param, slot, True)  # type: ignore[attr-defined]
+        return FoldedMatmul.apply(x, self.bias, param.param, param, True)  # type: ignore[attr-defined]

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gradfold.engine import Slot
+from gradfold import _torch
+from gradfold.engine import FoldParam
 from gradfold.errors import FoldError
 
 from .embedding import FoldedEmbedding
 from .linear import FoldedConv1D, FoldedLinear
-from .live import SLOT, Folded
+from .routing import FOLD_PARAM, Folded
 
 
 def foldable(module: nn.Module) -> type[Folded] | None:
@@ -29,7 +30,7 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     folded = next((f for plain, f in _table().items() if _is_plain(module, plain)), None)
     if folded is None:
         return None
-    if "weight" not in module._parameters:  # parametrized or weight-normed: computed from other parameters
+    if "weight" not in _torch.own_parameters(module):  # parametrized or weight-normed: computed from other parameters
         return None
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -67,40 +68,40 @@ def _folded_class(plain: type, folding: type[Folded]) -> type:
     )
 
 
-def swap(model: nn.Module, slots: Mapping[int, Slot]) -> list[nn.Module]:
+def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
     """Fold every module that can be; return them.
 
     Raises:
         FoldError: a module is folded already, or cannot be routed; no module has been changed then.
     """
-    chosen: list[tuple[nn.Module, type[Folded], Slot]] = []
+    chosen: list[tuple[nn.Module, type[Folded], FoldParam]] = []
     for name, module in model.named_modules():
         if "plain_class" in vars(type(module)):  # left by a fold that was removed while another class lay over ours
             module.__class__ = vars(type(module))["plain_class"]
-        weight = module._parameters.get("weight")
-        slot = slots.get(id(weight)) if isinstance(weight, Parameter) else None
-        if slot is None:
+        weight = _torch.own_parameters(module).get("weight")
+        param = params.get(id(weight)) if isinstance(weight, Parameter) else None
+        if param is None:
             continue
         try:
             folding = foldable(module)
         except FoldError as error:
-            if slot.param.requires_grad:
+            if param.param.requires_grad:
                 raise FoldError(f"{name}: {error}") from None
             continue
         if folding:
-            chosen.append((module, folding, slot))
-    for module, folding, slot in chosen:
-        module.__dict__[SLOT] = slot
+            chosen.append((module, folding, param))
+    for module, folding, param in chosen:
+        module.__dict__[FOLD_PARAM] = param
         module.__class__ = _folded_class(type(module), folding)
-        slot.folded = True
+        param.folded = True
     return [module for module, _, _ in chosen]
 
 
 def restore(modules: list[nn.Module]) -> None:
     """Make them plain again."""
     for module in modules:
-        slot = module.__dict__.pop(SLOT, None)
-        if slot is not None:
-            slot.folded = False
+        param = module.__dict__.pop(FOLD_PARAM, None)
+        if param is not None:
+            param.folded = False
         if "plain_class" in vars(type(module)):  # else a class injected over ours stays, on the plain path
             module.__class__ = vars(type(module))["plain_class"]

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
-from gradfold.backends import DenseUse, Reference, Scratch
-from gradfold.engine import Ledger, Region, Turns, refuse_parameter, scaler_is_looking, stepping
+from gradfold.backends import DenseTerm, Reference, Scratch
+from gradfold.engine import (
+    FoldState,
+    GroupStep,
+    ParamStepper,
+    Region,
+    Turns,
+    refuse_parameter,
+    scaler_is_looking,
+)
 from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
@@ -37,10 +45,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     torch_only: ClassVar[tuple[str, ...]] = ("foreach", "capturable", "differentiable")
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], storage: StorageOptions | None = None):
-        self._ledger: Ledger | None = None
+        self._fold: FoldState | None = None
         self._groups: dict[int, dict[str, Any]] = {}
         self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
+        self._steppers: dict[Parameter, ParamStepper] = {}  # of ordinary steps
         storage = storage or {}
         if unknown := storage.keys() - OPTIONS.keys() - {"capturable"}:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
@@ -54,13 +63,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """As torch's; a GradScaler that looks for gradients is shown what stands for those of a folded model."""
-        if self._ledger is not None and not self._ledger.paused and scaler_is_looking():
-            return self._ledger.marker.show(self._ledger)
+        if self._fold is not None and not self._fold.paused and scaler_is_looking():
+            return self._fold.show_to_scaler()
         return self.__dict__["param_groups"]
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.__dict__["param_groups"] = groups
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """``param_groups``, whoever asks."""
+        return self.__dict__["param_groups"]
 
     # stepping ---------------------------------------------------------------------------------------------------------
 
@@ -74,21 +88,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._ledger is None or self._ledger.paused:
-            if self._ledger is not None:
-                self._ledger.require_closed("optimizer.step() inside fold.paused()")
+        if self._fold is None or self._fold.paused:
+            if self._fold is not None:
+                self._fold.require_closed("optimizer.step() inside fold.paused()")
             stepping = [param for param in self._params if param.grad is not None]
-            if self._ledger is None:
+            if self._fold is None:
                 self._refuse_slices(stepping)
+            shared: dict[int, GroupStep] = {}
             for param in stepping:
-                self.apply(param)
+                group = self.group_of(param)
+                if id(group) not in shared:
+                    shared[id(group)] = GroupStep(group, self.rule)
+                self.apply(param, shared[id(group)])
         else:
-            self._ledger.close()
+            self._fold.close()
         self._groups.clear()  # a parameter may move to another group between steps
         return loss
 
-    def apply(self, param: Parameter) -> None:
-        """Step one parameter from its ``.grad``, which stays as it is."""
+    def apply(self, param: Parameter, shared: GroupStep | None = None) -> None:
+        """Step one parameter from its ``.grad``, which stays as it is; ``shared``: its group in this step."""
         grad = param.grad
         if grad is None:
             raise FoldError("apply() needs a parameter with a .grad")
@@ -98,16 +116,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if grad.layout != torch.strided:
             raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
-        if self._ledger is not None:
-            for part in self._ledger.slots[id(param)].parts:
-                part.apply_gradient(grad.detach())
+        shared = shared or GroupStep(self.group_of(param), self.rule)
+        if self._fold is not None:
+            for one in self._fold.params[id(param)].slices:
+                one.step_gradient(grad.detach(), shared)
             return
         if self._backend is None:
             self._backend = Reference(Scratch())
-        uses = [DenseUse(grad.detach())]
-        state, group, stream = self.state[param], self.group_of(param), self.stream_of(param)
-        with stepping(param, uses, state, self.rule, group, {}, stream) as job:
-            self._backend.step(*job)
+        if param not in self._steppers:
+            self._steppers[param] = ParamStepper(param, self, self._backend)
+        self._steppers[param].step([DenseTerm(grad.detach())], shared)
 
     def _refuse_slices(self, params: Iterable[Parameter]) -> None:
         for param in params:
@@ -120,14 +138,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""
         super().zero_grad(set_to_none)
-        if self._ledger is not None and not self._ledger.paused:
-            self._ledger.drop()
+        if self._fold is not None and not self._fold.paused:
+            self._fold.drop()
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
         """The live param_group this parameter belongs to."""
         group = self._groups.get(id(param))
-        if group is None or not any(group is g for g in self.param_groups):
-            self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        if group is None or not any(group is g for g in self.groups):
+            self._groups = {id(p): g for g in self.groups for p in g["params"]}
             group = self._groups[id(param)]
         return group
 
@@ -137,8 +155,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Folding does not change it, and a loaded state_dict brings its own, so that a resumed run draws the same bits.
         """
         if id(param) not in self._streams:
-            names = _stream_names(self.param_groups)
-            params = [param for group in self.param_groups for param in group["params"]]
+            names = _stream_names(self.groups)
+            params = [param for group in self.groups for param in group["params"]]
             self._streams = {id(param): name for param, name in zip(params, names, strict=True)}
         return self._streams[id(param)]
 
@@ -157,23 +175,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._groups.clear()
         try:
-            self._check(self.param_groups[-1])
-            self._join_fold(self.param_groups[-1]["params"])
+            self._check(self.groups[-1])
+            self._join_fold(self.groups[-1]["params"])
         except (ValueError, FoldError):
-            self.param_groups.pop()
+            self.groups.pop()
             raise
 
     def _join_fold(self, added: list[Parameter]) -> None:
-        if self._ledger is None:
+        if self._fold is None:
             return
-        names = {id(param): name for name, param in self._ledger.model.named_parameters()}
+        names = {id(param): name for name, param in self._fold.model.named_parameters()}
         for param in added:
             if id(param) not in names:
                 raise FoldError("add_param_group: a parameter that is not in the folded model could never step")
             if param.requires_grad:
                 refuse_parameter(names[id(param)], param)
         for param in added:
-            self._ledger.claim(names[id(param)], param).arm()
+            self._fold.claim(names[id(param)], param).arm()
 
     # state_dict -------------------------------------------------------------------------------------------------------
 
@@ -195,11 +213,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @property
     def _turns(self) -> Turns | None:
-        return None if self._ledger is None else self._ledger.turns
+        return None if self._fold is None else self._fold.turns
 
     @property
     def _params(self) -> list[Parameter]:
-        return [param for group in self.param_groups for param in group["params"]]
+        return [param for group in self.groups for param in group["params"]]
 
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict for the torch optimizer of the same name: states decoded to fp32, torch's keys alone.
@@ -234,8 +252,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         return [(region, states_of(states, region)) for region in self._turns.regions(param)]
 
     def _forget_empty(self) -> None:
-        if self._ledger is not None:
-            self._ledger.require_closed("state_dict()")
+        if self._fold is not None:
+            self._fold.require_closed("state_dict()")
         for param in [param for param, states in self.state.items() if not states]:
             del self.state[param]  # torch has no entry for a parameter that keeps nothing
 
@@ -249,8 +267,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: other groups, or a state that is not this parameter's; nothing is changed then.
         """
-        if self._ledger is not None:
-            self._ledger.require_closed("load_state_dict()")
+        if self._fold is not None:
+            self._fold.require_closed("load_state_dict()")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (replaced := hook(self, state_dict)) is not None:
@@ -271,25 +289,26 @@ class RuleOptimizer(torch.optim.Optimizer):
             turns.check(state_dict.get("working_set"))
         self.state.clear()
         self.state.update(placed)
-        self.param_groups[:] = groups
+        self.groups[:] = groups
         self._groups.clear()
         self._streams.clear()
-        if self._ledger is not None:
-            for slot in self._ledger.slots.values():
-                for part in slot.parts:
-                    part.waiting.clear()
-                slot.rearm()
+        if self._fold is not None:
+            for param in self._fold.params.values():
+                for one in param.slices:
+                    one.lazy.clear()
+            self._fold.new_step()
             if turns is not None:
                 turns.load(
                     state_dict.get("working_set"), lambda p, region: self._placed(p, owners[id(p)], saved, region)
                 )
-            for slot in self._ledger.slots.values():
-                slot.allocate()
+            for param in self._fold.params.values():
+                param.allocate()
+        self._steppers.clear()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        own = self.param_groups
+        own = self.groups
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
             raise ValueError(
                 f"state_dict has groups of {[len(g['params']) for g in saved]} parameters, this optimizer of "
@@ -347,7 +366,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ledger, self._backend, self._groups, self._streams = None, None, {}, {}
+        self._fold, self._backend, self._groups, self._streams, self._steppers = None, None, {}, {}, {}
 
 
 def _stream_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradfold.codecs import Split, export_master, import_master
-from gradfold.engine.apply import allocate
+from gradfold.engine import allocate
 from gradfold.engine.storage import storage_of
 
 from .base import RuleOptimizer

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from gradfold.modules.head import KEEP_BYTES
+from gradfold.head.loss import KEEP_BYTES
 from gradfold.plan.allocator import CONTEXT_BYTES, allocated
 from gradfold.plan.errors import PlanError
 from gradfold.plan.models import Subject

@@ -48,7 +48,7 @@ class _Round:
         watched = dataclasses.replace(config, interval=1, order="forward", offload=self.host, folder=None)
         self.optimizer = self.settings.make_optimizer(trainable(model))
         self.fold = self.settings.make_fold(model, self.optimizer, watched)
-        rotation = self.fold._ledger.turns
+        rotation = self.fold._state.turns
         assert isinstance(rotation, Rotation)
         self.rotation = rotation
         self.chunks = len(rotation.chunks)

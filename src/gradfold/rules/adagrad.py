@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from gradfold import _torch
+
 from .base import Rule, State, number, signed, step_tensor, tick
 
 
@@ -58,11 +60,11 @@ class Adagrad(Rule):
 
     def fused(self, weight, grad, states, numbers):
         n = numbers
-        torch._fused_adagrad_(
+        _torch.fused_adagrad(
             [weight],
             [grad],
             list(states),
-            [step_tensor(n.step, weight.device)],
+            [step_tensor(n.step, weight)],
             lr=n.lr,
             lr_decay=n.lr_decay,
             weight_decay=n.weight_decay,

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from gradfold import _torch
+
 from .base import Rule, State, number, signed, step_tensor, tick
 
 
@@ -74,14 +76,14 @@ class Adam(Rule):
 
     def fused(self, weight, grad, states, numbers):
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
-        kernel = torch._fused_adamw_ if n.decoupled else torch._fused_adam_
+        kernel = _torch.fused_adamw if n.decoupled else _torch.fused_adam
         kernel(
             [weight],
             [grad],
             [exp_avg],
             [exp_avg_sq],
             maximum,
-            [step_tensor(n.step, weight.device)],
+            [step_tensor(n.step, weight)],
             lr=n.lr,
             beta1=n.beta1,
             beta2=n.beta2,

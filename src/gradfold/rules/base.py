@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -108,6 +109,14 @@ def signed(grad: Tensor, maximize: bool) -> Tensor:
     return grad.neg_() if maximize else grad
 
 
-def step_tensor(step: float, device: torch.device) -> Tensor:
-    """``step`` the way torch's fused kernels read it: a float32 scalar on the weight's device."""
-    return torch.full((), step, dtype=torch.float32, device=device)
+def step_tensor(step: float, weight: Tensor) -> Tensor:
+    """Return ``step`` the way torch's fused kernels read it: a float32 scalar on the weight's device."""
+    if weight.device.type != "cpu" or hasattr(weight, "fake_mode"):
+        return torch.full((), step, dtype=torch.float32, device=weight.device)
+    return _on_cpu(step)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_cpu(step: float) -> Tensor:
+    """The kernels only read it, so that all parameters with as many steps share it."""
+    return torch.full((), step, dtype=torch.float32)

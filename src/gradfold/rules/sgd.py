@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
-import torch
+from gradfold import _torch
 
 from .base import Rule, State, number, signed
 
@@ -72,7 +72,7 @@ class SGD(Rule):
 
     def fused(self, weight, grad, states, numbers):
         n = numbers
-        torch._fused_sgd_(
+        _torch.fused_sgd(
             [weight],
             [grad],
             list(states),

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradfold import _torch
 from gradfold.codecs import WEIGHTS
-from gradfold.engine import Ledger, Region, Slot
+from gradfold.engine import FoldParam, FoldState, Region
 from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 
@@ -20,28 +21,28 @@ from .config import WorkingSet
 class Layout:
     """The cut of one model's parameters; tied ones answer to each of their names."""
 
-    def __init__(self, config: WorkingSet, ledger: Ledger):
+    def __init__(self, config: WorkingSet, fold: FoldState):
         self.config = config
-        self.ledger = ledger
-        self._aliases: dict[str, str] = {}  # another name of a tied parameter -> its slot's
-        for name, param in ledger.model.named_parameters(remove_duplicate=False):
-            if id(param) in ledger.slots:
-                self._aliases[name] = ledger.slots[id(param)].name
-        trainable = [slot for slot in ledger.slots.values() if slot.param.requires_grad]
-        self.always = [slot for slot in trainable if self._named(slot, config.always)]
-        if missing := [name for name in config.always if not any(self._named(slot, [name]) for slot in trainable)]:
+        self.fold = fold
+        self._aliases: dict[str, str] = {}  # another name of a tied parameter -> the fold's
+        for name, param in fold.model.named_parameters(remove_duplicate=False):
+            if id(param) in fold.params:
+                self._aliases[name] = fold.params[id(param)].name
+        trainable = [member for member in fold.params.values() if member.param.requires_grad]
+        self.always = [member for member in trainable if self._named(member, config.always)]
+        if missing := [name for name in config.always if not any(self._named(member, [name]) for member in trainable)]:
             raise FoldError(f"WorkingSet(always=[{missing[0]!r}]): no trainable parameter's name contains it")
-        self.turning = [slot for slot in trainable if slot not in self.always]
+        self.turning = [member for member in trainable if member not in self.always]
         self.chunks = self._cut()
-        self.slices: dict[Slot, list[tuple[int, Region | None]]] = {slot: [] for slot in self.turning}
-        self._by_name = {slot.name: slot for slot in self.turning}
+        self.slices: dict[FoldParam, list[tuple[int, Region | None]]] = {member: [] for member in self.turning}
+        self._by_name = {member.name: member for member in self.turning}
         for index, chunk in enumerate(self.chunks):
             for slice_ in chunk:
-                slot = self._by_name[slice_.name]
-                self.slices[slot].append((index, _region(slice_, slot.param)))
+                member = self._by_name[slice_.name]
+                self.slices[member].append((index, _region(slice_, member.param)))
 
-    def _named(self, slot: Slot, wanted: Iterable[str]) -> bool:
-        names = [name for name, slots in self._aliases.items() if slots == slot.name]
+    def _named(self, member: FoldParam, wanted: Iterable[str]) -> bool:
+        names = [name for name, owner in self._aliases.items() if owner == member.name]
         return any(part in name or fnmatch.fnmatchcase(name, part) for part in wanted for name in names)
 
     def _cut(self) -> list[Chunk]:
@@ -60,36 +61,37 @@ class Layout:
         return chunks
 
     def _own_name(self, member: Any) -> Any:
-        """What a user's list says, with the slot's name for another of a tied parameter's."""
+        """What a user's list says, with the fold's name for another of a tied parameter's."""
         name, *rest = (member,) if isinstance(member, str) else member
-        slots = {slot.name for slot in self.turning}
-        if not any(slot == name or slot.startswith(f"{name}.") for slot in slots):
-            tied = {self._aliases[key] for key in self._aliases if key == name or key.startswith(f"{name}.")} & slots
+        known = {member.name for member in self.turning}
+        if not any(own == name or own.startswith(f"{name}.") for own in known):
+            tied = {self._aliases[key] for key in self._aliases if key == name or key.startswith(f"{name}.")} & known
             name = tied.pop() if len(tied) == 1 else name
         return (name, *rest) if rest else name
 
     def pieces(self) -> list[Piece]:
         """The parameters that take turns, as the cut sees them."""
-        names = {id(slot.param): slot.name for slot in self.turning}
+        names = {id(member.param): member.name for member in self.turning}
         mates: dict[str, str] = {}
-        for module in self.ledger.model.modules():
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        for module in self.fold.model.modules():
+            own = _torch.own_parameters(module)
+            weight, bias = own.get("weight"), own.get("bias")
             if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and bias.dim() == 1:
                 if id(weight) in names and id(bias) in names and weight.shape[0] == bias.shape[0]:
                     mates.setdefault(names[id(bias)], names[id(weight)])
-        rule = self.ledger.optimizer.rule
+        rule = self.fold.optimizer.rule
         made = []
-        for slot in self.turning:
-            storage = storage_of(slot.param, rule, slot.group)
+        for member in self.turning:
+            storage = storage_of(member.param, rule, member.group)
             grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
-            size_bytes = weight_and_state_bytes(slot)
-            made.append(Piece(slot.name, tuple(slot.param.shape), size_bytes, mates.get(slot.name), grain))
+            size_bytes = weight_and_state_bytes(member)
+            made.append(Piece(member.name, tuple(member.param.shape), size_bytes, mates.get(member.name), grain))
         return made
 
     def name_of(self, slice_: Slice) -> str:
         """``model.layers.0.mlp.up_proj.weight[0:128]``; without brackets where it is the whole parameter."""
-        slot = self._by_name[slice_.name]
-        return name_of_region(slot, _region(slice_, slot.param))
+        member = self._by_name[slice_.name]
+        return name_of_region(member, _region(slice_, member.param))
 
     def chunk_bytes(self, index: int) -> float:
         """Weights and states of one chunk."""
@@ -99,19 +101,19 @@ class Layout:
             total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
         return total
 
-    def chunks_of(self, slot: Slot) -> str:
+    def chunks_of(self, member: FoldParam) -> str:
         """In which chunks a parameter is, for a table."""
-        if slot not in self.slices:
-            return "always" if slot.param.requires_grad else ""  # thawed, or added, after folding too
-        found = sorted({index for index, _ in self.slices[slot]})
+        if member not in self.slices:
+            return "always" if member.param.requires_grad else ""  # thawed, or added, after folding too
+        found = sorted({index for index, _ in self.slices[member]})
         joined = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
         return f"{found[0]}-{found[-1]}" if joined else ", ".join(map(str, found))
 
 
-def weight_and_state_bytes(slot: Slot) -> float:
+def weight_and_state_bytes(member: FoldParam) -> float:
     """Bytes of a parameter and all of its states."""
-    param, rule = slot.param, slot.ledger.optimizer.rule
-    storage = storage_of(param, rule, slot.group)
+    param, rule = member.param, member.fold.optimizer.rule
+    storage = storage_of(param, rule, member.group)
     codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
     each = sum(param.element_size() if codec is None else codec.bytes_per_element(param.shape) for codec in codecs)
     weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(param.shape)
@@ -123,5 +125,5 @@ def _region(slice_: Slice, param: Tensor) -> Region | None:
     return None if (slice_.start, slice_.stop) == (0, size) else Region(slice_.dim, slice_.start, slice_.stop)
 
 
-def name_of_region(slot: Slot, region: Region | None) -> str:
-    return slot.name if region is None else f"{slot.name}{region}"
+def name_of_region(member: FoldParam, region: Region | None) -> str:
+    return member.name if region is None else f"{member.name}{region}"

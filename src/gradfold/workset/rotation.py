@@ -17,7 +17,7 @@ from typing import IO, Any
 from torch import Tensor, nn
 
 from gradfold.codecs import WEIGHT
-from gradfold.engine import Ledger, Part, Region, Slot
+from gradfold.engine import FoldParam, FoldState, ParamSlice, Region
 from gradfold.errors import FoldError
 
 from .chunks import Chunk
@@ -43,13 +43,13 @@ class Turn:
 class Rotation(Layout):
     """The working set of one fold."""
 
-    def __init__(self, config: WorkingSet, ledger: Ledger):
-        super().__init__(config, ledger)
+    def __init__(self, config: WorkingSet, fold: FoldState):
+        super().__init__(config, fold)
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
         self._lock: IO[str] | None = None
         self.store = self._store()
-        self.awake: dict[Slot, bool] = {}  # what requires_grad was set to here
-        self.frozen: set[Slot] = set()  # by the user, of those that take turns
+        self.awake: dict[FoldParam, bool] = {}  # what requires_grad was set to here
+        self.frozen: set[FoldParam] = set()  # by the user, of those that take turns
         self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
         self._owed: float | None = None  # the power of a step that has not been counted yet
@@ -94,31 +94,34 @@ class Rotation(Layout):
 
         Where it raises, ``end`` undoes it, but for the optimizer's states.
         """
-        optimizer = self.ledger.optimizer
-        self.ledger.turns = self
+        optimizer = self.fold.optimizer
+        self.fold.turns = self
         saved = optimizer.state_dict() if any(optimizer.state.values()) else None
         if saved is not None:
             optimizer.state.clear()
-        for slot in self.turning:
-            slot.parts = []
-            self._set(slot, False)
+        for member in self.turning:
+            member.slices = []
+            self._set(member, False)
         self._wake()
-        for slot in self.ledger.slots.values():
-            slot.arm()
+        for member in self.fold.params.values():
+            member.arm()
         if saved is not None:
             optimizer.load_state_dict(saved)
 
     def end(self) -> None:
         """``requires_grad`` as the user would have it, and all states with the optimizer."""
-        present = dict(self.ledger.model.named_parameters())
+        present = dict(self.fold.model.named_parameters())
         self._notice()
-        for slot in self.turning:
-            for name, tensors in self._sleeping(slot, stepping=True):
-                self.ledger.optimizer.state[slot.param].update(tensors)
+        for member in self.turning:
+            for name, tensors in self._sleeping(member, stepping=True):
+                self.fold.optimizer.state[member.param].update(tensors)
                 self.store.drop(name)
-            for param in (slot.param, present.get(slot.name)):  # load_state_dict(assign=True) puts another in its place
+            for param in (
+                member.param,
+                present.get(member.name),
+            ):  # load_state_dict(assign=True) puts another in its place
                 if param is not None:
-                    param.requires_grad_(slot not in self.frozen)
+                    param.requires_grad_(member not in self.frozen)
         for model in self._let_inputs:
             model.enable_input_require_grads()
         if isinstance(self.store, Disk):
@@ -134,37 +137,39 @@ class Rotation(Layout):
         """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
         self._stop_early()
         self._notice()
-        for slot in self.turning:
-            self._set(slot, bool(slot.parts) and slot not in self.frozen)
+        for member in self.turning:
+            self._set(member, bool(member.slices) and member not in self.frozen)
 
     def _notice(self) -> None:
         """What the user has frozen and unfrozen. That a sleeping parameter was frozen cannot be seen."""
-        for slot in self.turning:
-            if slot.param.requires_grad == self.awake.get(slot, slot.param.requires_grad):
+        for member in self.turning:
+            if member.param.requires_grad == self.awake.get(member, member.param.requires_grad):
                 continue
-            if slot.param.requires_grad:
-                self.frozen.discard(slot)
+            if member.param.requires_grad:
+                self.frozen.discard(member)
             else:
-                self.frozen.add(slot)
+                self.frozen.add(member)
 
     def _stop_early(self) -> None:
         """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
         embeddings' outputs that require grad, so that every backward would run to the bottom."""
-        for model in self.ledger.model.modules():
+        for model in self.fold.model.modules():
             if getattr(model, "_require_grads_hooks", None):
                 model.disable_input_require_grads()  # type: ignore[operator]
                 self._let_inputs.append(model)
 
     def fired(self) -> None:
         """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""
-        schedule, ledger = self.schedule, self.ledger
-        last = schedule.step == self.config.interval - 1 and ledger.last_backward and not ledger.measuring
+        schedule, fold = self.schedule, self.fold
+        last = schedule.step == self.config.interval - 1 and fold.step.last and not fold.step.measuring
         if last and self.config.prefetch and not self._fetching:
             self._fetching = True
-            for slot in self.turning:
-                names = [name_of_region(slot, region) for index, region in self.slices[slot] if index == schedule.next]
+            for member in self.turning:
+                names = [
+                    name_of_region(member, region) for index, region in self.slices[member] if index == schedule.next
+                ]
                 if names:
-                    self.store.prefetch(names, slot.param.device)
+                    self.store.prefetch(names, member.param.device)
 
     def stepped(self, power: float) -> None:
         """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake.
@@ -193,20 +198,20 @@ class Rotation(Layout):
             self._wake()
 
     def _wake(self) -> None:
-        """Give the slots of the active chunk their parts and states. Where it raises, it can be called again."""
-        state = self.ledger.optimizer.state
-        parts: dict[Slot, list[Part]] = {}
-        for slot in self.turning:
-            regions = [region for index, region in self.slices[slot] if index == self.schedule.index]
-            parts[slot] = [Part(slot, region, self._draw) for region in regions]
-            for part in parts[slot]:
-                if tensors := self.store.take(part.name, slot.param.device):
-                    state[slot.param].update(tensors)
-        for slot in self.turning:  # now that all of them have their states: none may begin anew for want of a file
-            slot.parts = parts[slot]
-            self._set(slot, bool(slot.parts) and slot not in self.frozen)
-            if slot.parts:
-                slot.arm()
+        """Give the parameters of the active chunk their slices and states. Where it raises, it can be called again."""
+        state = self.fold.optimizer.state
+        slices: dict[FoldParam, list[ParamSlice]] = {}
+        for member in self.turning:
+            regions = [region for index, region in self.slices[member] if index == self.schedule.index]
+            slices[member] = [member.slice(region, self._draw) for region in regions]
+            for one in slices[member]:
+                if tensors := self.store.take(one.name, member.param.device):
+                    state[member.param].update(tensors)
+        for member in self.turning:  # now that all of them have their states: none may begin anew for want of a file
+            member.slices = slices[member]
+            self._set(member, bool(member.slices) and member not in self.frozen)
+            if member.slices:
+                member.arm()
         self._waking = False
 
     @property
@@ -214,58 +219,58 @@ class Rotation(Layout):
         """States that begin anew count their steps anew, and may not draw the random bits of an earlier turn again."""
         return f"turn {self.schedule.turn}" if self.config.states == "reset" else ""
 
-    def _kept(self, part: Part) -> dict[str, Any]:
-        """What outlives a part's turn: its states, or only what belongs to the weight itself."""
+    def _kept(self, one: ParamSlice) -> dict[str, Any]:
+        """What outlives a slice's turn: its states, or only what belongs to the weight itself."""
         keep = self.config.states == "keep"
-        states = part.state
-        return {part.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
+        states = one.states
+        return {one.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
 
     def _sleep(self) -> None:
-        """Take parts and states from those that are awake; where the store raises, from none."""
-        parts = [part for slot in self.turning for part in slot.parts]
+        """Take slices and states from those that are awake; where the store raises, from none."""
+        active = [one for member in self.turning for one in member.slices]
         put: list[str] = []
         try:
-            for part in parts:
-                if tensors := self._kept(part):
-                    put.append(part.name)
-                    self.store.put(part.name, tensors)
+            for one in active:
+                if tensors := self._kept(one):
+                    put.append(one.name)
+                    self.store.put(one.name, tensors)
         except BaseException:
             for name in put:
                 self.store.drop(name)  # they are with the optimizer, and may step again there
             raise
-        for part in parts:
-            part.state.clear()
-            part.waiting.clear()
-        for slot in self.turning:
-            slot.parts = []
-            slot.disarm()
+        for one in active:
+            one.states.clear()
+            one.lazy.clear()
+        for member in self.turning:
+            member.slices = []
+            member.disarm()
 
-    def _set(self, slot: Slot, requires_grad: bool) -> None:
-        self.awake[slot] = requires_grad
-        if slot.param.requires_grad != requires_grad:
-            slot.param.requires_grad_(requires_grad)
+    def _set(self, member: FoldParam, requires_grad: bool) -> None:
+        self.awake[member] = requires_grad
+        if member.param.requires_grad != requires_grad:
+            member.param.requires_grad_(requires_grad)
         if not requires_grad:
-            slot.param.grad = None
+            member.param.grad = None
 
     # states -----------------------------------------------------------------------------------------------------------
 
-    def _sleeping(self, slot: Slot, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    def _sleeping(self, member: FoldParam, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
         look = self.store.detached if stepping and isinstance(self.store, Disk) else self.store.peek
-        for _, region in self.slices[slot]:
-            name = name_of_region(slot, region)
+        for _, region in self.slices[member]:
+            name = name_of_region(member, region)
             if (tensors := look(name)) is not None:
                 yield name, tensors
 
     def regions(self, param: nn.Parameter) -> list[Region | None]:
-        slot = self.ledger.slots.get(id(param))
-        return [region for _, region in self.slices[slot]] if slot in self.slices else [None]
+        member = self.fold.params.get(id(param))
+        return [region for _, region in self.slices[member]] if member in self.slices else [None]
 
     def states(self, param: nn.Parameter) -> dict[str, Any]:
-        found = dict(self.ledger.optimizer.state.get(param, {}))
-        slot = self.ledger.slots.get(id(param))
-        if slot in self.slices:
-            for _, tensors in self._sleeping(slot):
+        found = dict(self.fold.optimizer.state.get(param, {}))
+        member = self.fold.params.get(id(param))
+        if member in self.slices:
+            for _, tensors in self._sleeping(member):
                 found |= tensors
         return found
 
@@ -302,20 +307,20 @@ class Rotation(Layout):
         self._loading = True
         for name in list(self.store.keys()):
             self.store.drop(name)
-        for slot in self.turning:
-            slot.parts = []
-            slot.disarm()
+        for member in self.turning:
+            member.slices = []
+            member.disarm()
         if saved is not None:
             self.schedule.load_state_dict(saved["schedule"])
         self._fetching, self._owed = False, None
-        optimizer = self.ledger.optimizer
-        for slot in self.ledger.slots.values():
-            for index, region in self.slices.get(slot, [(self.schedule.index, None)]):
-                if found := states(slot.param, region):
+        optimizer = self.fold.optimizer
+        for member in self.fold.params.values():
+            for index, region in self.slices.get(member, [(self.schedule.index, None)]):
+                if found := states(member.param, region):
                     if index == self.schedule.index:
-                        optimizer.state[slot.param].update(found)
+                        optimizer.state[member.param].update(found)
                     else:
-                        self.store.put(name_of_region(slot, region), found)
+                        self.store.put(name_of_region(member, region), found)
         self._loading = False
         self._wake()
 

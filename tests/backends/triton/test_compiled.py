@@ -18,10 +18,10 @@ from triton.runtime.driver import driver
 import gradfold
 from benchmarks import kernels, listing
 from benchmarks.compiled import Compiled, Job, build, compiling_for
-from gradfold.backends import DenseUse
-from gradfold.backends.triton import many, table
+from gradfold.backends import UNCHANGED, DenseTerm, Scratch
+from gradfold.backends.triton import Triton, backend, many, table
 from gradfold.backends.triton.kernels.many import fold_many
-from gradfold.engine.apply import stepping
+from gradfold.engine import GroupStep, ParamStepper
 
 HOPPER = Job(90)
 QUICK = [
@@ -98,16 +98,15 @@ def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
     """Its gradients are there already: autograd wrote them."""
     param = torch.nn.Parameter(torch.empty(4096, dtype=torch.bfloat16))
     optimizer = gradfold.AdamW([param], states="fp32", rounding="stochastic", master="split8")
-    gradient, made = [DenseUse(torch.empty(4096))], []
+    gradient, made = [DenseTerm(torch.empty(4096))], []
     monkeypatch.setattr(many, "fold_many", Warming(made))
-    with (
-        torch.no_grad(),
-        stepping(param, gradient, {}, optimizer.rule, optimizer.param_groups[0], {}, "w") as job,
-    ):
+    monkeypatch.setattr(backend, "_reachable", lambda weight: True)
+    with torch.no_grad(), compiling_for(90):
+        stepper = ParamStepper(param, optimizer, Triton(Scratch()))
+        job, _ = stepper.begin(gradient, GroupStep(optimizer.param_groups[0], optimizer.rule), UNCHANGED)
         found = many.kind_of(job)
         assert found is not None
-        with compiling_for(90):
-            many.step_many(found[0], [job], [found[1]])
+        many.step_many(found[0], [job], [found[1]])
     code, usage = listing.read(made[0].asm["cubin"])
     assert not code.spills and not usage.local_bytes and not usage.stack_bytes
 

@@ -14,7 +14,7 @@ from triton.runtime.driver import driver
 
 import gradfold
 from benchmarks.compiled import Listening
-from gradfold.backends import UNCHANGED, Change, MatmulUse, Scratch, Stored
+from gradfold.backends import UNCHANGED, Change, MatmulTerm, Scratch, StepNumbers
 from gradfold.backends.triton import Triton, backend, prepared
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.engine.storage import allocate_state, bind, storage_of
@@ -54,14 +54,17 @@ def problem(states="int8"):
 
     def job(step, change=UNCHANGED, tokens=TOKENS):
         state["step"].fill_(step - 1)
-        numbers = rule.advance(state, group, False)
-        first, states = bind(weight, storage, state, "w", group)
-        use = MatmulUse(
+        numbers = StepNumbers(rule.advance(state, group, False), step)
+        term = MatmulTerm(
             torch.zeros(tokens, SHAPE[0], dtype=torch.bfloat16), torch.zeros(tokens, SHAPE[1], dtype=torch.bfloat16)
         )
-        return first, states, [use], rule, group, numbers, change
+        return [term], numbers, change
 
-    return job
+    def prepare(ours):
+        first, states = bind(weight, storage, state, "w", group)
+        return ours.prepare(first, states, rule, group)
+
+    return job, prepare
 
 
 def arguments_of(call):
@@ -70,15 +73,16 @@ def arguments_of(call):
 
 
 def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
-    job, ours = problem(), Triton(Scratch())
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
     at = prepared.NUMBERS
-    ours.step(*job(1))
+    stepper(*job(1))
     for step, change, tokens in [(2, UNCHANGED, TOKENS), (3, UNCHANGED, 24), (4, Change(0.5), TOKENS)]:
         given = job(step, change, tokens)
-        launches = len(next(iter(ours.shelf._found.values())).launches)
-        ours.step(*given)
-        assert len(next(iter(ours.shelf._found.values())).launches) == launches, "made again"
-        Triton(Scratch()).step(*given)  # which has prepared nothing: by Triton's own dispatch
+        launches = len(stepper.launches())
+        stepper(*given)
+        assert len(stepper.launches()) == launches, "made again"
+        prepare(Triton(Scratch()))(*given)  # which has prepared nothing: by Triton's own dispatch
         mine, theirs = map(arguments_of, listening.launched[-2:])
         assert mine[0] == theirs[0]
         assert len(mine[1]) == len(theirs[1]) == len(fold_step.arg_names)
@@ -88,17 +92,19 @@ def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
 
 
 def test_another_kind_of_launch_is_made_anew(listening):
-    job, ours = problem("fp32"), Triton(Scratch())
+    job, prepare = problem("fp32")
+    stepper = prepare(Triton(Scratch()))
     for change in (UNCHANGED, Change(clip_value=0.1), Change(torch.tensor(0.5)), Change(guarded=True)):
-        ours.step(*job(1, change))
-    assert len(next(iter(ours.shelf._found.values())).launches) == 4
+        stepper(*job(1, change))
+    assert len(stepper.launches()) == 4
 
 
 def test_operands_that_lie_otherwise_are_another_kind(listening, monkeypatch):
     """Triton compiles for addresses and strides that are multiples of 16, and for those that are not."""
     made = []
     monkeypatch.setattr(Triton, "_launch", lambda *_: made.append(1) or ([0.0], lambda *_: None))
-    job, ours = problem(), Triton(Scratch())
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
 
     def layouts(rows, columns):
         wide = torch.zeros(rows, columns + 1, dtype=torch.bfloat16)
@@ -109,34 +115,44 @@ def test_operands_that_lie_otherwise_are_another_kind(listening, monkeypatch):
     uses = [(left, rights[0]) for left in lefts] + [(lefts[0], right) for right in rights[1:]]
     for _ in range(2):
         for left, right in uses:
-            weight, states, _, *rest = job(1)
-            ours.step(weight, states, [MatmulUse(left, right)], *rest)
+            stepper([MatmulTerm(left, right)], *job(1)[1:])
     assert len(made) == len(uses)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["described", "by address"])
 def test_nothing_prepared_keeps_a_product_alive(listening, offset):
     """Neither the launch that was made for it, nor one that was there."""
-    job, ours = problem(), Triton(Scratch())
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
     for _ in range(2):
-        weight, states, _, *rest = job(1)
         operands = [torch.zeros(TOKENS * n + offset, dtype=torch.bfloat16)[offset:].view(TOKENS, n) for n in SHAPE]
         alive = [weakref.ref(operand) for operand in operands]
-        ours.step(weight, states, [MatmulUse(*operands)], *rest)
+        stepper([MatmulTerm(*operands)], *job(1)[1:])
         operands.clear()
         listening.launched.clear()
         gc.collect()
         assert [one() for one in alive] == [None, None]
-    assert len(next(iter(ours.shelf._found.values())).launches) == 1
+    assert len(stepper.launches()) == 1
 
 
-def test_nothing_prepared_keeps_a_state_alive(listening):
-    job, ours = problem("fp32"), Triton(Scratch())
-    given = job(1)
-    ours.step(*given)
-    storages = [weakref.ref(part.untyped_storage()) for one in given[1] for part in one.parts.values()]
-    assert all(isinstance(one, Stored) for one in given[1])
-    held = next(iter(ours.shelf._found.values()))
-    tensors = [x for launch in held.launches.values() for x in launch.arguments if isinstance(x, torch.Tensor)]
-    data = {part.data_ptr() for one in [given[0], *given[1]] for part in one.parts.values()}
-    assert not any(tensor.data_ptr() in data for tensor in tensors) and storages
+def test_a_state_that_was_replaced_is_let_go(listening):
+    """What was prepared for it goes with it."""
+    model = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False).to(torch.bfloat16)
+    optimizer = gradfold.AdamW(model.parameters(), states="fp32", small_size=0)
+    gradfold.fold(model, optimizer, backend=Triton(Scratch()), on_nonfinite="skip")
+    states = optimizer.state[model.weight]
+
+    def step():
+        model(torch.zeros(TOKENS, SHAPE[1], dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+
+    step()
+    gone = weakref.ref(states["exp_avg"])
+    states["exp_avg"] = torch.ones(SHAPE)
+    step()
+    gc.collect()
+    assert gone() is None
+    launched = arguments_of(listening.launched[-1])[1]
+    assert (states["exp_avg"].data_ptr(), torch.float32) in [
+        value for one in launched if isinstance(one, tuple) for value in one
+    ]

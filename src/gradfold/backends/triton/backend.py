@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from gradfold.backends.powers import Pending, Power
-from gradfold.backends.reference import UNCHANGED, Change, Job, Reference
+from gradfold.backends.contract import UNCHANGED, Backend, Change, Job, StepNumbers
+from gradfold.backends.norms import PendingSum, PowerSum
+from gradfold.backends.reference import Reference
 from gradfold.backends.scratch import Scratch
 from gradfold.backends.stored import Stored
-from gradfold.backends.uses import DenseUse, HeadUse, MatmulUse, Use
+from gradfold.backends.terms import DenseTerm, GradTerm, MatmulTerm
 from gradfold.rules import Group, Rule
 
 from . import table
@@ -34,8 +34,8 @@ from .launch import (
     tensors_of,
 )
 from .many import PLAIN, by_kind, small, step_many
-from .numbers import Twin, numbers_of, twin_of
-from .prepared import Launch, Prepared, Shelf, seen
+from .numbers import Twin, twin_of
+from .prepared import Launch, TritonStepper, seen
 
 
 def interpreted() -> bool:
@@ -43,160 +43,146 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Triton:
+class Triton(Backend):
     """Gradients in registers; norms, and what is not finite, stay on the device until somebody asks.
 
-    always: in kernels wherever there is one; else long sequences go by row blocks, a library's product and then the
-    rule's kernel, where that is expected to be faster (``table.py``).
+    Args:
+        scratch: for row blocks.
+        always: step in kernels wherever there is one; else long sequences go by row blocks, a library's product and
+            then the rule's kernel, where that is expected to be faster (``table.py``).
     """
 
     name = "triton"
-    guards = True
-    takes_along = True
+    steps_biases = True
 
     def __init__(self, scratch: Scratch, always: bool = True):
         self.scratch = scratch
         self.reference = Reference(scratch)
-        self.shelf = Shelf()
         self.always = always
         self.where = "hopper" if interpreted() else _family()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the scratch memory held now."""
         return self.reference.scratch_tensors()
 
-    def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
+    def prepare(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> TritonStepper:
+        """Bind one parameter, and allocate the scratch memory that its step will term."""
+        made = TritonStepper(self, [weight, *states], rule, group, _reachable(weight.values))
         values = weight.values
-        if self._prepared([weight, *states], rule) is None:
-            self.reference.reserve(weight, states, rule, group)
+        if made.tensors is None:
+            made.by_reference()
         elif not self.always and values.dim() == 2 and values.numel():
             rows, columns = values.shape
             self._row_tile(rows, columns, values.device)
+        return made
 
-    def step(
-        self,
-        weight: Stored,
-        states: Sequence[Stored],
-        uses: Sequence[Use],
-        rule: Rule,
-        group: Group,
-        numbers: Any,
-        change: Change = UNCHANGED,
-    ) -> Power:
-        """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
-        job = Job(weight, states, uses, rule, group, numbers, change)
-        prepared = self._prepared([weight, *states], rule)
-        if prepared is None:
-            return self._by_reference(job)
-        flags, scalars = _numbers(prepared, job)
-        one = uses[0] if len(uses) == 1 and isinstance(uses[0], MatmulUse) else None
-        if one is not None and self._takes(one, weight.values, prepared.tensors):
-            return self._launch_prepared(prepared, one, flags, scalars, change)[0]
-        tensors = tensors_of([weight, *states])
-        assert tensors is not None
-        if weight.values.dim() == 2 and any(isinstance(use, HeadUse) for use in uses):
-            return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
-        source = source_of(uses, tensors.rows, tensors.columns, weight.values, self.where)
+    def take_step(
+        self, stepper: TritonStepper, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change
+    ) -> PowerSum:
+        """Step what was prepared. Tiles whose gradient is not finite do not move, if ``change.guarded``."""
+        tensors, weight = stepper.tensors, stepper.weight.values
+        if tensors is None:
+            return stepper.by_reference()(terms, numbers, change)
+        flags, scalars = stepper.numbers(numbers)
+        one = terms[0] if len(terms) == 1 and isinstance(terms[0], MatmulTerm) else None
+        if one is not None and self._takes(one, weight, tensors):
+            return self._launch_prepared(stepper, one, flags, scalars, change)[0]
+        if weight.dim() == 2 and not all(term.in_registers for term in terms):
+            return self._by_rows(tensors, terms, stepper.twin, flags, scalars, change)
+        source = source_of(terms, tensors.rows, tensors.columns, weight, self.where)
         if source is None:
-            return self._by_reference(job)
-        if self._in_registers(tensors, source, weight.values):
-            return self._launch(tensors, source, prepared.twin, flags, scalars, change)[0][0]
-        return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
+            return stepper.by_reference()(terms, numbers, change)
+        if self._in_registers(tensors, source, weight):
+            return self._launch(tensors, source, stepper.twin, flags, scalars, change)[0][0]
+        return self._by_rows(tensors, terms, stepper.twin, flags, scalars, change)
 
-    def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
-        prepared = self._prepared([job.weight, *job.states], job.rule)
-        other = self._prepared([bias.weight, *bias.states], bias.rule)
-        if prepared is None or other is None or type(job.rule) is not type(bias.rule):
+    def step_along(self, job: Job, bias: Job) -> tuple[PowerSum, PowerSum] | None:
+        """Step a weight, and a bias whose gradient is the sum of ``left``'s rows; None: not these two together."""
+        stepper, other = job.stepper, bias.stepper
+        assert isinstance(stepper, TritonStepper) and isinstance(other, TritonStepper)
+        tensors, bias_tensors, weight = stepper.tensors, other.tensors, stepper.weight.values
+        if tensors is None or bias_tensors is None or type(stepper.rule) is not type(other.rule):
             return None
-        if not PLAIN.issuperset(other.tensors.formats) or other.tensors.formats[0] != prepared.tensors.formats[0]:
+        if not PLAIN.issuperset(bias_tensors.formats) or bias_tensors.formats[0] != tensors.formats[0]:
             return None
-        flags, scalars = _numbers(prepared, job)
-        along = Bias(other.tensors, *_numbers(other, bias))
-        one = job.uses[0] if len(job.uses) == 1 else None
-        if isinstance(one, MatmulUse) and self._takes(one, job.weight.values, prepared.tensors):
-            powers = self._launch_prepared(prepared, one, flags, scalars, job.change, along)
+        flags, scalars = stepper.numbers(job.numbers)
+        along = Bias(bias_tensors, *other.numbers(bias.numbers))
+        one = job.terms[0] if len(job.terms) == 1 else None
+        if isinstance(one, MatmulTerm) and self._takes(one, weight, tensors):
+            powers = self._launch_prepared(stepper, one, flags, scalars, job.change, along)
             return powers[0], powers[1]
-        tensors, bias_tensors = tensors_of([job.weight, *job.states]), tensors_of([bias.weight, *bias.states])
-        if tensors is None or bias_tensors is None:
+        source = source_of(job.terms, tensors.rows, tensors.columns, weight, self.where)
+        if source is None or not self._in_registers(tensors, source, weight):
             return None
-        source = source_of(job.uses, tensors.rows, tensors.columns, job.weight.values, self.where)
-        if source is None or not self._in_registers(tensors, source, job.weight.values):
-            return None
-        along = along._replace(tensors=bias_tensors)
-        powers, _ = self._launch(tensors, source, prepared.twin, flags, scalars, job.change, along)
+        powers, _ = self._launch(tensors, source, stepper.twin, flags, scalars, job.change, along)
         return powers[0], powers[1]
 
-    def _prepared(self, stored: Sequence[Stored], rule: Rule) -> Prepared | None:
-        """None: no kernel steps this parameter, and ``why_not`` says why."""
-        return self.shelf.find(stored, rule) if _reachable(stored[0].values) else None
-
-    def _by_reference(self, job: Job) -> Power:
-        if job.change.guarded and not self.reference.finite(job.weight.values, job.uses):
-            return math.nan
-        return self.reference.step(*job)
-
-    def _takes(self, use: MatmulUse, weight: Tensor, tensors: Tensors) -> bool:
+    def _takes(self, term: MatmulTerm, weight: Tensor, tensors: Tensors) -> bool:
         """Whether one product goes to a kernel as it is, and its launch is worth keeping."""
-        same = use.left.dtype == use.right.dtype and use.left.dtype in (weight.dtype, torch.bfloat16, torch.float16)
-        within = self.always or use.left.shape[0] <= self._max_tokens(tensors, use.left.dtype)
+        same = term.left.dtype == term.right.dtype and term.left.dtype in (weight.dtype, torch.bfloat16, torch.float16)
+        within = self.always or term.left.shape[0] <= self._max_tokens(tensors, term.left.dtype)
         return same and within and not interpreted()
 
     def _launch_prepared(
         self,
-        prepared: Prepared,
-        use: MatmulUse,
+        stepper: TritonStepper,
+        term: MatmulTerm,
         flags: tuple[int, ...],
         scalars: Tensor,
         change: Change,
         bias: Bias | None = None,
-    ) -> list[Pending]:
-        described, tf32 = describable(use, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
+    ) -> list[PendingSum]:
+        described, tf32 = describable(term, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
         scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
         along = None if bias is None else (id(bias.tensors), bias.flags)
-        key = (described, seen(use), flags, tf32, scaled, limited, change.guarded, along)
-        launch, tensors = prepared.launches.get(key), prepared.tensors
+        key = (described, seen(term), flags, tf32, scaled, limited, change.guarded, along)
+        launch, tensors = stepper.launches().get(key), stepper.tensors
+        assert tensors is not None
         if launch is None:  # the first of its kind: Triton compiles, and launches
-            source = source_of([use], tensors.rows, tensors.columns, scalars, self.where)
+            source = source_of([term], tensors.rows, tensors.columns, scalars, self.where)
             assert source is not None
-            powers, made = self._launch(tensors, source, prepared.twin, flags, scalars, change, bias)
-            prepared.launches[key] = made
+            powers, made = self._launch(tensors, source, stepper.twin, flags, scalars, change, bias)
+            stepper.launches()[key] = made
             return powers
-        tiles = table.config(table.PRODUCT, use.left.element_size(), self.where)
+        tiles = table.config(table.PRODUCT, term.left.element_size(), self.where)
         counts = counts_of(tensors, tiles, bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         with _on(scalars.device):
-            product = product_arguments(use, described, tiles)
+            product = product_arguments(term, described, tiles)
             launch(counts[0], product, scalars, change.scale, change.clip_value, norms, bias)
-        return [Pending(part) for part in norms.split(counts)]
+        return [PendingSum(part) for part in norms.split(counts)]
 
-    def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
-        return _reachable(weight) and small(weight, uses)
+    def gathers(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
+        return _reachable(weight) and small(weight, terms)
 
-    def step_all(self, jobs: Sequence[Job]) -> list[Power]:
-        powers: list[Power] = [0.0] * len(jobs)
+    def step_all(self, jobs: Sequence[Job]) -> list[PowerSum]:
+        """Take several steps, those of one kind in one launch."""
+        powers: list[PowerSum] = [0.0] * len(jobs)
         groups, others = by_kind(jobs)
         for (kind, _), members in groups.items():
             with _on(kind.device):
                 norms = step_many(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
             for (index, _), tiles in zip(members, norms, strict=True):
-                powers[index] = Pending(tiles)
+                powers[index] = PendingSum(tiles)
         for index in others:
-            powers[index] = self.step(*jobs[index])
+            job = jobs[index]
+            powers[index] = job.stepper(job.terms, job.numbers, job.change)
         return powers
 
-    def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> Power:
+    def power(self, weight: Tensor, terms: Sequence[GradTerm], norm_type: float = 2.0) -> PowerSum:
         plain = Stored.plain(weight)
         tensors = tensors_of([plain]) if norm_type == 2 and why_not([plain]) is None else None
-        source = None if tensors is None else source_of(uses, tensors.rows, tensors.columns, weight, self.where)
+        source = None if tensors is None else source_of(terms, tensors.rows, tensors.columns, weight, self.where)
         if tensors is None or source is None:
-            return self.reference.power(weight, uses, norm_type)
+            return self.reference.power(weight, terms, norm_type)
         nothing = tensors.words.view(torch.float32)
         return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0][0]
 
-    def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
-        return self.reference.finite(weight, uses)
+    def finite(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
+        return self.reference.finite(weight, terms)
 
-    def gradient(self, weight: Tensor, uses: Sequence[Use], out: Tensor, add: bool) -> None:
-        self.reference.gradient(weight, uses, out, add)
+    def gradient(self, weight: Tensor, terms: Sequence[GradTerm], out: Tensor, add: bool) -> None:
+        self.reference.gradient(weight, terms, out, add)
 
     def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
         """How such a parameter steps, in words."""
@@ -224,31 +210,31 @@ class Triton:
     def _by_rows(
         self,
         tensors: Tensors,
-        uses: Sequence[Use],
+        terms: Sequence[GradTerm],
         twin: Twin,
         flags: tuple[int, ...],
         scalars: Tensor,
         change: Change,
-    ) -> Power:
+    ) -> PowerSum:
         """Some rows of the gradient by a library's product in scratch memory, then the rule's kernel on them."""
         rows, columns, device = tensors.rows, tensors.columns, scalars.device
         tile = self._row_tile(rows, columns, device)
         starts = range(0, rows, len(tile))
-        uses = [DenseUse(use.grad.reshape(rows, columns)) if isinstance(use, DenseUse) else use for use in uses]
-        for use in uses:
-            use.prepare(starts, rows)
+        terms = [term.reshaped((rows, columns)) for term in terms]
+        for term in terms:
+            term.prepare(starts, rows)
         norms = []
         for start in starts:
             stop = min(start + len(tile), rows)
             grad = tile[: stop - start]
-            uses[0].write(grad, start, stop)
-            for use in uses[1:]:
-                use.add(grad, start, stop)
-            source = source_of([DenseUse(grad)], stop - start, columns, scalars, self.where)
+            terms[0].write(grad, start, stop)
+            for term in terms[1:]:
+                term.add(grad, start, stop)
+            source = source_of([DenseTerm(grad)], stop - start, columns, scalars, self.where)
             assert source is not None
             block = narrowed(tensors, start, stop)
             norms.append(self._launch(block, source, twin, flags, scalars, change)[0][0].tiles)
-        return Pending(torch.cat(norms))
+        return PendingSum(torch.cat(norms))
 
     def _row_tile(self, rows: int, columns: int, device: torch.device) -> Tensor:
         fits = max(1, self.scratch.limit_bytes // (4 * columns))
@@ -265,7 +251,7 @@ class Triton:
         scalars: Tensor,
         change: Change,
         bias: Bias | None = None,
-    ) -> tuple[list[Pending], Launch]:
+    ) -> tuple[list[PendingSum], Launch]:
         """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
         counts = counts_of(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
@@ -287,15 +273,7 @@ class Triton:
         with _on(scalars.device):
             kernel = fold_step[(counts[0],)](*positions, **constants)
         launched = Launch(fold_step.arg_names, kernel, positions, constants)
-        return [Pending(part) for part in norms.split(counts)], launched
-
-
-def _numbers(prepared: Prepared, job: Job) -> tuple[tuple[int, ...], Tensor]:
-    """What the rule's twin takes for this step: constants, and scalars on the device."""
-    stream = next((one.stream for one in (job.weight, *job.states) if one.stream is not None), None)
-    step = 0 if stream is None else stream.step
-    tensors = bool(job.group.get("capturable"))
-    return numbers_of(prepared.twin, job.numbers, step, job.weight.values.device, tensors)
+        return [PendingSum(part) for part in norms.split(counts)], launched
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""From a stored weight and the uses of its gradient to a launch of ``step.fold_step``."""
+"""From a stored weight and the terms of its gradient to a launch of ``step.fold_step``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradfold import codecs as stored_as
 from gradfold.backends.stored import VALUES, Stored
-from gradfold.backends.uses import DenseUse, GatherUse, HeadUse, MatmulUse, Use
+from gradfold.backends.terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 from gradfold.codecs import BLOCK, Codec, Plain, matrix
 
 from . import table
@@ -161,24 +161,24 @@ class Source(NamedTuple):
     held: tuple[Tensor, ...]  # tensors that the tables point to
 
 
-def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
-    """None where no kernel takes these uses together: products of several dtypes, say, or a loss head's."""
-    if any(isinstance(use, HeadUse) for use in uses):
+def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
+    """None where no kernel takes these terms together: products of several dtypes, say, or a loss head's."""
+    if not all(term.in_registers for term in terms):
         return None
-    products = [use for use in uses if isinstance(use, MatmulUse)]
-    gathers = [use for use in uses if isinstance(use, GatherUse)]
-    denses = [use.grad.reshape(rows, columns) for use in uses if isinstance(use, DenseUse)]
-    operands = [t for use in products for t in (use.left, use.right)]
-    for kind in (operands, [use.grad for use in gathers], denses):
+    products = [term for term in terms if isinstance(term, MatmulTerm)]
+    gathers = [term for term in terms if isinstance(term, GatherTerm)]
+    denses = [term.grad.reshape(rows, columns) for term in terms if isinstance(term, DenseTerm)]
+    operands = [t for term in products for t in (term.left, term.right)]
+    for kind in (operands, [term.grad for term in gathers], denses):
         if len({t.dtype for t in kind}) > 1 or any(t.dtype not in _PLAIN or not _adjacent(t) for t in kind):
             return None
     kind = table.PRODUCT if products else table.GATHER if gathers else table.DENSE
-    operand_bytes = max([t.element_size() for t in operands or [use.grad for use in gathers]], default=2)
+    operand_bytes = max([t.element_size() for t in operands or [term.grad for term in gathers]], default=2)
     tiles = table.config(kind, operand_bytes, where)
     bn = tiles.bn
     nothing = weight.new_empty(0, dtype=torch.int64)
     floats = weight.new_empty(0, dtype=torch.float32)
-    sorted_ = [_sorted(use, rows, bn) for use in gathers]
+    sorted_ = [_sorted(term, rows, bn) for term in gathers]
     described = len(products) == 1 and describable(products[0], where)
     arguments = (
         *(product_arguments(products[0], described, tiles) if products else (floats, floats, 0, 0, 0)),
@@ -187,7 +187,7 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
         len(products) - 1,
         len(gathers) - 1,
         len(denses) - 1,
-        _table([_product(use) for use in products[1:]], weight.device, nothing),
+        _table([_product(term) for term in products[1:]], weight.device, nothing),
         _table(sorted_[1:], weight.device, nothing),
         _table([(grad, grad.stride(0)) for grad in denses[1:]], weight.device, nothing),
     )
@@ -198,7 +198,7 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
         "DESCRIBED": int(described),
     }
     held = tuple(t for row in sorted_ for t in row if isinstance(t, Tensor))
-    tokens = sum(use.left.shape[0] for use in products)
+    tokens = sum(term.left.shape[0] for term in products)
     return Source(kind, arguments, constants, operand_bytes, tokens, held)
 
 
@@ -206,17 +206,17 @@ def _adjacent(t: Tensor) -> bool:
     return t.dim() == 2 and (t.stride(1) == 1 or t.shape[1] == 1)
 
 
-def describable(use: MatmulUse, where: str) -> bool:
+def describable(term: MatmulTerm, where: str) -> bool:
     """Whether a descriptor is made of its operands, in which everything must begin on a multiple of 16 bytes."""
     if where not in table.DESCRIPTORS:
         return False
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (use.left, use.right))
-    return aligned and use.left.numel() > 0 and use.right.numel() > 0
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (term.left, term.right))
+    return aligned and term.left.numel() > 0 and term.right.numel() > 0
 
 
-def product_arguments(use: MatmulUse, described: bool, tiles: table.Config) -> tuple[Any, ...]:
+def product_arguments(term: MatmulTerm, described: bool, tiles: table.Config) -> tuple[Any, ...]:
     """``left`` to ``right_stride`` of the kernel."""
-    left, right, *rest = _product(use)
+    left, right, *rest = _product(term)
     if not described:
         return left, right, *rest
     left = TensorDescriptor(left, list(left.shape), list(left.stride()), [tiles.bt, tiles.bn])
@@ -224,16 +224,16 @@ def product_arguments(use: MatmulUse, described: bool, tiles: table.Config) -> t
     return left, right, *rest
 
 
-def _product(use: MatmulUse) -> tuple[Any, ...]:
-    return use.left, use.right, use.left.shape[0], use.left.stride(0), use.right.stride(0)
+def _product(term: MatmulTerm) -> tuple[Any, ...]:
+    return term.left, term.right, term.left.shape[0], term.left.stride(0), term.right.stride(0)
 
 
-def _sorted(use: GatherUse, rows: int, bn: int) -> tuple[Any, ...]:
+def _sorted(term: GatherTerm, rows: int, bn: int) -> tuple[Any, ...]:
     """An embedding's tokens by id, and where those of each tile of rows begin."""
-    ids, order = torch.sort(use.ids.to(torch.int64), stable=True)
-    edges = torch.arange(0, rows + bn, bn, device=ids.device).clamp_(max=rows) + use.first
-    padding = -1 if use.padding_idx is None else use.padding_idx
-    return ids, order, torch.searchsorted(ids, edges), use.grad, use.grad.stride(0), use.first, padding
+    ids, order = torch.sort(term.ids.to(torch.int64), stable=True)
+    edges = torch.arange(0, rows + bn, bn, device=ids.device).clamp_(max=rows) + term.first
+    padding = -1 if term.padding_idx is None else term.padding_idx
+    return ids, order, torch.searchsorted(ids, edges), term.grad, term.grad.stride(0), term.first, padding
 
 
 def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradfold.backends.reference import Job
-from gradfold.backends.uses import DenseUse, Use
+from gradfold.backends.contract import Job
+from gradfold.backends.terms import DenseTerm, GradTerm
 
 from .kernels import codecs
 from .kernels.many import fold_many
-from .launch import Tensors, tensors_of
+from .launch import Tensors
 from .numbers import Twin, as_tensor, flags_of, twin_of
+from .prepared import TritonStepper
 from .transfer import capturing, on_device
 
 BLOCK = 1024  # elements of a program
@@ -23,17 +24,22 @@ LARGEST = 1 << 16  # elements of a parameter that waits for the others; its grad
 PLAIN = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
 
 
-def small(weight: Tensor, uses: Sequence[Use]) -> bool:
-    """Whether a parameter with these uses is one of the many, which are found by a table that no graph can capture."""
+def small(weight: Tensor, terms: Sequence[GradTerm]) -> bool:
+    """Whether a parameter with these terms is one of the many, which are found by a table that no graph can capture."""
     if capturing(weight.device):
         return False
-    dense = len(uses) == 1 and isinstance(uses[0], DenseUse)
-    return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(uses).is_contiguous()
+    dense = len(terms) == 1 and isinstance(terms[0], DenseTerm)
+    return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(terms).is_contiguous()
 
 
-def _grad(uses: Sequence[Use]) -> Tensor:
-    assert isinstance(uses[0], DenseUse)
-    return uses[0].grad
+def _grad(terms: Sequence[GradTerm]) -> Tensor:
+    assert isinstance(terms[0], DenseTerm)
+    return terms[0].grad
+
+
+def _numel(job: Job) -> int:
+    assert isinstance(job.stepper, TritonStepper)
+    return job.stepper.weight.values.numel()
 
 
 class Kind(NamedTuple):
@@ -51,16 +57,18 @@ class Kind(NamedTuple):
 
 def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
     """None for a parameter that these kernels do not take."""
-    twin = twin_of(job.rule)
-    tensors = tensors_of([job.weight, *job.states]) if twin is not None and small(job.weight.values, job.uses) else None
+    stepper = job.stepper
+    assert isinstance(stepper, TritonStepper)
+    twin = twin_of(stepper.rule)
+    tensors = stepper.tensors if twin is not None and small(stepper.weight.values, job.terms) else None
     if twin is None or tensors is None or not PLAIN.issuperset(tensors.formats) or tensors.large:
         return None
     if not all(first.is_contiguous() for first in (*tensors.firsts, *tensors.seconds)):
         return None
-    grad = _grad(job.uses)
+    grad = _grad(job.terms)
     if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    flags = flags_of(twin, job.numbers)
+    flags = flags_of(twin, job.numbers.rule)
     limited, guarded = job.change.clip_value is not None, job.change.guarded
     return Kind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
 
@@ -69,8 +77,8 @@ def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> li
     """Step parameters of one kind; the norms of each one's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
-        count = -(-job.weight.values.numel() // BLOCK)
-        row = [_grad(job.uses).data_ptr(), job.weight.values.numel(), one.offset]
+        count = -(-_numel(job) // BLOCK)
+        row = [_grad(job.terms).data_ptr(), _numel(job), one.offset]
         for first, second in zip(one.firsts, one.seconds, strict=True):
             row += [first.data_ptr(), second.data_ptr()]
         rows.append(row)
@@ -82,7 +90,7 @@ def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> li
     limit = limits.pop()
     kernel: Any = fold_many
     kernel[(len(blocks),)](
-        _grad(jobs[0].uses),
+        _grad(jobs[0].terms),
         on_device(np.asarray(rows, np.int64), kind.device),
         on_device(np.asarray(blocks, np.int64), kind.device),
         _scalars(kind, jobs),
@@ -109,9 +117,8 @@ def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
     """fp32 ``[P, count + 2]``: the rule's numbers, the step's as an int32, and what the gradient is multiplied by."""
     values, steps, scales = [], [], []
     for job in jobs:
-        values.append(kind.twin.scalars(job.numbers))
-        streams = [one.stream for one in (job.weight, *job.states) if one.stream is not None]
-        steps.append(streams[0].step if streams else 0)
+        values.append(kind.twin.scalars(job.numbers.rule))
+        steps.append(job.numbers.count)
         scales.append(job.change.scale)
     numbers = [[*row, scale] for row, scale in zip(values, scales, strict=True)]
     if not any(isinstance(x, Tensor) for row in [*numbers, steps] for x in row):

@@ -1,45 +1,28 @@
-"""What a parameter's launches have in common, worked out once: the host has little to do when its gradient is due.
-
-Nothing here owns a weight or a state. Their addresses are kept, and are part of the key that finds them again, so that
-a state that is moved or loaded anew finds a new entry, and memory that is given up is given up.
-"""
+"""What a parameter's launches have in common, worked out once: the host has little to do when its gradient is due."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from gradfold.backends.contract import UNCHANGED, Change, StepNumbers, Stepper
+from gradfold.backends.norms import PowerSum
+from gradfold.backends.reference import Reference
 from gradfold.backends.stored import Stored
-from gradfold.backends.uses import MatmulUse
-from gradfold.rules import Rule
+from gradfold.backends.terms import GradTerm, MatmulTerm
+from gradfold.rules import Group, Rule
 
 from .kernels.step import fold_step
 from .launch import Bias, Tensors, tensors_of
-from .numbers import Twin, twin_of
+from .numbers import Twin, numbers_of, twin_of
 from .transfer import stream_of
-
-MOST = 1 << 14  # parameters and slices that are remembered
-
 
 NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
 # norms, N, K, and a bias's
 
 PRODUCT = 5  # positions of the product, which come first
-
-
-class Address:
-    """A tensor's data to a kernel, without keeping it alive."""
-
-    __slots__ = ("address", "dtype")
-
-    def __init__(self, tensor: Tensor):
-        self.dtype = tensor.dtype
-        self.address = tensor.data_ptr()
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 class Launch:
@@ -75,40 +58,68 @@ class Launch:
         self.kernel[(tiles, 1, 1)](*arguments)
 
 
-class Prepared:
+class Taker(Protocol):
+    """What a stepper needs of its backend."""
+
+    reference: Reference
+
+    def take_step(
+        self, stepper: TritonStepper, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change
+    ) -> PowerSum:
+        """Step what was prepared."""
+        ...
+
+
+class TritonStepper:
     """One weight and its states, and the launches made for them by what Triton sees of the other arguments."""
 
-    def __init__(self, twin: Twin, tensors: Tensors):
-        self.twin = twin
-        self.tensors = tensors._replace(
-            firsts=tuple(map(Address, tensors.firsts)),
-            seconds=tuple(map(Address, tensors.seconds)),
-        )
-        self.launches: dict[Any, Launch] = {}
+    def __init__(self, backend: Taker, stored: Sequence[Stored], rule: Rule, group: Group, reachable: bool):
+        self.backend = backend
+        self.weight, *self.states = stored
+        self.rule, self.group = rule, group
+        self._twin = twin_of(rule) if reachable else None
+        self._capturable = bool(group.get("capturable"))
+        self._by_stream: dict[int, tuple[Tensors | None, dict[Any, Launch]]] = {}
+        self._reference: Stepper | None = None
+
+    def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> PowerSum:
+        """Step; see ``Stepper``."""
+        return self.backend.take_step(self, terms, numbers, change)
+
+    @property
+    def twin(self) -> Twin:
+        """The rule as Triton runs it."""
+        assert self._twin is not None
+        return self._twin
+
+    @property
+    def tensors(self) -> Tensors | None:
+        """Weight and states as kernels take them on the current stream; None: no kernel steps this parameter."""
+        return self._here()[0]
+
+    def launches(self) -> dict[Any, Launch]:
+        """Return the launches made on the current stream so far."""
+        return self._here()[1]
+
+    def _here(self) -> tuple[Tensors | None, dict[Any, Launch]]:
+        stream = stream_of(self.weight.values.device)
+        found = self._by_stream.get(stream)
+        if found is None:
+            tensors = None if self._twin is None else tensors_of([self.weight, *self.states])
+            found = self._by_stream[stream] = tensors, {}
+        return found
+
+    def numbers(self, numbers: StepNumbers) -> tuple[tuple[int, ...], Tensor]:
+        """Return what the rule's twin takes for this step: constants, and scalars on the device."""
+        return numbers_of(self.twin, numbers.rule, numbers.count, self.weight.values.device, self._capturable)
+
+    def by_reference(self) -> Stepper:
+        """Return the reference backend's stepper, for terms that no kernel takes."""
+        if self._reference is None:
+            self._reference = self.backend.reference.prepare(self.weight, self.states, self.rule, self.group)
+        return self._reference
 
 
-class Shelf:
-    """Prepared parameters by where they lie and how they are stored."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, Prepared | None] = {}
-
-    def find(self, stored: Sequence[Stored], rule: Rule) -> Prepared | None:
-        """None: no kernel takes this parameter."""
-        weight = stored[0].values
-        parts = tuple(
-            (one.codec, one.stream and one.stream[:2], *((p.data_ptr(), p.dtype) for p in one.parts.values()))
-            for one in stored
-        )
-        key = (type(rule), weight.shape, weight.stride(), stream_of(weight.device), stored[0].place, parts)
-        if key not in self._found:
-            if len(self._found) >= MOST:
-                self._found.clear()
-            twin, tensors = twin_of(rule), tensors_of(stored)
-            self._found[key] = None if twin is None or tensors is None else Prepared(twin, tensors)
-        return self._found[key]
-
-
-def seen(use: MatmulUse) -> tuple[Any, ...]:
+def seen(term: MatmulTerm) -> tuple[Any, ...]:
     """What a compiled kernel depends on in a product: dtypes and alignment, but no number of tokens."""
-    return tuple((t.dtype, t.data_ptr() % 16, t.stride(0) % 16, t.stride(0) == 1) for t in (use.left, use.right))
+    return tuple((t.dtype, t.data_ptr() % 16, t.stride(0) % 16, t.stride(0) == 1) for t in (term.left, term.right))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use
+from gradfold.backends import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 from tests import oracle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -18,7 +18,7 @@ SHAPE = (37, 139)  # of the weight
 class Summand(NamedTuple):
     """One use, and what it is the gradient of."""
 
-    use: Use
+    use: GradTerm
     exact: Tensor  # fp64 [N, K]
     size: Tensor  # the same sum of magnitudes
     terms: int  # in the longest of its sums
@@ -40,7 +40,7 @@ def integers(dtype: torch.dtype) -> Values:
 def product(values: Values, tokens: int, shape: tuple[int, int] = SHAPE, layout=lambda x: x) -> Summand:
     """Of a Linear: dY ``[tokens, N]`` and X ``[tokens, K]``."""
     dY, X = values(tokens, shape[0]), values(tokens, shape[1])
-    use = MatmulUse(layout(dY), layout(X))
+    use = MatmulTerm(layout(dY), layout(X))
     return Summand(use, dY.double().t() @ X.double(), dY.double().abs().t() @ X.double().abs(), tokens, dY.t() @ X)
 
 
@@ -57,13 +57,13 @@ def tokens(values: Values, count: int, padding_idx: int | None = None, first: in
     )
     plain = torch.zeros(rows, SHAPE[1], dtype=grad.dtype)
     plain.index_add_(0, ids, grad if padding_idx is None else grad * (ids != padding_idx)[:, None])
-    return Summand(GatherUse(ids, grad, padding_idx, first), exact, size, count, plain[here])
+    return Summand(GatherTerm(ids, grad, padding_idx, first), exact, size, count, plain[here])
 
 
 def written(values: Values) -> Summand:
     """By autograd, and of more columns than the weight's."""
     grad = values(SHAPE[0], SHAPE[1] + 3)[:, 1:-2]
-    return Summand(DenseUse(grad), grad.double(), grad.double().abs(), 1, grad)
+    return Summand(DenseTerm(grad), grad.double(), grad.double().abs(), 1, grad)
 
 
 def wide_rows(x: Tensor) -> Tensor:

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, VALUES, Backend, Change, DenseUse, Pending, Place, Reference, Scratch, Use
+from gradfold.backends import (
+    UNCHANGED,
+    VALUES,
+    Backend,
+    Change,
+    DenseTerm,
+    GradTerm,
+    PendingSum,
+    Place,
+    Reference,
+    Scratch,
+)
 from gradfold.backends.triton import Triton
 from gradfold.codecs import Parts, matrix
 from tests.backends.native.eager import Case, ExactSqrt, clone, differences, forget_signs_of_nan, make
@@ -16,7 +27,7 @@ def apply(
     backend: Backend,
     given: Case,
     parts: Sequence[Parts],
-    uses: Sequence[Use],
+    uses: Sequence[GradTerm],
     step: int = 1,
     place: Place | None = None,
     change: Change = UNCHANGED,
@@ -28,12 +39,12 @@ def apply(
 
 def reference(given: Case, parts: Sequence[Parts], grad: Tensor, *args, **kwargs) -> float:
     with ExactSqrt():
-        return apply(Reference(Scratch()), given, parts, [DenseUse(grad.clone())], *args, **kwargs)
+        return apply(Reference(Scratch()), given, parts, [DenseTerm(grad.clone())], *args, **kwargs)
 
 
-def kernel(given: Case, parts: Sequence[Parts], uses: Sequence[Use], *args, **kwargs) -> float:
+def kernel(given: Case, parts: Sequence[Parts], uses: Sequence[GradTerm], *args, **kwargs) -> float:
     power = apply(Triton(Scratch()), given, parts, uses, *args, **kwargs)
-    assert isinstance(power, Pending), "no kernel took this step"
+    assert isinstance(power, PendingSum), "no kernel took this step"
     return float(power)
 
 
@@ -44,7 +55,7 @@ def compare(given: Case, shape: tuple[int, ...], *, seed: int = 0, place: Place 
     got, grad = clone(wanted), plain_zeros(grad).view(shape)
     kept = grad.clone()
     reference(given, shaped(given, wanted, shape), grad, step, place)
-    power = kernel(given, shaped(given, got, shape), [DenseUse(grad)], step, place)
+    power = kernel(given, shaped(given, got, shape), [DenseTerm(grad)], step, place)
     for parts in (wanted, got):
         forget_signs_of_nan(given, parts, seen.columns)
     unlike = differences(wanted, got)

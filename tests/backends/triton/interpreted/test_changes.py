@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradfold.backends import Change, DenseUse, Pending, Scratch
+from gradfold.backends import Change, DenseTerm, PendingSum, Scratch
 from gradfold.backends.triton import Triton
 from tests.backends.native.eager import case, clone, differences, make
 from tests.cases import BUSY
@@ -30,7 +30,7 @@ def test_scale_and_limit(weight, states, clip_value):
     reference(given, wanted, grad, change=Change(0.37, clip_value))
     for scale in (0.37, torch.tensor(0.37)):
         got = clone(start)
-        power = kernel(given, got, [DenseUse(grad)], change=Change(scale, clip_value, guarded=True))
+        power = kernel(given, got, [DenseTerm(grad)], change=Change(scale, clip_value, guarded=True))
         assert differences(wanted, got) == {}
         assert power == pytest.approx(squares(grad), rel=2e-6)
 
@@ -49,7 +49,7 @@ def test_a_tile_that_is_not_finite(weight, states, bad):
     fine, got = clone(start), clone(start)
     reference(given, fine, grad)
     grad[5, 130] = bad
-    power = kernel(given, got, [DenseUse(grad)], change=Change(guarded=True))
+    power = kernel(given, got, [DenseTerm(grad)], change=Change(guarded=True))
     assert math.isnan(power)
 
     def tile(parts, rows, columns):
@@ -61,7 +61,7 @@ def test_a_tile_that_is_not_finite(weight, states, bad):
         assert differences(tile(fine, *place), tile(got, *place)) == {}
     wanted, got = clone(start), clone(start)
     reference(given, wanted, grad)
-    assert math.isnan(kernel(given, got, [DenseUse(grad)]))
+    assert math.isnan(kernel(given, got, [DenseTerm(grad)]))
     kept = [slice(0, 5), slice(6, 131)]  # the signs of a block's NaNs are nobody's promise
     for rows in kept:
         for columns in (left, right):
@@ -74,7 +74,7 @@ def test_a_scale_that_is_nan(scale):
     given = case(BUSY["AdamW"], "bf16 stochastic", "int8", step=3)
     start, grad = make(given, (5, 139))
     got = clone(start)
-    kernel(given, got, [DenseUse(grad)], change=Change(scale, guarded=True))
+    kernel(given, got, [DenseTerm(grad)], change=Change(scale, guarded=True))
     assert differences(start, got) == {}
 
 
@@ -93,7 +93,7 @@ def test_a_scale_that_overflows():
     given = case(BUSY["SGD"], "fp32", "fp32", step=3)
     start, grad = make(given, (5, 139))
     got = clone(start)
-    power = kernel(given, got, [DenseUse(grad * 1e20)], change=Change(1e30, guarded=True))
+    power = kernel(given, got, [DenseTerm(grad * 1e20)], change=Change(1e30, guarded=True))
     assert math.isnan(power)
     assert differences(start, got) == {}
 
@@ -104,7 +104,7 @@ def test_a_scale_that_overflows():
 def power_of(uses, shape=gradients.SHAPE, dtype=torch.float32):
     weight = torch.full(shape, 3.0, dtype=dtype)
     power = Triton(Scratch()).power(weight, uses)
-    assert isinstance(power, Pending), "no kernel took this norm"
+    assert isinstance(power, PendingSum), "no kernel took this norm"
     assert power.tensor().dtype == torch.float64 and float(power.tensor()) == pytest.approx(float(power), nan_ok=True)
     assert bool((weight == 3).all()), "a norm moves nothing"
     return float(power)
@@ -124,7 +124,7 @@ def test_norm_of_any_size(size):
     """Squares in fp32 would vanish or overflow; so would those of a gradient of unlike tiles."""
     grad = torch.randn(131, 139) * size
     for _ in range(2):
-        assert power_of([DenseUse(grad)], (131, 139)) == pytest.approx(squares(grad), rel=2e-6)
+        assert power_of([DenseTerm(grad)], (131, 139)) == pytest.approx(squares(grad), rel=2e-6)
         grad[:, :128] = torch.randn(131, 128)
 
 
@@ -133,10 +133,10 @@ def test_norm_of_any_size(size):
 def test_norm_of_what_is_not_finite(bad):
     grad = torch.randn(131, 139)
     grad[130, 138] = bad
-    assert math.isnan(power_of([DenseUse(grad)], (131, 139)))
+    assert math.isnan(power_of([DenseTerm(grad)], (131, 139)))
 
 
 def test_norm_of_other_dimensions():
     grad = torch.randn(3, 2, 3, 3)
-    assert power_of([DenseUse(grad)], (3, 2, 3, 3)) == pytest.approx(squares(grad), rel=2e-6)
-    assert power_of([DenseUse(grad[0, 0, 0])], (3,)) == pytest.approx(squares(grad[0, 0, 0]), rel=2e-6)
+    assert power_of([DenseTerm(grad)], (3, 2, 3, 3)) == pytest.approx(squares(grad), rel=2e-6)
+    assert power_of([DenseTerm(grad[0, 0, 0])], (3,)) == pytest.approx(squares(grad[0, 0, 0]), rel=2e-6)

@@ -93,7 +93,7 @@ def test_a_bias_steps_in_its_weights_kernel(monkeypatch):
 
     def step_along(self, job, bias):
         powers = kept(self, job, bias)
-        (along if powers else apart).append(tuple(bias.weight.values.shape))
+        (along if powers else apart).append(tuple(bias.stepper.weight.values.shape))
         return powers
 
     monkeypatch.setattr(Triton, "step_along", step_along)
@@ -204,7 +204,7 @@ def test_everything_has_stepped_when_backward_ends():
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     fold.backward(model(torch.tensor([[1, 2]])))
     assert [name for name, param in model.named_parameters() if torch.equal(param, before[name])] == []
-    assert not fold._ledger.batch
+    assert not fold._state.step.together
 
 
 def test_row_blocks_draw_the_bits_of_their_own_rows():
@@ -267,9 +267,9 @@ def test_what_is_not_finite_is_named_and_stays_out(how):
 
 def test_nobody_waits_for_the_norm_unless_asked(monkeypatch):
     waited = []
-    monkeypatch.setattr("gradfold.engine.play.resolve", lambda powers: waited.append(1) or [0.0] * len(powers))
+    monkeypatch.setattr("gradfold.engine.finish_step.resolve", lambda powers: waited.append(1) or [0.0] * len(powers))
     _, _, fold = train("triton", steps=1, on_nonfinite="skip")
-    assert not waited and isinstance(fold._ledger.grad_norm, torch.Tensor)
+    assert not waited and isinstance(fold._state.grad_norm, torch.Tensor)
     assert fold.grad_norm == pytest.approx(train("reference", steps=1)[2].grad_norm, rel=1e-5)
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from gradfold.backends import narrowed
 from tests.backends.native.eager import case, clone, differences, make
 from tests.cases import BUSY, RuleRow
 
@@ -87,7 +86,7 @@ def test_uses_of_a_slice(name, dim, start, stop):
     summands = TABLE[name](gradients.integers(torch.float32))
     shape = [*SHAPE]
     shape[dim] = stop - start
-    grad, _ = captured([narrowed(one.use, dim, start, stop) for one in summands], tuple(shape))
+    grad, _ = captured([one.use.narrow(dim, start, stop) for one in summands], tuple(shape))
     assert torch.equal(grad, gradients.exact(summands).narrow(dim, start, stop - start))
 
 

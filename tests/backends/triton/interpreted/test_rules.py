@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import DenseUse, Pending, Reference, Scratch
+from gradfold.backends import DenseTerm, PendingSum, Reference, Scratch
 from gradfold.backends.triton import Triton
-from gradfold.engine.apply import stepping
+from gradfold.engine import GroupStep, ParamStepper
 from tests import oracle
 from tests.backends.native.eager import (
     COMBINATIONS,
@@ -79,7 +79,7 @@ def test_special_values(row, weight, states):
         grad = plain_zeros(grad)
         got = clone(wanted)
         reference(given, wanted, grad)
-        kernel(given, got, [DenseUse(grad)])
+        kernel(given, got, [DenseTerm(grad)])
         for parts in (wanted, got):
             forget_signs_of_nan(given, parts, 140)
         assert differences(wanted, got) == {}
@@ -91,7 +91,7 @@ def test_negative_zero():
     wanted = [{"values": torch.ones(1, 1)}, {"values": torch.ones(1, 1)}]
     got, grad = clone(wanted), torch.tensor([[-0.0]])
     reference(given, wanted, grad)
-    kernel(given, got, [DenseUse(grad)])
+    kernel(given, got, [DenseTerm(grad)])
     assert differences(wanted, got) == {}
 
 
@@ -100,15 +100,15 @@ def test_negative_zero():
 
 
 def trained(row: RuleRow, backend, weight: torch.Tensor, grads: list[torch.Tensor]):
-    optimizer = row.ours([torch.nn.Parameter(weight)])
-    group = {**optimizer.param_groups[0], "states": None, "rounding": None, "small_size": 0}
-    param, state = weight.clone(), {}
-    waiting: dict[str, torch.Tensor] = {}
+    optimizer = row.ours([torch.nn.Parameter(weight.clone())])
+    (group,) = optimizer.param_groups
+    group |= {"states": None, "rounding": None, "small_size": 0}
+    (param,) = group["params"]
+    stepper = ParamStepper(param, optimizer, backend)
     for grad in grads:
-        with stepping(param, [DenseUse(grad)], state, optimizer.rule, group, waiting, "w") as job:
-            power = backend.step(*job)
-        assert isinstance(power, Pending) == isinstance(backend, Triton)
-    return param, state
+        power = stepper.step([DenseTerm(grad)], GroupStep(group, optimizer.rule))
+        assert isinstance(power, PendingSum) == isinstance(backend, Triton)
+    return param.detach(), optimizer.state[param]
 
 
 @pytest.mark.oldest

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from gradfold.backends import DenseUse, Place
-from gradfold.engine.part import Region
+from gradfold.backends import DenseTerm, Place
+from gradfold.engine.region import Region
 from tests.backends.native.eager import COMBINATIONS, NEAR_2_32, case, clone, differences, make, tile_of
 from tests.cases import BUSY, BUSY_ROWS
 
@@ -91,7 +91,7 @@ def test_slices(weight, states, dim, cuts):
 
     for start, stop in itertools.pairwise(cuts):
         region = Region(dim, start, stop)
-        kernel(given, view(parts, start, stop), [region.of_use(DenseUse(grad))], place=region.place(shape))
+        kernel(given, view(parts, start, stop), [region.of_use(DenseTerm(grad))], place=region.place(shape))
         assert differences(view(wanted, 0, stop), view(parts, 0, stop)) == {}
         rest = (stop, shape[dim])
         if stop < shape[dim]:
@@ -110,7 +110,7 @@ def test_slices_of_other_dimensions(shape):
     for start, stop in ((0, 1), (1, 4)):
         region = Region(0, start, stop)
         views = [{name: part[start:stop] for name, part in one.items()} for one in parts]
-        kernel(given, views, [region.of_use(DenseUse(grad))], place=region.place(shape))
+        kernel(given, views, [region.of_use(DenseTerm(grad))], place=region.place(shape))
     assert differences(wanted, parts) == {}
 
 
@@ -130,7 +130,7 @@ def test_what_lies_around_stays(weight, states):
     wide = torch.full((5, 150), float("nan"))
     wide[:, 7:146] = grad
     reference(given, wanted, grad)
-    kernel(given, views, [DenseUse(wide[:, 7:146])])
+    kernel(given, views, [DenseTerm(wide[:, 7:146])])
     assert differences(wanted, [{name: part.contiguous() for name, part in one.items()} for one in views]) == {}
     for one, view in zip(around, views, strict=True):
         for name, part in one.items():

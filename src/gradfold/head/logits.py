@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gemm import emulated
+from gradfold.backends.cpu_gemm import emulated
 
 
-class Terms(NamedTuple):
+class LossOptions(NamedTuple):
     """What the loss of a token has beside the plain cross-entropy."""
 
     label_smoothing: float = 0.0

@@ -1,27 +1,21 @@
-"""When a fired slot steps: at once, or when ``optimizer.step()`` plays its tape; and what clipping does to it."""
+"""What ``gradfold.fold`` can be asked for: declared and checked once."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from gradfold.backends import Change
-from gradfold.errors import FoldError
+from .errors import FoldError
 
 TAPES = ("device", "host")
 TIMINGS = ("auto", "deferred")
 CLIPS = ("exact", "two_pass", "delayed")
 ON_NONFINITE = ("raise", "skip", "ignore")
-TINY = 1e-6  # torch's clip_grad_norm_ adds it to the norm it divides by
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class FoldOptions:
     """What ``fold()`` was asked for; see there."""
 
     accumulate: int = 1
@@ -75,41 +69,3 @@ class Timing:
 def refuse_limit(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, int | float) or not value > 0 or math.isnan(value)):
         raise FoldError(f"{name}={value!r}: a number above 0, or None")
-
-
-def limit_of(group: Mapping[str, Any], timing: Timing) -> float | None:
-    """How far a param_group is clipped by norm: its own ``clip_norm`` key, if it has one."""
-    limit = group.get("clip_norm", timing.clip_norm)
-    refuse_limit("clip_norm", limit)
-    return limit
-
-
-def change_for(group: Mapping[str, Any], timing: Timing, coefficient: float | Tensor = 1.0) -> Change:
-    """What happens to the gradients of this group."""
-    value = group.get("clip_value", timing.clip_value)
-    refuse_limit("clip_value", value)
-    return Change(coefficient, value)
-
-
-def coefficient(limit: float | None, norm: float | Tensor) -> float | Tensor:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; NaN for a norm that is."""
-    if limit is None:
-        return 1.0
-    wanted = limit / (norm + TINY)
-    if isinstance(wanted, Tensor):
-        return wanted.clamp(max=1.0).to(torch.float32)
-    return 1.0 if wanted > 1.0 else wanted
-
-
-def norm_from(power: float, norm_type: float) -> float:
-    """The norm, from the sum of powers (from the largest magnitude for infinity)."""
-    if norm_type == math.inf:
-        return power
-    return math.sqrt(power) if norm_type == 2 else power ** (1 / norm_type)
-
-
-def add_power(total: float, power: float, norm_type: float) -> float:
-    """Sums of powers add; of largest magnitudes the larger counts, and NaN always."""
-    if norm_type != math.inf:
-        return total + power
-    return power if math.isnan(power) or power > total else total

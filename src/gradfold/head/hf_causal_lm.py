@@ -1,6 +1,6 @@
 """transformers' causal models: their loss from ``linear_cross_entropy``, and their logits only if somebody asks.
 
-While such a model's forward runs with labels, its head hands on a promise of logits. The model's loss function takes
+While such a model's forward runs with labels, its head hands on lazy logits. The model's loss function takes
 the hidden states out of it; whatever else looks at it gets the logits themselves, computed then, as part of the graph.
 """
 
@@ -16,15 +16,15 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from gradfold import _torch
 from gradfold.backends import rows
+from gradfold.modules.linear import FoldedLinear
+from gradfold.modules.routing import FOLD_PARAM, Folded, is_plain, transformed
+from gradfold.modules.swap import foldable
 
-from .head import linear_cross_entropy
-from .linear import FoldedLinear
-from .live import SLOT, Folded, is_plain, transformed
-from .promise import Promise, real
-from .swap import foldable
+from .lazy_logits import LazyLogits, real
+from .loss import linear_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +36,25 @@ class HeadRow:
     why: str  # it is plain
 
 
-class PromisingLinear(FoldedLinear):
-    """A folded head, which promises its output while its model's forward runs with labels."""
+class LazyHead(FoldedLinear):
+    """A folded head, whose output is lazy while its model's forward runs with labels."""
 
     keep_bytes: int | None = None  # for ``linear_cross_entropy``
 
     def forward(self, input: Tensor) -> Any:
         me: Any = self
-        if not self.__dict__.get(PROMISES) or not torch.is_grad_enabled() or transformed():
+        if not self.__dict__.get(LAZY) or not torch.is_grad_enabled() or transformed():
             return super().forward(input)
-        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or _has_any_global_hook():
+        if _torch.has_hooks(me) or _torch.has_global_hooks():
             return super().forward(input)  # they wait for a tensor
-        slot, weight = self.__dict__.get(SLOT), me._parameters.get("weight")
-        replaced = not isinstance(weight, nn.Parameter) or (slot is not None and weight is not slot.param)
+        param, weight = self.__dict__.get(FOLD_PARAM), _torch.own_parameters(me).get("weight")
+        replaced = not isinstance(weight, nn.Parameter) or (param is not None and weight is not param.param)
         if replaced or not is_plain(input) or input.is_inference():
             return super().forward(input)
-        return Promise(self, input)
+        return LazyLogits(self, input)
 
 
-PROMISES = "_gradfold_promises"
+LAZY = "_gradfold_lazy_logits"
 
 
 def causal_loss(
@@ -69,7 +69,7 @@ def causal_loss(
 ) -> Tensor:
     """``ForCausalLMLoss``; 0 and not NaN where every label is ignored."""
     operands = None
-    if isinstance(logits, Promise):
+    if isinstance(logits, LazyLogits):
         operands = logits.operands() if logits.shape[-1] == vocab_size else None
         logits = logits if operands else logits.tensor()
     if operands is None:
@@ -108,7 +108,7 @@ def fold_heads(
         if why:
             continue
         kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
-        head.__class__ = _class(kind, PromisingLinear, {"keep_bytes": keep_bytes})
+        head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes})
         one.__class__ = _class(type(one), Folded, _methods(type(one), _loss()))
         changed += [one, head]
     return changed, said
@@ -161,15 +161,15 @@ def _methods(plain: Any, loss: Any) -> dict[str, Any]:
 
     @functools.wraps(plain.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hooked = self._backward_hooks or self._backward_pre_hooks  # they put a Function around the outputs
+        hooked = _torch.has_hooks(self, forward=False)  # they put a Function around the outputs
         if kwargs.get("labels") is None or hooked or transformed():
             return plain.forward(self, *args, **kwargs)
         head = self.get_output_embeddings()
-        head.__dict__[PROMISES] = True
+        head.__dict__[LAZY] = True
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            head.__dict__.pop(PROMISES, None)
+            head.__dict__.pop(LAZY, None)
 
     def get(self: Any) -> Any:
         found = own_loss(self)

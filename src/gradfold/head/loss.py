@@ -1,8 +1,8 @@
 """A loss head that holds neither the logits ``[T, V]`` nor its weight's gradient ``[V, H]``.
 
-Forward passes over the weight once (``sweep.py``), and finds the gradient of each token's own loss by x along with it;
-backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight steps
-(``HeadUse``), which may be later, where it is tied to an embedding.
+Forward passes over the weight once (``online_softmax.py``), and finds the gradient of each token's own loss by x along
+with it; backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight
+steps (``HeadTerm``), which may be later, where it is tied to an embedding.
 
     forward     logits 2 T V H, softmax times weight 2 T V H (not where x needs no gradient)
     the step    logits again 2 T V H, gradient of the weight 2 T V H
@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.backends import HeadUse, Kept, Terms, rows
-from gradfold.engine import Demand, Slot, refuse_ddp, slot_of
+from gradfold.backends import rows
+from gradfold.engine import Demand, FoldParam, param_of, refuse_ddp
 from gradfold.errors import FoldError
+from gradfold.modules.routing import transformed, usable
 
-from .live import transformed, usable
-from .sweep import Swept, sweep, token_blocks
+from .logits import LossOptions
+from .online_softmax import Swept, sweep, token_blocks
+from .term import HeadTerm, Kept
 
 KEEP_BYTES = 512 * 2**20  # of a softmax ``[T, V]`` that is kept: 2,048 tokens of 128 Ki words in bf16
 
@@ -70,13 +72,13 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or options that do not go together.
         IndexError: a label that is no word; on an accelerator its loss is NaN instead.
     """
-    terms = Terms(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
-    _check(x, weight, labels, bias, terms, num_items, reduction)
+    options = LossOptions(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
+    _check(x, weight, labels, bias, options, num_items, reduction)
     labels = labels.to(x.device, torch.int64)
     if shift:
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     flat = labels.reshape(-1)  # [T]
-    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, terms, keep_bytes)
+    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, options, keep_bytes)
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
@@ -113,8 +115,8 @@ class FoldedHead(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         ignore_index: int,
-        terms: Terms,
-        slot: Slot | None,
+        options: LossOptions,
+        param: FoldParam | None,
         differentiable: bool,
         keep_bytes: int,
     ) -> Tensor:
@@ -125,14 +127,14 @@ class FoldedHead(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             cast = x.to(dtype)
             by_x, by_bias, by_weight = (differentiable and needed for needed in ctx.needs_input_grad[:3])
-            swept = sweep(cast, weight, bias, labels, terms, by_x, keep_bytes if by_bias or by_weight else 0)
+            swept = sweep(cast, weight, bias, labels, options, by_x, keep_bytes if by_bias or by_weight else 0)
             counts = labels != ignore_index
-            losses = _losses(swept, weight.shape[0], terms)
+            losses = _losses(swept, weight.shape[0], options)
             losses = torch.where(counts, losses, torch.zeros_like(losses))
             strange = counts & ((labels < 0) | (labels >= weight.shape[0]))
             losses = torch.where(strange, torch.full_like(losses, torch.nan), losses)
         if differentiable:
-            ctx.slot, ctx.terms, ctx.dtype = slot, terms, x.dtype
+            ctx.param, ctx.options, ctx.dtype = param, options, x.dtype
             ctx.block = swept.kept.block if swept.kept else 0
             again = (cast, labels, weight, bias) if by_bias or by_weight else (None,) * 4
             ctx.save_for_backward(counts, swept.lse, swept.dx, *again, *(swept.kept[:3] if swept.kept else ()))
@@ -144,9 +146,9 @@ class FoldedHead(torch.autograd.Function):
         (grad,) = grads  # [T]
         if grad is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 9
-        demand, slot = Demand.NOTHING, ctx.slot
+        demand, param = Demand.NOTHING, ctx.param
         if ctx.needs_input_grad[2]:
-            demand = Demand.CAPTURE if slot is None else slot.admit()
+            demand = Demand.CAPTURE if param is None else param.admit()
         if torch.is_grad_enabled():
             raise FoldError(
                 "create_graph=True: the loss head's backward keeps no graph of its own; use the plain head's logits "
@@ -161,25 +163,25 @@ class FoldedHead(torch.autograd.Function):
             wants_bias = bias is not None and ctx.needs_input_grad[1]
             if demand is not Demand.NOTHING or wants_bias:
                 copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
-                leaf: Tensor = weight if slot is None else slot.param
+                leaf: Tensor = weight if param is None else param.param
                 kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
-                use = HeadUse(x, labels, lse, scale, leaf, copied, ctx.terms, kept)
+                use = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept)
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
                 if wants_bias and copied is not None:
                     db = torch.empty_like(copied)
                 if dW is not None or db is not None:
                     use.write_out(dW, db)
-                if demand is Demand.STEP and slot is not None:
-                    slot.hand(use)
+                if demand is Demand.STEP and param is not None:
+                    param.hand(use)
         return dX, db, dW, None, None, None, None, None, None
 
 
-def _losses(swept: Swept, vocabulary: int, terms: Terms) -> Tensor:
+def _losses(swept: Swept, vocabulary: int, options: LossOptions) -> Tensor:
     losses = swept.lse - swept.label
     if swept.mean is not None:
-        losses = losses + terms.label_smoothing * (swept.label - swept.mean)
-    return losses + terms.z_loss * swept.lse**2 if terms.z_loss else losses
+        losses = losses + options.label_smoothing * (swept.label - swept.mean)
+    return losses + options.z_loss * swept.lse**2 if options.z_loss else losses
 
 
 def _scaled(dx: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,32 +198,34 @@ def _token_losses(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
-    terms: Terms,
+    options: LossOptions,
     keep_bytes: int | None = None,
 ) -> Tensor:
     """The loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
     if transformed():
-        return _plain(x, weight, bias, labels, ignore_index, terms)
+        return _plain(x, weight, bias, labels, ignore_index, options)
     _refuse_strange_words(labels, ignore_index, weight.shape[0])
-    slot = slot_of(weight)
-    if slot is not None:
+    param = param_of(weight)
+    if param is not None:
         refuse_ddp()
-        slot = usable(slot)
+        param = usable(param)
     if keep_bytes is None:  # on a tape it would stay until the end of the step
-        keep_bytes = 0 if slot is not None and slot.ledger.deferring else KEEP_BYTES
-    return FoldedHead.apply(x, bias, weight, labels, ignore_index, terms, slot, torch.is_grad_enabled(), keep_bytes)
+        keep_bytes = 0 if param is not None and param.fold.deferring else KEEP_BYTES
+    return FoldedHead.apply(x, bias, weight, labels, ignore_index, options, param, torch.is_grad_enabled(), keep_bytes)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms) -> Tensor:
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, options: LossOptions
+) -> Tensor:
     """The same from logits in memory."""
     logits = F.linear(x, weight, bias)  # [T, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if terms.softcap is not None:
-        logits = torch.tanh(logits / terms.softcap) * terms.softcap
-    smoothing = terms.label_smoothing
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    smoothing = options.label_smoothing
     losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
-    if terms.z_loss:
-        penalty = terms.z_loss * logits.logsumexp(-1) ** 2
+    if options.z_loss:
+        penalty = options.z_loss * logits.logsumexp(-1) ** 2
         losses = losses + torch.where(labels != ignore_index, penalty, torch.zeros_like(penalty))
     return losses
 
@@ -231,7 +235,7 @@ def _check(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    terms: Terms,
+    options: LossOptions,
     num_items: int | Tensor | None,
     reduction: str,
 ) -> None:
@@ -239,10 +243,10 @@ def _check(
         raise ValueError(f"reduction={reduction!r}: give 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items= divides the mean, not reduction={reduction!r}")
-    if not 0 <= terms.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={terms.label_smoothing}: give a number from 0 to 1")
-    if terms.softcap is not None and not terms.softcap > 0:
-        raise ValueError(f"softcap={terms.softcap}: give a positive number, or None")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={options.label_smoothing}: give a number from 0 to 1")
+    if options.softcap is not None and not options.softcap > 0:
+        raise ValueError(f"softcap={options.softcap}: give a positive number, or None")
     if weight.dim() != 2 or not weight.shape[0] or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: give x [*, H] and weight [V, H]")
     if labels.shape != x.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:

@@ -7,15 +7,15 @@ widened to fp32 instead: faster, and rounded once at the end.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import visited
+from gradfold import _torch
+
+from .fake_blocks import visited
 
 BLOCK_BYTES = 2**20  # of widened operand alive at a time
 
@@ -41,24 +41,12 @@ def on_accelerator(x: Tensor) -> bool:
 
 def emulated(x: Tensor) -> bool:
     """Whether products of tensors like this are better computed in fp32 blocks."""
-    return x.dtype.itemsize == 2 and not on_accelerator(x) and not _native(x.dtype)
-
-
-@functools.cache
-def _native(dtype: torch.dtype) -> bool:
-    try:
-        if dtype == torch.bfloat16:
-            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    except (AttributeError, RuntimeError):  # a build without mkldnn
-        return False
+    return x.dtype.itemsize == 2 and not on_accelerator(x) and not _torch.multiplies(x.dtype)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in a's dtype; a: ``[*, N]``, b: ``[N, K]`` of the same dtype."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    batched = functorch.is_batchedtensor(a) or functorch.is_legacy_batchedtensor(a)
-    if batched or not emulated(a):  # in-place sums have no batching rules
+    if a.dtype.itemsize != 2 or not emulated(a) or _torch.is_batched(a):  # in-place sums have no batching rules
         return a @ b
     a2 = a.reshape(-1, a.shape[-1])  # [T, N]
     out = torch.zeros(a2.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
@@ -70,10 +58,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` in x's dtype; x: ``[*, K]``, weight: ``[N, K]``, bias: ``[N]``."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if x.dtype.itemsize != 2:
+        return F.linear(x, weight, bias)
     tensors = [t for t in (x, weight, bias) if t is not None]
-    batched = any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
-    if batched or not all(emulated(t) for t in tensors):
+    if not all(emulated(t) for t in tensors) or any(map(_torch.is_batched, tensors)):
         return F.linear(x, weight, bias)
     rows, columns = weight.shape
     wide = x.reshape(-1, x.shape[-1]).float()  # [T, K]

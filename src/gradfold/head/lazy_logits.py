@@ -1,6 +1,6 @@
 """Logits that nobody has computed yet: a head's input, and what has been done to its output since.
 
-A promise is a tensor without memory. Its shape, dtype and device are known; whatever else is asked of it is asked of
+Lazy logits are a tensor without memory. Its shape, dtype and device are known; whatever else is asked of it is asked of
 the logits, which are computed then, as the forward they belong to would have, and are part of its graph. From then on
 it is those logits, changes in place included.
 """
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from gradfold import _torch
 from gradfold.errors import FoldError
-
-from .linear import FoldedLinear
+from gradfold.modules.linear import FoldedLinear
 
 KNOWN = frozenset(
     "shape size dtype device ndim dim numel nelement requires_grad layout is_floating_point is_cuda is_cpu get_device "
@@ -25,7 +24,7 @@ KNOWN = frozenset(
 PLAIN = "fold with head='plain'"
 
 
-class Promise(Tensor):
+class LazyLogits(Tensor):
     """The logits ``[*, V]`` of ``head(x)``, once somebody asks for them."""
 
     _head: Any
@@ -36,17 +35,17 @@ class Promise(Tensor):
     _autocast: tuple[torch.dtype, bool]
 
     @staticmethod
-    def __new__(cls, head: Any, x: Tensor) -> Promise:
+    def __new__(cls, head: Any, x: Tensor) -> LazyLogits:
         kind, operands = x.device.type, [t for t in (head.weight, x, head.bias) if t is not None]
         autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         dtype = autocast[0] if autocast[1] and x.dtype != torch.float64 else x.dtype
         learns = any(t.requires_grad for t in operands)
         made = _without_memory((*x.shape[:-1], head.weight.shape[0]), dtype, x.device, learns)
         made._head, made._x, made._done, made._made = head, x, (), None
-        made._versions, made._autocast = [(t, t._version) for t in operands], autocast
+        made._versions, made._autocast = [(t, _torch.version(t)) for t in operands], autocast
         return made
 
-    def then(self, what: str, number: float) -> Promise:
+    def then(self, what: str, number: float) -> LazyLogits:
         """What becomes of it by one of ``STEPS``."""
         dtype = torch.float32 if what == "float" else self.dtype
         made = _without_memory(self.shape, dtype, self.device, self.requires_grad)
@@ -73,7 +72,7 @@ class Promise(Tensor):
 
     def _refuse_changed(self) -> None:
         weight = self._versions[0][0]
-        if self._head.weight is not weight or any(t._version != version for t, version in self._versions):
+        if self._head.weight is not weight or any(_torch.version(t) != version for t, version in self._versions):
             raise FoldError(
                 "out.logits: nobody read them, so they were not computed, and now the head has stepped or its input "
                 f"has changed; read them before backward, or {PLAIN}"
@@ -100,16 +99,16 @@ class Promise(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs, me = kwargs or {}, args[0] if args else None
-        if isinstance(me, Promise) and me._made is None:
+        if isinstance(me, LazyLogits) and me._made is None:
             name = getattr(func.__self__, "__name__", "") if func.__name__ == "__get__" else func.__name__
             if name in KNOWN:
-                with torch._C.DisableTorchFunctionSubclass():
+                with _torch.without_torch_function():
                     return func(*args, **kwargs)
             if name in ("register_hook", "retain_grad"):
                 raise FoldError(f"out.logits.{name}(): the loss of a folded head comes about without them; {PLAIN}")
             if name == "contiguous" or (name == "float" and me.dtype == torch.float32):
                 return me
-            # without grad it may be the forward of a custom Function, whose output must not be another promise
+            # without grad it may be the forward of a custom Function, whose output must not be lazy logits again
             if torch.is_grad_enabled() and not kwargs and (step := _step(name, args)) is not None:
                 return me.then(*step)
         return func(*real(args), **real(kwargs))
@@ -138,10 +137,10 @@ def _step(name: str, args: Sequence[Any]) -> tuple[str, float] | None:
     return None
 
 
-def _without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device, learns: bool) -> Promise:
-    made: Any = Tensor._make_wrapper_subclass(Promise, shape, dtype=dtype, device=device, requires_grad=learns)  # type: ignore[attr-defined]
+def _without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device, learns: bool) -> LazyLogits:
+    made: Any = _torch.tensor_without_memory(LazyLogits, shape, dtype, device, learns)
     if learns:  # it is a leaf, where a gradient would end unnoticed
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.without_torch_function():
             made.register_hook(_refuse_gradient)
     return made
 
@@ -154,5 +153,5 @@ def _refuse_gradient(grad: Tensor) -> None:
 
 
 def real(value: Any) -> Any:
-    """Tensors in place of promises, in lists, tuples and dicts too."""
-    return tree_map_only(Promise, Promise.tensor, value)
+    """Replace lazy logits by the logits, in lists, tuples and dicts too."""
+    return _torch.tree_map_only(LazyLogits, LazyLogits.tensor, value)

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.backends import Kept, Terms, logits_of, on_accelerator, operand, product, rows_at_a_time, visited, within
+from gradfold.backends import on_accelerator, visited
+
+from .logits import LossOptions, logits_of, operand, product, within
+from .term import Kept, rows_at_a_time
 
 TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
 CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
@@ -34,7 +37,7 @@ def sweep(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    terms: Terms,
+    options: LossOptions,
     differentiable: bool,
     keep_bytes: int,
 ) -> Swept:
@@ -42,7 +45,7 @@ def sweep(
 
     differentiable: with the gradient by x. keep_bytes: as much of the softmax is kept, of the first words.
     """
-    tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], terms.label_smoothing
+    tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], options.label_smoothing
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
     keep = x.dtype if x.dtype == torch.bfloat16 else dtype
     x = operand(x)
@@ -52,19 +55,19 @@ def sweep(
     summed = x.new_zeros(x.shape, dtype=dtype) if differentiable else None  # softmax * total times the weight
     evenly = None  # [H], or [T, H] with a soft-cap: the sum of the weight's rows, each times its slope
     if differentiable and smoothing:
-        evenly = x.new_zeros(x.shape[1:] if terms.softcap is None else x.shape, dtype=dtype)
+        evenly = x.new_zeros(x.shape[1:] if options.softcap is None else x.shape, dtype=dtype)
     block = rows_at_a_time(x, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
     words = min(vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens)))  # whose softmax is kept
     if words < vocabulary:
         words -= words % block
-    if smoothing and terms.softcap is not None:  # whose slope the share of smoothing would need too
+    if smoothing and options.softcap is not None:  # whose slope the share of smoothing would need too
         words = 0
     values = x.new_empty(tokens, words, dtype=keep) if words else None
     bases = x.new_empty(-(-words // block), tokens, dtype=dtype)
     for start in visited(range(0, vocabulary, block), x):
         stop = min(start + block, vocabulary)
         w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
-        logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], terms.softcap)
+        logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], options.softcap)
         here, at = within(labels, start, stop)
         label = torch.where(here, logits.gather(1, at).squeeze(1), label)
         if mean is not None:
@@ -96,18 +99,18 @@ def sweep(
     lse = top + total.log()
     if mean is not None:
         mean /= vocabulary
-    own = _by_label(lse, label, terms)
+    own = _by_label(lse, label, options)
     if summed is not None:
-        _finish(summed, evenly, weight, labels, lse, own, total, terms)
+        _finish(summed, evenly, weight, labels, lse, own, total, options)
     kept = None if values is None else Kept(values, bases, own, block)
     return Swept(lse, label, mean, summed, kept)
 
 
-def _by_label(lse: Tensor, label: Tensor, terms: Terms) -> Tensor:
+def _by_label(lse: Tensor, label: Tensor, options: LossOptions) -> Tensor:
     """The gradient ``[T]`` of the loss by the label's logit before the soft-cap, less what smoothing takes of all."""
-    z = 2 * terms.z_loss * lse
-    own = (1 + z) * torch.expm1(label - lse) + z + terms.label_smoothing  # (1 + z) p - (1 - smoothing)
-    return own if terms.softcap is None else own * (1 - (label / terms.softcap) ** 2)
+    z = 2 * options.z_loss * lse
+    own = (1 + z) * torch.expm1(label - lse) + z + options.label_smoothing  # (1 + z) p - (1 - smoothing)
+    return own if options.softcap is None else own * (1 - (label / options.softcap) ** 2)
 
 
 def _finish(
@@ -118,10 +121,10 @@ def _finish(
     lse: Tensor,
     own: Tensor,
     total: Tensor,
-    terms: Terms,
+    options: LossOptions,
 ) -> None:
     """Turn the sum of all words but the label into the gradient of the loss, in place."""
-    others = (1 + 2 * terms.z_loss * lse) / total
+    others = (1 + 2 * options.z_loss * lse) / total
     vocabulary = weight.shape[0]
     ids = labels.clamp(0, vocabulary - 1)  # of those ignored: any
     own = torch.where(ids == labels, own, torch.zeros_like(own))
@@ -129,8 +132,8 @@ def _finish(
         part = summed[start:stop].mul_(others[start:stop, None])
         part.addcmul_(weight.detach()[ids[start:stop]].to(part.dtype), own[start:stop, None])
         if evenly is not None:
-            even = evenly if terms.softcap is None else evenly[start:stop]
-            part.sub_(even, alpha=terms.label_smoothing / vocabulary)
+            even = evenly if options.softcap is None else evenly[start:stop]
+            part.sub_(even, alpha=options.label_smoothing / vocabulary)
 
 
 def token_blocks(x: Tensor) -> list[tuple[int, int]]:

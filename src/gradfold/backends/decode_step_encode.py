@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from gradfold import _torch
 from gradfold.codecs import BLOCK, random_bits, row_offsets
 from gradfold.rules import Group, Rule
 
@@ -77,7 +77,7 @@ def _compiled(
     """The tile by a native kernel, if there is one."""
     codecs = [stored.codec for stored in (weight, *states)]
     fake = hasattr(grad, "fake_mode")
-    with _disable_current_modes() if fake else nullcontext():  # what a kernel is made of is real
+    with _torch.without_modes() if fake else nullcontext():  # what a kernel is made of is real
         kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
     if kernel is None:
         return False

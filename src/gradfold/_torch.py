@@ -1,0 +1,178 @@
+"""Every private name of torch that gradfold uses, one function each; ``tests/test_torch_names.py`` tries each of them.
+
+They are not promised to stay. A torch release that changes one is met here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.autograd import Variable, forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
+from torch.utils._pytree import tree_map_only
+
+__all__ = [
+    "NO_TASK",
+    "BackwardNode",
+    "DynamicOutputShapeException",
+    "FakeCopyMode",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "is_traceable_wrapper_subclass",
+    "tree_map_only",
+    "unset_fake_temporarily",
+]
+
+# autograd -------------------------------------------------------------------------------------------------------------
+
+NO_TASK = -1
+
+current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The id of the backward this thread is in, or ``NO_TASK``; an inner backward has an id of its own."""
+
+will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+"""Whether the running backward will reach this node of the graph; RuntimeError in ``torch.autograd.grad``."""
+
+BackwardNode: type = torch.autograd.function.BackwardCFunction
+"""The graph nodes of autograd Functions written in Python."""
+
+# code on the stack while a backward runs, ... an autograd Function's backward, ... and its forward
+CALLS_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+CALLS_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
+CALLS_FORWARD = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def at_task_end(callback: Callable[[], None]) -> None:
+    """Call back when the running backward completes; not at all if it raises."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def version(tensor: Tensor) -> int:
+    """Return a number that grows with each change in place."""
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Return whether autograd knows the tensor as a view of another."""
+    return tensor._is_view()
+
+
+def unsafe_view(tensor: Tensor) -> Tensor:
+    """Return the same numbers as a tensor that autograd does not take for a view."""
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+
+
+def gradient_hooks(tensor: Tensor) -> Mapping[int, Any]:
+    """Return the hooks that ``register_hook`` has put on a leaf."""
+    return tensor._backward_hooks or {}
+
+
+def post_accumulate_hooks(tensor: Tensor) -> Mapping[int, Any]:
+    """Return the hooks that ``register_post_accumulate_grad_hook`` has put on a leaf."""
+    return tensor._post_accumulate_grad_hooks or {}
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that two living tensors share if they lie in the same storage."""
+    return tensor.untyped_storage()._cdata
+
+
+# transforms and modes -------------------------------------------------------------------------------------------------
+
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def is_transforming() -> bool:
+    """Return whether functorch or forward-mode AD sees what is computed now."""
+    return _transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether this stands for a batch of tensors, under ``vmap``."""
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Return a context without dispatch modes (fake tensors, selective checkpoints that count operators)."""
+    return _disable_current_modes()
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a tensor subclass's ``__torch_function__`` is not asked."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def tensor_without_memory(kind: type, shape: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> Any:
+    """Return a tensor of the subclass ``kind`` that has a shape and no storage."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device, requires_grad=requires_grad)  # type: ignore[attr-defined]
+
+
+# modules --------------------------------------------------------------------------------------------------------------
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters registered on this very module, by name; a parametrized one is not among them."""
+    return module._parameters
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the modules registered on this very module, by name."""
+    return module._modules
+
+
+def has_hooks(module: nn.Module, forward: bool = True) -> bool:
+    """Return whether a hook waits for the module's output (``forward``) or for its gradient."""
+    hooks: Any = module._backward_hooks or module._backward_pre_hooks or (forward and module._forward_hooks)
+    return bool(hooks)
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered for all modules."""
+    return _has_any_global_hook()
+
+
+def active_ddp() -> Any | None:
+    """Return the DistributedDataParallel wrapper whose forward is running."""
+    return _DDP._active_ddp_module if _DDP is not None else None
+
+
+_DDP: Any = nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
+
+
+# kernels --------------------------------------------------------------------------------------------------------------
+
+fused_adam: Callable[..., None] = torch._fused_adam_
+fused_adamw: Callable[..., None] = torch._fused_adamw_
+fused_adagrad: Callable[..., None] = torch._fused_adagrad_
+fused_sgd: Callable[..., None] = torch._fused_sgd_
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this processor has instructions for matrix products in a 16-bit dtype, which torch uses."""
+    try:
+        if dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    except (AttributeError, RuntimeError):  # a build without mkldnn
+        return False

@@ -1,0 +1,132 @@
+"""Weights and states that codecs store: blocks of fp32 gradient, each through decode, rule and encode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradfold.codecs import matrix
+from gradfold.rules import Group, Rule
+
+from .contract import UNCHANGED, Backend, Change, StepNumbers, on_host
+from .decode_step_encode import step_tile
+from .fake_blocks import visited
+from .norms import is_finite, norm_of
+from .row_blocks import block_rows, sum_rows
+from .scratch import Scratch
+from .stored import VALUES, Stored
+from .terms import DenseTerm, GradTerm
+
+
+def block_shape(weight: Tensor, terms: Sequence[GradTerm] = ()) -> tuple[int, int]:
+    """Return the rows a block may begin at, and their width; a codec's rows divide them (``codecs.matrix``).
+
+    A term can compute the rows of the first dimension. Where every term is a gradient that is there already, any row of
+    the codecs will do, which matters for weights like ``[8, 14336, 4096]``.
+    """
+    seen = matrix(weight.shape)
+    if terms and weight.is_contiguous() and all(isinstance(term, DenseTerm) for term in terms):
+        return seen.rows, seen.columns
+    first = weight.shape[0] if weight.dim() > 1 else 1
+    return first, weight.numel() // first
+
+
+class QuantizedStepper:
+    """A weight and states with codecs: blocks of fp32 gradient, each through decode, rule and encode."""
+
+    def __init__(
+        self, backend: Backend, scratch: Scratch, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group
+    ):
+        self.backend, self.scratch, self.rule, self.group = backend, scratch, rule, group
+        self.stored = [weight, *states]
+        self.weight = weight.values
+        self.offset, self.stride = (0, None) if weight.place is None else weight.place[1:]
+        rows, columns = block_shape(self.weight)
+        self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
+
+    def _tile(self, rows: int, columns: int) -> Tensor:
+        (tile,) = self.scratch.tiles(1, rows, columns, torch.float32, self.weight.device)
+        return tile
+
+    def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
+        """Step; see ``Stepper``."""
+        shape = rows, columns = block_shape(self.weight, terms)
+        terms = [term.reshaped(shape) for term in terms]
+        whole = terms[0].whole(torch.float32) if len(terms) == 1 and change.none else None
+        block = block_rows(self.scratch, rows, columns, 1, torch.float32)
+        single, squares = block >= rows, 0.0
+        if change.guarded and not single and not self.backend.finite(self.weight, terms):
+            return math.nan
+        starts = range(0, rows, block)
+        for term in terms:
+            term.prepare(starts, rows)
+        tile = self._tile(block, columns) if whole is None else None
+        views = Views(self.stored, shape)
+        keys = [stored.key(numbers.count) for stored in self.stored]
+        matrix_like = self.weight.dim() == 2
+        # slices of other weights are contiguous, and a block may begin at any of the codecs' rows
+        stride = self.stride if self.stride is not None and matrix_like else columns
+        for start, stop, (first, *rest) in views.blocks(starts, rows):
+            if tile is None:
+                grad = whole[start:stop]  # type: ignore[index]
+            else:
+                grad = tile[: stop - start]
+                sum_rows(terms, grad, start, stop)
+            norm = norm_of(grad)
+            if single and change.guarded and not is_finite(grad, norm, self.weight.dtype):
+                return math.nan
+            squares += norm**2
+            change.apply(grad)
+            grad = grad.view((stop - start) * views.each, -1)
+            step_tile(
+                first,
+                rest,
+                grad,
+                self.rule,
+                self.group,
+                on_host(numbers),
+                self.offset + start * stride,
+                stride if matrix_like else grad.shape[1],
+                keys,
+            )
+        return squares
+
+
+class Views:
+    """The 2-D blocks of a weight and its states. Those that are not contiguous are lent as copies."""
+
+    def __init__(self, stored: Sequence[Stored], shape: tuple[int, int]):
+        seen = matrix(stored[0].values.shape)
+        self.stored = stored
+        self.each = seen.rows // shape[0]  # rows of the codecs in one row of a block
+        self.widths = [
+            {name: width for name, (width, _) in one.codec.widths(seen.columns).items()}  # type: ignore[union-attr]
+            for one in stored
+        ]
+
+    def lend(self, start: int, stop: int) -> tuple[list[Stored], list[tuple[Tensor, Tensor]]]:
+        """Rows ``[start, stop)`` of everything; and pairs of a strided original and its copy, to write back."""
+        lent, copies = [], []
+        for one, widths in zip(self.stored, self.widths, strict=True):
+            parts = {}
+            for name, part in one.parts.items():
+                if part.is_contiguous():
+                    parts[name] = part.view(-1, widths[name])[start * self.each : stop * self.each]
+                    continue
+                assert name == VALUES  # codes are allocated contiguous
+                original = part[start:stop] if part.dim() > 1 else part
+                copies.append((original, original.contiguous()))
+                parts[name] = copies[-1][1].view(-1, widths[name])
+            lent.append(one._replace(parts=parts))
+        return lent, copies
+
+    def blocks(self, starts: range, stop: int) -> Iterator[tuple[int, int, list[Stored]]]:
+        for start in visited(starts, self.stored[0].values):
+            end = min(start + starts.step, stop)
+            lent, copies = self.lend(start, end)
+            yield start, end, lent
+            for original, copy in copies:
+                original.copy_(copy)

@@ -1,0 +1,30 @@
+"""How a gradient is cut into blocks of rows, and the sum of its terms in one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .scratch import TILE_ALIGNMENT, Scratch
+from .terms import GradTerm
+
+BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
+MIN_BLOCK_ROWS = 64  # below this a GEMM loses efficiency
+
+
+def block_rows(scratch: Scratch, rows: int, columns: int, tiles: int, dtype: torch.dtype) -> int:
+    """Return the rows of a block: within the cache target where a GEMM stays efficient, always within the limit."""
+    row_bytes = columns * dtype.itemsize
+    wanted = max(BLOCK_BYTES // row_bytes, MIN_BLOCK_ROWS)
+    limit = max(1, (scratch.limit_bytes // tiles - TILE_ALIGNMENT) // row_bytes)
+    blocks = -(-rows // min(rows, wanted, limit))
+    return -(-rows // blocks)
+
+
+def sum_rows(terms: Sequence[GradTerm], tile: Tensor, start: int, stop: int) -> None:
+    """Write rows ``[start, stop)`` of the gradient, the sum of the terms, into ``tile`` ``[stop - start, columns]``."""
+    terms[0].write(tile, start, stop)
+    for term in terms[1:]:
+        term.add(tile, start, stop)

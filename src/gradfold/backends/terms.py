@@ -1,0 +1,293 @@
+"""Terms of a gradient's sum that are not computed yet, and can be computed a few rows at a time.
+
+A weight's gradient is a sum with one term for each use of the weight. A term writes rows ``[start, stop)`` of its share
+into a tile, or adds them to what the tile holds. Rows are the weight's first dimension; a tile is
+``[stop - start, columns]``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradfold import _torch
+from gradfold.rules import number
+
+from .cpu_gemm import accumulate
+
+GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
+
+
+class Ready:
+    """When a term's tensors may be read on another CUDA stream; None where autograd has synchronised already."""
+
+    ready: torch.cuda.Event | None = None
+
+    def record(self, device: torch.device) -> None:
+        """Mark the term as complete once everything queued on the current stream has run."""
+        if device.type == "cuda":
+            self.ready = torch.cuda.current_stream(device).record_event()  # type: ignore[assignment]
+
+    def wait(self, device: torch.device) -> None:
+        """Make the current stream wait for the stream the term came from."""
+        if self.ready is not None:
+            torch.cuda.current_stream(device).wait_event(self.ready)
+
+
+class GradTerm(Ready, ABC):
+    """One term of a weight's gradient."""
+
+    reads_weight: ClassVar[bool] = False  # computing it reads rows of the weight, which must be those of the forward
+    in_registers: ClassVar[bool] = True  # GPU kernels can compute it a tile at a time
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the term keeps alive."""
+
+    @property
+    @abstractmethod
+    def factor(self) -> Tensor:
+        """A tensor whose dtype the term is computed in."""
+
+    @abstractmethod
+    def replaced(self, tensors: Sequence[Tensor]) -> GradTerm:
+        """Return the same term of other ``tensors``, given in the order of ``self.tensors``."""
+
+    @abstractmethod
+    def narrowed(self, dim: int, start: int, stop: int) -> GradTerm:
+        """Return the term of a weight of which only ``start`` to ``stop`` along ``dim`` are left; nothing is copied."""
+
+    @abstractmethod
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Write rows ``[start, stop)`` of the term into ``tile`` ``[stop - start, columns]``."""
+
+    @abstractmethod
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Add rows ``[start, stop)`` of the term to ``tile`` ``[stop - start, columns]``."""
+
+    @abstractmethod
+    def bound(self) -> float:
+        """Return a bound on the magnitude of every element, NaN if one of the tensors is not finite."""
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        """Get ready to be read in row blocks that begin at ``starts``, the last one ending at ``rows``."""
+
+    def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages: those of weights, which may step before this term is read."""
+
+    def reshaped(self, shape: tuple[int, int]) -> GradTerm:
+        """Return the term of the weight seen as a matrix of ``shape``."""
+        return self
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the term as it lies in memory, if it is there already, contiguous and in ``dtype``."""
+        return None
+
+    def written_out(self) -> GradTerm:
+        """Return a term that does not read the weight."""
+        return self
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> GradTerm:
+        """Return the same term with ``change`` applied to each of its tensors."""
+        return self._like_me(self.replaced([change(tensor) for tensor in self.tensors]))
+
+    def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
+        """Return ``narrowed(...)``, to be waited for as this one is."""
+        return self._like_me(self.narrowed(dim, start, stop))
+
+    def _like_me(self, made: GradTerm) -> GradTerm:
+        made.ready = self.ready
+        return made
+
+    def resolved(self) -> GradTerm:
+        """Return the term as backends take it."""
+        return self
+
+
+class MatmulTerm(GradTerm):
+    """``left.T @ right``, for a weight ``[R, C]``: of a Linear, left = dY and right = X."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self.left = gemm_ready(left)  # [T, R]
+        self.right = gemm_ready(right)  # [T, C]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.left, self.right
+
+    @property
+    def factor(self) -> Tensor:
+        return self.left
+
+    def replaced(self, tensors: Sequence[Tensor]) -> MatmulTerm:
+        return MatmulTerm(*tensors)
+
+    def narrowed(self, dim: int, start: int, stop: int) -> MatmulTerm:
+        if dim == 0:
+            return MatmulTerm(self.left[:, start:stop], self.right)
+        return MatmulTerm(self.left, self.right[:, start:stop])
+
+    def detach_from(self, storages: Container[int]) -> None:
+        if _torch.storage_key(self.left) in storages:
+            self.left = self.left.clone()
+        if _torch.storage_key(self.right) in storages:
+            self.right = self.right.clone()
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        accumulate(tile, self._left(start, stop), self.right, beta=0)
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        accumulate(tile, self._left(start, stop), self.right, beta=1)
+
+    def _left(self, start: int, stop: int) -> Tensor:
+        whole = start == 0 and stop == self.left.shape[1]
+        return self.left if whole else self.left[:, start:stop]
+
+    def bound(self) -> float:
+        return largest(self.left) * largest(self.right) * self.left.shape[0]
+
+
+class GatherTerm(GradTerm):
+    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
+
+    def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None, first: int = 0):
+        self.first = first  # the row of the weight that is row 0 here; ids of other rows are passed over
+        self.ids = ids.reshape(-1)  # [T]
+        self.grad = rows(grad)  # [T, H]
+        self.padding_idx = padding_idx
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.ids, self.grad
+
+    @property
+    def factor(self) -> Tensor:
+        return self.grad
+
+    def replaced(self, tensors: Sequence[Tensor]) -> GatherTerm:
+        ids, grad = tensors
+        return GatherTerm(ids, grad, self.padding_idx, self.first)
+
+    def narrowed(self, dim: int, start: int, stop: int) -> GatherTerm:
+        if dim == 0:
+            return GatherTerm(self.ids, self.grad, self.padding_idx, self.first + start)
+        return GatherTerm(self.ids, self.grad[:, start:stop], self.padding_idx, self.first)
+
+    def detach_from(self, storages: Container[int]) -> None:
+        if _torch.storage_key(self.grad) in storages:
+            self.grad = self.grad.clone()
+
+    def prepare(self, starts: Sequence[int], rows: int) -> None:
+        """Sort the tokens by id once, so that each row block finds its own without a search."""
+        self.sorted_ids, self.order = torch.sort(self.ids, stable=True)
+        edges = [*starts, rows]
+        if hasattr(self.ids, "fake_mode"):  # no values to look at: spread the tokens evenly
+            tokens = self.ids.numel()
+            bounds = [tokens * edge // rows for edge in edges]
+        else:
+            at = self.sorted_ids.new_tensor([self.first + edge for edge in edges])
+            bounds = torch.searchsorted(self.sorted_ids, at).tolist()
+        self.bounds = dict(zip(edges, bounds, strict=True))
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.zero_()
+        self.add(tile, start, stop)
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        tokens = max(1, GATHER_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+        for first in range(self.bounds[start], self.bounds[stop], tokens):
+            last = min(first + tokens, self.bounds[stop])
+            ids = self.sorted_ids[first:last]
+            grad = self.grad[self.order[first:last]].to(tile.dtype)  # [tokens, H], a copy: indexing gathers
+            if self.padding_idx is not None:
+                grad.masked_fill_((ids == self.padding_idx)[:, None], 0)
+            tile.index_add_(0, ids - (self.first + start), grad)
+
+    def bound(self) -> float:
+        return largest(self.grad) * max(1, self.ids.numel())
+
+
+class DenseTerm(GradTerm):
+    """A gradient that autograd has written out, of the weight's own shape."""
+
+    def __init__(self, grad: Tensor):
+        self.grad = grad
+
+    @property
+    def tensors(self) -> tuple[Tensor]:
+        return (self.grad,)
+
+    @property
+    def factor(self) -> Tensor:
+        return self.grad
+
+    def replaced(self, tensors: Sequence[Tensor]) -> DenseTerm:
+        return DenseTerm(*tensors)
+
+    def narrowed(self, dim: int, start: int, stop: int) -> DenseTerm:
+        return DenseTerm(self.grad.narrow(dim, start, stop - start) if self.grad.dim() else self.grad)
+
+    def reshaped(self, shape: tuple[int, int]) -> DenseTerm:
+        return DenseTerm(self.grad.reshape(shape))
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        return self.grad if self.grad.dtype == dtype and self.grad.is_contiguous() else None
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        grad = self.grad if self.grad.dim() else self.grad.reshape(1)
+        return grad[start:stop]
+
+    def write(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.copy_(self._rows(start, stop).reshape(tile.shape))
+
+    def add(self, tile: Tensor, start: int, stop: int) -> None:
+        tile.add_(self._rows(start, stop).reshape(tile.shape))
+
+    def bound(self) -> float:
+        return largest(self.grad)
+
+
+class BiasTerm(Ready):
+    """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which its weight's kernel can compute along.
+
+    Backends are handed it by ``Backend.step_along``, or as the dense gradient that it stands for.
+    """
+
+    def __init__(self, left: Tensor):
+        self.left = left  # [T, R]
+
+    def resolved(self) -> DenseTerm:
+        """Return the gradient ``[R]``, written out."""
+        made = DenseTerm(self.left.sum(0))
+        made.ready = self.ready
+        return made
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return ``[*, C]`` as ``[T, C]``; ``reshape(-1, C)`` could not tell T where C is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def largest(x: Tensor) -> float:
+    """Return the largest magnitude; NaN if there is one, or an infinity, which times zero would be NaN."""
+    if not x.numel():
+        return 0.0
+    lowest, highest = torch.aminmax(x)
+    low, high = number(lowest), number(highest)
+    size = max(abs(low), abs(high))
+    return math.nan if math.isnan(low) or math.isinf(size) else size
+
+
+def gemm_ready(x: Tensor) -> Tensor:
+    """Return ``x`` with strides that a GEMM reads in place, so that no row block copies it again.
+
+    ``loss.sum()`` hands down an expanded gradient whose strides are zero.
+    """
+    row, column = x.stride()
+    return x if column == 1 and row >= x.shape[1] else x.contiguous()

@@ -1,0 +1,36 @@
+"""One backward as the fold sees it: autograd's graph task, and the terms it has brought so far."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from gradfold.backends import BiasTerm, GradTerm
+
+from .segments import Segment
+
+
+class Backward:
+    """One backward. Dropped as a whole when it fails, so that an interrupted one cannot mix with another.
+
+    Attributes:
+        parent: the reentrant checkpoint it runs in; None for an outermost backward.
+        running: it has not ended.
+        terms: of parameters whose last use has not come yet.
+    """
+
+    __slots__ = ("parent", "running", "terms", "thread")
+
+    def __init__(self, parent: Segment | None):
+        self.parent = parent
+        self.thread = threading.get_ident()
+        self.running = True
+        self.terms: dict[Any, list[GradTerm | BiasTerm]] = {}
+
+    def add(self, param: Any, term: GradTerm | BiasTerm) -> None:
+        """Keep a term until the parameter's gate opens."""
+        found = self.terms.get(param)
+        if found is None:
+            self.terms[param] = [term]
+        else:
+            found.append(term)

@@ -1,0 +1,84 @@
+"""What all parameters of one fold share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradfold._options import FoldOptions
+from gradfold.backends import Backend
+
+from .backward import Backward
+from .offload import Host
+from .protocols import Optimizer, Turns
+from .segments import Segment
+from .step import Step
+
+
+class FoldContext(ABC):
+    """A fold as its parameters see it.
+
+    Attributes:
+        turns: a working set, where there is one.
+        paused, accumulating: depth of nested contexts.
+        segments: reentrant checkpoints whose forward has read parameters, by the id of their node.
+        following: what clipping multiplies gradients by in the step after this one, for ``clip="delayed"``.
+        grad_norm: of the last step; a tensor where the host has not waited for it.
+        step: the open step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions):
+        self.model = model
+        self.optimizer = optimizer
+        self.backend = backend
+        self.options = options
+        self.host = Host() if options.tape == "host" else None
+        self.turns: Turns | None = None
+        self.paused = 0
+        self.accumulating = 0
+        self.segments: dict[int, Segment] = {}
+        self.following: dict[int, float | Tensor] = {}
+        self.grad_norm: float | Tensor | None = None
+        self.step = Step(optimizer, options)
+
+    def segment(self, node: Any) -> Segment:
+        """Return the segment of a node of the outer graph."""
+        found = self.segments.get(id(node))
+        if found is None or not found.is_of(node):
+            found = self.segments[id(node)] = Segment(node)
+        return found
+
+    @property
+    def full(self) -> bool:
+        """Whether the open step has had all the backwards it sums."""
+        return self.step.summed >= self.options.accumulate and not self.accumulating
+
+    # what the parameters ask for, and the whole fold must answer -----------------------------------------------------
+
+    @abstractmethod
+    def look(self) -> None:
+        """Refuse what would go wrong before any weight moves; once per step, as the forward begins."""
+
+    @abstractmethod
+    def look_in_turns(self) -> None:
+        """``look``, where a working set decides what requires grad."""
+
+    @abstractmethod
+    def enter(self, task: int) -> Backward:
+        """Return the backward of a graph task; one that reaches the fold for the first time is examined."""
+
+    @property
+    @abstractmethod
+    def deferring(self) -> bool:
+        """Whether a backward that began now would leave its terms for ``optimizer.step()``."""
+
+    @property
+    @abstractmethod
+    def weight_storages(self) -> frozenset[int]:
+        """The storages of all parameters, which change while backward runs."""
+
+    @abstractmethod
+    def companion(self, bias: Tensor) -> Any | None:
+        """Return the place of a bias that its weight's step may take along."""

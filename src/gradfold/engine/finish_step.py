@@ -1,0 +1,152 @@
+"""The end of a step: its norm, its clipping, and the parameters that have waited for both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradfold.backends import PendingSum, resolve, safe_magnitude, total
+from gradfold.errors import FoldError, NonFiniteError
+
+from .clipping import add_power, coefficient, limit_of, norm_from
+from .context import FoldContext
+from .param_slice import ParamSlice, step_together
+
+
+def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
+    """Step every slice whose terms were deferred, all of them or none; work out the norm of the step.
+
+    Raises:
+        FoldError: a gradient was not finite. Deferred slices have not moved then; of those that step inside backward
+            the ones it names have not.
+    """
+    step, options = fold.step, fold.options
+    step.refresh()
+    deferred = [one for one in slices if one.deferred]
+    for one in deferred:
+        one.wait(step.deferred[one].held)
+    captured, clips = capturing(), step.clips
+    if deferred and clips:
+        _measure(fold, deferred)
+        if not captured:
+            settle(fold, slices)
+    if step.guarded and not captured and deferred:  # else the kernels see to it
+        named = set(step.nonfinite)
+        step.nonfinite += [one.name for one in deferred if one.name not in named and not _is_finite(fold, one)]
+    if deferred and not step.nonfinite:
+        if clips:
+            step.coefficients = coefficients(fold, deferred)
+            step.refresh()
+        for one in deferred:
+            power = step.power_sums.get(one)
+            one.take_step(step.deferred.pop(one).take(), step.change(one.param, step.guarded and captured))
+            if power is not None:
+                step.power_sums[one] = power
+    step_rest(fold)
+    if not captured and (options.on_nonfinite == "raise" or fold.turns or options.clip == "delayed"):
+        settle(fold, slices)
+    fold.grad_norm = math.nan if step.nonfinite else _norm(fold, slices)
+    if options.clip == "delayed":
+        known = [one for one in slices if one in step.power_sums]
+        fold.following = coefficients(fold, known) if not step.nonfinite else {}
+    if step.nonfinite and options.on_nonfinite == "raise":
+        named = set(step.nonfinite)
+        raise not_finite(step.nonfinite, moved=any(one.stepped and one.name not in named for one in slices))
+
+
+def step_rest(fold: FoldContext) -> None:
+    """Step the small parameters that have been waiting for each other, and biases whose weight never came."""
+    step = fold.step
+    for weight in list(step.biases):
+        bias, terms = step.biases.pop(weight)
+        bias.take_step([term.resolved() for term in terms], step.change(bias.param, step.guarded))
+    if step.together:
+        together, step.together = step.together, []
+        step_together(together)
+
+
+def capturing() -> bool:
+    """Return whether a CUDA graph is being captured: nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def settle(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
+    """Wait for the device once: for norms that are still there, and for whose gradient was not finite."""
+    step = fold.step
+    pending = [key for key, power in step.power_sums.items() if isinstance(power, PendingSum)]
+    if not pending:
+        return
+    found = dict(zip(pending, resolve([step.power_sums[key] for key in pending]), strict=True))
+    step.power_sums.update(found)
+    bad = {key for key, power in found.items() if not math.isfinite(power)}
+    if step.guarded and bad:
+        named = set(step.nonfinite)
+        step.nonfinite += [one.name for one in slices if one in bad and one.name not in named]
+
+
+def _is_finite(fold: FoldContext, one: ParamSlice) -> bool:
+    """Return whether a deferred gradient is finite: its norm tells, where it is known and not too large."""
+    step = fold.step
+    norm = norm_from(float(step.power_sums.get(one, math.inf)), step.power_type)
+    return norm < safe_magnitude(step.deferred[one].held, one.param.dtype) or one.is_deferred_finite()
+
+
+def _measure(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
+    """Take the norms of deferred gradients, without writing these out."""
+    step = fold.step
+    norm_type = step.power_type
+    with torch.no_grad():
+        for one in slices:
+            step.power_sums[one] = fold.backend.power(one.view, step.deferred[one].peek(), norm_type)
+
+
+def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, float | Tensor]:
+    """Return what the gradients of each pool are multiplied by (``Step.pool``): a pool is clipped by its own norm.
+
+    Raises:
+        FoldError: a norm is not finite, and ``error_if_nonfinite`` is set.
+    """
+    step, options = fold.step, fold.options
+    pools: dict[int, list[ParamSlice]] = {}
+    for one in slices:
+        pools.setdefault(step.pool(one.group.group), []).append(one)
+    found = {}
+    for pool, members in pools.items():
+        limit, norm = limit_of(members[0].group.group, options), _norm(fold, members)
+        if isinstance(norm, Tensor) and options.error_if_nonfinite:
+            raise FoldError("error_if_nonfinite=True: a captured CUDA graph cannot raise; capture with False")
+        if limit is not None and options.error_if_nonfinite and not math.isfinite(norm):
+            raise FoldError(
+                f"the gradient's norm of order {step.power_type:g} is {norm}, and error_if_nonfinite=True; nothing "
+                "has moved"
+            )
+        found[pool] = coefficient(limit, norm)
+    return found
+
+
+def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
+    """Return the norm of these gradients; 0-d on the device where the host has not waited for it."""
+    step = fold.step
+    sums, norm_type = step.power_sums, step.power_type
+    powers = [sums[one] for one in slices if one in sums]
+    if any(isinstance(power, PendingSum) for power in powers):  # squares, then
+        return step.unscale * total(powers).sqrt()
+    summed = 0.0
+    for power in powers:
+        summed = add_power(summed, float(power), norm_type)
+    return step.unscale * norm_from(summed, norm_type)
+
+
+def not_finite(names: list[str], moved: bool) -> NonFiniteError:
+    """Return what to say about gradients that are not finite; ``moved``: the other weights have stepped."""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    kept = (
+        f"{'they have' if others else 'it has'} not moved, the other weights have" if moved else "no weight has moved"
+    )
+    return NonFiniteError(
+        f"{names[0]}{others}: the gradient is not finite; {kept}, and no weight or state holds it",
+        "Go on with the next batch, or look for the cause (learning rate, data); on_nonfinite='skip' goes on by itself",
+    )

@@ -1,0 +1,126 @@
+"""A parameter's gate: its AccumulateGrad node, which autograd runs after its last use in a backward."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold import _torch
+
+
+class Demand(enum.Enum):
+    """What the backward now running wants of a parameter."""
+
+    STEP = "its AccumulateGrad node will run"
+    CAPTURE = "autograd.grad was asked for its gradient"
+    NOTHING = "no gradient of it is wanted"
+
+
+@functools.cache
+def hook_fires_without_gradient() -> bool:
+    """Return whether a post-accumulate hook runs although the backward produced no gradient for its leaf.
+
+    torch does not document it and the gate rests on it, so it is tried once per process.
+    """
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, leaf: Tensor) -> Tensor:
+            return leaf.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            return None
+
+    fired = []
+    with torch.enable_grad():
+        leaf = torch.zeros(1, requires_grad=True)
+        leaf.register_post_accumulate_grad_hook(fired.append)
+        Silent.apply(leaf).backward()
+    return bool(fired)
+
+
+class Gate:
+    """Runs a method each time a leaf's last use in a backward has completed, without keeping its object alive."""
+
+    def __init__(self, param: Tensor, owner: Any, method: Callable[[Any], None]):
+        self._param = param
+        alive = weakref.ref(owner)
+
+        def fire(*_: Any) -> None:
+            if (found := alive()) is not None:
+                method(found)
+
+        self._node = node_of(param)
+        self._address = _address(param)
+        self._on_param = hook_fires_without_gradient()
+        if self._on_param:
+            self._handle = param.register_post_accumulate_grad_hook(fire)
+        else:  # the node's own hook runs too, as long as the node is kept alive
+            self._handle = self._node.register_hook(fire)
+
+    def demand(self) -> Demand:
+        """Ask the running backward what it wants of the leaf."""
+        if not self._param.requires_grad:
+            return Demand.NOTHING
+        try:
+            return Demand.STEP if _torch.will_execute(self._node) else Demand.NOTHING
+        except RuntimeError as error:
+            return _captures(error)
+
+    def attached(self) -> bool:
+        """Return whether the leaf still carries the hook: ``Module.to`` can swap a tensor's contents and lose it."""
+        return not self._on_param or self._handle.id in _torch.post_accumulate_hooks(self._param)
+
+    def lost(self) -> bool:
+        """Return whether the leaf has become another tensor under the same name, whose node knows no hook.
+
+        ``swap_tensors`` does that (``Module.to`` and ``load_state_dict`` can be told to use it): the hook is still
+        listed, and autograd does not call it.
+        """
+        if _address(self._param) == self._address:
+            return False
+        self._address = _address(self._param)
+        return node_of(self._param) is not self._node
+
+    def others(self, folded: bool) -> bool:
+        """Return whether another hook waits for this leaf's gradient; ``folded``: even before it is accumulated."""
+        hooks = _torch.post_accumulate_hooks(self._param)
+        theirs = len(hooks) > 1 or (len(hooks) == 1 and self._handle.id not in hooks)
+        return theirs or bool(folded and _torch.gradient_hooks(self._param))
+
+    def remove(self) -> None:
+        """Take the hook off the leaf."""
+        self._handle.remove()
+
+
+def demand(param: Tensor) -> Demand:
+    """Ask the running backward what it wants of a leaf that has no gate."""
+    if not param.requires_grad:
+        return Demand.NOTHING
+    try:
+        return Demand.STEP if _torch.will_execute(node_of(param)) else Demand.NOTHING
+    except RuntimeError as error:
+        return _captures(error)
+
+
+def _address(param: Tensor) -> int:
+    return 0 if hasattr(param, "fake_mode") else param.data_ptr()
+
+
+def node_of(param: Tensor) -> Any:
+    """Return the AccumulateGrad node of a leaf that requires grad."""
+    return torch.autograd.graph.get_gradient_edge(param).node
+
+
+def _captures(error: RuntimeError) -> Demand:
+    """Return what it means that the engine did not answer."""
+    if "currently running autograd.grad()" not in str(error):
+        raise error
+    return Demand.CAPTURE

@@ -1,0 +1,337 @@
+"""A parameter in the fold, and its gate: it steps after its last use in a backward.
+
+Forward keeps no state. A folded module's backward hands the parameter a term of its gradient; the parameter's
+AccumulateGrad node, which autograd runs after the last of them, collects the terms and steps. Terms are kept by
+backward (graph task), so that one that is interrupted, or never reaches the parameter, cannot mix with another.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradfold import _torch
+from gradfold.backends import BiasTerm, DenseTerm, GradTerm, MatmulTerm
+from gradfold.errors import FoldError
+
+from .backward import Backward
+from .context import FoldContext
+from .gate import Demand, Gate, demand
+from .param_slice import ParamSlice
+from .parameters import refuse_parameter
+from .region import Region
+from .segments import Segment, node_in_forward, running_node
+
+_PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # id of a Parameter -> its place
+
+
+class FoldParam:
+    """One parameter of a fold.
+
+    Attributes:
+        folded: a folded module hands it terms; otherwise its dense gradient is the only term.
+        slices: what of it steps now: the whole, or the active slices of a working set.
+        weight: for a bias, the last weight that could take it along.
+        gate: its hook; None while it is frozen, and after ``remove()``.
+    """
+
+    def __init__(self, param: Parameter, name: str, fold: FoldContext):
+        self.param = param
+        self.name = name
+        self.fold = fold
+        self.folded = False
+        self.slices = [ParamSlice(fold, param, name)]
+        self.weight: FoldParam | None = None
+        self.gate: Gate | None = None
+        self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
+        self._read_unseen = False  # one of them read it through something that is not folded
+        self._shape, self._dtype, self._device = param.shape, param.dtype, param.device
+        _PARAMS[id(param)] = self
+
+    def slice(self, region: Region | None, draw: str = "") -> ParamSlice:
+        """Return a new unit of update of this parameter; ``draw`` sets its random bits apart."""
+        return ParamSlice(self.fold, self.param, self.name, region, draw)
+
+    # states and gate --------------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> dict:
+        """Its param_group."""
+        return self.fold.optimizer.group_of(self.param)
+
+    @property
+    def state(self) -> dict:
+        """Its states, by their keys in the optimizer."""
+        return self.fold.optimizer.state[self.param]
+
+    def arm(self) -> None:
+        """Hook a trainable parameter and allocate its states; a frozen one waits until it is unfrozen."""
+        if not self.param.requires_grad:
+            return
+        if self.gate and self.gate.lost():
+            raise FoldError(hook_lost(self.name))
+        if self.gate and self.gate.attached():
+            return
+        refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
+        self.disarm()
+        self.gate = Gate(self.param, self, FoldParam.join)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Create what its slices lack, if it is trainable."""
+        if self.param.requires_grad:
+            for one in self.slices:
+                one.prepare()
+
+    def disarm(self) -> None:
+        """Take the gate away."""
+        if self.gate:
+            self.gate.remove()
+            self.gate = None
+
+    def others(self) -> bool:
+        """Return whether another hook waits for a gradient that is never made, or that the gate takes away."""
+        return self.gate is not None and self.gate.others(self.folded)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied module is in no fold."""
+
+    def moved(self) -> str | None:
+        """Return how the parameter's shape, dtype or device changed since it was folded, in words."""
+        now = self.param
+        if now.shape == self._shape and now.dtype == self._dtype and now.device == self._device:
+            return None
+        before = _placement(self._shape, self._dtype, self._device)
+        return f"{before} became {_placement(now.shape, now.dtype, now.device)}"
+
+    # what it has done in the open step --------------------------------------------------------------------------------
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it has stepped."""
+        step = self.fold.step
+        return any(one._stepped is step for one in self.slices)
+
+    @property
+    def defers(self) -> bool:
+        """Whether terms of it wait for ``optimizer.step()``."""
+        kept = self.fold.step.deferred
+        return bool(kept) and any(kept.get(one) for one in self.slices)
+
+    @property
+    def done(self) -> bool:
+        """Whether this step takes no further term of it."""
+        fold, step = self.fold, self.fold.step
+        for one in self.slices:
+            if one._stepped is step:
+                return True
+        return bool(step.deferred) and fold.full and self.defers
+
+    @property
+    def waits(self) -> bool:
+        """Whether terms of it wait for reentrant checkpoints that will bring more."""
+        return self in self.fold.step.waiting
+
+    def demand(self) -> Demand:
+        """Ask the running backward what it wants of the parameter."""
+        return demand(self.param) if self.gate is None else self.gate.demand()
+
+    # backward ---------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> Demand:
+        """Tell a folded module's backward, which calls this first, what to do about this parameter.
+
+        Raises:
+            FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never made.
+        """
+        fold, wanted = self.fold, self.demand()
+        if fold.paused or self.gate is None:
+            # a dense gradient, as plain autograd would write: paused, removed, or thawed since the forward began
+            return Demand.CAPTURE if wanted is Demand.STEP else wanted
+        if torch.is_grad_enabled():
+            raise FoldError(create_graph(self.name))
+        if wanted is Demand.STEP:
+            task = _torch.current_graph_task()
+            if task not in fold.step.backwards:
+                fold.enter(task)
+            if self.done:
+                raise FoldError(second_backward(self.name, self.stepped))
+        return wanted
+
+    def hand(self, term: GradTerm) -> None:
+        """Keep a term until the gate opens."""
+        fold = self.fold
+        term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
+        term.record(self._device)
+        fold.enter(_torch.current_graph_task()).add(self, term)
+
+    def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
+        """Return whether this bias needs no gradient of its own, since it can be read off its weight's term."""
+        if self.gate is None or self.gate.others(True) or self.admit() is not Demand.STEP:
+            return False
+        total = BiasTerm(term.left)
+        total.ready = term.ready
+        self.fold.enter(_torch.current_graph_task()).add(self, total)
+        self.weight = weight
+        return True
+
+    def join(self) -> None:
+        """Open the gate: every use of the parameter in this backward is complete."""
+        fold = self.fold
+        if fold.paused:
+            return
+        task = _torch.current_graph_task()
+        backward = fold.step.backwards.get(task)
+        terms = [] if backward is None else backward.terms.pop(self, [])
+        grad = self.param.grad
+        if grad is not None:
+            self.param.grad = None
+        if torch.is_grad_enabled():  # not every gradient requires one itself under create_graph
+            raise FoldError(create_graph(self.name))
+        if backward is None:
+            backward = fold.enter(task)
+        if grad is not None:
+            terms.append(DenseTerm(self._checked(grad)))
+        if backward.parent is None and not fold.segments:  # no reentrant checkpoints: nothing more can come
+            if terms:
+                self._refuse_second_step()
+                self.fire(backward, terms)
+            return
+        self._join_segments(backward, terms)
+
+    def _join_segments(self, backward: Backward, terms: list[GradTerm | BiasTerm]) -> None:
+        """Keep the terms while reentrant checkpoints may bring more."""
+        step = self.fold.step
+        if backward.parent is None:
+            step.outer_due.discard(self)
+        elif backward.parent not in self._segments:
+            self._read_unseen = True
+        if terms:  # else: reached, but nothing flowed
+            self._refuse_second_step()
+            step.waiting.setdefault(self, []).extend(terms)
+        if self.waits and not self.due(backward.parent):
+            self.flush(backward)
+
+    def due(self, parent: Segment | None) -> bool:
+        """Return whether this backward may bring more terms, now that the one inside ``parent`` has brought its own."""
+        fold = self.fold
+        if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
+            return True
+        # first passes of modules that are not folded go unseen: any segment may have read such a parameter
+        unseen = self._read_unseen or not self.folded
+        segments = fold.segments.values() if unseen else self._segments
+        return any(segment.open for segment in segments if segment is not parent)
+
+    def reread(self, task: int) -> None:
+        """Note that a checkpoint reads the parameter again inside ``task``'s backward."""
+        fold = self.fold
+        if fold.paused:
+            return
+        # a reentrant one calls a backward of its own for the weight; any other leaves it to this one, if it wants it
+        with _torch.without_modes():  # a selective checkpoint counts operators, and asking is one
+            wanted = self._in_segment() or self.demand() is Demand.STEP
+        if not wanted:
+            return
+        fold.enter(task)
+        if self.stepped:
+            raise FoldError(
+                f"{self.name}: read again inside the backward that has already stepped it, by a checkpoint whose first "
+                "pass went unseen; use_reentrant=False has no such limit"
+            )
+
+    def _in_segment(self) -> bool:
+        """Return whether the innermost autograd Function whose backward is running is a reentrant checkpoint."""
+        node = running_node()
+        return node is not None and (found := self.fold.segments.get(id(node))) is not None and found.is_of(node)
+
+    def first_pass(self) -> None:
+        """Note that it is read without grad: inside a reentrant checkpoint, another read will come in backward."""
+        node = node_in_forward()
+        if node is not None:
+            self._segments = {segment for segment in self._segments if segment.alive}
+            self._segments.add(self.fold.segment(node))
+
+    def flush(self, backward: Backward | None = None) -> None:
+        """Step with all that has been waiting for segments."""
+        if terms := self.fold.step.waiting.pop(self, None):
+            self.fire(backward, terms)
+
+    def fire(self, backward: Backward | None, arrived: list[GradTerm | BiasTerm]) -> None:
+        """Step, or defer, with all terms of one backward."""
+        fold, step = self.fold, self.fold.step
+        if fold.turns is not None and step.last and not step.measuring:
+            fold.turns.fired()
+        terms: list[GradTerm] = arrived  # type: ignore[assignment]
+        if self.weight is not None:  # a bias some of whose terms are its weight's
+            if backward is not None and self._goes_along(backward, arrived):
+                return
+            terms = [term.resolved() for term in arrived]
+        if len(self.slices) > 1 and any(term.reads_weight for term in terms):
+            if sum(one.region is not None and one.region.dim == 1 for one in self.slices) > 1:
+                # bands of columns share their rows: once the first has stepped, these are not the old ones any more
+                terms = [term.written_out() for term in terms]
+        for one in self.slices:
+            one.fire(terms)
+
+    def _goes_along(self, backward: Backward, arrived: list[GradTerm | BiasTerm]) -> bool:
+        """Return whether this bias waits for its weight, which is due in the same backward, to step in its kernel."""
+        step, (one, *more) = self.fold.step, self.slices
+        weight = self.weight
+        assert weight is not None
+        if step.measuring or step.defers or more or one.region is not None or one in step.deferred:
+            return False
+        sums = [term for term in arrived if isinstance(term, BiasTerm)]
+        if len(sums) < len(arrived) or not backward.terms.get(weight) or weight.param in step.biases:
+            return False
+        one.mark_stepped()
+        step.biases[weight.param] = (one, sums)
+        return True
+
+    def _refuse_second_step(self) -> None:
+        if self.done:
+            raise FoldError(second_backward(self.name, self.stepped))
+
+    def _checked(self, grad: Tensor) -> Tensor:
+        if grad.layout != torch.strided:
+            raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
+        return grad
+
+
+def param_of(tensor: Tensor) -> FoldParam | None:
+    """Return a parameter's place in a fold, if its modules fold."""
+    found = _PARAMS.get(id(tensor))
+    return found if found is not None and found.param is tensor and found.folded else None
+
+
+def create_graph(name: str) -> str:
+    """Return what to say about a backward that keeps a graph."""
+    return (
+        f"{name}: create_graph=True runs through a folded weight, which steps once and keeps no gradient to "
+        "differentiate; run the forward and this backward inside fold.paused()"
+    )
+
+
+def second_backward(name: str, stepped: bool) -> str:
+    """Return what to say about a backward that comes before ``optimizer.step()``."""
+    has = "has already stepped" if stepped else "waits for that call with all it sums"
+    return (
+        f"{name}: a second backward reached this weight before optimizer.step(), and it {has}; sum the "
+        "losses and call backward once, fold with accumulate=n, or call optimizer.step() after each backward (after a "
+        "backward that raised, or a step that a scaler left out: optimizer.zero_grad(), then run the batch again; "
+        "methods that look at a gradient first, as SAM: that backward inside fold.paused(), and timing='deferred')"
+    )
+
+
+def hook_lost(name: str) -> str:
+    """Return what to say about a parameter whose gate autograd does not open any more."""
+    return (
+        f"{name}: its hook was lost, so it would not step "
+        "(Module.to with torch.__future__.set_swap_module_params_on_conversion?): make a new optimizer and fold again"
+    )
+
+
+def _placement(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{tuple(shape)} {dtype} on {device}"

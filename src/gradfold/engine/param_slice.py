@@ -1,0 +1,179 @@
+"""The unit that is updated: a whole parameter, or one active slice of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradfold.backends import Backend, BiasTerm, Change, DenseTerm, GradTerm, MatmulTerm, PowerSum
+from gradfold.errors import FoldError
+
+from .context import FoldContext
+from .deferred import DeferredGrads
+from .region import Region
+from .step import Step
+from .stepper import GroupStep, ParamStepper, plainly
+
+
+class ParamSlice(ParamStepper):
+    """A parameter, or a region of it, in the fold: steps at once, or keeps terms for ``optimizer.step()``."""
+
+    def __init__(self, fold: FoldContext, param: Parameter, name: str, region: Region | None = None, draw: str = ""):
+        super().__init__(param, fold.optimizer, fold.backend, region, draw)
+        self.fold = fold
+        self.name = name if region is None else f"{name}{region}"
+        self._stepped: Step | None = None  # the step it has taken part in
+        self._may_gather = type(fold.backend).gathers is not Backend.gathers
+
+    @property
+    def group(self) -> GroupStep:
+        """Its param_group."""
+        return self.fold.step.group_of(self.param)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it has stepped since the last ``optimizer.step()``."""
+        return self._stepped is self.fold.step
+
+    def mark_stepped(self) -> None:
+        """Note that it may not step again before ``optimizer.step()``."""
+        self._stepped = step = self.fold.step
+        step.moved = True
+
+    @property
+    def deferred(self) -> DeferredGrads | None:
+        """What waits for ``optimizer.step()``."""
+        return self.fold.step.deferred.get(self)
+
+    def prepare(self) -> None:
+        """Create the states and the scratch memory it lacks: what fits is known before the first step.
+
+        Raises:
+            FoldError: options that it cannot have.
+        """
+        try:
+            self.allocate(self.optimizer.group_of(self.param))
+        except ValueError as error:
+            raise FoldError(f"{self.name}: {error}") from None
+
+    # during backward --------------------------------------------------------------------------------------------------
+
+    def fire(self, terms: list[GradTerm]) -> None:
+        """Take all terms of one backward: step, or keep them until ``optimizer.step()``."""
+        step = self.fold.step
+        if self.region is not None:
+            terms = [self.region.of_term(term) for term in terms]
+        if step.measuring:
+            self._measure(terms)
+        elif step.defers:
+            self._defer(terms)
+        else:
+            if step.deferred and (kept := step.deferred.pop(self, None)) is not None:
+                terms = kept.take() + terms
+            self.take_step(terms, step.change(self.param, step.guarded))
+
+    def _defer(self, terms: list[GradTerm]) -> None:
+        fold, step = self.fold, self.fold.step
+        kept = step.deferred.get(self)
+        if kept is None:
+            kept = step.deferred[self] = DeferredGrads(
+                self.name, self.param, self.region, fold.backend, step.holders, fold.host
+            )
+        kept.add(terms)
+
+    def add_late(self, grad: Tensor) -> None:
+        """Keep a gradient of the whole parameter that autograd wrote before the gate was there."""
+        self._defer([self._term_of(grad)])
+
+    def _term_of(self, grad: Tensor) -> GradTerm:
+        term = DenseTerm(grad)
+        return term if self.region is None else self.region.of_term(term)
+
+    def _measure(self, terms: list[GradTerm]) -> None:
+        """Only take the norm, in the first pass of two."""
+        self.wait(terms)
+        with torch.no_grad():
+            self.fold.step.power_sums[self] = self.backend.power(self.view, terms)
+
+    # stepping ---------------------------------------------------------------------------------------------------------
+
+    def take_step(self, terms: list[GradTerm], change: Change) -> None:
+        """Step with the sum of the terms, unless ``change.guarded`` and it is not finite."""
+        step = self.fold.step
+        self.mark_stepped()
+        self.wait(terms)
+        if step.biases and (bias := step.biases.pop(self.param, None)) is not None:
+            self._step_along(terms, change, *bias)
+        elif self._may_gather and self.backend.gathers(self.view, terms):
+            step.together.append((self, terms, change))
+        else:
+            self._note(self.step(terms, self.group, change), change)
+
+    def step_gradient(self, grad: Tensor, group: GroupStep) -> None:
+        """Step with a gradient of the whole parameter, as plain PyTorch's ``step()``."""
+        self.step([self._term_of(grad)], group)
+
+    def _note(self, power: PowerSum, change: Change) -> None:
+        """Write down the gradient's sum of squares; NaN: it was not finite."""
+        step = self.fold.step
+        step.power_sums[self] = power
+        if change.guarded and isinstance(power, float) and math.isnan(power):
+            step.nonfinite.append(self.name)
+
+    def _step_along(self, terms: list[GradTerm], change: Change, bias: ParamSlice, sums: list[BiasTerm]) -> None:
+        """Step, and a bias whose gradient is the sum of the terms' ``left`` rows along with it."""
+        step = self.fold.step
+        wanted = step.change(bias.param, change.guarded)
+        theirs = [term.left for term in terms if isinstance(term, MatmulTerm)]
+        same = len(theirs) == len(terms) == len(sums) and all(a is b.left for a, b in zip(theirs, sums))
+        if self.region is None and same and wanted == change:
+            with plainly(self.param.device.type):
+                job, begun = self.begin(terms, self.group, change)
+                bias_job, bias_begun = bias.begin([], bias.group, change)
+                powers = self.backend.step_along(job, bias_job)
+                if powers is None:
+                    alone = bias_job._replace(terms=[term.resolved() for term in sums])
+                    powers = tuple(one.stepper(one.terms, one.numbers, one.change) for one in (job, alone))
+                for one, power, what in zip((self, bias), powers, (begun, bias_begun), strict=True):
+                    one.end(power, what)
+                    one._note(power, change)
+            return
+        bias.take_step([term.resolved() for term in sums], wanted)
+        self._note(self.step(terms, self.group, change), change)
+
+    def wait(self, terms: Sequence[GradTerm]) -> None:
+        """Make the current CUDA stream wait for those the terms came from."""
+        for term in terms:
+            if term.ready is not None:
+                term.wait(self.param.device)
+
+    def is_deferred_finite(self) -> bool:
+        """Return whether what waits for ``optimizer.step()`` is finite."""
+        kept = self.deferred
+        if not kept:
+            return True
+        terms = kept.peek()
+        self.wait(terms)
+        with torch.no_grad():
+            return self.backend.finite(self.view, terms)
+
+
+def step_together(slices: Sequence[tuple[ParamSlice, list[GradTerm], Change]]) -> None:
+    """Step parameters that a backend would rather have together."""
+    if not slices:
+        return
+    with plainly(slices[0][0].param.device.type):
+        jobs, begun = [], []
+        for one, terms, change in slices:
+            one.wait(terms)
+            job, what = one.begin(terms, one.group, change)
+            jobs.append(job)
+            begun.append(what)
+        powers = slices[0][0].backend.step_all(jobs)
+        for (one, _, change), power, what in zip(slices, powers, begun, strict=True):
+            one.end(power, what)
+            one._note(power, change)

@@ -1,0 +1,57 @@
+"""A slice of a parameter along one of its dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gradfold.backends import GradTerm, Place
+
+
+class Region(NamedTuple):
+    """Elements ``start`` to ``stop`` of one dimension of a parameter."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the view of a tensor of the parameter's shape."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+    def of_term(self, term: GradTerm) -> GradTerm:
+        """Return the term of this region's gradient alone."""
+        return term.narrow(self.dim, self.start, self.stop)
+
+    def place(self, shape: Sequence[int]) -> Place:
+        """Return where its elements lie in a parameter of this shape, in elements."""
+        stride = math.prod(shape[1:])
+        return Place(tuple(shape), self.start * stride if self.dim == 0 else self.start, stride)
+
+    def __str__(self) -> str:
+        return f"[{', '.join([':'] * self.dim + [f'{self.start}:{self.stop}'])}]"
+
+
+class RegionStates(MutableMapping[str, Any]):
+    """The states of one region among those of its parameter: ``exp_avg`` is kept there as ``exp_avg[0:128]``."""
+
+    def __init__(self, states: MutableMapping[str, Any], region: Region):
+        self.states, self.suffix = states, str(region)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.states[name + self.suffix]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.states[name + self.suffix] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.states[name + self.suffix]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name.removesuffix(self.suffix) for name in self.states if name.endswith(self.suffix)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,315 @@
+"""A fold's state: its parameters, its options, its optimizer and backend, and the open step.
+
+A step opens with the first backward and closes in ``optimizer.step()``. In between every trainable parameter steps at
+most once; what cannot be accounted for is an error that names the parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from gradfold import _torch
+from gradfold._options import FoldOptions
+from gradfold.backends import Backend
+from gradfold.errors import FoldError
+
+from .audit import Auditor, refuse_moved, unhooked_gradients
+from .backward import Backward
+from .context import FoldContext
+from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
+from .gate import Demand
+from .grad_scaler import Marker
+from .param import FoldParam, hook_lost, second_backward
+from .param_slice import ParamSlice
+from .protocols import Optimizer
+from .segments import node_around_backward, node_in_forward, on_calling_thread
+from .step import Step
+
+
+class FoldState(FoldContext):
+    """The parameters of one model and one optimizer, and the step that is open."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions | None = None
+    ) -> None:
+        super().__init__(model, optimizer, backend, options or FoldOptions())
+        self.params: dict[int, FoldParam] = {}  # id of the Parameter -> its place
+        self._auditor = Auditor(model)
+        self._marker = Marker()
+        self._storages: frozenset[int] | None = None
+
+    def claim(self, name: str, param: Parameter) -> FoldParam:
+        """Give a parameter its place; nothing is hooked or allocated before it is armed."""
+        made = self.params[id(param)] = FoldParam(param, name, self)
+        return made
+
+    def release(self) -> None:
+        """Make the optimizer an ordinary one again."""
+        if self.turns is not None:
+            self.turns.end()
+            self.turns = None
+        if self.optimizer._fold is self:
+            self.optimizer._fold = None
+        self.params.clear()
+
+    @property
+    def weight_storages(self) -> frozenset[int]:
+        """The storages of all parameters, which change while backward runs."""
+        if self._storages is None:
+            self._storages = frozenset(_torch.storage_key(param.param) for param in self.params.values())
+        return self._storages
+
+    def slices(self) -> list[ParamSlice]:
+        """Return everything that may step now."""
+        return [one for param in self.params.values() for one in param.slices]
+
+    # during the step --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Refuse what would go wrong before any weight moves; once per step, as the forward begins."""
+        if self.step.looked:
+            return
+        self._auditor.refuse_wrappers()
+        refuse_moved(self.params.values())
+        if self.turns is not None:
+            self.turns.catch_up()
+            self.turns.look()
+        self._arm()
+        self.step.looked = True
+
+    def _arm(self) -> None:
+        self._storages = None  # a parameter may have new memory
+        for param in self.params.values():
+            param.arm()
+
+    def look_in_turns(self) -> None:
+        """``look``, where a working set decides what requires grad.
+
+        Raises:
+            FoldError: inside a reentrant checkpoint.
+        """
+        if torch.is_grad_enabled():
+            self.look()
+        elif node_in_forward() is not None:
+            raise FoldError(
+                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, "
+                "which those of sleeping layers do not; use use_reentrant=False (transformers: "
+                "gradient_checkpointing_enable({'use_reentrant': False}))"
+            )
+
+    def enter(self, task: int) -> Backward:
+        """Return the backward of a graph task; one that reaches the fold for the first time is examined.
+
+        A second backward through a stepped weight is refused here, before it moves anything.
+        """
+        found = self.step.backwards.get(task)
+        if found is not None:
+            return found
+        node = node_around_backward()
+        if node is None:
+            self._begin()
+        made = Backward(None if node is None else self.segment(node))
+        self.step.backwards[task] = made
+        _torch.at_task_end(lambda: self._leave(made))
+        return made
+
+    def _begin(self) -> None:
+        """Examine the model and the step, as an outermost backward begins."""
+        step, options = self.step, self.options
+        if options.clip == "two_pass" and not (step.measuring or step.measured):
+            raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
+        self._refuse_second()
+        self._forget_failed()
+        if not step.open:  # a functional_call has given the parameters back by now
+            self._auditor.audit(self.params)
+        for param in self.params.values():
+            if param.others() and param.demand() is Demand.STEP:
+                raise FoldError(
+                    f"{param.name}: a hook registered on this tensor waits for a gradient that is never made; "
+                    "remove it, or run this backward inside fold.paused()"
+                )
+        step.refresh()
+        self._plan()
+        if options.clip == "delayed":
+            step.coefficients = self.following
+        if self.segments:
+            step.surveyed = True
+            for segment in self.segments.values():
+                segment.survey()
+            step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
+
+    def _plan(self) -> None:
+        """Decide whether the backward that now begins steps, or leaves its terms for ``optimizer.step()``."""
+        step = self.step
+        step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
+        step.defers = not step.last or step.waits
+
+    @property
+    def deferring(self) -> bool:
+        """Whether a backward that began now would leave its terms for ``optimizer.step()``."""
+        last = not self.accumulating and self.step.summed >= self.options.accumulate - 1
+        return not last or self.step.waits
+
+    def _refuse_second(self) -> None:
+        step = self.step
+        parents = [backward.parent for backward in step.backwards.values()]
+        if parents and None not in parents:
+            return  # the checkpoints of this very backward came first, with nothing of ours around them; they wait
+        if not step.open:
+            return
+        # the engine cannot say what checkpoints will reach, so that after one ran every second backward is refused
+        nested = any(parent is not None for parent in parents)
+        for param in self.params.values():
+            if (param.done or param.waits) and (nested or param.demand() is Demand.STEP):
+                raise FoldError(second_backward(param.name, param.stepped))
+
+    def _forget_failed(self) -> None:
+        """Drop a backward that raised before any weight stepped, and that the caller simply runs again."""
+        step = self.step
+        if not step.backwards or step.open or not on_calling_thread():
+            return
+        here = threading.get_ident()
+        for backward in step.backwards.values():  # a thread runs one outermost backward at a time
+            if backward.running and backward.thread == here:
+                backward.running = False
+                backward.terms.clear()
+
+    def _leave(self, backward: Backward) -> None:
+        backward.running = False
+        step, parent = self.step, backward.parent
+        if parent is None:
+            self._flush(backward)
+            step_rest(self)
+            step.summed += not self.accumulating  # those come on top of what ``accumulate`` counts
+            return
+        parent.done = True
+        for param in list(step.waiting):
+            if not param.due(parent):
+                param.flush(backward)
+
+    def _flush(self, backward: Backward | None = None) -> None:
+        self.step.surveyed = False
+        for param in list(self.step.waiting):
+            param.flush(backward)
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """A backward that only takes the norm; the next one steps with what comes of it.
+
+        Raises:
+            FoldError: in the middle of a step; or the gradient is not finite, and nothing moves.
+        """
+        self.require_closed("fold.backward()")
+        self.step.measuring = True
+        slices, sums = self.slices(), {}
+        try:
+            yield
+        finally:
+            settle(self, slices)
+            sums = dict(self.step.power_sums)
+            for segment in self.segments.values():
+                segment.done = False  # the second pass will go through it again
+            self.new_step()
+        nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
+        if nonfinite:
+            self.grad_norm = math.nan
+        if nonfinite and self.options.on_nonfinite == "raise":
+            raise not_finite(nonfinite, moved=False)
+        step = self.step
+        step.power_sums, step.nonfinite = sums, nonfinite
+        step.coefficients = coefficients(self, [one for one in slices if one in sums])
+        step.refresh()
+        step.measured = True
+
+    def require_closed(self, action: str) -> None:
+        """Raise in the middle of a step."""
+        if self.step.open:
+            raise FoldError(
+                f"{action} in the middle of a step: weights have stepped, or wait to, and others have not; call "
+                "optimizer.step() first"
+            )
+
+    def show_to_scaler(self) -> list[dict[str, Any]]:
+        """Return param_groups that stand for the gradients, for a GradScaler.
+
+        Raises:
+            FoldError: weights step inside backward, where no scaler can stop them.
+        """
+        if not self.step.waits:
+            raise FoldError(
+                "GradScaler: the folded backward has stepped the weights with gradients that were still scaled; fold "
+                "with timing='deferred', where every weight waits for optimizer.step(), or train in bfloat16, which "
+                "needs no scaler"
+            )
+        finite = all(one.is_deferred_finite() for one in self.slices() if one.deferred)
+        if not finite:
+            self.grad_norm = math.nan
+        return self._marker.show(finite, next(iter(self.params.values())).param.device)
+
+    # its end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Audit the step and open the next.
+
+        Raises:
+            FoldError: a backward did not finish; a trainable parameter is not in the optimizer, or the other way
+                round; a parameter was replaced or moved; a gradient was left over.
+        """
+        step = self.step
+        if step.running:
+            raise FoldError(
+                "optimizer.step() after a backward that raised: some weights have stepped and others have not; call "
+                "optimizer.zero_grad() and run the batch again"
+            )
+        self._plan()
+        self._flush()
+        for backward in step.backwards.values():
+            for param in backward.terms:
+                raise FoldError(hook_lost(param.name))
+        self._auditor.refuse_wrappers()
+        self._auditor.audit(self.params)
+        for param in list(unhooked_gradients(self.params.values())):
+            # unfrozen after the forward began: autograd wrote its gradient before the gate was there
+            grad, param.param.grad = param.param.grad, None
+            for one in param.slices:
+                one.add_late(grad.detach())  # type: ignore[union-attr]
+        if self.turns is not None:
+            self.turns.look()
+        self._arm()
+        step.unscale = self._marker.take()
+        try:
+            finish_step(self, self.slices())
+        finally:
+            self.new_step()
+        if self.turns is not None:
+            self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
+
+    def drop(self) -> None:
+        """``zero_grad``: drop what a failed backward left behind, and open the next step."""
+        if self.step.moved and not self.step.running:
+            warnings.warn(
+                "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, "
+                "so there is no gradient to discard",
+                stacklevel=3,
+            )
+        self.new_step()
+
+    def new_step(self) -> None:
+        """Forget the open step."""
+        self._marker.take()
+        if self.segments:
+            self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
+        self.step = Step(self.optimizer, self.options)
+
+    def companion(self, bias: Tensor) -> FoldParam | None:
+        """Return the place of a bias that its weight's step may take along."""
+        return self.params.get(id(bias)) if self.backend.steps_biases else None

@@ -1,0 +1,128 @@
+"""The open optimizer step: what is known of its gradients, and how they are clipped. Made new each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradfold._options import FoldOptions
+from gradfold.backends import BiasTerm, Change, GradTerm, PowerSum
+
+from .backward import Backward
+from .clipping import change_for
+from .deferred import DeferredGrads, StorageHolders
+from .protocols import Optimizer
+from .stepper import GroupStep
+
+
+class Step:
+    """One optimizer step, from its first backward to ``optimizer.step()``.
+
+    Attributes:
+        backwards: the backwards that have reached the fold, inner ones too, by autograd's graph task.
+        summed: how many outermost ones have completed, outside of ``accumulating()``.
+        looked: the model was examined as the step's first forward began.
+        surveyed: the outermost backward has been asked which segments and weights it will reach.
+        last: the backward now running is the last that this step sums.
+        defers: ... and leaves its terms for ``optimizer.step()``.
+        measuring: this is the first pass of two, which only takes the norm.
+        measured: that pass is over, and the second may come.
+        power_sums: of each parameter's gradient, mostly the sum of squares.
+        nonfinite: names of parameters whose gradient was not finite.
+        coefficients: what clipping multiplies gradients by, of each pool (``pool``).
+        unscale: the inverse of the loss scale, where a GradScaler has looked.
+        together: small parameters that step together when backward ends.
+        biases: biases that may step along with their weight.
+        deferred: terms that wait for ``optimizer.step()``, by the slice they are of.
+        waiting: terms of parameters of which reentrant checkpoints will bring more.
+        outer_due: parameters that the outermost backward will reach outside of those, and has not yet.
+        moved: some parameter has stepped.
+    """
+
+    def __init__(self, optimizer: Optimizer, options: FoldOptions):
+        self.optimizer = optimizer
+        self.options = options
+        self.backwards: dict[int, Backward] = {}
+        self.summed = 0
+        self.looked = False
+        self.surveyed = False
+        self.last = True
+        self.defers = False
+        self.measuring = False
+        self.measured = False
+        self.power_sums: dict[Any, PowerSum] = {}
+        self.nonfinite: list[str] = []
+        self.coefficients: dict[int, float | Tensor] = {}
+        self.unscale = 1.0
+        self.together: list[tuple[Any, list[GradTerm], Change]] = []
+        self.biases: dict[Any, tuple[Any, list[BiasTerm]]] = {}
+        self.deferred: dict[Any, DeferredGrads] = {}
+        self.holders = StorageHolders()
+        self.waiting: dict[Any, list[GradTerm | BiasTerm]] = {}
+        self.outer_due: set[Any] = set()
+        self.moved = False
+        self._groups: dict[int, GroupStep] = {}  # id of a parameter -> its group
+
+    # what param_groups say ------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Look at the param_groups again: users may have changed them since the last backward."""
+        self._groups.clear()
+
+    def group_of(self, param: Parameter) -> GroupStep:
+        """Return the param_group of a parameter, with what its parameters share in this step."""
+        found = self._groups.get(id(param))
+        if found is None:
+            rule = self.optimizer.rule
+            for group in self.optimizer.groups:
+                shared = GroupStep(group, rule)
+                self._groups.update((id(member), shared) for member in group["params"])
+            found = self._groups[id(param)]
+        return found
+
+    def change(self, param: Parameter, guarded: bool = False) -> Change:
+        """Return what happens to this parameter's gradient on its way to the rule."""
+        group = self.group_of(param)
+        found = group.changes.get(guarded)
+        if found is None:
+            scale = self.unscale * self.coefficients.get(self.pool(group.group), 1.0)
+            found = group.changes[guarded] = change_for(group.group, self.options, scale, guarded)
+        return found
+
+    def pool(self, group: dict[str, Any]) -> int:
+        """Return which norm clips a group: that of all groups together (-1), or its own if it has ``clip_norm``."""
+        if "clip_norm" not in group:
+            return -1
+        return next(index for index, other in enumerate(self.optimizer.groups) if other is group)
+
+    @property
+    def clips(self) -> bool:
+        """Whether a norm decides how far this step goes."""
+        return self.options.clip_norm is not None or any(group.get("clip_norm") for group in self.optimizer.groups)
+
+    @property
+    def waits(self) -> bool:
+        """Whether every parameter waits for ``optimizer.step()``."""
+        return self.options.timing == "deferred" or (self.options.clip == "exact" and self.clips)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether gradients that are not finite must stay out."""
+        return self.options.on_nonfinite != "ignore"
+
+    @property
+    def power_type(self) -> float:
+        """The order of the norm: parameters that step inside backward count squares."""
+        return self.options.norm_type if self.clips and self.options.clip == "exact" else 2.0
+
+    @property
+    def open(self) -> bool:
+        """Whether some parameter has stepped, or waits to, and ``optimizer.step()`` has not closed the step."""
+        return self.moved or bool(self.waiting) or any(self.deferred.values())
+
+    @property
+    def running(self) -> bool:
+        """Whether some backward has begun and not ended."""
+        return any(backward.running for backward in self.backwards.values())

@@ -1,0 +1,305 @@
+"""One parameter's step: its states, its counters and what a backend has prepared for it.
+
+Binding looks up states, codecs and random streams and lets the backend prepare; it happens once. It happens again when
+something it was made from has changed: an option of the param_group, a state that was replaced (``load_state_dict``,
+ours and torch's, does that), the parameter's memory. Folded, hooked, paused and ordinary steps all come through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
+from gradfold.rules import Group, Rule, number, on_device
+
+from .protocols import Optimizer
+from .region import Region, RegionStates
+from .storage import (
+    OPTIONS,
+    STEP,
+    Storage,
+    allocate_residuals,
+    allocate_state,
+    bind,
+    keys_of,
+    refuse_other_form,
+    storage_of,
+)
+
+States = MutableMapping[str, Any]
+
+
+class GroupStep:
+    """One param_group in one step: what all of its parameters share.
+
+    Attributes:
+        group: the group itself, which users may change at any time.
+        settings: what steppers are made from; the same object as long as nothing of it has changed.
+        numbers: the step's numbers, by the counters they follow from.
+        changes: what happens to gradients, as the engine remembers it.
+    """
+
+    __slots__ = ("capturable", "changes", "group", "numbers", "settings")
+
+    def __init__(self, group: dict[str, Any], rule: Rule):
+        self.group = group
+        self.settings = settings_of(group, rule)
+        self.capturable = bool(group.get("capturable"))
+        self.numbers: dict[Any, tuple[StepNumbers, tuple[float, ...]]] = {}
+        self.changes: dict[bool, Change] = {}
+
+
+def settings_of(group: Group, rule: Rule) -> tuple[Any, ...]:
+    """Return what a stepper is made from, of a param_group; equal settings are the same object."""
+    made = (rule.states(group), rule.scratch_tiles(group), group.get("capturable"), *map(group.get, OPTIONS))
+    return _SETTINGS.setdefault(made, made)
+
+
+_SETTINGS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+class _Bound(NamedTuple):
+    """What has been looked up for one parameter, and what tells that it is out of date."""
+
+    settings: tuple[Any, ...]
+    states: Any  # ``optimizer.state[param]``
+    tensors: list[tuple[str, Tensor, int]]  # what is looked up in it: key, tensor, address
+    address: int  # of the parameter
+    addressed: bool  # fake tensors have no addresses
+    counters: list[tuple[str, Tensor]]  # name without region, tensor
+    count: int  # which of them the random bits follow; -1: none
+    stepper: Stepper
+
+
+class _Begun(NamedTuple):
+    """What a step has changed before the rule runs, to be undone where the gradient is not finite."""
+
+    counters: list[tuple[str, Tensor]]
+    before: tuple[Any, ...]  # their values
+    lazy: dict[str, Tensor]  # states that were new in this step
+    guarded: bool
+
+
+class ParamStepper:
+    """Steps one parameter, or a region of it, with states of its own in ``optimizer.state``."""
+
+    def __init__(
+        self, param: Parameter, optimizer: Optimizer, backend: Backend, region: Region | None = None, draw: str = ""
+    ):
+        self.param = param
+        self.optimizer = optimizer
+        self.backend = backend
+        self.region = region
+        self.draw = draw  # tells its random bits from those of an earlier turn of the same region
+        self.lazy: dict[str, Tensor] = {}  # states that become the optimizer's with the first step
+        self._bound: _Bound | None = None
+        self._device_type = param.device.type
+
+    @property
+    def view(self) -> Tensor:
+        """The parameter's values, or those of the region."""
+        param = self.param.detach()
+        return param if self.region is None else self.region.of(param)
+
+    @property
+    def stream(self) -> str:
+        """Its name in the streams of random bits."""
+        name = self.optimizer.stream_of(self.param)
+        return f"{name}\0{self.draw}" if self.draw else name
+
+    @property
+    def states(self) -> States:
+        """Its states, under their plain names."""
+        states = self.optimizer.state[self.param]
+        return states if self.region is None else RegionStates(states, self.region)
+
+    def key(self, name: str) -> str:
+        """Return where a state of it lies in ``optimizer.state[param]``."""
+        return name if self.region is None else f"{name}{self.region}"
+
+    @property
+    def place(self) -> Place | None:
+        """Where the region lies in the parameter."""
+        return None if self.region is None else self.region.place(self.param.shape)
+
+    # binding ----------------------------------------------------------------------------------------------------------
+
+    def allocate(self, group: Group) -> None:
+        """Create the states it lacks, and have the backend prepare: what fits is known before the first step.
+
+        Raises:
+            ValueError: options that this parameter cannot have.
+        """
+        with plainly(self._device_type):
+            self._bound = self._bind(group, settings_of(group, self.optimizer.rule))
+
+    def stored(self, group: Group) -> tuple[Stored, list[Stored]]:
+        """Return its weight and states as a backend takes them."""
+        storage = storage_of(self.view, self.optimizer.rule, group, self.place)
+        return bind(self.view, storage, {**self.lazy, **self.states}, self.stream, group, self.place)
+
+    def _bind(self, group: Group, settings: tuple[Any, ...]) -> _Bound:
+        rule, states, stream, view, place = self.optimizer.rule, self.states, self.stream, self.view, self.place
+        storage = allocate(view, states, rule, group, self.lazy, stream, place)
+        weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
+        stepper = self.backend.prepare(weight, bound, rule, group)
+        counted = list(storage.counters(rule))
+        keys = [*counted, *storage.residuals()]
+        for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+            keys += keys_of(spec.name, codec).values()
+        addressed = not hasattr(view, "fake_mode")
+        found = [(self.key(key), states[key]) for key in keys if key in states]
+        return _Bound(
+            settings,
+            self.optimizer.state[self.param],
+            [(key, tensor, tensor.data_ptr() if addressed else 0) for key, tensor in found],
+            self.param.data_ptr() if addressed else 0,
+            addressed,
+            [(name, states[name]) for name in counted],
+            counted.index(STEP) if any(storage.random) else -1,
+            stepper,
+        )
+
+    def _current(self, settings: tuple[Any, ...]) -> _Bound | None:
+        """Return what was bound, unless something has changed since."""
+        bound = self._bound
+        if bound is None or bound.settings is not settings or self.lazy:
+            return None
+        states, addressed = bound.states, bound.addressed
+        if self.optimizer.state.get(self.param) is not states:
+            return None
+        if addressed and self.param.data_ptr() != bound.address:
+            return None
+        for key, tensor, address in bound.tensors:
+            if states.get(key) is not tensor or (addressed and tensor.data_ptr() != address):
+                return None
+        return bound
+
+    def _rebind(self, group: GroupStep) -> tuple[_Bound, dict[str, Tensor]]:
+        """Bind anew; lazy states become the optimizer's. Returns those that are new as well."""
+        states, lazy = self.states, self.lazy
+        allocate(self.view, states, self.optimizer.rule, group.group, lazy, self.stream, self.place)
+        new = {name: lazy[name] for name in lazy if name not in states}  # a loaded state_dict may have brought them
+        states.update(new)
+        lazy.clear()
+        self._bound = self._bind(group.group, group.settings)
+        return self._bound, new
+
+    # stepping ---------------------------------------------------------------------------------------------------------
+
+    def step(self, terms: Sequence[GradTerm], group: GroupStep, change: Change = UNCHANGED) -> PowerSum:
+        """Apply the rule with the sum of the terms, unless ``change.guarded`` and the gradient is not finite.
+
+        Returns:
+            The gradient's sum of squares; NaN where nothing has moved.
+        """
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self._device_type):
+            with plainly(self._device_type):
+                return self._step(terms, group, change)
+        return self._step(terms, group, change)
+
+    def _step(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> PowerSum:
+        job, begun = self.begin(terms, group, change)
+        power = job.stepper(terms, job.numbers, change)
+        self.end(power, begun)
+        return power
+
+    def begin(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> tuple[Job, _Begun]:
+        """Count the step, and return what a backend has to do for it; then ``end`` must follow."""
+        bound, new = self._current(group.settings), _NONE
+        if bound is None:
+            bound, new = self._rebind(group)
+        numbers, before = self._count(bound, group, bool(new), change.guarded)
+        return Job(bound.stepper, terms, numbers, change), _Begun(bound.counters, before, new, change.guarded)
+
+    def end(self, power: PowerSum, begun: _Begun) -> None:
+        """Note that the rule has run; where the gradient was not finite, it has not, and nothing was counted."""
+        if begun.guarded and isinstance(power, float) and power != power:
+            for (_, counter), value in zip(begun.counters, begun.before, strict=True):
+                counter.copy_(value) if isinstance(value, Tensor) else counter.fill_(value)
+            if begun.lazy:
+                states = self.states
+                self.lazy.update({name: states.pop(name) for name in begun.lazy})
+            return
+        # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
+        torch.autograd.graph.increment_version(self.param)
+
+    def _count(self, bound: _Bound, group: GroupStep, fresh: bool, guarded: bool) -> tuple[StepNumbers, tuple]:
+        """Advance the counters; return the step's numbers, and the counters' values before."""
+        counters = bound.counters
+        if group.capturable:  # nothing may wait for the device; values stay there
+            before = tuple(counter.clone() for _, counter in counters) if guarded else ()
+            with on_device():
+                numbers = self._advance(bound, group, fresh)
+            return StepNumbers(numbers, counters[bound.count][1] if bound.count >= 0 else 0), before
+        before = (number(counters[0][1]),) if len(counters) == 1 else tuple(number(t) for _, t in counters)
+        key = (before, fresh, bound.count) if len(counters) < 2 else (before, fresh, *[t.dtype for _, t in counters])
+        found = group.numbers.get(key)
+        if found is None:
+            numbers = self._advance(bound, group, fresh)
+            after = tuple(number(counter) for _, counter in counters)
+            found = StepNumbers(numbers, int(after[bound.count]) if bound.count >= 0 else 0), after
+            group.numbers[key] = found
+        else:
+            for (_, counter), value in zip(counters, found[1]):
+                counter.fill_(value)
+        return found[0], before
+
+    def _advance(self, bound: _Bound, group: GroupStep, fresh: bool) -> Any:
+        rule, counters = self.optimizer.rule, dict(bound.counters)
+        numbers = rule.advance(counters, group.group, fresh)
+        if bound.count >= 0 and STEP not in rule.counters:  # only random bits need it
+            counters[STEP] += 1
+        return numbers
+
+
+_NONE: dict[str, Tensor] = {}
+
+
+@contextlib.contextmanager
+def plainly(device_type: str) -> Iterator[None]:
+    """A context without grad and without autocast."""
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def allocate(
+    param: Tensor,
+    state: States,
+    rule: Rule,
+    group: Group,
+    lazy: dict[str, Tensor],
+    stream: str,
+    place: Place | None = None,
+) -> Storage:
+    """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``lazy`` until it steps.
+
+    Args:
+        param: the values that step, of a slice the view of it.
+        state: what it has already.
+        stream: the parameter's name in the streams of random bits.
+        place: of a slice in its parameter.
+
+    Returns:
+        How the states are stored.
+    """
+    storage = storage_of(param, rule, group, place)
+    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    for name, start in storage.counters(rule).items():
+        if name not in state:
+            # as torch: on the device only where a CUDA graph has to find it there
+            state[name] = torch.tensor(start, dtype=scalar, device=param.device if group.get("capturable") else None)
+    for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+        keys = list(keys_of(spec.name, codec).values())
+        if any(key not in state and key not in lazy for key in keys):
+            refuse_other_form({**state, **lazy}, spec, keys)
+            (lazy if spec.lazy else state).update(allocate_state(param, spec, codec))
+    if any(key not in state for key in storage.residuals()):
+        state.update(allocate_residuals(param, storage, stream, group.get("seed", 0), place))
+    return storage

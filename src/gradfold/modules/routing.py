@@ -1,0 +1,78 @@
+"""Whether a folded module's next call may fold. Other calls take the plain path, whose gradient meets the same gate."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradfold import _torch
+from gradfold._torch import NO_TASK, current_graph_task
+from gradfold.engine import FoldParam, refuse_ddp, refuse_replica
+
+FOLD_PARAM = "_gradfold_param"  # a folded module's attribute: its weight's place in the fold
+
+
+def routed(module: nn.Module) -> FoldParam | None:
+    """Return the place of ``module.weight`` in the fold if this call can hand it a term; None for the plain path."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None  # a compiled region writes its gradient out, and the gate takes it from there
+    param: FoldParam | None = module.__dict__.get(FOLD_PARAM)
+    if param is None:  # paused or not: a checkpoint must take the same path again, so it is backward that decides
+        return None
+    refuse_ddp()
+    weight = _torch.own_parameters(module).get("weight")
+    if weight is None or weight is not param.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
+        refuse_replica(module)
+        param.fold.look()
+        return None
+    return usable(param)
+
+
+def usable(param: FoldParam) -> FoldParam | None:
+    """Return the parameter's place, if a call that reads it now can hand it a term."""
+    weight, task, fold = param.param, current_graph_task(), param.fold
+    if task == NO_TASK and fold.turns is not None:
+        fold.look_in_turns()  # it may put this very weight to sleep
+    if not weight.requires_grad:
+        return None
+    if task != NO_TASK:
+        param.reread(task)
+    if not torch.is_grad_enabled():
+        param.first_pass()
+        return None
+    if _torch.is_transforming():
+        return None
+    if task == NO_TASK and not fold.step.looked:
+        fold.look()
+    return param
+
+
+def transformed() -> bool:
+    """Return whether this code is being traced or transformed, for which everything takes the plain path."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _torch.is_transforming()
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Return whether x is one dense block of numbers; sparse and nested tensors take the plain path."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def not_a_view(y: torch.Tensor) -> torch.Tensor:
+    """Return y as a Function may return it and its caller modify it, which autograd forbids for views made inside."""
+    return _torch.unsafe_view(y) if _torch.is_view(y) else y
+
+
+class Folded:
+    """What the folded classes share: copies and pickles of them are plain modules."""
+
+    plain_class: type  # set on each class that ``swap`` makes
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        state = self.__dict__.copy()  # type: ignore[attr-defined]
+        state.pop(FOLD_PARAM, None)
+        # a class injected over ours (parametrize) stays; without a place in a fold it takes the plain path
+        # copyreg's own constructor, so that the pickle loads where gradfold is not installed
+        return copyreg._reconstructor, (vars(type(self)).get("plain_class", type(self)), object, None), state  # type: ignore[attr-defined]
