@@ -23,12 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import print_table, write_result
 from gradfold import WorkingSet
-from gradfold.plan.models import Subject
-from gradfold.plan.predict import predict
-from gradfold.plan.scene import Scene, enable_checkpointing, trainable
-from gradfold.plan.settings import Settings
-from gradfold.plan.step import run_step
-from gradfold.plan.units import format_bytes
+from gradfold.planner.models import Subject
+from gradfold.planner.predict import predict
+from gradfold.planner.scene import Scene, enable_checkpointing, trainable
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import run_step
+from gradfold.planner.units import format_bytes
 
 MIB = 2**20
 

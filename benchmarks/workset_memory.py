@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
 from common import fold_plain_head, print_table, write_result
-from gradfold.plan.fake import SkipWrites
-from gradfold.plan.played import PlayedHost
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.fake import SkipWrites
+from gradfold.planner.played import PlayedHost
+from gradfold.planner.trace import LiveBytes
 
 GIB = 2**30
 

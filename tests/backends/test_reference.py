@@ -7,7 +7,7 @@ from torch import nn
 import gradfold
 from gradfold.backends import DEFAULT_SCRATCH_BYTES, DenseUse, MatmulUse, Reference, Scratch, Stored, choose, reference
 from gradfold.backends.scratch import TILE_ALIGNMENT
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.trace import LiveBytes
 from tests.cases import BUSY, each_rule, each_state_set
 
 KIB, MIB = 2**10, 2**20

@@ -134,7 +134,7 @@ def test_errors_are_one_line(plan, words, message, tmp_path, monkeypatch):
 
 def test_every_peer_is_traced():
     from gradfold.cli.plan_peers import COUNT
-    from gradfold.plan.peers import PEERS
+    from gradfold.planner.peers import PEERS
 
     assert len(PEERS) == COUNT
 

@@ -17,9 +17,9 @@ from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
 if TYPE_CHECKING:
-    from gradfold.plan.report import Plan
-    from gradfold.plan.search import Found
-    from gradfold.plan.settings import Settings
+    from gradfold.planner.report import Plan
+    from gradfold.planner.search import Found
+    from gradfold.planner.settings import Settings
 
 PROG = "gradfold plan"
 ENDINGS = (".png", ".svg", ".pdf")
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         _check_plot(options.plot, options.compare)
     quiet_environment()
 
-    from gradfold.plan.units import parse_bytes
+    from gradfold.planner.units import parse_bytes
 
     budget_bytes = None if options.budget is None else parse_bytes(options.budget)
     with _beside(options, recipe, settled) as peers, _progress(options.json) as progress:
@@ -162,10 +162,10 @@ def _work(
 ) -> tuple[Plan, Found | None, Any]:
     """The plan, what a search found, what was measured."""
     from gradfold.cli.plan_peers import subject_of
-    from gradfold.plan.fake import frozen_objects
-    from gradfold.plan.make import plan
-    from gradfold.plan.measure import measure
-    from gradfold.plan.search import search
+    from gradfold.planner.fake import frozen_objects
+    from gradfold.planner.make import plan
+    from gradfold.planner.measure import measure
+    from gradfold.planner.search import search
 
     settings, device = settings_from(recipe, settled), device_of(recipe, options.measure)
     subject = subject_of(recipe.model)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gradfold.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from gradfold.plan.step import StepMemory
+    from gradfold.planner.step import StepMemory
 
-COUNT = 3  # of `gradfold.plan.peers.PEERS`, which is not loaded here
+COUNT = 3  # of `gradfold.planner.peers.PEERS`, which is not loaded here
 Peers = Callable[[], tuple["StepMemory", ...]]
 
 
@@ -45,9 +45,9 @@ def trace_peer(index: int, recipe: Recipe, settled: frozenset[str], measured: bo
 
     quiet_environment()
 
-    from gradfold.plan.fake import frozen_objects
-    from gradfold.plan.peers import PEERS, peers_of
-    from gradfold.plan.predict import predict_peer
+    from gradfold.planner.fake import frozen_objects
+    from gradfold.planner.peers import PEERS, peers_of
+    from gradfold.planner.predict import predict_peer
 
     name = list(PEERS)[index]
     settings, device = settings_from(recipe, settled), device_of(recipe, measured)
@@ -60,6 +60,6 @@ def trace_peer(index: int, recipe: Recipe, settled: frozenset[str], measured: bo
 @functools.cache
 def subject_of(model: str) -> Any:
     """The model, found once in each process."""
-    from gradfold.plan.models import find_subject
+    from gradfold.planner.models import find_subject
 
     return find_subject(model)

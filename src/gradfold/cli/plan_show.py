@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradfold.plan.allocator import CONTEXT_BYTES, allocated
-from gradfold.plan.measure import Measured
-from gradfold.plan.report import Plan
-from gradfold.plan.search import Found
-from gradfold.plan.step import StepMemory
-from gradfold.plan.trace import CATEGORIES
-from gradfold.plan.units import format_bytes, unit_of
+from gradfold.planner.allocator import CONTEXT_BYTES, allocated
+from gradfold.planner.measure import Measured
+from gradfold.planner.report import Plan
+from gradfold.planner.search import Found
+from gradfold.planner.step import StepMemory
+from gradfold.planner.trace import CATEGORIES
+from gradfold.planner.units import format_bytes, unit_of
 
 GIB = 2**30
 MISSES = 4  # that are shown

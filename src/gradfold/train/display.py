@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from gradfold.plan.units import format_bytes
+from gradfold.planner.units import format_bytes
 
 if TYPE_CHECKING:
     from gradfold.train.recipe import GradientRecipe

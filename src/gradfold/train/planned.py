@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradfold.errors import FoldError
-from gradfold.plan.settings import Settings
+from gradfold.planner.settings import Settings
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import Recipe
 from gradfold.workset import WorkingSet

@@ -10,7 +10,7 @@ from gradfold.train.conform import conform_fields
 from gradfold.train.errors import RecipeError
 
 if TYPE_CHECKING:
-    from gradfold.plan.settings import Settings
+    from gradfold.planner.settings import Settings
 
 OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "AdamW": ("betas", "eps", "amsgrad", "maximize"),

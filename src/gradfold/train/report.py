@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 import gradfold
-from gradfold.plan.step import StepMemory, step_memory
+from gradfold.planner.step import StepMemory, step_memory
 from gradfold.train import atomic
 from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
