@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ._options import FoldOptions
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, tensors_of
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
-from .engine.timing import Timing
 from .errors import FoldError
 from .modules import SLOT, HeadRow, fold_heads, restore, swap
 from .optim import RuleOptimizer
@@ -92,7 +92,17 @@ def fold(
             optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
             the model. Nothing has been changed then.
     """
-    when = Timing(accumulate, clip_norm, clip_value, norm_type, clip, error_if_nonfinite, on_nonfinite, timing, tape)
+    options = FoldOptions(
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        norm_type=norm_type,
+        clip=clip,
+        error_if_nonfinite=error_if_nonfinite,
+        on_nonfinite=on_nonfinite,
+        timing=timing,
+        tape=tape,
+    )
     if head not in ("fold", "plain"):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
@@ -126,7 +136,7 @@ def fold(
             "'two_pass'"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
-    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes, devices), when)
+    ledger = Ledger(model, optimizer, choose(backend, scratch_bytes, devices), options)
     slots = {id(param): ledger.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, ledger)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

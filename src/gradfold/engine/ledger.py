@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from gradfold._options import FoldOptions
 from gradfold.backends import Backend, Change, Power, SumUse, Use
 from gradfold.errors import FoldError
 
@@ -30,15 +31,15 @@ from .segments import Segment, node_around_backward, node_in_forward, on_calling
 from .slot import Slot, second_backward
 from .tape import Holdings
 from .task import Demand, at_task_end, demand
-from .timing import Timing, change_for
+from .timing import change_for
 from .wrappers import refuse_wrappers
 
 
 class Ledger:
     """The slots of one model and one optimizer, and the state of the step that is open."""
 
-    def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend, timing: Timing | None = None):
-        self.timing = timing or Timing()
+    def __init__(self, model: nn.Module, optimizer: Owner, backend: Backend, timing: FoldOptions | None = None):
+        self.timing = timing or FoldOptions()
         self.holdings = Holdings()
         self.host = Host() if self.timing.tape == "host" else None
         self.marker = Marker()
