@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
         ids = torch.zeros(batch, args.tokens, dtype=torch.int64)
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
         store = PlayedHost()
-        working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
+        working_set = gradfold.WorkingSet(interval=1, chunks=args.chunks, offload=store, prefetch=prefetch)
         fold = fold_plain_head(model, optimizer, working_set=working_set)
         rotation = fold._ledger.turns
         weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}

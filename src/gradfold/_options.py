@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 from .errors import FoldError
 
+BATCH_SIZE, SEQUENCE_LENGTH = 8, 512
+"""Sequences per micro-batch, and tokens per sequence, of a training run and of a plan, where neither is given."""
+INTERVAL = 4
+"""Steps before the next chunk of a working set wakes."""
+
 TAPES = ("device", "host")
 TIMINGS = ("auto", "deferred")
 CLIPS = ("exact", "two_pass", "delayed")

@@ -16,7 +16,11 @@ pytestmark = pytest.mark.slow
 GIB = 2**30
 EIGHT = Settings(tokens=512, batch=1)
 SEVEN = Settings(
-    tokens=1024, states="fp32", checkpointing=True, working_set=WorkingSet(chunks=512, interval=4, offload="cpu")
+    tokens=1024,
+    batch=1,
+    states="fp32",
+    checkpointing=True,
+    working_set=WorkingSet(chunks=512, interval=4, offload="cpu"),
 )
 
 
@@ -48,5 +52,6 @@ def test_llama_2_7b_in_512_turns(batch, most):
 
 def test_llama_70b_in_256_turns():
     turns = WorkingSet(chunks=256, interval=4, offload="cpu")
-    predicted = predict(find_subject("llama-3.1-70b"), Settings(tokens=1024, checkpointing=True, working_set=turns))
+    settings = Settings(tokens=1024, batch=1, checkpointing=True, working_set=turns)
+    predicted = predict(find_subject("llama-3.1-70b"), settings)
     assert predicted.memory.peak_bytes / GIB <= 137

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def made(model=None, settings=None, **changes):
-    return plan(llama(1) if model is None else model, settings, **{"tokens": 8, "peers": False, **changes})
+    return plan(llama(1) if model is None else model, settings, **{"tokens": 8, "batch": 1, "peers": False, **changes})
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_positions_that_were_learned_end():
 
 
 def test_changes_override_settings():
-    settings = Settings(tokens=99, states="int8")
+    settings = Settings(tokens=99, batch=1, states="int8")
     made_plan = made(settings=settings, tokens=8)
     assert (made_plan.settings.tokens, made_plan.settings.states) == (8, "int8")
     recipe = types.SimpleNamespace(plan_settings=lambda: settings)
-    assert made(settings=recipe, states="int4").settings == Settings(tokens=8, states="int4")
+    assert made(settings=recipe, states="int4").settings == Settings(tokens=8, batch=1, states="int4")
 
 
 def test_a_plan():

@@ -15,7 +15,7 @@ from tests.planner.small import SIZES, differing, gemma2, gemma3, llama, qwen2_m
 
 transformers = pytest.importorskip("transformers")
 
-SHORT = Settings(tokens=16)
+SHORT = Settings(tokens=16, batch=1)
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,7 @@ def test_a_config_of_fewer_layers_keeps_the_first_ones():
     ids=["llama", "gemma2", "qwen2_moe", "qwen2_moe every other"],
 )
 def test_a_step_of_two_depths_is_that_of_the_whole(config, fold, monkeypatch):
-    subject, settings = Subject("one", config=config), Settings(tokens=16, fold=fold)
+    subject, settings = Subject("one", config=config), Settings(tokens=16, batch=1, fold=fold)
     assert subject.depths is not None
     shallow = predict(subject, settings).memory
     monkeypatch.setitem(vars(subject), "depths", None)

@@ -63,7 +63,7 @@ def test_a_module_is_predicted_like_its_config():
 
 def test_masters_are_masters_folded_or_not():
     subject = find_subject(llama(1))
-    settings = Settings(tokens=8, dtype="bfloat16", master="split8")
+    settings = Settings(tokens=8, batch=1, dtype="bfloat16", master="split8")
     for fold in (True, False):
         memory = predict(subject, dataclasses.replace(settings, fold=fold)).memory
         assert memory.most_bytes("masters") == pytest.approx(subject.parameters, rel=0.01)

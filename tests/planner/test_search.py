@@ -111,7 +111,7 @@ def test_a_fixed_batch_is_not_split_where_it_is_tight(fixed):
 
 
 def test_a_working_set_that_is_given_is_kept():
-    base = dataclasses.replace(BASE, working_set=WorkingSet(chunks=4, offload="cpu"))
+    base = dataclasses.replace(BASE, working_set=WorkingSet(interval=1, chunks=4, offload="cpu"))
     found = find(2**40, base, fixed={*FIXED, "working_set"})
     assert {choice.settings.working_set for choice in found.choices} == {base.working_set}
 

@@ -16,7 +16,7 @@ from gradfold.workset import WorkingSet
 from tests.planner.small import llama
 
 slow = pytest.mark.slow
-SHORT = Settings(tokens=8, dtype="float32")
+SHORT = Settings(tokens=8, batch=1, dtype="float32")
 MODEL = {"vocab_size": 512}
 
 
@@ -58,7 +58,7 @@ def test_offloaded(chunks):
 
 
 def test_without_prefetch_nothing_comes_before_the_last_has_left():
-    predicted = played(WorkingSet(chunks=2, offload="cpu", prefetch=0))
+    predicted = played(WorkingSet(interval=1, chunks=2, offload="cpu", prefetch=0))
     memory = predicted.memory
     both = memory.timeline.live_bytes[:, [2, 3]].sum(axis=1)  # states, staging
     assert both.max() == pytest.approx(all_states() / 2, rel=0.05)
@@ -72,7 +72,7 @@ def test_on_the_device_all_states_count():
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_on_disk(device, tmp_path):
-    predicted = played(WorkingSet(chunks=2, offload="disk", folder=tmp_path), device)
+    predicted = played(WorkingSet(interval=1, chunks=2, offload="disk", folder=tmp_path), device)
     assert resting(predicted)["states"] == pytest.approx(all_states() / 2, rel=0.05)
     assert predicted.disk_bytes == pytest.approx(all_states() / 2, rel=0.02)
     assert predicted.moved_bytes_per_step == pytest.approx(all_states(), rel=0.02)
@@ -81,7 +81,7 @@ def test_on_disk(device, tmp_path):
 
 
 def test_states_that_begin_anew_are_kept_nowhere():
-    predicted = played(WorkingSet(chunks=2, offload="cpu", states="reset"))
+    predicted = played(WorkingSet(interval=1, chunks=2, offload="cpu", states="reset"))
     assert resting(predicted)["states"] == pytest.approx(all_states() / 2, rel=0.05)
     assert predicted.host_bytes == predicted.moved_bytes_per_step == 0
     assert predicted.memory.most_bytes("staging") == 0
@@ -90,7 +90,7 @@ def test_states_that_begin_anew_are_kept_nowhere():
 @pytest.mark.slow
 def test_masters_outlive_a_turn():
     kept = played(
-        WorkingSet(chunks=2, offload="cpu", states="reset"), dtype="bfloat16", master="split8", small_size=0
+        WorkingSet(interval=1, chunks=2, offload="cpu", states="reset"), dtype="bfloat16", master="split8", small_size=0
     ).host_bytes
     assert kept == pytest.approx(all_states(1) / 2, rel=0.05)
 
@@ -105,7 +105,7 @@ def test_by_layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"clip_norm": 1.0}, {"states": "int8", "checkpointing": True}])
 def test_with_other_settings(changes):
-    predicted = played(WorkingSet(chunks=2, offload="cpu"), **changes)
+    predicted = played(WorkingSet(interval=1, chunks=2, offload="cpu"), **changes)
     each = 2 if changes.get("states") == "int8" else 8
     assert resting(predicted)["states"] == pytest.approx(all_states(each) / 2, rel=0.15)
     assert predicted.memory.peak_bytes > predicted.memory.resting_bytes
@@ -116,7 +116,7 @@ def test_with_other_settings(changes):
     ("chunks", "offload"), [(2, None), pytest.param(2, "cpu", marks=slow), pytest.param(5, None, marks=slow)]
 )
 def test_on_a_processor_it_is_the_real_round(chunks, offload):
-    turns = WorkingSet(chunks=chunks, offload=offload)
+    turns = WorkingSet(interval=1, chunks=chunks, offload=offload)
     subject, settings = find_subject(llama(1, **MODEL)), dataclasses.replace(SHORT, working_set=turns)
     model = subject.build(torch.float32, None)
     optimizer = settings.make_optimizer(trainable(model))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,15 +21,29 @@ GIB = 2**30
 MISSES = 4  # that are shown
 
 
-def print_plan(plan: Plan, budget_bytes: int | None = None, console: Console | None = None) -> None:
-    """Peaks side by side, by what their bytes are for."""
+def print_plan(
+    plan: Plan,
+    budget_bytes: int | None = None,
+    console: Console | None = None,
+    assumptions: Mapping[str, tuple[Any, str]] | None = None,
+) -> None:
+    """Print the peaks side by side, by what their bytes are for.
+
+    Args:
+        plan: what to print.
+        budget_bytes: what the card has; adds a row that says whether each fits.
+        console: where to print, standard output unless given.
+        assumptions: name -> (value, where it came from) of what the plan was made for.
+    """
     console = console or Console(highlight=False)
     settings, predicted = plan.settings, plan.predicted
     where = "as an accelerator runs it" if plan.device == "cuda" else "as this processor runs it"
-    size = f"{settings.batch} x {settings.tokens:,} tokens"
-    batches = f"{settings.accumulate} batches of {size}" if settings.accumulate > 1 else size
     console.print(f"[bold]{escape(plan.model)}[/bold]  {predicted.parameters:,} parameters, {plan.dtype}")
-    console.print(f"[dim]one step of {batches}, {where}; {escape(settings.describe())}[/dim]\n")
+    console.print(f"[dim]one step of {settings.describe_batches()}, {where}; {escape(settings.describe())}[/dim]")
+    if assumptions:
+        said = ", ".join(f"{name} {value} ({source})" for name, (value, source) in assumptions.items())
+        console.print(f"[dim]assumed: {escape(said)}[/dim]")
+    console.print()
 
     steps = (plan.memory, *plan.peers)
     most_bytes = max(step.peak_bytes for step in steps)

@@ -1,6 +1,6 @@
 """How much memory a training step takes: counted while it runs, or predicted on fake tensors, and drawn.
 
-    gradfold.plan("llama-3.1-8b", tokens=512, states="int8")  # the function `plan` of this package
+    gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8")  # the function `plan` of this package
     from gradfold.planner import LiveBytes, Settings, step_memory
     from gradfold.planner.search import search
 

@@ -30,7 +30,7 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training step by running its real code on fake tensors. No weights are downloaded.
 
-    gradfold.plan("llama-3.1-8b", tokens=512, states="int8", checkpointing=True)
+    gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8", checkpointing=True)
 
     Args:
         model: a preset (``gradfold.planner.presets``), a folder or its config.json, a hub id, a transformers config, a

@@ -171,7 +171,7 @@ class _Search:
         base = self.settings
         sets = [base.working_set] if base.working_set is not None else []
         if not sets and "working_set" not in self.fixed:
-            sets = [WorkingSet(chunks=chunks, interval=4, offload="cpu") for chunks in CHUNKS]
+            sets = [WorkingSet(chunks=chunks, offload="cpu") for chunks in CHUNKS]
         return [
             dataclasses.replace(base, working_set=turns, checkpointing=checkpointing)
             for turns in sets

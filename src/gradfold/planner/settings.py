@@ -11,6 +11,7 @@ from torch import nn
 
 import gradfold.optim as optimizers
 from gradfold._fold import Fold, fold
+from gradfold._options import BATCH_SIZE, SEQUENCE_LENGTH
 from gradfold.optim import RuleOptimizer
 from gradfold.planner.errors import PlanError
 from gradfold.workset import WorkingSet
@@ -22,10 +23,10 @@ DTYPES = ("float32", "bfloat16", "float64")
 class Settings:
     """One way to train, as far as memory goes. Raises PlanError naming the setting and its value."""
 
-    tokens: int = 1024
-    """Tokens a sequence; every sequence is full."""
-    batch: int = 1
-    """Sequences a forward. A step takes as many forwards as `accumulate` says."""
+    tokens: int = SEQUENCE_LENGTH
+    """Tokens per sequence; every sequence is taken to be full."""
+    batch: int = BATCH_SIZE
+    """Sequences per micro-batch; one step uses `accumulate` of them."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """Of weights and arithmetic; None: what the model is published in, bfloat16 where that is not said."""
     fold: bool = True
@@ -101,6 +102,10 @@ class Settings:
             backend=backend,
         )
 
+    def describe_batches(self) -> str:
+        """What one step is given: "8 x 512 tokens", "4 batches of 8 x 512 tokens"."""
+        return batches_of_tokens(self.batch, self.tokens, self.accumulate)
+
     def describe(self) -> str:
         """In one line."""
         words = [self.optimizer if self.states is None else f"{self.optimizer}, {self.states} states"]
@@ -121,6 +126,12 @@ class Settings:
         if self.clip_norm is not None:
             words.append(f"clip_norm {self.clip_norm:g} ({self.clip})")
         return ", ".join(words)
+
+
+def batches_of_tokens(batch: int, tokens: int, accumulate: int) -> str:
+    """The size of one step in words, for the planner and the trainer alike."""
+    size = f"{batch} x {tokens:,} tokens"
+    return f"{accumulate} batches of {size}" if accumulate > 1 else size
 
 
 KINDS = ("AdamW", *(kind.__name__ for kind in RuleOptimizer.__subclasses__()))  # AdamW is a subclass of Adam

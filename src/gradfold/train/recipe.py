@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from gradfold._options import BATCH_SIZE, INTERVAL, SEQUENCE_LENGTH
 from gradfold.train.conform import conform_fields
 from gradfold.train.errors import RecipeError
 
@@ -192,7 +193,7 @@ class WorkingSetRecipe:
 
     chunks: int | None = None
     """Into how many chunks the model is cut. With by = layer, None makes one of each layer."""
-    interval: int = 4
+    interval: int = INTERVAL
     """Optimizer steps before the next chunk wakes."""
     by: Literal["bytes", "layer"] = "bytes"
     """bytes: equal chunks, tensors sliced where a cut falls. layer: whole layers."""
@@ -312,10 +313,10 @@ class Recipe:
     """Optimizer steps. None: see epochs."""
     epochs: float | None = None
     """Passes over the data, if steps is not given. None: 1."""
-    batch_size: int = 8
-    """Sequences a batch. A step takes one batch, or as many as gradient.accumulate says."""
-    sequence_length: int = 512
-    """Tokens a sequence."""
+    batch_size: int = BATCH_SIZE
+    """Sequences per micro-batch; one step uses `gradient.accumulate` of them."""
+    sequence_length: int = SEQUENCE_LENGTH
+    """Tokens per sequence."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of weights and arithmetic; of the states too, unless optimizer.states says otherwise."""
     device: str = "auto"
