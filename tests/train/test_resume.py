@@ -17,7 +17,7 @@ from gradfold.train.interrupt import Interrupted
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.recipe_file import unflatten
-from gradfold.train.run import STATES as STATES_FOLDER
+from gradfold.train.setup import STATES as STATES_FOLDER
 from tests.train.tiny import recipe, save_tiny, sentence, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

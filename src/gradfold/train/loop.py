@@ -20,7 +20,8 @@ from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_me
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import dump_recipe
 from gradfold.train.report import finish
-from gradfold.train.run import Run, assemble, forget_states
+from gradfold.train.run import Run
+from gradfold.train.setup import assemble, forget_states
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
