@@ -9,8 +9,8 @@ from shlex import quote
 from typing import Any
 
 import gradfold
+from gradfold._io import write_file
 from gradfold.planner.step import StepMemory, step_memory
-from gradfold.train import atomic
 from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
 from gradfold.train.errors import one_line
@@ -78,7 +78,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
     except MissingMatplotlib as error:
         display.note(str(error))
     summary["plots"] = plots
-    atomic.write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     display.summary(summary, run.out)
     return summary
 
