@@ -32,7 +32,7 @@ from common import (
     write_result,
 )
 from gradfold.backends import accumulation_dtype
-from gradfold.plan.step import step_memory
+from gradfold.planner.step import step_memory
 from memory import null_fold
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import gradfold
 from common import fill_table, llama, llama_config, print_table, write_result
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.trace import LiveBytes
 
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {

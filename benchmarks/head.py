@@ -25,7 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import gradfold
 from common import DTYPES, interleaved_ms, print_table, write_result
-from gradfold.plan.step import step_memory
+from gradfold.planner.step import step_memory
 
 LR = 1e-4
 

@@ -23,12 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import print_table, write_result
 from gradfold import WorkingSet
-from gradfold.plan.models import Subject
-from gradfold.plan.predict import predict
-from gradfold.plan.scene import Scene, enable_checkpointing, trainable
-from gradfold.plan.settings import Settings
-from gradfold.plan.step import run_step
-from gradfold.plan.units import format_bytes
+from gradfold.planner.models import Subject
+from gradfold.planner.predict import predict
+from gradfold.planner.scene import Scene, enable_checkpointing, trainable
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import run_step
+from gradfold.planner.units import format_bytes
 
 MIB = 2**20
 
@@ -104,8 +104,8 @@ CASES = (
     case("llama", states="int8"),
     case("llama", head="plain"),
     case("llama, tied", checkpointing=True, states="int8", dtype="bfloat16"),
-    case("llama", working_set=WorkingSet(chunks=6), checkpointing=True),
-    case("llama", working_set=WorkingSet(chunks=4), states="int8", head="plain"),
+    case("llama", working_set=WorkingSet(interval=1, chunks=6), checkpointing=True),
+    case("llama", working_set=WorkingSet(interval=1, chunks=4), states="int8", head="plain"),
     case("gemma2", checkpointing=True),
     case("qwen3", states="int4", dtype="bfloat16", master="split8"),
     case("qwen3", accumulate=3, head="plain"),

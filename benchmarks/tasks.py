@@ -19,7 +19,7 @@ from gradfold.train.display import Display
 from gradfold.train.evaluate import held_out_loss
 from gradfold.train.model import find_model, load_model
 from gradfold.train.recipe import OptimizerRecipe, Recipe, TextRecipe
-from gradfold.train.run import assemble
+from gradfold.train.setup import assemble
 
 
 @dataclasses.dataclass(frozen=True)

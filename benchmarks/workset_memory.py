@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
 from common import fold_plain_head, print_table, write_result
-from gradfold.plan.fake import SkipWrites
-from gradfold.plan.played import PlayedHost
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.fake import SkipWrites
+from gradfold.planner.played import PlayedHost
+from gradfold.planner.trace import LiveBytes
 
 GIB = 2**30
 
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
         ids = torch.zeros(batch, args.tokens, dtype=torch.int64)
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
         store = PlayedHost()
-        working_set = gradfold.WorkingSet(chunks=args.chunks, offload=store, prefetch=prefetch)
+        working_set = gradfold.WorkingSet(interval=1, chunks=args.chunks, offload=store, prefetch=prefetch)
         fold = fold_plain_head(model, optimizer, working_set=working_set)
         rotation = fold._state.turns
         weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}

@@ -56,7 +56,7 @@ def main() -> None:
     for axis in args.axis:
         model = llama(config, DTYPES[args.dtype])
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
-        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
+        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=args.chunks, axis=axis))
         steps[name := f"working set, {axis}"] = stepper(model, optimizer, batch)
         blocks[name] = args.chunks
     if importlib.util.find_spec("badam"):

@@ -10,15 +10,18 @@ import sys
 import gradfold
 assert "torch" not in sys.modules
 assert set(gradfold.__all__) <= set(dir(gradfold))
-from gradfold.fold import Fold  # binds a module to the name of a function, if nothing prevents it
-assert callable(gradfold.fold) and gradfold.fold.__module__ == "gradfold.fold"
-assert gradfold.Fold is Fold and "torch" in sys.modules
+from gradfold import Fold, fold, plan
+assert callable(fold) and fold is gradfold.fold and gradfold.Fold is Fold
+assert callable(plan) and plan is gradfold.plan and "torch" in sys.modules
+import gradfold._fold, gradfold.planner.units  # no module has the name of a function
+assert gradfold.fold is fold and gradfold.plan is plan
 from gradfold import *
 assert fold is gradfold.fold and AdamW is gradfold.AdamW
 assert gradfold.optim.AdamW is AdamW
-assert "gradfold.plan.make" not in sys.modules
-import gradfold.plan.units as units  # a package, which can be called
-assert callable(gradfold.plan) and gradfold.plan.units is units
+for name in gradfold.planner.__all__:
+    getattr(gradfold.planner, name)
+assert gradfold.planner.plan is gradfold.plan
+assert not {"transformers", "matplotlib", "datasets"} & set(sys.modules)
 try:
     gradfold.plan(3)
 except gradfold.PlanError as error:

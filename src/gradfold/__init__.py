@@ -1,18 +1,18 @@
-"""Train every weight of a model and never store a gradient."""
+"""Train every weight of a model and never store a gradient.
+
+The public interface is what ``__all__`` lists, and the packages ``optim``, ``planner``, ``rules``, ``codecs``,
+``backends`` and ``workset`` by their documented names. Modules whose name begins with an underscore are private.
+"""
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._fold import Fold, fold
     from .errors import FoldError
-    from .fold import Fold, fold
     from .head import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
-    from .plan.errors import PlanError
-    from .plan.make import plan
-    from .plan.report import Plan
+    from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
 
 __version__ = "0.1.0.dev0"
@@ -38,20 +38,31 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = (".errors", ".fold", ".head", ".optim", ".workset")
-_PLANNER = {"Plan": ".plan.report", "PlanError": ".plan.errors"}
-_PARTS = ("backends", "codecs", "engine", "errors", "head", "modules", "optim", "report", "rules", "workset")
-"""Subpackages that loading the names above brings along."""
+_PLANNER = ("Plan", "PlanError", "plan")
+_HOMES = ("._fold", ".errors", ".head", ".optim", ".workset")
+_PACKAGES = (
+    "backends",
+    "codecs",
+    "engine",
+    "errors",
+    "head",
+    "modules",
+    "optim",
+    "planner",
+    "report",
+    "rules",
+    "workset",
+)
 
 
 def __getattr__(name: str) -> Any:
-    """Load the library, and torch with it, when the first of its names is used: not every command needs them."""
-    if name not in __all__ and name not in _PARTS:
+    """Load the library, and torch with it, when one of its names is first used: not every command needs them."""
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "plan":  # a package that can be called
-        return importlib.import_module(".plan", __name__)
     if name in _PLANNER:
-        found = globals()[name] = getattr(importlib.import_module(_PLANNER[name], __name__), name)
+        found = globals()[name] = getattr(importlib.import_module(".planner", __name__), name)
         return found
     for home in _HOMES:
         module = importlib.import_module(home, __name__)
@@ -61,14 +72,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """The import system binds a submodule to its name in the package; `gradfold.fold` stays the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or name == "plan" or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""What ``gradfold.fold`` can be asked for: declared and checked once."""
+"""The options of ``fold``, declared and checked once; the planner's settings and the trainer's recipes hold them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import math
 from typing import Any, Literal
 
 from .errors import FoldError
+
+BATCH_SIZE, SEQUENCE_LENGTH = 8, 512
+"""Sequences per micro-batch, and tokens per sequence, of a training run and of a plan, where neither is given."""
+INTERVAL = 4
+"""Steps before the next chunk of a working set wakes."""
 
 TAPES = ("device", "host")
 TIMINGS = ("auto", "deferred")

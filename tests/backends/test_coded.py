@@ -8,7 +8,7 @@ import gradfold
 from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, chain, native
 from gradfold.backends.quantized import block_shape as shape_of
 from gradfold.codecs import Stream, state_codec, weight_codec
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.trace import LiveBytes
 from gradfold.rules import Adam
 
 KIB = 2**10
@@ -179,7 +179,7 @@ def test_panes_cover_a_tile_once_and_begin_on_blocks():
 
 def test_a_step_on_fake_tensors_allocates_what_a_real_one_does(form):
     """The planner's premise, with codes."""
-    from gradfold.plan.step import measure_step, step_memory
+    from gradfold.planner.step import measure_step, step_memory
 
     def build():
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from gradfold.backends import (
     reference,
 )
 from gradfold.backends.scratch import TILE_ALIGNMENT
-from gradfold.plan.trace import LiveBytes
+from gradfold.planner.trace import LiveBytes
 from tests.cases import BUSY, each_rule, each_state_set
 
 KIB, MIB = 2**10, 2**20

@@ -87,7 +87,7 @@ def test_it_looks_as_before():
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate": 2}, {"clip_norm": 0.1}, {"working_set": gradfold.WorkingSet(chunks=3)}]
+    "options", [{"accumulate": 2}, {"clip_norm": 0.1}, {"working_set": gradfold.WorkingSet(interval=1, chunks=3)}]
 )
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

@@ -101,23 +101,25 @@ FOLDS = {
     "accumulated": {"accumulate": 2},
     "accumulated_and_clipped": {"accumulate": 2, "clip_norm": 0.01},
     "on_the_host": {"accumulate": 2, "tape": "host"},
-    "rows": {"working_set": WorkingSet(chunks=3)},
-    "columns": {"working_set": WorkingSet(chunks=3, axis="in")},
-    "columns_clipped": {"working_set": WorkingSet(chunks=3, axis="in"), "clip_norm": 0.01},
+    "rows": {"working_set": WorkingSet(interval=1, chunks=3)},
+    "columns": {"working_set": WorkingSet(interval=1, chunks=3, axis="in")},
+    "columns_clipped": {"working_set": WorkingSet(interval=1, chunks=3, axis="in"), "clip_norm": 0.01},
     "two_bands_of_columns": {
         "working_set": WorkingSet(
+            interval=1,
             by=[
                 [("lm_head.weight", (slice(None), slice(0, 2))), ("lm_head.weight", (slice(None), slice(4, 6)))],
                 ["embed.weight", "body.weight", "body.bias", ("lm_head.weight", (slice(None), slice(2, 4)))],
-            ]
+            ],
         )
     },
     "two_bands_of_rows": {
         "working_set": WorkingSet(
+            interval=1,
             by=[
                 [("lm_head.weight", slice(0, 9)), ("lm_head.weight", slice(20, 37))],
                 ["embed.weight", "body.weight", "body.bias", ("lm_head.weight", slice(9, 20))],
-            ]
+            ],
         )
     },
 }

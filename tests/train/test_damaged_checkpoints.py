@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from gradfold.train import atomic
+from gradfold import _io
 from gradfold.train.checkpoint import (
     STATES,
     TRAINER,
@@ -26,9 +26,9 @@ def reseal(path):
     """Make the manifest fit again, as an attacker or another tool would."""
     files = {}
     for file in sorted(path.rglob("*")):
-        if file.name != atomic.MANIFEST:
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": atomic.sha256(file)}
-    damage_json(path / atomic.MANIFEST, lambda tree: tree.update(files=files))
+        if file.name != _io.MANIFEST:
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _io.sha256(file)}
+    damage_json(path / _io.MANIFEST, lambda tree: tree.update(files=files))
 
 
 def flip(path, at):
@@ -42,18 +42,18 @@ DAMAGES = {
     "one bit of the weights": (lambda p: flip(p / "model.safetensors", -1), "model.safetensors has changed"),
     "one bit of the recipe": (lambda p: flip(p / "recipe.yaml", 3), "recipe.yaml has changed"),
     "a missing file": (lambda p: (p / TRAINER).unlink(), "trainer.json is missing"),
-    "an empty manifest": (lambda p: (p / atomic.MANIFEST).write_text(""), "manifest.json cannot be read"),
-    "no manifest": (lambda p: (p / atomic.MANIFEST).unlink(), "is not a checkpoint of gradfold (no manifest.json)"),
+    "an empty manifest": (lambda p: (p / _io.MANIFEST).write_text(""), "manifest.json cannot be read"),
+    "no manifest": (lambda p: (p / _io.MANIFEST).unlink(), "is not a checkpoint of gradfold (no manifest.json)"),
     "another program's manifest": (
-        lambda p: (p / atomic.MANIFEST).write_text('{"name": "app"}'),
+        lambda p: (p / _io.MANIFEST).write_text('{"name": "app"}'),
         "is not a checkpoint of gradfold (another kind",
     ),
     "a manifest without sizes": (
-        lambda p: damage_json(p / atomic.MANIFEST, lambda t: t["files"].update({STATES: {}})),
+        lambda p: damage_json(p / _io.MANIFEST, lambda t: t["files"].update({STATES: {}})),
         "is damaged: 'bytes'",
     ),
     "a later format": (
-        lambda p: damage_json(p / atomic.MANIFEST, lambda t: t.update(version=99)),
+        lambda p: damage_json(p / _io.MANIFEST, lambda t: t.update(version=99)),
         "has format version 99, this gradfold reads 1",
     ),
     "a trainer file that is no JSON": (

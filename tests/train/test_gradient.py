@@ -20,7 +20,7 @@ from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.optimizer import lr_factor, parameter_groups
 from gradfold.train.recipe_file import unflatten
-from gradfold.train.run import assemble
+from gradfold.train.setup import assemble
 from tests.train.tiny import recipe, save_tiny, sentence
 
 SGD = {"optimizer.name": "SGD", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "schedule.name": "constant"}

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from gradfold.train import atomic, checkpoint
+from gradfold import _io
+from gradfold.train import checkpoint
 from gradfold.train.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -42,7 +43,7 @@ def operations(monkeypatch, happens):
         (os, "rmdir"),
         (os, "unlink"),
         (checkpoint, "save_file"),
-        (atomic, "sha256"),
+        (_io, "sha256"),
         (json, "dumps"),
         (shutil, "rmtree"),
     ):
@@ -83,14 +84,14 @@ def test_a_full_disk_at_any_moment_leaves_the_previous_one(parts, monkeypatch):
 def test_a_full_disk_is_known_in_the_words_of_every_writer():
     from safetensors import SafetensorError
 
-    assert atomic.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
-    assert atomic.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert atomic.is_disk_full(
+    assert _io.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert _io.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert _io.is_disk_full(
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     )
-    assert atomic.is_disk_full(Exception("No space left on device (os error 28)"))
-    assert not atomic.is_disk_full(OSError(errno.EACCES, "Permission denied"))
-    assert not atomic.is_disk_full(ValueError("something else"))
+    assert _io.is_disk_full(Exception("No space left on device (os error 28)"))
+    assert not _io.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    assert not _io.is_disk_full(ValueError("something else"))
 
 
 def test_too_little_room_is_seen_before_anything_is_written(parts, monkeypatch):
@@ -152,7 +153,7 @@ def test_killed_at_any_operation_the_last_complete_one_loads(parts):
         latest = find_checkpoint(parts.folder.parent)
         reached.add(latest.name)
         assert read_checkpoint(latest).progress.step == int(latest.name[5:])
-        atomic.sweep(parts.folder)
+        _io.remove_leftovers(parts.folder)
         assert not list(parts.folder.glob(".*"))
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0

@@ -17,7 +17,7 @@ from gradfold.train.interrupt import Interrupted
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.recipe_file import unflatten
-from gradfold.train.run import STATES as STATES_FOLDER
+from gradfold.train.setup import STATES as STATES_FOLDER
 from tests.train.tiny import recipe, save_tiny, sentence, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -304,12 +304,11 @@ def test_results_are_not_overwritten(finished, silent, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(finished, silent, tmp_path):
-    from gradfold.train.atomic import sole_writer
+    from gradfold._io import hold_folder
 
     out, chosen = finished
     before = tree_bytes(out)
-    with sole_writer(out) as alone:
-        assert alone
+    with hold_folder(out):
         with pytest.raises(CheckpointError, match="another gradfold is writing"):
             train(unflatten({"steps": 6}, chosen), out, read_checkpoint(find_checkpoint(out)), silent)
     assert tree_bytes(out) == before

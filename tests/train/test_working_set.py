@@ -14,7 +14,7 @@ from gradfold.train.display import Display
 from gradfold.train.errors import CheckpointError, RecipeError, TrainError
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
-from gradfold.train.run import STATES
+from gradfold.train.setup import STATES
 from gradfold.workset import Disk
 from tests.train.tiny import recipe, tree_bytes
 

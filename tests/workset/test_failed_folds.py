@@ -64,7 +64,9 @@ def test_not_a_working_set(working_set, says):
     with pytest.raises(FoldError, match=says):
         gradfold.fold(model, optimizer, working_set=working_set)
     with pytest.raises(FoldError, match="another chunk's"):
-        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2), clip="delayed", clip_norm=1.0)
+        gradfold.fold(
+            model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=2), clip="delayed", clip_norm=1.0
+        )
     plain_again(model, optimizer, states)
 
 

@@ -165,18 +165,22 @@ def test_a_folder_has_one_fold_at_a_time(tmp_path):
     (tmp_path / ".writing-x.safetensors").write_bytes(b"half")  # of the fold that is there
     other = Net("untied")
     with pytest.raises(FoldError, match="another working set keeps its states there"):
-        gradfold.fold(other, ours(other), working_set=gradfold.WorkingSet(chunks=2, offload="disk", folder=tmp_path))
+        gradfold.fold(
+            other, ours(other), working_set=gradfold.WorkingSet(interval=1, chunks=2, offload="disk", folder=tmp_path)
+        )
     assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / ".writing-x.safetensors"])
     assert all(p.requires_grad for p in other.parameters())
     fold.remove()
-    gradfold.fold(other, ours(other), working_set=gradfold.WorkingSet(chunks=2, offload="disk", folder=tmp_path))
+    gradfold.fold(
+        other, ours(other), working_set=gradfold.WorkingSet(interval=1, chunks=2, offload="disk", folder=tmp_path)
+    )
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 HOLDER = """
 import sys, torch, gradfold
 model = torch.nn.Linear(4, 4)
-options = dict(chunks=2, offload="disk", folder=sys.argv[1])
+options = dict(interval=1, chunks=2, offload="disk", folder=sys.argv[1])
 gradfold.fold(model, gradfold.SGD(model.parameters(), lr=0.1), working_set=gradfold.WorkingSet(**options))
 print("there", flush=True)
 sys.stdin.read()
@@ -197,7 +201,7 @@ def test_a_fold_that_failed_lets_go_of_its_folder(tmp_path):
     model = Net("untied")
     optimizer = ours(model)
     optimizer.state[model.head.weight]["exp_avg[0:3]"] = torch.zeros(3)  # of no slice here
-    options = {"chunks": 2, "offload": "disk", "folder": tmp_path}
+    options = {"interval": 1, "chunks": 2, "offload": "disk", "folder": tmp_path}
     with pytest.raises(FoldError, match="working_set="):
         gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**options))
     optimizer.state.clear()

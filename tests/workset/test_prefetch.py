@@ -32,7 +32,7 @@ def events(fold_options=None, steps=4, micro=1, **options):
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2)))
     store = Watched()
     optimizer = gradfold.AdamW(model.parameters(), lr=0.1)
-    working_set = gradfold.WorkingSet(chunks=2, offload=store, **options)
+    working_set = gradfold.WorkingSet(**{"interval": 1, "chunks": 2, "offload": store, **options})
     gradfold.fold(model, optimizer, working_set=working_set, **(fold_options or {}))
     found = []
     for _ in range(steps):

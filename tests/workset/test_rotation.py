@@ -21,7 +21,9 @@ def folded(scene="untied", storage=None, fold_options=None, **options):
     """A model, its optimizer and its fold; the same every time."""
     (model, _), *_ = [twins(lambda: Net(scene))]
     optimizer = gradfold.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **(storage or {}))
-    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**options), **(fold_options or {}))
+    fold = gradfold.fold(
+        model, optimizer, working_set=gradfold.WorkingSet(**({"interval": 1} | options)), **(fold_options or {})
+    )
     return model, optimizer, fold
 
 
@@ -81,12 +83,12 @@ def test_resume(offload, order, stop, tmp_path):
 )
 def test_resume_coded(storage, axis):
     (model, optimizer), (again, other) = coded_pair(storage)
-    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, axis=axis, offload="cpu"))
+    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis, offload="cpu"))
     for step in range(4):
         coded_loss(model, step).backward()
         optimizer.step()
     saved, weights = reloaded(optimizer.state_dict()), copy.deepcopy(model.state_dict())
-    gradfold.fold(again, other, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
+    gradfold.fold(again, other, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis))
     again.load_state_dict(weights)
     other.load_state_dict(saved)
     for step in range(4, 12):
@@ -138,7 +140,7 @@ def test_whole_states_are_cut(axis, route):
     plain, model = twins(lambda: Net("untied"))
     theirs = torchs(plain)
     train(plain, theirs, range(3))
-    options = {"working_set": gradfold.WorkingSet(chunks=5, axis=axis)}
+    options = {"working_set": gradfold.WorkingSet(interval=1, chunks=5, axis=axis)}
     if route == "loaded":
         model.load_state_dict(plain.state_dict())
         optimizer = ours(model)
@@ -168,7 +170,7 @@ def test_whole_int8_states_are_cut(axis):
         optimizer.zero_grad()
     before = optimizer.torch_state_dict()["state"]
     masters = gradfold.export_masters(model, optimizer)
-    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis))
     assert any(len(slices) > 1 for slices in fold._state.turns.slices.values())
     for _ in range(2):
         after, exported = optimizer.torch_state_dict()["state"], gradfold.export_masters(model, optimizer)
@@ -228,7 +230,7 @@ def test_frozen_before():
     model = Net("untied").double()
     model.embed.requires_grad_(False)
     optimizer = ours(model)
-    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3))
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=3))
     before = model.embed.weight.detach().clone()
     train(model, optimizer, range(6))
     assert torch.equal(model.embed.weight, before) and not model.embed.weight.requires_grad
@@ -291,7 +293,7 @@ def test_backward_ends_at_the_lowest_layer_awake():
     for index, layer in enumerate(model):
         layer.register_forward_hook(lambda module, args, out, index=index: reached.append((index, out.requires_grad)))
     optimizer = gradfold.SGD(model.parameters(), lr=0.1)
-    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=8))
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=8))
     x_bytes = 64 * 32 * 4
     for chunk in range(8):
         reached.clear()
@@ -308,7 +310,9 @@ def test_backward_ends_at_the_lowest_layer_awake():
 
 def test_reentrant_checkpoints_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    fold = gradfold.fold(model, gradfold.SGD(model.parameters(), lr=0.1), working_set=gradfold.WorkingSet(chunks=2))
+    fold = gradfold.fold(
+        model, gradfold.SGD(model.parameters(), lr=0.1), working_set=gradfold.WorkingSet(interval=1, chunks=2)
+    )
     before = snapshot(model)
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(FoldError, match=r"use_reentrant=False"):
@@ -348,7 +352,7 @@ def test_bad_arguments(options, says):
     model = Net("untied")
     optimizer = ours(model)
     with pytest.raises(FoldError, match=says):
-        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**options))
+        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**({"interval": 1} | options)))
     assert all(p.requires_grad for p in model.parameters()) and not optimizer.state
     gradfold.fold(model, optimizer)  # as if nothing had been
 
@@ -374,7 +378,7 @@ def test_transformers_checkpointing_does_not_keep_backward_going():
     needs = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda module, args: needs.append(args[0].requires_grad))
-    fold = gradfold.fold(model, ours(model), working_set=gradfold.WorkingSet(by="layer"))
+    fold = gradfold.fold(model, ours(model), working_set=gradfold.WorkingSet(interval=1, by="layer"))
     found = {}
     for _ in range(len(fold._state.turns.chunks)):
         needs.clear()

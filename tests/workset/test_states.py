@@ -1,6 +1,7 @@
 """States and weights of slices where it is easy to lose them: masters, random bits, other cuts, copies, freezing."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -11,7 +12,7 @@ import gradfold
 from gradfold.errors import FoldError
 from tests.zoo import Net, batches, twins
 
-WS = gradfold.WorkingSet
+WS = functools.partial(gradfold.WorkingSet, interval=1)
 
 
 def linears(count=2, width=8):

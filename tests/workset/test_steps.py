@@ -20,7 +20,9 @@ def check(make, loss, steps, rule="AdamW", fold_options=None, **options):
     fold_options = fold_options or {}
     plain, folded = twins(make)
     oracle, optimizer = SlicedTorch(plain, rule), ours(folded, rule)
-    fold = gradfold.fold(folded, optimizer, working_set=gradfold.WorkingSet(**options), **fold_options)
+    fold = gradfold.fold(
+        folded, optimizer, working_set=gradfold.WorkingSet(**({"interval": 1} | options)), **fold_options
+    )
     count, seen = fold_options.get("accumulate", 1), set()
     for step in range(steps):
         active, before = active_slices(fold), snapshot(folded)
@@ -173,7 +175,7 @@ def test_autocast(axis):
     plain, folded = twins(lambda: make().train(), torch.float32)
     exact = twins(lambda: make().train())[0]
     optimizer = ours(folded, "SGD")
-    fold = gradfold.fold(folded, optimizer, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
+    fold = gradfold.fold(folded, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis))
     active, before = active_slices(fold), snapshot(folded)
     for model in (plain, folded):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -234,7 +236,7 @@ def test_one_chunk_is_the_plain_fold_bit_for_bit(storage):
 def test_slices_are_rounded_as_in_the_whole(storage, axis, order):
     """The first step's gradients are the plain fold's, and so are the bits of every element that is awake."""
     (sliced, a), (whole, b) = coded_pair(storage)
-    fold = gradfold.fold(sliced, a, working_set=gradfold.WorkingSet(chunks=3, axis=axis, order=order))
+    fold = gradfold.fold(sliced, a, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis, order=order))
     gradfold.fold(whole, b)
     active, before = active_slices(fold), snapshot(sliced)
     assert any(stop - start < dict(sliced.named_parameters())[name].shape[dim] for name, dim, start, stop in active)
@@ -252,7 +254,7 @@ def test_slices_are_rounded_as_in_the_whole(storage, axis, order):
 @pytest.mark.parametrize("storage", CODED, ids=str)
 def test_coded_slices_learn(storage, axis):
     (model, optimizer), _ = coded_pair(storage)
-    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, axis=axis))
+    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=3, axis=axis))
     first = coded_loss(model, 0).item()
     for _ in range(12):
         coded_loss(model, 0).backward()

@@ -1,4 +1,4 @@
-"""Peak memory of a training step: predicted by ``gradfold.plan.step_memory`` on fake tensors, and as it was measured.
+"""Peak memory of a training step: predicted by ``gradfold.planner.step_memory`` on fake tensors, and as measured.
 
 Predictions run here, on the processor; what was measured is read from the rows of ``step.py``, of the same run or of
 one before it. Ours are predicted with a backend that steps nothing and holds nothing, as the kernels hold no gradient:
@@ -19,7 +19,7 @@ from benchmarks.gpu import training
 from benchmarks.gpu.book import OK, rows_in
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.worker import Case, LeftOut
-from gradfold.plan.step import StepMemory, step_memory
+from gradfold.planner.step import StepMemory, step_memory
 
 NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
 

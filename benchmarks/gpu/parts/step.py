@@ -18,7 +18,7 @@ from benchmarks.gpu import training
 from benchmarks.gpu.fits import layers_that_fit, needed_bytes
 from benchmarks.gpu.setting import Setting, quartiles
 from benchmarks.gpu.worker import Case, Failed, LeftOut
-from gradfold.plan.step import measure_step
+from gradfold.planner.step import measure_step
 
 BASE = "torch fused"
 ROUNDS = 11

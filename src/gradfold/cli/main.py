@@ -18,7 +18,7 @@ COMMANDS = {
 
 ERRORS = {
     "gradfold.errors": "FoldError",
-    "gradfold.plan.errors": "PlanError",
+    "gradfold.planner.errors": "PlanError",
     "gradfold.train.errors": "TrainError",
     "gradfold.provenance.errors": "ProvenanceError",
 }

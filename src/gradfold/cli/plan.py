@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from gradfold.cli.chosen import Chosen, choose_recipe
 from gradfold.cli.flags import given_fields, parsed_again, print_help, quiet_environment
+from gradfold.cli.plan_target import device_of, subject_of
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import Recipe
-from gradfold.train.recipe_file import load_fields, unflatten
 
 if TYPE_CHECKING:
-    from gradfold.plan.report import Plan
-    from gradfold.plan.search import Found
-    from gradfold.plan.settings import Settings
+    from gradfold.planner.report import Plan
+    from gradfold.planner.search import Found
 
 PROG = "gradfold plan"
 ENDINGS = (".png", ".svg", ".pdf")
@@ -33,25 +33,28 @@ SEARCHED = {
     "working_set.by": "working_set",
 }
 """Flag -> the setting that a search leaves alone once it is given."""
+ASSUMED = {"batch": "batch_size", "tokens": "sequence_length", "dtype": "dtype"}
+"""What is printed of a plan's assumptions -> the recipe's field."""
+SHORTER = {"tokens": "sequence_length", "batch": "batch_size"}
+"""Flag of this command -> the recipe's field that it sets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanCommand:
     """Predict the memory of a training step, by running its real code on tensors that have no memory.
 
-    Takes the flags of `gradfold train`, so that a command can be planned by putting `plan` in the place of `train`;
-    those that change no memory change nothing here. Without --dtype or --config it plans for the dtype in which the
-    model is published; train's default is float32. Nothing is downloaded but the model's config.json, and of the
-    models listed in the README not even that.
+    Takes the flags and recipe files of `gradfold train`, with the same defaults: put `plan` in the place of `train` to
+    see what a command would take. Flags that change no memory change nothing here. Of a model on the hub only the
+    config.json is downloaded, and nothing at all of the models that docs/planning.md lists.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
     """Recipe file (YAML) to start from; other flags override it."""
     tokens: int | None = None
-    """Tokens a sequence, the same as sequence_length. Every sequence is taken to be full. [1024]"""
+    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full."""
     batch: int | None = None
-    """Sequences a batch, the same as batch_size. [1]"""
+    """Sequences per micro-batch, the same as --batch-size."""
     budget: str | None = None
     """What the card has, such as 24GiB: also search for settings that fit it, and print the fastest."""
     json: bool = False
@@ -82,25 +85,25 @@ def run(arguments: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         print_help(PlanCommand, PlanCommand(Recipe()), PROG)
         return 0
-    options, recipe, settled = _read(words)
+    options, chosen = _read(words)
     if options.plot is not None:
         _check_plot(options.plot, options.compare)
     quiet_environment()
 
-    from gradfold.plan.units import parse_bytes
+    from gradfold.planner.units import parse_bytes
 
     budget_bytes = None if options.budget is None else parse_bytes(options.budget)
-    with _beside(options, recipe, settled) as peers, _progress(options.json) as progress:
-        plan, found, measured = _work(options, recipe, settled, budget_bytes, peers, progress)
+    with _beside(options) as peers, _progress(options.json) as progress:
+        plan, found, measured = _work(options, chosen, budget_bytes, peers, progress)
         if options.plot is not None:
             progress("drawing")
             plan.plot(options.plot, budget_bytes)
     if options.json:
-        print(json.dumps(_as_json(plan, found, measured), indent=1))
+        print(json.dumps(_as_json(plan, chosen, found, measured), indent=1))
         return 0
     from gradfold.cli import plan_show
 
-    plan_show.print_plan(plan, budget_bytes)
+    plan_show.print_plan(plan, budget_bytes, assumptions=_assumptions(chosen))
     if measured is not None:
         plan_show.print_measured(plan, measured)
     if found is not None:
@@ -110,32 +113,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def settings_from(recipe: Recipe, settled: frozenset[str]) -> Settings:
-    """The recipe's settings; without a recipe file or --dtype, the dtype is what the model is published in."""
-    made = recipe.plan_settings()
-    return made if "dtype" in settled else dataclasses.replace(made, dtype=None)
-
-
-def _read(words: list[str]) -> tuple[PlanCommand, Recipe, frozenset[str]]:
-    """The command, the recipe, and which of its fields were given."""
+def _read(words: list[str]) -> tuple[PlanCommand, Chosen]:
+    """The command, the recipe it is about, and where that came from."""
     given = given_fields(words, EXTRA)
     extra = {name: given.pop(name) for name in EXTRA if name in given}
-    for short, name in (("tokens", "sequence_length"), ("batch", "batch_size")):
-        if short in extra and name in given:
+    flags = {}
+    for short, name in SHORTER.items():
+        if extra.get(short) is None:
+            continue
+        if name in given:
             raise RecipeError(f"--{short} and --{name.replace('_', '-')} say the same; keep one")
-    fields = load_fields(extra["config"]) if extra.get("config") else {}
-    if fields:
-        fields.setdefault("dtype", Recipe().dtype)  # as it would train
-    fields |= given
-    if "model" not in fields:
-        raise RecipeError("name a model: --model llama-3.1-8b, a hub id, or a folder with a config.json")
-    parsed_again(PlanCommand, PlanCommand(unflatten(fields, Recipe())), words, PROG)
-    fields.setdefault("sequence_length", 1024)
-    fields.setdefault("batch_size", 1)
-    sizes = {"sequence_length": extra.get("tokens"), "batch_size": extra.get("batch")}
-    fields |= {name: size for name, size in sizes.items() if size is not None}
-    recipe = unflatten(fields, Recipe())
-    return PlanCommand(recipe, **extra), recipe, frozenset(fields)
+        given[name], flags[name] = extra[short], f"--{short}"
+    chosen = choose_recipe(extra.get("config"), given, flags)
+    parsed_again(PlanCommand, PlanCommand(chosen.recipe), words, PROG)
+    return PlanCommand(chosen.recipe, **extra), chosen
 
 
 def _check_plot(path: str, compare: bool) -> None:
@@ -154,26 +145,25 @@ def _check_plot(path: str, compare: bool) -> None:
 
 def _work(
     options: PlanCommand,
-    recipe: Recipe,
-    settled: frozenset[str],
+    chosen: Chosen,
     budget_bytes: int | None,
     peers: Callable[[], tuple],
     progress: Callable[[str], None],
 ) -> tuple[Plan, Found | None, Any]:
     """The plan, what a search found, what was measured."""
-    from gradfold.cli.plan_peers import subject_of
-    from gradfold.plan.fake import frozen_objects
-    from gradfold.plan.make import plan
-    from gradfold.plan.measure import measure
-    from gradfold.plan.search import search
+    from gradfold.planner.fake import frozen_objects
+    from gradfold.planner.make import plan
+    from gradfold.planner.measure import measure
+    from gradfold.planner.search import search
 
-    settings, device = settings_from(recipe, settled), device_of(recipe, options.measure)
+    recipe = chosen.recipe
+    settings, device = recipe.plan_settings(), device_of(recipe, options.measure)
     subject = subject_of(recipe.model)
     found = measured = None
     with frozen_objects(collect=False):
         made = plan(subject, settings, device=device, peers=False, progress=progress)
         if budget_bytes is not None:
-            fixed = {SEARCHED[name] for name in settled if name in SEARCHED}
+            fixed = {SEARCHED[name] for name in chosen.sources if name in SEARCHED}
             found = search(subject, settings, budget_bytes, device=device, fixed=fixed, progress=progress)
         if options.compare:
             progress("tracing: what it is compared with")
@@ -184,26 +174,15 @@ def _work(
     return made, found, measured
 
 
-def device_of(recipe: Recipe, measured: bool) -> str:
-    """What to plan for: an accelerator unless told otherwise; to be measured, what there is."""
-    if recipe.device != "auto":
-        return "cpu" if recipe.device == "cpu" else "cuda"
-    if not measured:
-        return "cuda"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @contextlib.contextmanager
-def _beside(options: PlanCommand, recipe: Recipe, settled: frozenset[str]) -> Iterator[Callable[[], tuple]]:
+def _beside(options: PlanCommand) -> Iterator[Callable[[], tuple]]:
     """What waits for the peers' steps."""
     if not options.compare:
         yield lambda: ()
         return
     from gradfold.cli.plan_peers import tracing_beside
 
-    with tracing_beside(recipe, settled, options.measure) as peers:
+    with tracing_beside(options.recipe, options.measure) as peers:
         yield peers
 
 
@@ -217,8 +196,21 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"{what} ...")
 
 
-def _as_json(plan: Plan, found: Found | None, measured: Any) -> dict[str, Any]:
+def _assumptions(chosen: Chosen) -> dict[str, tuple[Any, str]]:
+    """What the plan takes for granted: name -> (value, where it came from)."""
+    recipe = chosen.recipe
+    values = {name: (getattr(recipe, field), chosen.source(field)) for name, field in ASSUMED.items()}
+    published = str(subject_of(recipe.model).dtype).removeprefix("torch.")
+    if published not in ("None", recipe.dtype):
+        values["dtype"] = (recipe.dtype, f"{chosen.source('dtype')}; published in {published}")
+    return values
+
+
+def _as_json(plan: Plan, chosen: Chosen, found: Found | None, measured: Any) -> dict[str, Any]:
     made = plan.as_dict()
+    made["assumptions"] = {
+        name: {"value": value, "from": source} for name, (value, source) in _assumptions(chosen).items()
+    }
     if measured is not None:
         made["measured"] = {
             "peak_bytes": measured.peak_bytes,

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gradfold.cli.flags import quiet_environment
+from gradfold.cli.plan_target import device_of, subject_of
 from gradfold.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from gradfold.plan.step import StepMemory
+    from gradfold.planner.step import StepMemory
 
-COUNT = 3  # of `gradfold.plan.peers.PEERS`, which is not loaded here
+COUNT = 3  # of `gradfold.planner.peers.PEERS`, which is not loaded here
 Peers = Callable[[], tuple["StepMemory", ...]]
 
 
 @contextlib.contextmanager
-def tracing_beside(recipe: Recipe, settled: frozenset[str], measured: bool) -> Iterator[Peers]:
+def tracing_beside(recipe: Recipe, measured: bool) -> Iterator[Peers]:
     """Begin to trace the peers; what is yielded waits for them, and meanwhile traces those that nobody has begun."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    arguments = (recipe, settled, measured)
+    arguments = (recipe, measured)
     coming: list[Future] = [pool.submit(trace_peer, index, *arguments) for index in range(COUNT)]
 
     def result() -> tuple[StepMemory, ...]:
@@ -38,28 +39,17 @@ def tracing_beside(recipe: Recipe, settled: frozenset[str], measured: bool) -> I
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def trace_peer(index: int, recipe: Recipe, settled: frozenset[str], measured: bool) -> StepMemory | None:
+def trace_peer(index: int, recipe: Recipe, measured: bool) -> StepMemory | None:
     """A step of the same batches with one of the peers; None if it cannot do what is asked. Runs in either process."""
-    from gradfold.cli.flags import quiet_environment
-    from gradfold.cli.plan import device_of, settings_from
-
     quiet_environment()
 
-    from gradfold.plan.fake import frozen_objects
-    from gradfold.plan.peers import PEERS, peers_of
-    from gradfold.plan.predict import predict_peer
+    from gradfold.planner.fake import frozen_objects
+    from gradfold.planner.peers import PEERS, peers_of
+    from gradfold.planner.predict import predict_peer
 
     name = list(PEERS)[index]
-    settings, device = settings_from(recipe, settled), device_of(recipe, measured)
+    settings, device = recipe.plan_settings(), device_of(recipe, measured)
     if name not in peers_of(settings):
         return None
     with frozen_objects(collect=False):
         return predict_peer(subject_of(recipe.model), settings, PEERS[name], name, device)
-
-
-@functools.cache
-def subject_of(model: str) -> Any:
-    """The model, found once in each process."""
-    from gradfold.plan.models import find_subject
-
-    return find_subject(model)

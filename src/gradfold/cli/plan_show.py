@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradfold.plan.allocator import CONTEXT_BYTES, allocated
-from gradfold.plan.measure import Measured
-from gradfold.plan.report import Plan
-from gradfold.plan.search import Found
-from gradfold.plan.step import StepMemory
-from gradfold.plan.trace import CATEGORIES
-from gradfold.plan.units import format_bytes, unit_of
+from gradfold.planner.allocator import CONTEXT_BYTES, allocated
+from gradfold.planner.measure import Measured
+from gradfold.planner.report import Plan
+from gradfold.planner.search import Found
+from gradfold.planner.step import StepMemory
+from gradfold.planner.trace import CATEGORIES
+from gradfold.planner.units import format_bytes, unit_of
 
 GIB = 2**30
 MISSES = 4  # that are shown
 
 
-def print_plan(plan: Plan, budget_bytes: int | None = None, console: Console | None = None) -> None:
-    """Peaks side by side, by what their bytes are for."""
+def print_plan(
+    plan: Plan,
+    budget_bytes: int | None = None,
+    console: Console | None = None,
+    assumptions: Mapping[str, tuple[Any, str]] | None = None,
+) -> None:
+    """Print the peaks side by side, by what their bytes are for.
+
+    Args:
+        plan: what to print.
+        budget_bytes: what the card has; adds a row that says whether each fits.
+        console: where to print, standard output unless given.
+        assumptions: name -> (value, where it came from) of what the plan was made for.
+    """
     console = console or Console(highlight=False)
     settings, predicted = plan.settings, plan.predicted
     where = "as an accelerator runs it" if plan.device == "cuda" else "as this processor runs it"
-    size = f"{settings.batch} x {settings.tokens:,} tokens"
-    batches = f"{settings.accumulate} batches of {size}" if settings.accumulate > 1 else size
     console.print(f"[bold]{escape(plan.model)}[/bold]  {predicted.parameters:,} parameters, {plan.dtype}")
-    console.print(f"[dim]one step of {batches}, {where}; {escape(settings.describe())}[/dim]\n")
+    console.print(f"[dim]one step of {settings.describe_batches()}, {where}; {escape(settings.describe())}[/dim]")
+    if assumptions:
+        said = ", ".join(f"{name} {value} ({source})" for name, (value, source) in assumptions.items())
+        console.print(f"[dim]assumed: {escape(said)}[/dim]")
+    console.print()
 
     steps = (plan.memory, *plan.peers)
     most_bytes = max(step.peak_bytes for step in steps)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from gradfold.cli.chosen import base_recipe, choose_recipe, overlay
 from gradfold.cli.flags import given_fields, parsed_again, print_help, quiet_environment
 from gradfold.train.errors import CheckpointError, RecipeError
-from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 from gradfold.train.rows import SUFFIXES
 
@@ -48,15 +49,14 @@ def run(arguments: Sequence[str]) -> int:
     extra = {"config": str | None, "resume": str | None}
     given = given_fields(words, extra)
     config, resume = given.pop("config", None), given.pop("resume", None)
-    in_file = load_fields(config) if config else {}
-    out = None
-    saved = None
+    out = saved = None
     if resume:
+        in_file = load_fields(config) if config else {}
         saved = _find_saved(resume, {**in_file, **given})
-        base, out = saved.recipe, Path(given.get("out") or saved.out())
+        out = Path(given.get("out") or saved.out())
+        recipe = overlay(overlay(saved.recipe, in_file), given)
     else:
-        base = _base(config, given)
-    recipe = _overlay(_overlay(base, in_file), given)
+        recipe = choose_recipe(config, given).recipe
     if parsed_again(TrainCommand, TrainCommand(recipe), words, PROG).recipe != recipe:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))
@@ -69,26 +69,13 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _overlay(base: Recipe, fields: dict[str, Any]) -> Recipe:
-    """`base` with fields replaced. Of steps and epochs the one that is named takes the other's place."""
-    for name, other in (("steps", "epochs"), ("epochs", "steps")):
-        if fields.get(name) is not None and other not in fields:
-            fields = {**fields, other: None}
-    return unflatten(fields, base)
-
-
-def _base(config: str | None, given: dict[str, Any]) -> Recipe:
-    """What the rest is laid over: the demo, unless something of one's own is trained."""
-    return Recipe() if config or "model" in given or "data" in given else DEMO
-
-
 def _find_saved(resume: str, chosen: dict[str, Any]) -> Saved:
     """The checkpoint that --resume names."""
     from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
 
     if resume != "latest":
         return read_checkpoint(find_checkpoint(Path(resume)))
-    named = chosen.get("out") or _last_folder(unflatten(chosen, _base(None, chosen)))
+    named = chosen.get("out") or _last_folder(unflatten(chosen, base_recipe(None, chosen)))
     return read_checkpoint(find_checkpoint(Path(named)))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from gradfold._io import sync, write_file, write_new
 
 from .canonical import MAX_BYTES, canonical_bytes, parse
 from .errors import ProvenanceError
@@ -62,15 +63,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     with _saying(path):
         target = Path(os.path.realpath(path))
         _look(path, target)
-        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.writing")
-        try:
-            _fill(temporary, data, 0o666)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_folder(target.parent)
+        write_file(target, data)
 
 
 def write_secret(path: str | os.PathLike[str], data: bytes) -> None:
@@ -79,14 +72,15 @@ def write_secret(path: str | os.PathLike[str], data: bytes) -> None:
         target = Path(path)
         _look(path, target)
         try:
-            _fill(target, data, 0o600)
+            write_new(target, data, 0o600)
+            sync(target)
         except FileExistsError:
             raise ProvenanceError(f"{path}: exists already; name another file") from None
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(target)
             raise
-        _sync_folder(target.parent)
+        sync(target.parent)
 
 
 def _look(path: str | os.PathLike[str], target: Path) -> None:
@@ -96,15 +90,6 @@ def _look(path: str | os.PathLike[str], target: Path) -> None:
         raise ProvenanceError(f"{path}: is a folder; name a file")
 
 
-def _fill(path: Path, data: bytes, mode: int) -> None:
-    """Create a file, which must not exist, and put its bytes on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _saying(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the system's errors into ours."""
@@ -112,16 +97,6 @@ def _saying(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ProvenanceError(f"{path}: cannot be written ({_reason(error)})") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gradfold import _io
 from gradfold.errors import FoldError
-from gradfold.train import atomic
 from gradfold.train.errors import CheckpointError, RecipeError, one_line
 from gradfold.train.model import quiet_transformers
 from gradfold.train.recipe import Recipe
@@ -122,9 +122,9 @@ def save_checkpoint(
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < needed_bytes:
             raise _full(folder, target, needed_bytes)
-        atomic.write_folder(target, fill, {"format": FORMAT, "version": VERSION, "step": progress.step})
+        _io.write_folder(target, fill, {"format": FORMAT, "version": VERSION, "step": progress.step})
     except Exception as error:
-        if atomic.is_disk_full(error):  # safetensors and tokenizers raise kinds of their own
+        if _io.is_disk_full(error):  # safetensors and tokenizers raise kinds of their own
             raise _full(folder, target, needed_bytes) from error
         if not isinstance(error, OSError | SafetensorError):
             raise
@@ -133,7 +133,7 @@ def save_checkpoint(
         ) from error
     for old in [path for path in list_checkpoints(folder) if path != target][: -(recipe.checkpoint.keep - 1) or None]:
         if _step_of(old) < progress.step:
-            atomic.remove_folder(old)
+            _io.remove_folder(old)
     return target
 
 
@@ -147,7 +147,7 @@ def find_checkpoint(named: Path) -> Path:
     """The checkpoint that a path names: itself, or the latest of a run's folder. Raises CheckpointError."""
     if not named.is_dir():
         raise CheckpointError(f"--resume {named}: no such folder")
-    if (named / atomic.MANIFEST).exists() or not (named / FOLDER).is_dir():
+    if (named / _io.MANIFEST).exists() or not (named / FOLDER).is_dir():
         return named
     found = list_checkpoints(named / FOLDER)
     if not found:
@@ -181,7 +181,7 @@ def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
         raise _damaged(path, f"{name} is missing")
     if file.stat().st_size != nbytes:
         raise _damaged(path, f"{name} has {file.stat().st_size} bytes instead of {nbytes}")
-    if atomic.sha256(file) != sha256:
+    if _io.sha256(file) != sha256:
         raise _damaged(path, f"{name} has changed since it was written")
 
 
@@ -209,17 +209,17 @@ def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / atomic.MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / _io.MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (no {atomic.MANIFEST})") from None
+        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (no {_io.MANIFEST})") from None
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"{atomic.MANIFEST} cannot be read: {one_line(error)}") from None
+        raise _damaged(path, f"{_io.MANIFEST} cannot be read: {one_line(error)}") from None
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
         or not isinstance(manifest.get("files"), dict)
     ):
-        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (another kind of {atomic.MANIFEST})")
+        raise CheckpointError(f"--resume {path}: is not a checkpoint of gradfold (another kind of {_io.MANIFEST})")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"--resume {path}: has format version {manifest.get('version')}, this gradfold reads {VERSION}; "

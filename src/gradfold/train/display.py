@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from gradfold.plan.units import format_bytes
+from gradfold.planner.settings import batches_of_tokens
+from gradfold.planner.units import format_bytes
 
 if TYPE_CHECKING:
     from gradfold.train.recipe import GradientRecipe
@@ -60,8 +61,7 @@ class Display:
         sizes = f"{len(data.tokens):,} rows, {tokens:,} tokens"
         sequences = f"{len(data.train):,} training and {len(data.held_out):,} held-out sequences"
         grid.add_row("data", f"{escape(', '.join(recipe.data))}: {sizes}; {sequences}")
-        size = f"{recipe.batch_size} x {recipe.sequence_length} tokens"
-        batches = f"{recipe.gradient.accumulate} batches of {size}" if recipe.gradient.accumulate > 1 else size
+        batches = batches_of_tokens(recipe.batch_size, recipe.sequence_length, recipe.gradient.accumulate)
         grid.add_row("training", f"{run.steps:,} steps ({epochs:.2g} epochs) of {batches}")
         grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")
         if clipping := _clipping(recipe.gradient):

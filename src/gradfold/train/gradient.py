@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from gradfold._io import is_disk_full
 from gradfold.errors import FoldError, NonFiniteError
-from gradfold.train.atomic import is_disk_full
 from gradfold.train.data import as_tensors
 from gradfold.train.errors import TrainError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gradfold.train import atomic
+from gradfold._io import hold_folder, remove_leftovers, write_file
 from gradfold.train.checkpoint import RECIPE, Progress, Saved, save_checkpoint
 from gradfold.train.display import Display
 from gradfold.train.errors import CheckpointError
@@ -20,7 +20,8 @@ from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_me
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import dump_recipe
 from gradfold.train.report import finish
-from gradfold.train.run import Run, assemble, forget_states
+from gradfold.train.run import Run
+from gradfold.train.setup import assemble, forget_states
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
@@ -32,30 +33,32 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
     made = not out.exists()
     run = assemble(recipe, out, saved, display)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic.sole_writer(out) as alone:
-        if not alone:
-            raise CheckpointError(f"out = {str(out)!r}: another gradfold is writing to this folder; wait for it to end")
-        try:
-            with held_back_signals() as stop:
+    lock = hold_folder(out)
+    if lock is None:
+        raise CheckpointError(f"out = {str(out)!r}: another gradfold is writing to this folder; wait for it to end")
+    try:
+        with lock, held_back_signals() as stop:
+            try:
                 return _train(run, saved, display, stop)
-        finally:
-            forget_states(out, made=False)
-            # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
-            if saved is None and run.progress.step == 0:
-                (out / RECIPE).unlink(missing_ok=True)
-                (out / METRICS).unlink(missing_ok=True)
-                if made:
-                    with contextlib.suppress(OSError):  # someone has put a file there meanwhile
-                        out.rmdir()
+            finally:
+                forget_states(out, made=False)
+                # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
+                if saved is None and run.progress.step == 0:
+                    (out / RECIPE).unlink(missing_ok=True)
+                    (out / METRICS).unlink(missing_ok=True)
+    finally:
+        if made and saved is None and run.progress.step == 0:
+            with contextlib.suppress(OSError):  # someone has put a file there meanwhile
+                out.rmdir()
 
 
 def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -> dict[str, Any]:
-    atomic.sweep(run.out)
-    atomic.sweep(run.checkpoints)
+    remove_leftovers(run.out)
+    remove_leftovers(run.checkpoints)
     if saved is not None:
         source = saved.run_folder / METRICS if saved.run_folder else None
         continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)
-    atomic.write_file(run.out / RECIPE, dump_recipe(run.recipe))
+    write_file(run.out / RECIPE, dump_recipe(run.recipe))
     display.started(run)
     metrics = MetricsLog(run.out / METRICS)
     try:

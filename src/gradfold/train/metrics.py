@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradfold.train import atomic
+from gradfold._io import write_file
 
 METRICS = "metrics.jsonl"
 
@@ -55,7 +55,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def continue_metrics(source: Path | None, target: Path, lines: int, step: int) -> None:
     """Make `target` what `source` was when a checkpoint at `step` with `lines` lines was saved; no step comes twice."""
     records = [record for record in read_metrics(source)[:lines] if record["step"] <= step] if source else []
-    atomic.write_file(target, "".join(json.dumps(record) + "\n" for record in records))
+    write_file(target, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class MemoryMeter:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gradfold.plan.scene import enable_checkpointing
+from gradfold.planner.scene import enable_checkpointing
 from gradfold.train.data import Data
 from gradfold.train.errors import ModelError, one_line
 from gradfold.train.recipe import Recipe

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gradfold.plan.plot import COLORS, GRID, INK, MUTED, draw_step_memory
-from gradfold.plan.step import StepMemory
+from gradfold.planner.plot import COLORS, GRID, INK, MUTED, draw_step_memory
+from gradfold.planner.step import StepMemory
 
 FEW_STEPS = 150
 TRAIN, HELD_OUT = COLORS["states"], COLORS["gradients"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from gradfold._options import BATCH_SIZE, INTERVAL, SEQUENCE_LENGTH
+from gradfold.errors import FoldError
 from gradfold.train.conform import conform_fields
 from gradfold.train.errors import RecipeError
 
 if TYPE_CHECKING:
-    from gradfold.plan.settings import Settings
+    from gradfold.planner.settings import Settings
+    from gradfold.workset import WorkingSet
 
 OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "AdamW": ("betas", "eps", "amsgrad", "maximize"),
@@ -192,7 +196,7 @@ class WorkingSetRecipe:
 
     chunks: int | None = None
     """Into how many chunks the model is cut. With by = layer, None makes one of each layer."""
-    interval: int = 4
+    interval: int = INTERVAL
     """Optimizer steps before the next chunk wakes."""
     by: Literal["bytes", "layer"] = "bytes"
     """bytes: equal chunks, tensors sliced where a cut falls. layer: whole layers."""
@@ -225,9 +229,25 @@ class WorkingSetRecipe:
     def used(self) -> bool:
         return self.chunks is not None or self.by == "layer"
 
-    def options(self) -> dict[str, Any]:
-        """The same as keyword arguments of `gradfold.WorkingSet`."""
-        return dataclasses.asdict(self)
+    def build(self, folder: str | Path | None = None, **changes: Any) -> WorkingSet | None:
+        """Make the working set, or None where none is asked for.
+
+        Args:
+            folder: where the states of sleeping chunks go, if the recipe keeps them on disk.
+            **changes: other arguments of `gradfold.WorkingSet`, in the place of the recipe's or beside them.
+
+        Raises:
+            RecipeError: fields that do not go together.
+        """
+        if not self.used:
+            return None
+        from gradfold.workset import WorkingSet
+
+        options = dataclasses.asdict(self) | changes
+        try:
+            return WorkingSet(**options, folder=folder if options["offload"] == "disk" else None)
+        except FoldError as error:
+            raise RecipeError(f"working_set: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -312,10 +332,10 @@ class Recipe:
     """Optimizer steps. None: see epochs."""
     epochs: float | None = None
     """Passes over the data, if steps is not given. None: 1."""
-    batch_size: int = 8
-    """Sequences a batch. A step takes one batch, or as many as gradient.accumulate says."""
-    sequence_length: int = 512
-    """Tokens a sequence."""
+    batch_size: int = BATCH_SIZE
+    """Sequences per micro-batch; one step uses `gradient.accumulate` of them."""
+    sequence_length: int = SEQUENCE_LENGTH
+    """Tokens per sequence."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of weights and arithmetic; of the states too, unless optimizer.states says otherwise."""
     device: str = "auto"
@@ -365,10 +385,27 @@ class Recipe:
             raise _bad(self, "seed", "give a whole number from 0 to 2**32 - 1")
 
     def plan_settings(self) -> Settings:
-        """The same as `gradfold.plan` takes it. Raises RecipeError for a working set that cannot be."""
-        from gradfold.train.planned import settings_of
+        """The recipe as `gradfold.plan` takes it.
 
-        return settings_of(self)
+        Raises:
+            RecipeError: a working set that cannot be.
+        """
+        from gradfold.planner.settings import Settings
+
+        gradient = {name: value for name, value in self.gradient.fold_options().items() if name != "on_nonfinite"}
+        return Settings(
+            tokens=self.sequence_length,
+            batch=self.batch_size,
+            dtype=self.dtype,
+            fold=self.fold,
+            optimizer=self.optimizer.name,
+            options=self.optimizer.settings(),
+            checkpointing=self.gradient_checkpointing,
+            head=self.head,
+            working_set=self.working_set.build(folder=self.out or "runs"),
+            **self.optimizer.storage(),
+            **gradient,
+        )
 
 
 DEMO = Recipe(

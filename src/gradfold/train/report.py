@@ -9,8 +9,8 @@ from shlex import quote
 from typing import Any
 
 import gradfold
-from gradfold.plan.step import StepMemory, step_memory
-from gradfold.train import atomic
+from gradfold._io import write_file
+from gradfold.planner.step import StepMemory, step_memory
 from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
 from gradfold.train.errors import one_line
@@ -78,7 +78,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
     except MissingMatplotlib as error:
         display.note(str(error))
     summary["plots"] = plots
-    atomic.write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     display.summary(summary, run.out)
     return summary
 
@@ -94,12 +94,9 @@ def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
     clipping: dict[str, Any] = {"clip_value": gradient.clip_value}
     if gradient.clip == "exact":  # two passes, and the last step's norm, need no tapes
         clipping["clip_norm"] = gradient.clip_norm
-    working_set: dict[str, Any] = {}
-    chunk = ""
-    if (cut := run.recipe.working_set).used:
-        options: dict[str, Any] = cut.options() | {"offload": None}  # nothing is moved in a trace, which is of one step
-        working_set["working_set"] = gradfold.WorkingSet(**options)
-        chunk = f", one of {cut.chunks} chunks awake" if cut.chunks else ", one layer awake"
+    cut = run.recipe.working_set
+    working_set = cut.build(offload=None)  # nothing is moved in a trace, which is of one step
+    chunk = f", one of {cut.chunks} chunks awake" if cut.chunks else ", one layer awake" if cut.used else ""
     try:
         return {
             "plain": step_memory(
@@ -114,7 +111,7 @@ def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
                 lambda parameters: make_optimizer(recipe, parameters),
                 batch,
                 fold=lambda model, optimizer: gradfold.fold(
-                    model, optimizer, head=run.recipe.head, **clipping, **working_set
+                    model, optimizer, head=run.recipe.head, working_set=working_set, **clipping
                 ),
                 label=f"folded {recipe.name}{chunk}{part}",
             ),

@@ -1,39 +1,16 @@
-"""One training run's parts, put together from a recipe or a checkpoint without writing anything."""
+"""What one training run holds."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import random
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import gradfold
-from gradfold.train.checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore
-from gradfold.train.data import Data, prepare_data
-from gradfold.train.display import Display
-from gradfold.train.errors import CheckpointError, ModelError, RecipeError, one_line
-from gradfold.train.model import (
-    Source,
-    check_length,
-    check_packing,
-    check_tokens,
-    find_model,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-)
-from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_groups
+from gradfold.train.checkpoint import FOLDER, Progress
+from gradfold.train.data import Data
 from gradfold.train.recipe import Recipe
-from gradfold.train.recipe_file import differing_fields
-
-STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
 
 @dataclass
@@ -54,132 +31,5 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.out / FOLDER
-
-
-def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -> Run:
-    """Load and check all parts; with `saved`, in the state they were saved in.
-
-    Raises TrainError of one kind or another for whatever does not fit. Writes nothing but, with working_set.offload =
-    disk, the folder of sleeping states, which `forget_states` removes.
-    """
-    if saved is not None:
-        check_continues(saved, recipe)
-    check_out(out, saved)
-    device = find_device(recipe.device)
-    source = find_model(recipe.model) if saved is None else Source(str(saved.path), str(saved.path), None)
-    with display.waiting("loading the tokenizer"):
-        tokenizer = load_tokenizer(source)
-    with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
-        data = prepare_data(recipe, tokenizer)
-    if saved is not None and data.sha256 != saved.progress.data_sha256:
-        raise CheckpointError(
-            f"--resume {saved.path}: {', '.join(recipe.data)} no longer gives the tokens this run was started with; "
-            "restore the files, or start a new run from the checkpoint with --model"
-        )
-    with display.waiting("loading the model"):
-        model = load_model(source, recipe, device)
-    check_length(model, recipe)
-    check_tokens(model, data, tokenizer, recipe)
-    check_packing(model, recipe)
-    steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
-    progress = saved.progress if saved else Progress(data_sha256=data.sha256)
-    if steps < progress.step:
-        raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
-    try:
-        groups = parameter_groups(model, recipe.optimizer.weight_decay)
-        optimizer = make_optimizer(recipe.optimizer, groups, recipe.seed)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"optimizer: {one_line(error)}") from error
-    scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    made = not out.exists()
-    try:
-        fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
-        seed_all(recipe.seed)
-        if saved is not None:
-            restore(saved, model, optimizer, scheduler, fold)
-    except BaseException:
-        forget_states(out, made)
-        raise
-    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
-
-
-def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
-    """The fold that a recipe asks for. Raises RecipeError for a working set that this model cannot have."""
-    working_set = None
-    if recipe.working_set.used:
-        options: dict[str, Any] = recipe.working_set.options() | {"seed": recipe.seed}
-        if recipe.working_set.offload == "disk":
-            options["folder"] = out / STATES
-        working_set = gradfold.WorkingSet(**options)
-    try:
-        return gradfold.fold(
-            model, optimizer, working_set=working_set, head=recipe.head, **recipe.gradient.fold_options()
-        )
-    except gradfold.FoldError as error:
-        if working_set is None:
-            raise
-        raise RecipeError(_by_option(str(error))) from None
-
-
-def _by_option(said: str) -> str:
-    """What a working set says of an argument, said of the recipe's option."""
-    found = re.match(r"(?:WorkingSet\()?(chunks|always)=(.+?)\)?: ", said)
-    return f"working_set.{found[1]} = {found[2]}: {said[found.end() :]}" if found else one_line(RuntimeError(said))
-
-
-def forget_states(out: Path, made: bool) -> None:
-    """Delete the files of sleeping states, which no checkpoint needs; and the folder around them, if it was `made`."""
-    shutil.rmtree(out / STATES, ignore_errors=True)
-    if made:
-        with contextlib.suppress(OSError):  # something else is in it
-            out.rmdir()
-
-
-def check_continues(saved: Saved, recipe: Recipe) -> None:
-    """Raises CheckpointError naming the fields in which `recipe` is another run than the saved one."""
-    differing = differing_fields(saved.recipe, recipe)
-    if differing:
-        changes = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, (old, new) in differing.items())
-        raise CheckpointError(
-            f"--resume {saved.path}: the recipe has changed: {changes}; resume with the old values, "
-            "or start a new run from the checkpoint with --model"
-        )
-
-
-def check_out(out: Path, saved: Saved | None) -> None:
-    """Raises RecipeError or CheckpointError if results in `out` would be overwritten."""
-    if saved is not None and saved.is_of(out):
-        latest = list_checkpoints(out / FOLDER)[-1]
-        if latest.name != saved.path.resolve().name:
-            raise CheckpointError(
-                f"--resume {saved.path}: the run has gone on from there, to {latest.name}; "
-                "name another --out to branch off, or resume the latest"
-            )
-        return
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"out = {str(out)!r}: is a file; name a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        way_out = (
-            "continue it with --resume, or name another --out" if (out / FOLDER).is_dir() else "name another --out"
-        )
-        raise RecipeError(f"out = {str(out)!r}: the folder is not empty; {way_out}")
-
-
-def find_device(name: str) -> torch.device:
-    """The device a recipe names. Raises ModelError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device = {name!r}: cannot be used ({one_line(error)})") from None
-    return device
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from gradfold._options import INTERVAL
 from gradfold.errors import FoldError
 
 from .store import Store
@@ -47,7 +48,7 @@ class WorkingSet:
     """
 
     chunks: int | None = None
-    interval: int = 1
+    interval: int = INTERVAL
     by: Literal["bytes", "layer"] | Cut = "bytes"
     axis: Literal["out", "in"] = "out"
     order: Literal["forward", "backward", "random", "importance"] = "forward"

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gradfold._io import TEMPORARY
 from gradfold.errors import FoldError
 
-from .files import TEMPORARY, Header, data_is_limited, mapped, read, read_header, write
+from .files import Header, data_is_limited, mapped, read, read_header, write
 from .store import Device, bring, bytes_of
 
 SUFFIX = ".safetensors"

@@ -7,7 +7,6 @@ is told from other errors. The header carries the key, the order of names and a 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import mmap
 import os
@@ -15,16 +14,16 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradfold._io import FolderLock, hold_folder, is_disk_full, replacing
 from gradfold.errors import FoldError
 
 from .store import counters
 
-TEMPORARY = ".writing-"
 _TO_NAME = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -72,9 +71,8 @@ def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
         entries[name] = {"dtype": _TO_NAME[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(entries, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    temporary = path.with_name(TEMPORARY + path.name)
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
             _write_all(file, len(head).to_bytes(8, "little") + head)
             crc = 0
             for name in order:
@@ -83,16 +81,11 @@ def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
                 _write_all(file, data)
             file.seek(8 + head.index(_BLANK_CRC.encode()))
             _write_all(file, f"{crc:08x}".encode())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except BaseException as error:
-        for left in (temporary, path):
-            with contextlib.suppress(OSError):
-                left.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            why = "the disk is full" if full else str(error)
+            why = "the disk is full" if is_disk_full(error) else str(error)
             raise FoldError(
                 f"{path}: {why}, so the {8 + len(head) + end} bytes of {key} were not written; they are still in "
                 "memory. Make room, or give another folder"
@@ -214,36 +207,17 @@ def _write_all(file: Any, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sole_user(folder: Path) -> IO[str] | None:
-    """Lock a folder until the file returned is closed, or its process ends. None where the system has no such locks.
+def sole_user(folder: Path) -> FolderLock:
+    """Hold a folder, which is made if need be, until the lock is closed.
 
     Raises:
         FoldError: somebody else has it, or it cannot be made.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = hold_folder(folder)
     except OSError as error:
         raise FoldError(f"folder={str(folder)!r}: {error}; offload='disk' needs a folder to write to") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise FoldError(
-            f"folder={str(folder)!r}: another working set keeps its states there; give this one its own"
-        ) from None
+    if lock is None:
+        raise FoldError(f"folder={str(folder)!r}: another working set keeps its states there; give this one its own")
     return lock

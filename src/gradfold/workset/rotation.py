@@ -12,10 +12,11 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from gradfold._io import FolderLock
 from gradfold.codecs import WEIGHT
 from gradfold.engine import FoldParam, FoldState, ParamSlice, Region
 from gradfold.errors import FoldError
@@ -46,7 +47,7 @@ class Rotation(Layout):
     def __init__(self, config: WorkingSet, fold: FoldState):
         super().__init__(config, fold)
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
-        self._lock: IO[str] | None = None
+        self._lock: FolderLock | None = None
         self.store = self._store()
         self.awake: dict[FoldParam, bool] = {}  # what requires_grad was set to here
         self.frozen: set[FoldParam] = set()  # by the user, of those that take turns
@@ -74,8 +75,7 @@ class Rotation(Layout):
         if config.offload == "disk":
             assert config.folder is not None
             self._lock = lock = sole_user(Path(config.folder))  # before Disk sweeps the folder
-            if lock is not None:
-                weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
+            weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
             try:
                 store = Disk(config.folder)
                 store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use

@@ -55,7 +55,7 @@ HOW = {
     "in two passes": {"clip_norm": 0.5, "clip": "two_pass"},
     "delayed": {"clip_norm": 0.5, "clip": "delayed"},
     "accumulated": {"accumulate": 2},
-    "a working set": {"working_set": gradfold.WorkingSet(chunks=2)},
+    "a working set": {"working_set": gradfold.WorkingSet(interval=1, chunks=2)},
     "capturable": {"options": {"capturable": True}},
     "not looked at": {"on_nonfinite": "ignore"},
 }

@@ -1,0 +1,55 @@
+"""The recipe that a command line asks for: the same words mean the same to `gradfold train` and `gradfold plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe_file import flatten, load_fields, unflatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A recipe, and where its fields came from."""
+
+    recipe: Recipe
+    sources: Mapping[str, str]
+    """Dotted name -> "--flag" or "recipe FILE", for every field that was given."""
+
+    def source(self, name: str) -> str:
+        """Where a field's value came from: "--batch-size", "recipe r.yaml", "demo" or "default"."""
+        if name in self.sources:
+            return self.sources[name]
+        return "default" if flatten(self.recipe)[name] == flatten(Recipe())[name] else "demo"
+
+
+def choose_recipe(config: str | None, given: dict[str, Any], flags: Mapping[str, str] | None = None) -> Chosen:
+    """The recipe of a file and flags, laid over the defaults, or over the demo where nothing else is named.
+
+    Args:
+        config: the recipe file, if one is named.
+        given: dotted name -> value of every flag.
+        flags: dotted name -> the flag that gave it, where that is not the name itself.
+
+    Raises:
+        RecipeError: the file cannot be read; a value is out of range.
+    """
+    in_file = load_fields(config) if config else {}
+    recipe = overlay(overlay(base_recipe(config, given), in_file), given)
+    spelled = {name: f"--{name.replace('_', '-')}" for name in given} | dict(flags or {})
+    return Chosen(recipe, dict.fromkeys(in_file, f"recipe {config}") | spelled)
+
+
+def base_recipe(config: str | None, given: dict[str, Any]) -> Recipe:
+    """What the rest is laid over: the demo, unless something of one's own is trained."""
+    return Recipe() if config or "model" in given or "data" in given else DEMO
+
+
+def overlay(base: Recipe, fields: dict[str, Any]) -> Recipe:
+    """`base` with fields replaced. Of steps and epochs the one that is named takes the other's place."""
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if fields.get(name) is not None and other not in fields:
+            fields = {**fields, other: None}
+    return unflatten(fields, base)

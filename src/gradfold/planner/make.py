@@ -1,0 +1,78 @@
+"""``gradfold.plan``: the whole of a plan in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gradfold.planner.allocator import allocated
+from gradfold.planner.errors import PlanError
+from gradfold.planner.fake import frozen_objects
+from gradfold.planner.models import Subject, find_subject
+from gradfold.planner.peers import PEERS, peers_of
+from gradfold.planner.predict import predict, predict_peer
+from gradfold.planner.report import Plan
+from gradfold.planner.settings import Settings
+
+DEVICES = ("cuda", "cpu")
+
+
+def plan(
+    model: Any,
+    settings: Settings | None = None,
+    *,
+    device: str = "cuda",
+    peers: bool = True,
+    progress: Callable[[str], None] = lambda what: None,
+    **changes: Any,
+) -> Plan:
+    """Predict the memory of a training step by running its real code on fake tensors. No weights are downloaded.
+
+    gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8", checkpointing=True)
+
+    Args:
+        model: a preset (``gradfold.planner.presets``), a folder or its config.json, a hub id, a transformers config, a
+            module (copied), or a function that builds one.
+        settings: how to train; ``changes`` replace some of its fields, and alone are enough.
+        device: "cuda": as an accelerator runs it; "cpu": as this processor does.
+        peers: trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW too.
+        progress: is told what is being traced.
+
+    Raises:
+        PlanError: an unknown model, a setting out of range, a model that looks at its tensors' values.
+        FoldError: settings that a fold cannot carry out.
+    """
+    started = time.perf_counter()
+    if settings is not None and not isinstance(settings, Settings):
+        make = getattr(settings, "plan_settings", None)
+        if make is None:
+            raise PlanError(f"settings={settings!r}: give a gradfold.planner.Settings, or a Recipe")
+        settings = make()
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(changes.keys() - known):
+        raise PlanError(
+            f"{unknown[0]}={changes[unknown[0]]!r}: there is no such setting; there is {', '.join(sorted(known))}"
+        )
+    if device not in DEVICES:
+        raise PlanError(f"device={device!r}: 'cuda' (an accelerator) or 'cpu'")
+    settings = dataclasses.replace(settings or Settings(), **changes)
+    subject = model if isinstance(model, Subject) else find_subject(model)
+    progress(f"tracing: {settings.describe()}")
+    with frozen_objects():
+        predicted = predict(subject, settings, device)
+        others = []
+        for name in peers_of(settings) if peers else ():
+            progress(f"tracing: {name}")
+            others.append(predict_peer(subject, settings, PEERS[name], name, device))
+    return Plan(
+        model=subject.name,
+        settings=settings,
+        dtype=str(settings.torch_dtype(subject.dtype)).removeprefix("torch."),
+        device=device,
+        predicted=predicted,
+        allocated=allocated(predicted.memory.timeline),
+        peers=tuple(others),
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,261 @@
+"""The model that a plan is for: found by name, built of fake tensors, at any depth."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradfold.planner.errors import PlanError
+from gradfold.planner.fake import fake_copy, plain_torch
+from gradfold.planner.presets import PRESETS, config_of, preset_of
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model to plan for. `config`: transformers', if it has one; `source`: else a module, or what builds one."""
+
+    name: str
+    config: Any = None
+    source: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What it is published in, or is in."""
+        if self.config is None:
+            return self._source_dtype
+        found = getattr(self.config, "dtype", None)
+        return getattr(torch, found) if isinstance(found, str) else found
+
+    @functools.cached_property
+    def _source_dtype(self) -> torch.dtype | None:
+        model = self.source
+        if not isinstance(model, nn.Module):
+            model = self.build(None, FakeTensorMode(allow_non_fake_inputs=True))
+        return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
+
+    @property
+    def layers(self) -> int | None:
+        """How many it has; None: it cannot be built with fewer."""
+        return None if self.config is None else getattr(self.config, "num_hidden_layers", None)
+
+    def build(self, dtype: torch.dtype | None, mode: FakeTensorMode | None, layers: int | None = None) -> nn.Module:
+        """The model in training mode, on fake tensors of `mode`; without one, of real random numbers. `dtype` None: in
+        its own, or its own ones.
+
+        Raises PlanError for what transformers cannot build, and for what is no causal model.
+        """
+        if self.config is None:
+            return _of_source(self.source, dtype, mode)
+        from transformers import AutoModelForCausalLM
+
+        _refuse_other_kinds(self.name, self.config)
+        dtype = dtype or self.dtype or torch.bfloat16
+        config = copy.deepcopy(self.config) if layers is None else _with_layers(self.config, layers)
+        config.use_cache = False
+        try:
+            with mode or contextlib.nullcontext():
+                return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        except (ValueError, TypeError, KeyError, ImportError) as error:
+            what = f"transformers cannot build a causal model of it ({_short(error)})"
+            raise PlanError(f"model {self.name}: {what}") from None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return self._meta[0]
+
+    @functools.cached_property
+    def _meta(self) -> tuple[int, list[tuple] | None]:
+        """How many parameters it has, and of each layer its modules and their parameters."""
+        if self.config is None:
+            return _count(self.build(None, FakeTensorMode(allow_non_fake_inputs=True))), None
+        with plain_torch(), torch.device("meta"):
+            model = self.build(torch.bfloat16, None)
+        return _count(model), _shapes(model, self.layers)
+
+    @functools.cached_property
+    def depths(self) -> tuple[int, int, int] | None:
+        """Two depths whose steps tell that of the whole model, and the period of its layers; None: run it whole."""
+        layers = self.layers
+        if layers is None or getattr(self.config, "text_config", None) is not None:
+            return None
+        if getattr(self.config, "num_kv_shared_layers", None):  # the last layers use the keys of others
+            return None
+        period = _period(self.config, layers, self._meta[1])
+        if period is None:
+            return None
+        first = 2 * period + layers % period
+        return (first, first + period, period) if layers > first + 2 * period else None
+
+
+def find_subject(model: Any) -> Subject:
+    """A model: its name (a preset, a folder, a config.json, a hub id), a transformers config, a module or its builder.
+
+    Raises PlanError, saying what it could be.
+    """
+    if isinstance(model, (str, Path)):
+        return _named(str(model))
+    if hasattr(model, "model_type"):
+        return Subject(getattr(model, "name_or_path", "") or model.model_type, config=model)
+    if isinstance(model, nn.Module):
+        return Subject(type(model).__name__, source=model)
+    if callable(model):
+        return Subject(getattr(model, "__name__", "model"), source=model)
+    raise PlanError(
+        f"model={model!r}: give a name, a folder, a transformers config, a module or a function that builds one"
+    )
+
+
+def _named(name: str) -> Subject:
+    if not name.strip():
+        raise PlanError(f"model {name!r}: give a name, a folder or a hub id, ORG/MODEL")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise PlanError(f"model {name}: has no config.json; name a folder that save_pretrained wrote")
+    if path.is_file():
+        return Subject(name, config=_from_file(name, path))
+    if (preset := preset_of(name)) is not None:
+        return Subject(name, config=config_of(preset))
+    if "/" not in name or name.startswith((".", "/", "~")):
+        raise PlanError(f"model {name!r}: no such folder{_hint(name)}")
+    return Subject(name, config=_from_hub(name))
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name.lower().rpartition("/")[2], PRESETS, n=1, cutoff=0.55)
+    known = ", ".join(PRESETS)
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; known without a download: {known}; or name a hub id, ORG/MODEL"
+    )
+
+
+def _from_file(name: str, path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"model {name}: {path.name} cannot be read ({error})") from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise PlanError(f"model {name}: {path.name} is no transformers config, it has no model_type")
+    try:
+        return AutoConfig.for_model(**fields)
+    except Exception as error:
+        raise PlanError(f"model {name}: transformers knows no such model ({_short(error)})") from None
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging as logs
+
+    level, hub = logs.get_verbosity(), logging.getLogger("huggingface_hub")
+    logs.set_verbosity(logs.CRITICAL)
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)  # it would say each time that it tries again
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise PlanError(
+            f"model {name!r}: its config cannot be had from the hub ({_short(error)}){_hint(name)}"
+        ) from None
+    finally:
+        logs.set_verbosity(level)
+        hub.setLevel(before)
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
+
+
+def _of_source(
+    source: nn.Module | Callable[[], nn.Module], dtype: torch.dtype | None, mode: FakeTensorMode | None
+) -> nn.Module:
+    with plain_torch():
+        if mode is not None:
+            model = fake_copy(source, mode)
+        else:
+            model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"model={source!r}: makes a {type(model).__name__}, not a torch module")
+        if dtype is not None:
+            _convert(model, dtype)
+    return model if model.training else model.train()
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """`model.to(dtype)`, which torch cannot do to fake parameters."""
+    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    for module in list(model.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+
+
+def _refuse_other_kinds(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    kind = getattr(config, "model_type", "")
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError(f"model {name}: {kind} is encoder and decoder; a plan is for causal models: give its module")
+    if kind in masked and not getattr(config, "is_decoder", False):
+        raise PlanError(
+            f"model {name}: {kind} is a masked language model; a plan is for causal ones: give its module, or a config "
+            "with is_decoder=True"
+        )
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    """The config of a model of the first `layers` layers."""
+    made = copy.deepcopy(config)
+    whole = config.num_hidden_layers
+    made.num_hidden_layers = layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == whole:
+            setattr(made, name, value[:layers])
+    return made
+
+
+def _period(config: Any, layers: int, shapes: list[tuple] | None) -> int | None:
+    """After how many layers they repeat, by what the config says of each and by their parameters; None: they do not."""
+    listed = [value for value in vars(config).values() if isinstance(value, list) and len(value) == layers]
+    if shapes is None or len(shapes) != layers:
+        return None
+    rows = list(zip(shapes, *listed, strict=True))
+    return next((p for p in range(1, layers // 3 + 1) if all(a == b for a, b in zip(rows, rows[p:]))), None)
+
+
+def _shapes(model: nn.Module, layers: int | None) -> list[tuple] | None:
+    """Of each layer its modules and their parameters; None where no one list holds the layers."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
+    if len(stacks) != 1:
+        return None
+    return [
+        tuple(
+            (name, type(module).__name__, tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)))
+            for name, module in layer.named_modules()
+        )
+        for layer in stacks[0]
+    ]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

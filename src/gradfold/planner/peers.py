@@ -1,0 +1,57 @@
+"""What a plan is compared with: the ways people train every weight today, run by their own step code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradfold.optim import AdamW
+from gradfold.planner.settings import Settings
+
+
+class SteppedInHooks:
+    """An optimizer for each parameter, which steps when its gradient arrives and lets go of it."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[nn.Parameter, Any] = {}
+        for parameter in parameters:
+            optimizer = plain([parameter])
+            self.optimizers.append(optimizer)
+            self.state[parameter] = optimizer.state  # filled by its first step
+            parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: self._consume(p, optimizer))
+
+    def _consume(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        parameter.grad = None
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+def plain(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+
+def eight_bit(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Stored gradients and states of 8 bits, as bitsandbytes and torchao have them."""
+    return AdamW(parameters, lr=1e-5, states="int8")
+
+
+PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
+    "plain AdamW": plain,
+    "AdamW in hooks": SteppedInHooks,
+    "8-bit AdamW": eight_bit,
+}
+"""Name -> what makes the optimizer."""
+
+
+def peers_of(settings: Settings) -> list[str]:
+    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip."""
+    waits = settings.accumulate > 1 or settings.clip_norm is not None
+    return [name for name, peer in PEERS.items() if not (waits and peer is SteppedInHooks)]

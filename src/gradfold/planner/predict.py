@@ -1,0 +1,113 @@
+"""The memory of a step that was never taken: a model of fake tensors, folded and stepped by the code that would."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradfold._fold import Fold, fold
+from gradfold.optim import RuleOptimizer
+from gradfold.planner.models import Subject
+from gradfold.planner.scene import Scene, trainable
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import StepMemory, make_states, record_step
+from gradfold.planner.turns import in_turns
+from gradfold.workset.store import bytes_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """One step, and what lies or goes elsewhere."""
+
+    memory: StepMemory
+    parameters: int
+    host_bytes: int = 0
+    """Sleeping states in host memory, once every chunk has had its turn."""
+    disk_bytes: int = 0
+    """... on disk."""
+    moved_bytes_per_step: float = 0.0
+    """Between the device and there, both ways, on average."""
+    chunks: int = 0
+
+
+def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
+    """Run the step that `settings` describe. Raises PlanError or FoldError for what cannot be done."""
+    scene = Scene(subject, settings, device)
+    if (config := settings.working_set) is not None:
+        with scene.model() as model:
+            turns = in_turns(scene, model, config)
+        away = config.offload is not None
+        return Predicted(
+            memory=turns.memory,
+            parameters=subject.parameters,
+            host_bytes=turns.asleep_bytes if away and config.offload != "disk" else 0,
+            disk_bytes=turns.asleep_bytes if config.offload == "disk" else 0,
+            moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval,
+            chunks=turns.chunks,
+        )
+
+    def run(model: nn.Module) -> StepMemory:
+        optimizer = settings.make_optimizer(trainable(model))
+        made = settings.make_fold(model, optimizer, None) if settings.fold else None
+        if made is None:
+            _allocate(model, optimizer)
+        try:
+            return _step(scene, model, optimizer, made, settings.describe())
+        finally:
+            if made is not None:
+                made.remove()
+
+    return Predicted(scene.over_layers(run), subject.parameters)
+
+
+def predict_peer(
+    subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
+) -> StepMemory:
+    """The same batches trained with another optimizer, and without a fold."""
+    scene = Scene(subject, settings, device)
+
+    def run(model: nn.Module) -> StepMemory:
+        optimizer = make_optimizer(trainable(model))
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            _allocate(model, one)
+        return _step(scene, model, optimizer, None, label)
+
+    return scene.over_layers(run)
+
+
+def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
+    """Bytes of the weights and of the states, without a step."""
+    scene = Scene(subject, settings, "cuda")
+    found: list[tuple[int, int]] = []
+    depths = subject.depths
+    for layers in depths[:2] if depths else (None,):
+        with scene.model(layers) as model:
+            optimizer = settings.make_optimizer(trainable(model))
+            made = settings.make_fold(model, optimizer, None)
+            states = [*(state for held in optimizer.state.values() for state in held.values()), *made.waiting_tensors()]
+            found.append((bytes_of([*model.parameters(), *model.buffers()]), bytes_of(states)))
+            made.remove()
+    if depths is None or subject.layers is None:
+        return found[0]
+    first, second, _ = depths
+    more = (subject.layers - first) // (second - first)
+    weight_bytes, state_bytes = (a + (b - a) * more for a, b in zip(*found, strict=True))
+    return weight_bytes, state_bytes
+
+
+def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer have its states."""
+    if isinstance(optimizer, RuleOptimizer):
+        fold(model, optimizer, backend="reference").remove()  # which takes no step
+    else:
+        make_states(optimizer)
+
+
+def _step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
+    """One with all states there already: a fold makes them when it is made."""
+    parts = scene.settings.accumulate
+    return record_step(model, optimizer, scene.batch(), made, loss=scene.loss, label=label, micro_batches=parts)

@@ -1,0 +1,112 @@
+"""A plan: what one way to train takes, what else would take, and what fits a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from typing import Any
+
+from gradfold.planner.allocator import CONTEXT_BYTES, Allocated
+from gradfold.planner.predict import Predicted
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import StepMemory
+from gradfold.planner.units import format_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The memory of one training step, predicted. All sizes are in bytes, `moved_bytes_per_step` on average."""
+
+    model: str
+    settings: Settings
+    dtype: str
+    device: str  # "cuda": as an accelerator runs it; "cpu": as this processor does
+    predicted: Predicted
+    allocated: Allocated
+    peers: tuple[StepMemory, ...] = ()
+    seconds: float = 0.0  # that making it took
+
+    @property
+    def memory(self) -> StepMemory:
+        """The step with the highest peak: its timeline, and what its bytes were for."""
+        return self.predicted.memory
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of live tensors on the device."""
+        return self.memory.peak_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """What the card must have: the peak as the allocator rounds it, and the CUDA context."""
+        return self.allocated.allocated_bytes + CONTEXT_BYTES if self.device == "cuda" else self.peak_bytes
+
+    @property
+    def moment(self) -> str:
+        """When the peak occurs: "backward, model.layers.31.mlp, aten.mm"."""
+        memory = self.memory
+        return f"{memory.peak_phase}, {memory.peak_place or 'loss'}, {memory.peak_op.removesuffix('.default')}"
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether the card has enough; `allocated.reserved_bytes` may be more where the allocator fragments."""
+        return self.device_bytes <= budget_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `gradfold plan --json` prints."""
+        return {
+            "model": self.model,
+            "parameters": self.predicted.parameters,
+            "dtype": self.dtype,
+            "device": self.device,
+            "settings": settings_dict(self.settings),
+            **self.memory.as_dict(),
+            "label": self.settings.describe(),
+            "allocator_peak_bytes": self.allocated.allocated_bytes,
+            "reserved_bytes": self.allocated.reserved_bytes,
+            "context_bytes": CONTEXT_BYTES if self.device == "cuda" else 0,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.predicted.host_bytes,
+            "disk_bytes": self.predicted.disk_bytes,
+            "moved_bytes_per_step": self.predicted.moved_bytes_per_step,
+            "chunks": self.predicted.chunks,
+            "compared_with": [peer.as_dict() for peer in self.peers],
+            "seconds": self.seconds,
+        }
+
+    def plot(self, path: str | PathLike[str], budget_bytes: int | None = None) -> None:
+        """Draw the step of plain AdamW above this one's, on one scale. Raises ValueError where there is no peer."""
+        from gradfold.planner.plot import draw_step_memory
+
+        if not self.peers:
+            raise ValueError("plot() draws plain AdamW above the plan: make it with peers=True")
+        tokens = self.settings.tokens * self.settings.batch
+        title = f"Memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
+        ours = dataclasses.replace(self.memory, label=f"gradfold: {self.memory.label}")
+        draw_step_memory(self.peers[0], ours, path, title=title, budget_bytes=budget_bytes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.predicted.parameters:,} parameters, {self.dtype}; "
+            f"{self.settings.batch} x {self.settings.tokens} tokens",
+            f"{self.settings.describe()}",
+            f"peak {format_bytes(self.peak_bytes)} ({self.moment})",
+        ]
+        lines += [f"  {name:<12} {format_bytes(size):>9}" for name, size in self.memory.at_peak().items() if size]
+        lines += [f"{peer.label}: peak {format_bytes(peer.peak_bytes)}" for peer in self.peers]
+        return "\n".join(lines)
+
+
+def settings_dict(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON takes them."""
+    made = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    turns = settings.working_set
+    return made | {"options": dict(settings.options), "working_set": None if turns is None else _plain(turns)}
+
+
+def _plain(turns: Any) -> dict[str, Any]:
+    made = {f.name: getattr(turns, f.name) for f in dataclasses.fields(turns)}
+    made["offload"] = turns.offload if turns.offload is None or isinstance(turns.offload, str) else "a store of its own"
+    made["folder"] = None if turns.folder is None else str(turns.folder)
+    made["always"] = list(turns.always)
+    made["by"] = turns.by if isinstance(turns.by, str) else "by hand"
+    return made

@@ -1,0 +1,119 @@
+"""What it takes to run steps of one model that is not there: fake weights, a batch, and what stands for a device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from gradfold.backends import as_accelerator
+from gradfold.planner.errors import PlanError
+from gradfold.planner.fake import SkipWrites, plain_torch
+from gradfold.planner.layers import repeated
+from gradfold.planner.masks import packing_known
+from gradfold.planner.models import Subject
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import StepMemory
+
+_INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
+gradfold.planner.step.step_memory takes a loss function for any other model"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A model and how it is trained."""
+
+    subject: Subject
+    settings: Settings
+    device: str  # "cuda": as an accelerator would; "cpu": as this processor does
+
+    def batch(self) -> dict[str, Tensor]:
+        """Full sequences: nothing is padded, and nothing is packed."""
+        ids = torch.zeros(self.settings.batch, self.settings.tokens, dtype=torch.int64)
+        return {"input_ids": ids, "labels": ids}
+
+    @contextlib.contextmanager
+    def model(self, layers: int | None = None) -> Iterator[nn.Module]:
+        """A fake model, with fake tensors on. Raises PlanError for what cannot be built or traced."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        playing = as_accelerator() if self.device != "cpu" else contextlib.nullcontext()
+        with plain_torch(), self._tracing():
+            wanted = self.settings.dtype
+            made = self.subject.build(None if wanted is None else getattr(torch, wanted), mode, layers)
+            self._check(made)
+            if self.settings.checkpointing and not enable_checkpointing(made):
+                raise PlanError(f"checkpointing=True: {type(made).__name__} has none; leave it out")
+            with playing, packing_known(self.batch()), mode, SkipWrites():
+                yield made
+
+    def over_layers(self, run: Callable[[nn.Module], StepMemory]) -> StepMemory:
+        """A step of the whole model; of two shallow ones, where its layers are alike."""
+        depths, whole = self.subject.depths, self.subject.layers
+        if depths is not None and whole is not None:
+            first, second, period = depths
+            found = []
+            for layers in (first, second):
+                with self.model(layers) as model:
+                    found.append(run(model))
+            timeline = repeated(found[0].timeline, found[1].timeline, (whole - first) // period, period)
+            if timeline is not None:
+                return StepMemory.of(found[0].label, timeline)
+        with self.model() as model:
+            return run(model)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The model's own. Raises PlanError where it returns none."""
+        loss = getattr(model(**batch), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise PlanError(f"model {self.subject.name}: what it returns has no .loss{_INSTEAD}")
+        return loss
+
+    def _check(self, model: nn.Module) -> None:
+        """What fake tensors would not notice, or notice late."""
+        takes = inspect.signature(model.forward).parameters.values()
+        missing = {"input_ids", "labels"} - {parameter.name for parameter in takes}
+        if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+            raise PlanError(f"model {self.subject.name}: its forward takes no {min(missing)}{_INSTEAD}")
+        longest = getattr(self.subject.config, "max_position_embeddings", None)
+        if not isinstance(longest, int) or self.settings.tokens <= longest:
+            return
+        # Rotary positions go on past what a model was trained for, at the same cost; a table of learned ones ends.
+        words = getattr(self.subject.config, "vocab_size", None)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and longest <= module.num_embeddings <= longest + 2 != words:
+                raise PlanError(f"tokens={self.settings.tokens}: {name} of {self.subject.name} ends at {longest}")
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """What models raise on fake tensors, as an error of ours."""
+        try:
+            yield
+        except (DynamicOutputShapeException, NotImplementedError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataDependent" not in type(error).__name__:
+                raise
+            raise PlanError(
+                f"model {self.subject.name}: looks at the values of its tensors, and a plan has none "
+                f"({type(error).__name__}); measure a step of it instead"
+            ) from error
+
+
+def enable_checkpointing(model: Any) -> bool:
+    """Let a transformers model compute its activations again in backward; False: it cannot."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    return True
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

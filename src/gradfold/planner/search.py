@@ -1,0 +1,319 @@
+"""Which settings fit a budget, and which of those should be fastest.
+
+A peak is what the states take plus what a forward and a backward take, and the second part does not depend on how
+states are stored. So a handful of traced steps rank all settings; those that are shown have each been traced whole.
+
+How fast a step would be is an estimate for ordering, not a promise: products at 40% of an H100's 989 TFLOP/s, weights
+and states read and written at 75% of its 3.35 TB/s, 5.6 ps more for each parameter whose states are coded (155.0
+against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s beside all that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from gradfold.head.loss import KEEP_BYTES
+from gradfold.planner.allocator import CONTEXT_BYTES, allocated
+from gradfold.planner.errors import PlanError
+from gradfold.planner.models import Subject
+from gradfold.planner.predict import Predicted, predict, resting_of
+from gradfold.planner.report import settings_dict
+from gradfold.planner.settings import Settings
+from gradfold.planner.step import StepMemory
+from gradfold.planner.units import format_bytes
+from gradfold.workset import WorkingSet
+
+STATES = (None, "int8", "int4")
+CHUNKS = (8, 32, 128, 512)
+EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
+"""States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
+FLOPS, BANDWIDTH, LINK = 0.4 * 989e12, 0.75 * 3.35e12, 50e9
+CODED_S = 5.6e-12  # for each parameter
+STATE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+FASTEST = 3  # that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings that have been traced whole."""
+
+    settings: Settings
+    predicted: Predicted
+    device_bytes: int
+    """The peak as the allocator rounds it, and the CUDA context."""
+    expected_s: float
+    """Of one step, for ordering only."""
+    why: str
+    """"fastest", "most exact", "working set" or "least memory"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What fits a budget: the fastest ways first, then the most exact one, then a working set; and what does not."""
+
+    budget_bytes: int
+    choices: tuple[Choice, ...]
+    misses: tuple[tuple[Settings, int], ...]
+    """Settings that do not fit, with about what they would take, the nearest first."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `gradfold plan --json` prints."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "fits": [
+                {
+                    "why": choice.why,
+                    "settings": settings_dict(choice.settings),
+                    "peak_bytes": choice.predicted.memory.peak_bytes,
+                    "device_bytes": choice.device_bytes,
+                    "host_bytes": choice.predicted.host_bytes,
+                    "moved_bytes_per_step": choice.predicted.moved_bytes_per_step,
+                    "expected_s": choice.expected_s,
+                }
+                for choice in self.choices
+            ],
+            "does_not_fit": [
+                {"settings": settings_dict(settings), "about_bytes": size} for settings, size in self.misses
+            ],
+        }
+
+
+def search(
+    subject: Subject,
+    settings: Settings,
+    budget_bytes: int,
+    *,
+    device: str = "cuda",
+    fixed: Collection[str] = (),
+    progress: Callable[[str], None] = lambda what: None,
+) -> Found:
+    """Settings for the same step that fit a budget. `fixed`: names of settings that stay as they are.
+
+    A batch may be split into several forwards (`accumulate`). Raises PlanError if nothing fits, saying what the least
+    would take.
+    """
+    if not settings.fold:
+        raise PlanError("fold=False with a budget: the search is over ways to fold; leave it out")
+    return _Search(subject, settings, budget_bytes, device, frozenset(fixed), progress).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        subject: Subject,
+        settings: Settings,
+        budget_bytes: int,
+        device: str,
+        fixed: frozenset[str],
+        progress: Callable[[str], None],
+    ):
+        self.subject, self.settings, self.device = subject, settings, device
+        self.budget_bytes, self.fixed, self.progress = budget_bytes, fixed, progress
+        self.context_bytes = CONTEXT_BYTES if device == "cuda" else 0
+        self.weight_bytes, _ = resting_of(subject, dataclasses.replace(settings, working_set=None))
+        self.parameters = subject.parameters
+        self._steps: dict[tuple, StepMemory] = {}
+        self._states: dict[tuple, int] = {}
+        self._guesses: dict[Settings, int] = {}
+        self._traced: dict[Settings, Choice] = {}
+        self._predicted: dict[Settings, Predicted] = {}
+
+    def run(self) -> Found:
+        self._refuse_hopeless()
+        whole = self._whole()
+        turning = self._turning()
+        choices = self._pick(sorted(whole, key=self._expected_s), "fastest", FASTEST)
+        choices += self._pick(self._exact(), "most exact", 1, beside=choices)
+        choices += self._pick(turning, "working set", 1)
+        every = list(dict.fromkeys([*whole, *turning]))
+        if not choices:
+            choices.append(self._least([*every, *self._split(turning)]))
+        sizes = sorted(((self._guess(one), n) for n, one in enumerate(every)))
+        missed = [(every[n], size) for size, n in sizes if size > self.budget_bytes]
+        return Found(self.budget_bytes, tuple(choices), tuple(missed))
+
+    def _least(self, candidates: list[Settings]) -> Choice:
+        """Of all these; raises PlanError if even that does not fit."""
+        least = self._trace(min(candidates, key=self._guess), "least memory")
+        if least.device_bytes > self.budget_bytes:
+            raise PlanError(self._too_small(least))
+        return least
+
+    # candidates -------------------------------------------------------------------------------------------------------
+
+    def _whole(self) -> list[Settings]:
+        """Ways in which every weight steps in every step."""
+        base = self.settings
+        if base.working_set is not None:
+            return []
+        made = []
+        for states in self._free("states", STATES):
+            for checkpointing in self._free("checkpointing", (False, True)):
+                for batch, accumulate in self._splits():
+                    unsplit = accumulate == base.accumulate
+                    for head in self._free("head", ("fold", "plain") if unsplit else ("fold",)):
+                        changes = {"states": states, "checkpointing": checkpointing, "head": head}
+                        made.append(dataclasses.replace(base, batch=batch, accumulate=accumulate, **changes))
+        return made
+
+    def _exact(self) -> list[Settings]:
+        """Those with more exact states than the weights, the most exact first, then the fastest."""
+        base = self.settings
+        if {"states", "master"} & self.fixed or base.torch_dtype(self.subject.dtype).itemsize != 2:
+            return []
+        plainest = sorted((one for one in self._whole() if one.states == base.states), key=self._expected_s)
+        return [dataclasses.replace(one, states=s, master=m) for s, m in EXACT for one in plainest]
+
+    def _turning(self) -> list[Settings]:
+        """Working sets, the largest chunks first: they train the most weights a step."""
+        base = self.settings
+        sets = [base.working_set] if base.working_set is not None else []
+        if not sets and "working_set" not in self.fixed:
+            sets = [WorkingSet(chunks=chunks, offload="cpu") for chunks in CHUNKS]
+        return [
+            dataclasses.replace(base, working_set=turns, checkpointing=checkpointing)
+            for turns in sets
+            for checkpointing in self._free("checkpointing", (False, True))
+        ]
+
+    def _split(self, turning: list[Settings]) -> list[Settings]:
+        """The smallest chunks, one sequence at a time: what is left when nothing else fits."""
+        batch, accumulate = self._splits()[-1]
+        return [dataclasses.replace(one, batch=batch, accumulate=accumulate) for one in turning[-1:]]
+
+    def _free(self, name: str, values: Iterable) -> list:
+        """The values a setting may take: its own first."""
+        own = getattr(self.settings, name)
+        return [own] if name in self.fixed else [own, *(value for value in values if value != own)]
+
+    def _splits(self) -> list[tuple[int, int]]:
+        """(batch, accumulate) of the same step."""
+        base = self.settings
+        if {"batch", "accumulate"} & self.fixed or base.clip != "exact":
+            return [(base.batch, base.accumulate)]
+        parts = [d for d in range(1, base.batch + 1) if base.batch % d == 0]
+        return [(base.batch // d, base.accumulate * d) for d in parts]
+
+    # figures ----------------------------------------------------------------------------------------------------------
+
+    def _guess(self, one: Settings) -> int:
+        """About what settings take on the device, from a step traced with other states."""
+        if one in self._traced:
+            return self._traced[one].device_bytes
+        if one not in self._guesses:
+            step = self._step_of(one)
+            states = self._state_bytes(one)
+            if (turns := one.working_set) is not None and turns.chunks:
+                states = (1 + turns.prefetch) * states // turns.chunks if turns.offload is not None else states
+            moving = step.peak_bytes - step.resting_bytes
+            self._guesses[one] = self.weight_bytes + states + moving + self.context_bytes
+        return self._guesses[one]
+
+    def _step_of(self, one: Settings) -> StepMemory:
+        key = (one.checkpointing, one.head, one.batch, one.accumulate)
+        if key not in self._steps:
+            plain = dataclasses.replace(one, working_set=None, states=self.settings.states, master=self.settings.master)
+            self.progress(f"tracing: {plain.describe()}")
+            self._steps[key] = self._predict(plain).memory
+        return self._steps[key]
+
+    def _state_bytes(self, one: Settings) -> int:
+        key = (one.states, one.master)
+        if key not in self._states:
+            _, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None))
+        return self._states[key]
+
+    def _predict(self, one: Settings) -> Predicted:
+        if one not in self._predicted:
+            self._predicted[one] = predict(self.subject, one, self.device)
+        return self._predicted[one]
+
+    def _trace(self, one: Settings, why: str) -> Choice:
+        if one in self._traced:
+            return dataclasses.replace(self._traced[one], why=why)
+        self.progress(f"checking: {one.describe()}")
+        predicted = self._predict(one)
+        size = predicted.memory.peak_bytes
+        if self.device == "cuda":
+            size = allocated(predicted.memory.timeline).allocated_bytes + self.context_bytes
+        made = Choice(one, predicted, size, self._expected_s(one, predicted.moved_bytes_per_step), why)
+        self._traced[one] = made
+        return made
+
+    def _pick(
+        self, candidates: list[Settings], why: str, most: int, beside: list[Choice] | None = None
+    ) -> list[Choice]:
+        """The first of these that fit."""
+        picked: list[Choice] = []
+        known = [choice.settings for choice in beside or ()]
+        for one in candidates:
+            if len(picked) == most:
+                break
+            if one in known or any(_alike(one, choice.settings) for choice in picked):
+                continue
+            if self._guess(one) > 1.01 * self.budget_bytes or any(self._beats(choice, one) for choice in picked):
+                continue
+            choice = self._trace(one, why)
+            if choice.device_bytes <= self.budget_bytes:
+                picked.append(choice)
+        return picked
+
+    def _beats(self, choice: Choice, other: Settings) -> bool:
+        """Whether a choice is as exact, as fast and no larger."""
+        same = (choice.settings.states, choice.settings.master) == (other.states, other.master)
+        faster = choice.expected_s <= self._expected_s(other)
+        return same and faster and self._guess(choice.settings) <= self._guess(other)
+
+    def _expected_s(self, one: Settings, moved_bytes: float = 0.0) -> float:
+        """See the top of this file."""
+        width = one.torch_dtype(self.subject.dtype).itemsize
+        tokens = one.tokens * one.batch
+        turns = one.working_set
+        share = 1.0 if turns is None or not turns.chunks else 1 / turns.chunks
+        # forward 2; backward 2 for inputs (of half the layers, on average, where one chunk is awake) and 2 for weights
+        products = 2 + (2 if turns is None else 1) + 2 * share + (2 if one.checkpointing else 0)
+        reads = 3 * width * self.parameters / BANDWIDTH
+        flops = products * self.parameters * tokens + 2 * self._recomputed(one)
+        forwards = one.accumulate * max(flops / FLOPS, reads)
+        state = max(1.0, STATE_BYTES[one.states]) if one.states else width  # int4 is no faster than int8
+        each = 2 * width + 4 * state
+        stepping = share * self.parameters * each / BANDWIDTH
+        if one.states in ("int8", "int4") or one.master:
+            stepping += share * self.parameters * CODED_S
+        return max(forwards + stepping, moved_bytes / LINK)
+
+    def _recomputed(self, one: Settings) -> float:
+        """Multiplications that a folded head does twice: those of the logits it does not keep."""
+        config = self.subject.config
+        vocabulary, hidden = getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0)
+        logits = one.tokens * one.batch * vocabulary
+        if one.head == "plain" or not isinstance(hidden, int) or not logits:
+            return 0.0
+        kept = KEEP_BYTES if one.head_keep_bytes is None else one.head_keep_bytes
+        width = max(2, one.torch_dtype(self.subject.dtype).itemsize)
+        return hidden * max(0.0, logits - kept / width)
+
+    # nothing fits -----------------------------------------------------------------------------------------------------
+
+    def _refuse_hopeless(self) -> None:
+        if self.weight_bytes + self.context_bytes > self.budget_bytes:
+            dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
+            context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
+            raise PlanError(
+                f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} alone are "
+                f"{format_bytes(self.weight_bytes)} in {dtype}{context}; give more, or take a smaller model"
+            )
+
+    def _too_small(self, least: Choice) -> str:
+        return (
+            f"budget {format_bytes(self.budget_bytes)}: nothing fits; of all that was tried the least is "
+            f"{format_bytes(least.device_bytes)} ({least.settings.describe()}); give more, fewer tokens, or a smaller "
+            "model"
+        )
+
+
+def _alike(one: Settings, other: Settings) -> bool:
+    """But for how a batch is split."""
+    return one == dataclasses.replace(other, batch=one.batch, accumulate=one.accumulate)

@@ -1,0 +1,138 @@
+"""What a plan is made for: how long a batch is, how weights and states are stored, what is folded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import gradfold.optim as optimizers
+from gradfold._fold import Fold, fold
+from gradfold._options import BATCH_SIZE, SEQUENCE_LENGTH
+from gradfold.optim import RuleOptimizer
+from gradfold.planner.errors import PlanError
+from gradfold.workset import WorkingSet
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One way to train, as far as memory goes. Raises PlanError naming the setting and its value."""
+
+    tokens: int = SEQUENCE_LENGTH
+    """Tokens per sequence; every sequence is taken to be full."""
+    batch: int = BATCH_SIZE
+    """Sequences per micro-batch; one step uses `accumulate` of them."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Of weights and arithmetic; None: what the model is published in, bfloat16 where that is not said."""
+    fold: bool = True
+    """False: the same optimizer steps from stored gradients."""
+    optimizer: str = "AdamW"
+    """One of gradfold's."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """Keyword arguments of the optimizer beside how it stores: `betas`, `amsgrad`, `momentum`."""
+    states: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """How the states are stored; None: in the weights' dtype."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    master: Literal["split8", "split16"] | None = None
+    """What bf16 weights keep of what bf16 drops."""
+    small_size: int | None = None
+    """Weights of fewer elements keep fp32 states."""
+    checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them."""
+    head: Literal["fold", "plain"] = "fold"
+    """Whether the loss head is folded as well."""
+    head_keep_bytes: int | None = None
+    """How much of the softmax a folded head keeps instead of computing it twice; None: its own default."""
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    clip: Literal["exact", "two_pass", "delayed"] = "exact"
+    working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"{name}={value!r}: give a whole number, 1 or more")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise PlanError(f"dtype={self.dtype!r}: one of {', '.join(map(repr, DTYPES))}, or None")
+        if self.optimizer not in KINDS:
+            raise PlanError(f"optimizer={self.optimizer!r}: one of {', '.join(KINDS)}")
+        if not self.fold and (self.working_set is not None or self.clip != "exact"):
+            name = "working_set" if self.working_set is not None else "clip"
+            raise PlanError(f"{name}={getattr(self, name)!r} with fold=False: only a folded model has one")
+
+    @property
+    def whole(self) -> bool:
+        """Every weight steps in every step."""
+        return self.working_set is None
+
+    def torch_dtype(self, model_dtype: torch.dtype | None) -> torch.dtype:
+        """Of weights, for a model that is published in `model_dtype`."""
+        return model_dtype or torch.bfloat16 if self.dtype is None else getattr(torch, self.dtype)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> RuleOptimizer:
+        """The optimizer; raises PlanError for settings that do not go together, or not with these weights."""
+        names = ("states", "rounding", "master", "small_size")
+        storage = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        try:
+            return getattr(optimizers, self.optimizer)(parameters, lr=1e-5, **self.options, **storage)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{self.optimizer}: {error}") from None
+
+    def make_fold(
+        self, model: nn.Module, optimizer: RuleOptimizer, working_set: WorkingSet | None, backend: str = "reference"
+    ) -> Fold:
+        """Folded as these settings say, but for the working set, of which a trace takes one that it can watch."""
+        return fold(
+            model,
+            optimizer,
+            accumulate=self.accumulate,
+            clip_norm=self.clip_norm,
+            clip_value=self.clip_value,
+            clip=self.clip,
+            working_set=working_set,
+            head=self.head,
+            head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
+            backend=backend,
+        )
+
+    def describe_batches(self) -> str:
+        """What one step is given: "8 x 512 tokens", "4 batches of 8 x 512 tokens"."""
+        return batches_of_tokens(self.batch, self.tokens, self.accumulate)
+
+    def describe(self) -> str:
+        """In one line."""
+        words = [self.optimizer if self.states is None else f"{self.optimizer}, {self.states} states"]
+        if self.master is not None:
+            words.append(f"{self.master} masters")
+        if not self.fold:
+            words.append("not folded")
+        elif self.head == "plain":
+            words.append("plain head")
+        if (turns := self.working_set) is not None:
+            cut = f"{turns.chunks} chunks" if turns.chunks is not None else "a chunk for each layer"
+            where = {None: "on the device", "cpu": "in host memory", "disk": "on disk"}.get(turns.offload, "elsewhere")  # type: ignore[arg-type]
+            words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}")
+        if self.checkpointing:
+            words.append("checkpointing")
+        if self.accumulate > 1:
+            words.append(f"{self.accumulate} batches a step")
+        if self.clip_norm is not None:
+            words.append(f"clip_norm {self.clip_norm:g} ({self.clip})")
+        return ", ".join(words)
+
+
+def batches_of_tokens(batch: int, tokens: int, accumulate: int) -> str:
+    """The size of one step in words, for the planner and the trainer alike."""
+    size = f"{batch} x {tokens:,} tokens"
+    return f"{accumulate} batches of {size}" if accumulate > 1 else size
+
+
+KINDS = ("AdamW", *(kind.__name__ for kind in RuleOptimizer.__subclasses__()))  # AdamW is a subclass of Adam
+"""Optimizers that a plan can be made for."""

@@ -1,0 +1,134 @@
+"""Steps of a working set: of all turns, or of those that can differ, each with the change of chunks after it.
+
+In the first turns backward goes all the way down; the embedding's own needs little for that, a layer's keeps its
+inputs; the last ones are short, and next to the loss head. Every change is between chunks that have had a turn before,
+as all but a run's first round are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.planner.played import PlayedHost
+from gradfold.planner.scene import Scene, trainable
+from gradfold.planner.step import StepMemory, record_step, run_step
+from gradfold.planner.trace import LiveBytes
+from gradfold.workset import Rotation, WorkingSet
+from gradfold.workset.store import bytes_of
+
+ALL_TURNS = 6  # of so many chunks every turn is traced
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """What a round of the working set takes."""
+
+    memory: StepMemory  # of the turn with the higher peak
+    chunks: int
+    asleep_bytes: int  # states of sleeping chunks, once all have had a turn
+    moved_bytes_per_turn: float  # in and out; nothing moves where it sleeps on the device
+
+
+def in_turns(scene: Scene, model: nn.Module, config: WorkingSet) -> Turns:
+    """Run both steps. With `offload` what sleeps is elsewhere; on a processor only the disk is."""
+    return _Round(scene, model, config).run()
+
+
+class _Round:
+    def __init__(self, scene: Scene, model: nn.Module, config: WorkingSet):
+        self.model, self.config, self.settings, self.batch = model, config, scene.settings, scene.batch()
+        self.loss = scene.loss
+        away = config.offload == "disk" or (config.offload is not None and scene.device != "cpu")
+        self.host = PlayedHost() if away else None
+        # Every step changes chunks, in an order that is set here.
+        watched = dataclasses.replace(config, interval=1, order="forward", offload=self.host, folder=None)
+        self.optimizer = self.settings.make_optimizer(trainable(model))
+        self.fold = self.settings.make_fold(model, self.optimizer, watched)
+        rotation = self.fold._state.turns
+        assert isinstance(rotation, Rotation)
+        self.rotation = rotation
+        self.chunks = len(rotation.chunks)
+        weights = bytes_of(slot.param for slot in rotation.turning)
+        self.state_bytes = int(sum(rotation.chunk_bytes(index) for index in range(self.chunks))) - weights
+
+    def run(self) -> Turns:
+        try:
+            steps = [self._step_of(turn) for turn in self._turns()]
+        finally:
+            if self.host is not None:
+                self.host.meter = None
+            self.fold.remove()
+        memory = max((step for step, _ in steps), key=lambda step: step.peak_bytes)
+        kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
+        a_chunk = self.state_bytes / self.chunks * kept
+        moves = self.host is not None and self.chunks > 1
+        return Turns(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0)
+
+    def _turns(self) -> list[int]:
+        """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
+        if self.chunks <= ALL_TURNS:
+            return list(range(self.chunks))
+        slices = [self.rotation.slices[slot] for slot in self.rotation.turning if slot.param.dim() > 1]
+        begins = [min(index for index, _ in regions) for regions in slices if regions] or [0]
+        layer = begins[min(1, len(begins) - 1)]
+        return sorted({0, layer, min(layer + 1, self.chunks - 1), begins[-1], self.chunks - 1})
+
+    def _step_of(self, turn: int) -> tuple[StepMemory, float]:
+        """A step of this turn, and which share of its states was kept."""
+        following = (turn + 1) % self.chunks
+        for index in (following, turn):
+            self._go_to(index)
+        self.rotation.schedule.next = following
+        awake = bytes_of(self._awake())
+        left = 0 if self.host is None else self.host.left_bytes
+        missing: list[Tensor] = []  # states of chunks that have had no turn here
+
+        def meet(live: LiveBytes) -> None:
+            asleep = self._asleep()
+            if self.host is not None:
+                self.host.meter = live
+                live.set_aside(*asleep)
+                return
+            live.track(asleep, category="states")
+            if self.config.states == "keep":
+                rest_bytes = self.state_bytes - awake - bytes_of(asleep)
+                missing.append(torch.empty(max(0, rest_bytes), dtype=torch.uint8))
+                live.track(missing, category="states")
+
+        step = record_step(
+            self.model,
+            self.optimizer,
+            self.batch,
+            self.fold,
+            loss=self.loss,
+            label=self.settings.describe(),
+            micro_batches=self.settings.accumulate,
+            meet=meet,
+        )
+        if self.host is None:
+            return step, 1.0 if self.config.states == "keep" else 0.0
+        self.host.meter = None
+        return step, (self.host.left_bytes - left) / awake if awake else 0.0
+
+    def _go_to(self, index: int) -> None:
+        """Make it this chunk's turn, by a step that costs nothing to compute."""
+        if self.rotation.schedule.index != index:
+            self.rotation.schedule.next = index
+            parts = self.settings.accumulate
+            run_step(self.model, self.optimizer, self.batch, self.fold, loss=_sum_of_awake, micro_batches=parts)
+
+    def _awake(self) -> list[Tensor]:
+        return [t for states in self.optimizer.state.values() for t in states.values() if isinstance(t, Tensor)]
+
+    def _asleep(self) -> list[Tensor]:
+        turning = self.rotation.turning
+        return [t for slot in turning for _, held in self.rotation._sleeping(slot) for t in held.values()]
+
+
+def _sum_of_awake(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that reaches all that is awake."""
+    return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
