@@ -19,15 +19,15 @@ from torch.nn.functional import pad
 
 from .base import BLOCK
 from .int8 import Blocks
-from .ladder import Ladder, signed, unsigned
+from .log_codes import LogCode, signed_code, unsigned_code
 
 
 class PackedBlocks(Blocks):
     """Blocks whose codes take half a byte, in two's complement where they are signed."""
 
-    def __init__(self, name: str, ladder: Ladder, stochastic: bool):
-        super().__init__(name, ladder, torch.uint8, stochastic)
-        self.signed = ladder.signed
+    def __init__(self, name: str, log_code: LogCode, stochastic: bool):
+        super().__init__(name, log_code, torch.uint8, stochastic)
+        self.signed = log_code.signed
 
     def code_width(self, columns):
         return columns // BLOCK * (BLOCK // 2) + -(-(columns % BLOCK) // 2)
@@ -47,5 +47,5 @@ class PackedBlocks(Blocks):
         return codes.flatten(-2)[..., :n]
 
 
-INT4_SIGNED = PackedBlocks("int4 signed", signed(levels=7, octaves=4), stochastic=False)
-INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned(levels=15, per_octave=1), stochastic=True)
+INT4_SIGNED = PackedBlocks("int4 signed", signed_code(levels=7, octaves=4), stochastic=False)
+INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned_code(levels=15, per_octave=1), stochastic=True)

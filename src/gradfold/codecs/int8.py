@@ -28,19 +28,19 @@ import torch
 from torch import Tensor
 
 from .base import BLOCK, Codec
-from .ladder import Ladder, signed, unsigned
+from .log_codes import LogCode, signed_code, unsigned_code
 
 _MAGNITUDE = 0x7FFFFFFF
 
 
 class Blocks(Codec):
-    """Codes and scales of blocks; what a code means is the ladder's business, how codes are stored the subclass's."""
+    """Codes and scales of blocks; `log_code` says what a code means, subclasses how codes are stored."""
 
     block = BLOCK
 
-    def __init__(self, name: str, ladder: Ladder, code_dtype: torch.dtype, stochastic: bool):
+    def __init__(self, name: str, log_code: LogCode, code_dtype: torch.dtype, stochastic: bool):
         self.name = name
-        self.ladder = ladder
+        self.log_code = log_code
         self.code_dtype = code_dtype
         self.stochastic = stochastic
 
@@ -92,11 +92,11 @@ class Blocks(Codec):
     def _encode_block(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[..., n]``, one block in its last dimension, to stored codes and scales ``[..., 1]``."""
         scale = largest(x)
-        inverse = scale.clamp(min=2.0**-126).reciprocal()  # finite; a literal: see ladder.py on constants
-        return self.pack(self.ladder.encode(x * inverse, bits)), scale
+        inverse = scale.clamp(min=2.0**-126).reciprocal()  # finite; a literal: see log_codes.py on constants
+        return self.pack(self.log_code.encode(x * inverse, bits)), scale
 
     def _decode_block(self, stored: Tensor, scale: Tensor, n: int) -> Tensor:
-        return self.ladder.decode(self.unpack(stored, n)) * scale
+        return self.log_code.decode(self.unpack(stored, n)) * scale
 
 
 def largest(x: Tensor) -> Tensor:
@@ -109,5 +109,5 @@ def largest(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & _MAGNITUDE).amax(-1, keepdim=True).view(torch.float32)
 
 
-INT8_SIGNED = Blocks("int8 signed", signed(levels=127, octaves=10), torch.int8, stochastic=False)
-INT8_UNSIGNED = Blocks("int8 unsigned", unsigned(levels=255, per_octave=6), torch.uint8, stochastic=True)
+INT8_SIGNED = Blocks("int8 signed", signed_code(levels=127, octaves=10), torch.int8, stochastic=False)
+INT8_UNSIGNED = Blocks("int8 unsigned", unsigned_code(levels=255, per_octave=6), torch.uint8, stochastic=True)

@@ -22,7 +22,7 @@ ONE = 127 * OCTAVE  # the bits of 1.0
 _SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
 
 
-class Ladder(NamedTuple):
+class LogCode(NamedTuple):
     """Codes for the numbers of a block: ``encode(x, bits) -> int32`` and ``decode(int32) -> fp32``."""
 
     encode: Callable[[Tensor, Tensor | None], Tensor]
@@ -30,11 +30,11 @@ class Ladder(NamedTuple):
     signed: bool
 
 
-# The constants of a ladder are defaults of its functions, since torch.compile(dynamic=True) takes those for constants,
+# The constants of a code are defaults of its functions, since torch.compile(dynamic=True) takes those for constants,
 # and every number it finds in an attribute or a closure for an input of the kernel.
 
 
-def unsigned(levels: int, per_octave: int) -> Ladder:
+def unsigned_code(levels: int, per_octave: int) -> LogCode:
     """Codes for numbers in [0, 1]: code 0 is zero, code ``levels`` is 1, and ``per_octave`` of them lie in each octave.
 
     With c the code, ``x = pseudo-exp2(-(levels - c) / per_octave)``. An octave's levels are equally spaced and octaves
@@ -59,10 +59,10 @@ def unsigned(levels: int, per_octave: int) -> Ladder:
         i = ONE - (below * (OCTAVE // per_octave) + fraction)
         return (i & (-code >> 31)).view(torch.float32)
 
-    return Ladder(encode, decode, signed=False)
+    return LogCode(encode, decode, signed=False)
 
 
-def signed(levels: int, octaves: int) -> Ladder:
+def signed_code(levels: int, octaves: int) -> LogCode:
     """Codes for numbers in [-1, 1]: logarithmic over the top ``octaves``, linear below.
 
     With c the code and a = 2^-octaves, ``|x| = pseudo-exp2(|c| / levels * pseudo-log2(1 + 1 / a)) * a - a``: mu-law
@@ -83,4 +83,4 @@ def signed(levels: int, octaves: int) -> Ladder:
         x = (i.view(torch.float32) - 2.0**-octaves).view(torch.int32)
         return (x | (code & _SIGN)).view(torch.float32)
 
-    return Ladder(encode, decode, signed=True)
+    return LogCode(encode, decode, signed=True)
