@@ -15,9 +15,9 @@ from gradfold.provenance import (
     Merger,
     NeedsPassphrase,
     ProvenanceError,
-    Report,
     Signer,
     TrustStore,
+    Verification,
     append,
     build_bundle,
     generate_key,
@@ -243,7 +243,7 @@ def _naming(path: str, action: Any) -> Any:
         raise
 
 
-def _code(report: Report) -> int:
+def _code(report: Verification) -> int:
     return VERIFIED if report.verified else FAILED
 
 

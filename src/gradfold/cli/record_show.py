@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gradfold.provenance import Report, Status
+from gradfold.provenance import Status, Verification
 from gradfold.provenance.events import LISTS, OTHER_RECORDS, RECORD
 from gradfold.provenance.report import Check, typed
 
@@ -24,7 +24,7 @@ STYLES = {
 MOST_ROWS = 60
 
 
-def print_report(path: str, report: Report, every: bool = False, console: Console | None = None) -> None:
+def print_report(path: str, report: Verification, every: bool = False, console: Console | None = None) -> None:
     """The verdict, and a table of what did not simply pass. What did is counted, or listed with `every`."""
     console = console or Console(highlight=False)
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="dim")
@@ -49,7 +49,7 @@ def print_report(path: str, report: Report, every: bool = False, console: Consol
     console.print(Text(f"{len(report.checks)} checks: {counts}\n"))
 
 
-def card_of(document: dict[str, Any], report: Report) -> dict[str, Any]:
+def card_of(document: dict[str, Any], report: Verification) -> dict[str, Any]:
     """What there is to say about a document's paper, in a shape for --json; hostile documents give an empty card."""
     state = typed(document, "state", dict) or document
     current = typed(state, "current", dict) or {}

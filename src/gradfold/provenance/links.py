@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .checks import Document, claimed_id
 from .events import is_event_id
-from .examine import Document, claimed_id
 from .report import Checker, Status, brief, typed
 
 

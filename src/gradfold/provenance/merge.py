@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .canonical import part_sha256_hex
+from .checks import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
 from .errors import ProvenanceError
 from .events import LISTS, OTHER_RECORDS, RECORD, entry_of, is_digest, is_event_id, order_of
-from .examine import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
 from .identity import source_aliases
 from .report import brief, typed
 from .trust import TrustStore
@@ -122,14 +122,14 @@ def pool_of(document: Document) -> Pool:
     if document.kind == "state" and type(content.get("current")) is not dict:
         raise ProvenanceError(f"the state's `current` is {brief(content.get('current'))}, not an object")
     pool = Pool()
-    for examined in document.events:
-        if not examined.reasons:
-            pool.valid[examined.event["event_id"]] = examined.event
-            if not examined.signed:
-                pool.unsigned.add(examined.event["event_id"])
+    for checked in document.events:
+        if not checked.reasons:
+            pool.valid[checked.event["event_id"]] = checked.event
+            if not checked.signed:
+                pool.unsigned.add(checked.event["event_id"])
         else:
-            event = examined.event
-            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), examined.reasons))
+            event = checked.event
+            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), checked.reasons))
     if document.kind == "state":
         for entry in _carried(content):
             pool.set_aside(entry)

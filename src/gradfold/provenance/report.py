@@ -35,7 +35,7 @@ class Check(NamedTuple):
 
 
 @dataclass
-class Report:
+class Verification:
     """All checks of one document (`kind`: bundle, state or event)."""
 
     kind: str

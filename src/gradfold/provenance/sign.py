@@ -25,7 +25,7 @@ from .files import read_bytes, write_secret
 from .identity import instant, short_number
 from .keys import PublicKey, default_key_id, raw_public, read_keys
 from .merge import MERGE_VERSION, merge
-from .report import Report, typed
+from .report import Verification, typed
 from .signatures import ALGORITHM, BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, EVENT_MESSAGE, SIGNED
 from .trust import TrustStore
 from .verify import verify
@@ -295,7 +295,7 @@ def _checked(paper: dict[str, Any], signer: Signer, store: TrustStore | None) ->
     return widened
 
 
-def _refuse_unless_verified(report: Report, what: str) -> None:
+def _refuse_unless_verified(report: Verification, what: str) -> None:
     if not report.verified:
         first = (report.failures or report.untrusted or report.checks)[0]
         raise ChecksFailed(f"the {what}: {first.where} {first.name}: {first.detail}")

@@ -6,27 +6,27 @@ import hashlib
 from typing import Any
 
 from .canonical import part_sha256_hex, without
+from .checks import Document, claimed_id, open_document
 from .errors import ProvenanceError
 from .events import RECORD, SCHEMA_VERSION, is_event_id
-from .examine import Document, claimed_id, open_document
 from .identity import identity_of, instant, short_number, source_aliases, split_number
 from .links import check_links
 from .merge import MERGE_VERSION, STATE_TYPE, STATE_VERSION, pool_of, state_of
-from .report import Checker, Report, Status, brief, differ, first_difference, typed
+from .report import Checker, Status, Verification, brief, differ, first_difference, typed
 from .signatures import BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, check_signature
 from .trust import KNOWN_SIGNATURES, TrustStore
 
 SIGNATURES = frozenset({"signature", "receipt_signature", "bundle_signature"})
 
 
-def verify(content: Any, store: TrustStore | None = None) -> Report:
+def verify(content: Any, store: TrustStore | None = None) -> Verification:
     """Check a parsed document with the keys in `store` (by default the registry's).
 
     Raises ProvenanceError only for what is no bundle, state or event, or holds too many events. All else that may
     be wrong with it is in the report.
     """
     document = open_document(content, TrustStore() if store is None else store)
-    report = Report(document.kind, document.subject, list(document.key_checks))
+    report = Verification(document.kind, document.subject, list(document.key_checks))
     at = Checker(document.kind, report.checks)
     for found in document.events:
         report.checks.extend(found.checks)
@@ -176,7 +176,7 @@ def _aliases_due(document: Document, state: dict[str, Any]) -> Any:
     return aliases if aliases else document.content.get("source_aliases")
 
 
-def _note_the_unchecked(document: Document, report: Report) -> None:
+def _note_the_unchecked(document: Document, report: Verification) -> None:
     """What nobody outside the registry can check, so that silence is not taken for a pass."""
     for found in document.events:
         payload = typed(found.event, "payload", dict) if type(found.event) is dict else None

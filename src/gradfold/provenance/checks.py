@@ -32,7 +32,7 @@ NO_KEY = frozenset({"key", "receipt_key"})
 
 
 @dataclass
-class Examined:
+class CheckedEvent:
     """One event, where it stood, and its checks."""
 
     where: str
@@ -56,7 +56,7 @@ class Document:
     subject: str | None
     keys: Keyring
     key_checks: list[Check] = field(default_factory=list)
-    events: list[Examined] = field(default_factory=list)
+    events: list[CheckedEvent] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ def open_document(content: Any, store: TrustStore, every: bool = True) -> Docume
         at = Checker(where, every=every)
         signed = kind != "state"
         check_event(event, document.subject, document.keys, at, signed)
-        document.events.append(Examined(where, event, at.checks, signed))
+        document.events.append(CheckedEvent(where, event, at.checks, signed))
     return document
 
 
