@@ -18,10 +18,10 @@ from triton.runtime.driver import driver
 
 import gradfold
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Stored
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.launch import Bias, arguments, counts_of, source_of, tensors_of
-from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
 ROWS, COLUMNS, TOKENS = 256, 4096, 1024  # multiples of 16, as a model's: compiled for any such
@@ -38,7 +38,7 @@ class Job:
     states: str = "fp32"
     master: str | None = None
     rounding: str | None = "stochastic"
-    kind: str = table.PRODUCT
+    kind: str = tile_configs.PRODUCT
     operands: str = "bf16"
     norm_only: bool = False
     biased: bool = False  # a bias steps along
@@ -46,11 +46,11 @@ class Job:
 
     @property
     def family(self) -> str:
-        return table.family("cuda", self.arch)
+        return tile_configs.family("cuda", self.arch)
 
     @property
-    def tiles(self) -> table.Config:
-        return table.config(self.kind, DTYPES[self.operands].itemsize, self.family)
+    def tiles(self) -> tile_configs.TileConfig:
+        return tile_configs.tile_config(self.kind, DTYPES[self.operands].itemsize, self.family)
 
     @property
     def id(self) -> str:
@@ -173,9 +173,9 @@ def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Store
 
 def use_of(job: Job) -> MatmulUse | GatherUse | DenseUse:
     dtype = DTYPES[job.operands]
-    if job.kind == table.GATHER:
+    if job.kind == tile_configs.GATHER:
         return GatherUse(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
-    if job.kind == table.DENSE:
+    if job.kind == tile_configs.DENSE:
         return DenseUse(torch.empty(ROWS, COLUMNS, dtype=dtype))
     return MatmulUse(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
 

@@ -1,9 +1,9 @@
 """What the Triton kernels cost, compiled for processors that need not be there: registers, spills, stores, occupancy.
 
-Every row of the launch table (``backends/triton/table.py``) is compiled as training launches it, with several ways to
-store weight and states. The table goes into docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything
-but weight, states, scales and one norm per tile, does not fit its processor, or if two programs of a default one (bf16
-products) do not fit a Hopper multiprocessor.
+Compiles every row of `backends/triton/tile_configs.py` as training launches it, with several ways to store weight and
+states, and writes the table of docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything but weight,
+states, scales and one norm per tile, does not fit its processor, or if two programs of a default kernel (bf16 products)
+do not fit a Hopper multiprocessor.
 
     python -m benchmarks.kernels            # some minutes; what is compiled is kept in Triton's cache
     python -m benchmarks.kernels --quick    # a look, under a minute
@@ -31,7 +31,7 @@ import triton
 from benchmarks import listing
 from benchmarks.common import fill_table, print_table, write_result
 from benchmarks.compiled import Compiled, Job, build
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
@@ -104,7 +104,9 @@ def on(arch: int) -> Iterator[Job]:
     yield from (Job(arch, **storage) for storage in STORAGES)
     yield from (Job(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
     yield from (Job(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
-    yield from (Job(arch, kind=kind, **STORAGES[i]) for kind in (table.GATHER, table.DENSE) for i in (0, 4))
+    yield from (
+        Job(arch, kind=kind, **STORAGES[i]) for kind in (tile_configs.GATHER, tile_configs.DENSE) for i in (0, 4)
+    )
     yield from (Job(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
     yield from (Job(arch, biased=True, **STORAGES[i]) for i in (1, 3))
 
@@ -209,7 +211,7 @@ def problems(
         yield f"spills {row['stack_bytes']} bytes ({row['spill_instructions']} instructions)"
     if row["shared_bytes"] > PROCESSORS[job.arch].program_shared_bytes:
         yield f"{row['shared_bytes']} bytes of shared memory do not fit"
-    if job.arch == 90 and (job.kind, job.operands) == (table.PRODUCT, "bf16"):
+    if job.arch == 90 and (job.kind, job.operands) == (tile_configs.PRODUCT, "bf16"):
         if row["programs_per_multiprocessor"] < 2:
             yield f"{row['programs_per_multiprocessor']} program per multiprocessor"
     yield from stray_stores(kernel, found, code)

@@ -46,7 +46,7 @@ def main() -> None:
         n, k = weight.values.shape
         use = MatmulUse(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
         ours, arguments = Triton(Scratch()), (weight, found, [use], rule, {}, numbers)
-        prepared = ours.shelf.find([weight, *found], rule)
+        prepared = ours.cache.find([weight, *found], rule)
         assert prepared is not None
         step_us = microseconds(lambda ours=ours, arguments=arguments: ours.step(*arguments))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common import RESULTS, fill_table, print_table, write_result
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 from gradfold.codecs import state_codec, weight_codec
 
 PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
@@ -145,7 +145,7 @@ def instructions(path: Path) -> dict[Kind, float]:
     """Per element of the default kernel on Hopper."""
     found = {}
     for kernel in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        wanted = {"arch": "sm_90", "gradient_from": table.PRODUCT, "operands": "bf16"}
+        wanted = {"arch": "sm_90", "gradient_from": tile_configs.PRODUCT, "operands": "bf16"}
         alone = not kernel["kernel"].endswith("-bias")
         if alone and (wanted | {"rule": "AdamW", "weight": "bf16"}).items() <= kernel.items():
             found[Kind(kernel["states"], kernel["master"])] = kernel["instructions_per_element"]
@@ -206,7 +206,7 @@ def crossing_row(kind: Kind, counted: dict[Kind, float]) -> dict[str, Any]:
         "folded_bytes_per_element": 2 * kind.stored_bytes,
         "separate_bytes_per_element": 2 * kind.stored_bytes + 2 * GRADIENT_BYTES,
         "instructions_per_element": counted[kind],
-        "max_tokens_in_table": table.max_tokens(kind.stored_bytes),
+        "max_tokens_in_table": tile_configs.max_tokens(kind.stored_bytes),
     }
     for label, device in DEVICES.items():
         for how in (True, False):

@@ -19,16 +19,18 @@ from torch.nn import Parameter
 
 import gradfold
 from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, Place, Reference, Scratch, Stored, Use
-from gradfold.backends.triton import Triton, interpreted, launch, table
+from gradfold.backends.triton import Triton, interpreted, launch, tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
-from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
 from gradfold.engine.apply import allocate
 from gradfold.engine.part import Region
 from gradfold.engine.storage import bind, keys_of, tick
 
 NAME = "weight"  # of the parameter, in the streams of random bits
-DRY_TILES = table.Config(32, 128, 16, 1, warps=4, stages=1)  # the interpreter's time goes by tiles and sub-tiles
+DRY_TILES = tile_configs.TileConfig(
+    32, 128, 16, 1, warps=4, stages=1
+)  # the interpreter's time goes by tiles and sub-tiles
 
 
 class Cell:
@@ -152,18 +154,18 @@ def family() -> str:
 
 
 @contextlib.contextmanager
-def using(config: table.Config | None) -> Iterator[None]:
+def using(config: tile_configs.TileConfig | None) -> Iterator[None]:
     """Launches made inside take these tiles where the table would be asked for a product's. None: the table's."""
     config = DRY_TILES if config is None and interpreted() else config
     if config is None:
         yield
         return
-    asked = table.config
+    asked = tile_configs.tile_config
 
-    def answer(source: str, operand_bytes: int, where: str) -> table.Config:
-        return config if source == table.PRODUCT else asked(source, operand_bytes, where)
+    def answer(source: str, operand_bytes: int, where: str) -> tile_configs.TileConfig:
+        return config if source == tile_configs.PRODUCT else asked(source, operand_bytes, where)
 
-    with mock.patch.object(table, "config", answer):
+    with mock.patch.object(tile_configs, "tile_config", answer):
         yield
 
 
@@ -171,7 +173,11 @@ class Launch:
     """One launch of ``fold_step``, prepared: calling it steps the cell in place and returns the compiled kernel."""
 
     def __init__(
-        self, cell: Cell, uses: Sequence[Use], config: table.Config | None = None, change: Change | None = None
+        self,
+        cell: Cell,
+        uses: Sequence[Use],
+        config: tile_configs.TileConfig | None = None,
+        change: Change | None = None,
     ):
         change = Change(guarded=True) if change is None else change
         where = family()
@@ -183,7 +189,7 @@ class Launch:
             assert tensors is not None and twin is not None, "no kernel takes this storage or rule"
             source = launch.source_of(uses, tensors.rows, tensors.columns, weight.values, where)
             assert source is not None, "no kernel takes these uses"
-            self.config = table.config(source.kind, source.operand_bytes, where)
+            self.config = tile_configs.tile_config(source.kind, source.operand_bytes, where)
             stream = next((one.stream for one in stored if one.stream is not None), None)
             step = 0 if stream is None else stream.step
             scalars = scalars_of(twin, cell.numbers, step, weight.values.device)

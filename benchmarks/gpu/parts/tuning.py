@@ -1,6 +1,6 @@
 """Which tiles are fastest: each candidate against the table's own, on weights and states made for it alone.
 
-The table (``gradfold/backends/triton/table.py``) is edited by hand from what this prints; nothing is tuned in place.
+Nothing is tuned in place: edit `src/gradfold/backends/triton/tile_configs.py` by hand from what this prints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.gpu.kernel import DRY_TILES, Launch, family
 from benchmarks.gpu.setting import Setting, quartiles
 from benchmarks.gpu.weights import DRY_LINEARS, LINEARS, operands
 from benchmarks.gpu.worker import Case, LeftOut
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 
 ROUNDS = 11
 COPIES = 3
@@ -22,9 +22,9 @@ TOKENS = (512, 4096)
 STATES = ("bf16", "int8")
 
 
-def candidates(where: str, dry: bool = False) -> dict[str, table.Config]:
+def candidates(where: str, dry: bool = False) -> dict[str, tile_configs.TileConfig]:
     """The table's own, first, and its neighbours; without those that are the same."""
-    own = DRY_TILES if dry else table.config(table.PRODUCT, 2, where)
+    own = DRY_TILES if dry else tile_configs.tile_config(tile_configs.PRODUCT, 2, where)
     changes: list[dict[str, Any]] = [
         {},
         {"maxnreg": None},
@@ -49,7 +49,7 @@ def candidates(where: str, dry: bool = False) -> dict[str, table.Config]:
     return {name: config for name, config in made.items() if config.bt <= 2 * own.bt and config.bn <= 2 * own.bn}
 
 
-def label(config: table.Config) -> str:
+def label(config: tile_configs.TileConfig) -> str:
     """``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
     registers = "" if config.maxnreg is None else f", {config.maxnreg} registers"
     return (

@@ -19,15 +19,15 @@ import gradfold
 from benchmarks import kernels, listing
 from benchmarks.compiled import Compiled, Job, build, compiling_for
 from gradfold.backends import DenseUse
-from gradfold.backends.triton import many, table
-from gradfold.backends.triton.kernels.many import fold_many
+from gradfold.backends.triton import batched, tile_configs
+from gradfold.backends.triton.kernels.batched import fold_batched
 from gradfold.engine.apply import stepping
 
 HOPPER = Job(90)
 QUICK = [
     HOPPER,
     Job(90, norm_only=True),
-    Job(90, kind=table.GATHER, states="int8"),
+    Job(90, kind=tile_configs.GATHER, states="int8"),
     Job(90, biased=True),
     Job(100),
 ]
@@ -47,9 +47,9 @@ def keeps_its_promises(job):
     row = kernels.measure(job)
     assert row["problems"] == []
     assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
-    if job.kind == table.PRODUCT and job.operands == "bf16":
+    if job.kind == tile_configs.PRODUCT and job.operands == "bf16":
         assert row["matrix"] == MATRIX[job.arch]
-    if job.arch == 90 and job.kind == table.PRODUCT and job.operands == "bf16":
+    if job.arch == 90 and job.kind == tile_configs.PRODUCT and job.operands == "bf16":
         assert row["programs_per_multiprocessor"] >= 2
     return row
 
@@ -67,12 +67,12 @@ def test_every_kernel(job):
 
 def test_every_row_of_the_table_is_compiled_on_some_processor():
     compiled = {(job.kind, 4 if job.operands == "fp32" else 2, job.family) for job in kernels.every()}
-    assert compiled >= {row for row in table._TABLE if row[2] != "amd"}
-    assert {kind for kind, _, _ in compiled} == {table.PRODUCT, table.GATHER, table.DENSE}
+    assert compiled >= {row for row in tile_configs._TILE_CONFIGS if row[2] != "amd"}
+    assert {kind for kind, _, _ in compiled} == {tile_configs.PRODUCT, tile_configs.GATHER, tile_configs.DENSE}
 
 
 def test_stores_are_those_of_weight_states_and_norm():
-    job = Job(90, kind=table.DENSE, rule="Lion")
+    job = Job(90, kind=tile_configs.DENSE, rule="Lion")
     elements = job.tiles.bn * job.tiles.bk
     expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
     assert listing.bytes_by_argument(listing.stores(build(job).asm["ttir"])) == expected
@@ -99,15 +99,15 @@ def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
     param = torch.nn.Parameter(torch.empty(4096, dtype=torch.bfloat16))
     optimizer = gradfold.AdamW([param], states="fp32", rounding="stochastic", master="split8")
     gradient, made = [DenseUse(torch.empty(4096))], []
-    monkeypatch.setattr(many, "fold_many", Warming(made))
+    monkeypatch.setattr(batched, "fold_batched", Warming(made))
     with (
         torch.no_grad(),
         stepping(param, gradient, {}, optimizer.rule, optimizer.param_groups[0], {}, "w") as job,
     ):
-        found = many.kind_of(job)
+        found = batched.kind_of(job)
         assert found is not None
         with compiling_for(90):
-            many.step_many(found[0], [job], [found[1]])
+            batched.step_batched(found[0], [job], [found[1]])
     code, usage = listing.read(made[0].asm["cubin"])
     assert not code.spills and not usage.local_bytes and not usage.stack_bytes
 
@@ -119,7 +119,7 @@ class Warming:
         self.made = made
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.made.append(fold_many.warmup(*args, grid=grid, **kwargs))
+        return lambda *args, **kwargs: self.made.append(fold_batched.warmup(*args, grid=grid, **kwargs))
 
 
 @triton.jit
@@ -178,11 +178,11 @@ def test_atomics_are_found_in_machine_code():
 
 
 def test_spills_are_found(monkeypatch):
-    monkeypatch.setattr(table, "_DENSE", table.Config(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
-    assert any("spills" in what for what in kernels.measure(Job(90, kind=table.DENSE, rule="SGD"))["problems"])
+    monkeypatch.setattr(tile_configs, "_DENSE", tile_configs.TileConfig(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
+    assert any("spills" in what for what in kernels.measure(Job(90, kind=tile_configs.DENSE, rule="SGD"))["problems"])
 
 
 def test_lonely_programs_are_found(monkeypatch):
-    lonely = table.Config(128, 128, 64, 4, warps=8, stages=5)
-    monkeypatch.setitem(table._TABLE, (table.PRODUCT, 2, "hopper"), lonely)
+    lonely = tile_configs.TileConfig(128, 128, 64, 4, warps=8, stages=5)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), lonely)
     assert kernels.measure(Job(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]

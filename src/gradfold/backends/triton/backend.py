@@ -19,7 +19,8 @@ from gradfold.backends.stored import Stored
 from gradfold.backends.uses import DenseUse, HeadUse, MatmulUse, Use
 from gradfold.rules import Group, Rule
 
-from . import table
+from . import tile_configs
+from .batched import PLAIN, by_kind, small, step_batched
 from .kernels.step import fold_step
 from .launch import (
     Bias,
@@ -33,9 +34,8 @@ from .launch import (
     source_of,
     tensors_of,
 )
-from .many import PLAIN, by_kind, small, step_many
-from .numbers import Twin, numbers_of, twin_of
-from .prepared import Launch, Prepared, Shelf, seen
+from .launch_cache import CachedParameter, CompiledLaunch, LaunchCache, specialization_of
+from .scalars import Twin, step_scalars, twin_of
 
 
 def interpreted() -> bool:
@@ -47,7 +47,7 @@ class Triton:
     """Gradients in registers; norms, and what is not finite, stay on the device until somebody asks.
 
     always: in kernels wherever there is one; else long sequences go by row blocks, a library's product and then the
-    rule's kernel, where that is expected to be faster (``table.py``).
+    rule's kernel, where that is expected to be faster (``tile_configs.py``).
     """
 
     name = "triton"
@@ -57,7 +57,7 @@ class Triton:
     def __init__(self, scratch: Scratch, always: bool = True):
         self.scratch = scratch
         self.reference = Reference(scratch)
-        self.shelf = Shelf()
+        self.cache = LaunchCache()
         self.always = always
         self.where = "hopper" if interpreted() else _family()
 
@@ -125,9 +125,9 @@ class Triton:
         powers, _ = self._launch(tensors, source, prepared.twin, flags, scalars, job.change, along)
         return powers[0], powers[1]
 
-    def _prepared(self, stored: Sequence[Stored], rule: Rule) -> Prepared | None:
+    def _prepared(self, stored: Sequence[Stored], rule: Rule) -> CachedParameter | None:
         """None: no kernel steps this parameter, and ``why_not`` says why."""
-        return self.shelf.find(stored, rule) if _reachable(stored[0].values) else None
+        return self.cache.find(stored, rule) if _reachable(stored[0].values) else None
 
     def _by_reference(self, job: Job) -> Power:
         if job.change.guarded and not self.reference.finite(job.weight.values, job.uses):
@@ -142,7 +142,7 @@ class Triton:
 
     def _launch_prepared(
         self,
-        prepared: Prepared,
+        prepared: CachedParameter,
         use: MatmulUse,
         flags: tuple[int, ...],
         scalars: Tensor,
@@ -152,7 +152,7 @@ class Triton:
         described, tf32 = describable(use, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
         scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
         along = None if bias is None else (id(bias.tensors), bias.flags)
-        key = (described, seen(use), flags, tf32, scaled, limited, change.guarded, along)
+        key = (described, specialization_of(use), flags, tf32, scaled, limited, change.guarded, along)
         launch, tensors = prepared.launches.get(key), prepared.tensors
         if launch is None:  # the first of its kind: Triton compiles, and launches
             source = source_of([use], tensors.rows, tensors.columns, scalars, self.where)
@@ -160,7 +160,7 @@ class Triton:
             powers, made = self._launch(tensors, source, prepared.twin, flags, scalars, change, bias)
             prepared.launches[key] = made
             return powers
-        tiles = table.config(table.PRODUCT, use.left.element_size(), self.where)
+        tiles = tile_configs.tile_config(tile_configs.PRODUCT, use.left.element_size(), self.where)
         counts = counts_of(tensors, tiles, bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         with _on(scalars.device):
@@ -176,7 +176,7 @@ class Triton:
         groups, others = by_kind(jobs)
         for (kind, _), members in groups.items():
             with _on(kind.device):
-                norms = step_many(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
+                norms = step_batched(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
             for (index, _), tiles in zip(members, norms, strict=True):
                 powers[index] = Pending(tiles)
         for index in others:
@@ -213,10 +213,10 @@ class Triton:
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
             return 0  # without tensor cores a library's product is the faster one
-        return table.max_tokens(tensors.stored_bytes)
+        return tile_configs.max_tokens(tensors.stored_bytes)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
-        if self.always or source.kind != table.PRODUCT or source.constants["GATHERS"]:
+        if self.always or source.kind != tile_configs.PRODUCT or source.constants["GATHERS"]:
             return True
         dtype = torch.float32 if source.operand_bytes == 4 else weight.dtype
         return source.tokens <= self._max_tokens(tensors, dtype)
@@ -265,9 +265,9 @@ class Triton:
         scalars: Tensor,
         change: Change,
         bias: Bias | None = None,
-    ) -> tuple[list[Pending], Launch]:
+    ) -> tuple[list[Pending], CompiledLaunch]:
         """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
-        counts = counts_of(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
+        counts = counts_of(tensors, tile_configs.tile_config(source.kind, source.operand_bytes, self.where), bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
             tensors,
@@ -286,16 +286,16 @@ class Triton:
         )
         with _on(scalars.device):
             kernel = fold_step[(counts[0],)](*positions, **constants)
-        launched = Launch(fold_step.arg_names, kernel, positions, constants)
+        launched = CompiledLaunch(fold_step.arg_names, kernel, positions, constants)
         return [Pending(part) for part in norms.split(counts)], launched
 
 
-def _numbers(prepared: Prepared, job: Job) -> tuple[tuple[int, ...], Tensor]:
+def _numbers(prepared: CachedParameter, job: Job) -> tuple[tuple[int, ...], Tensor]:
     """What the rule's twin takes for this step: constants, and scalars on the device."""
     stream = next((one.stream for one in (job.weight, *job.states) if one.stream is not None), None)
     step = 0 if stream is None else stream.step
     tensors = bool(job.group.get("capturable"))
-    return numbers_of(prepared.twin, job.numbers, step, job.weight.values.device, tensors)
+    return step_scalars(prepared.twin, job.numbers, step, job.weight.values.device, tensors)
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:
@@ -325,4 +325,4 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _family() -> str:
     target: Any = triton.runtime.driver.active.get_current_target()
-    return table.family(target.backend, target.arch)
+    return tile_configs.family(target.backend, target.arch)

@@ -16,9 +16,9 @@ from gradfold.backends.stored import VALUES, Stored
 from gradfold.backends.uses import DenseUse, GatherUse, HeadUse, MatmulUse, Use
 from gradfold.codecs import BLOCK, Codec, Plain, matrix
 
-from . import table
+from . import tile_configs
 from .kernels import codecs
-from .numbers import Twin
+from .scalars import Twin
 from .transfer import on_device, stream_of
 
 _FORMATS = {
@@ -172,9 +172,9 @@ def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, wher
     for kind in (operands, [use.grad for use in gathers], denses):
         if len({t.dtype for t in kind}) > 1 or any(t.dtype not in _PLAIN or not _adjacent(t) for t in kind):
             return None
-    kind = table.PRODUCT if products else table.GATHER if gathers else table.DENSE
+    kind = tile_configs.PRODUCT if products else tile_configs.GATHER if gathers else tile_configs.DENSE
     operand_bytes = max([t.element_size() for t in operands or [use.grad for use in gathers]], default=2)
-    tiles = table.config(kind, operand_bytes, where)
+    tiles = tile_configs.tile_config(kind, operand_bytes, where)
     bn = tiles.bn
     nothing = weight.new_empty(0, dtype=torch.int64)
     floats = weight.new_empty(0, dtype=torch.float32)
@@ -208,13 +208,13 @@ def _adjacent(t: Tensor) -> bool:
 
 def describable(use: MatmulUse, where: str) -> bool:
     """Whether a descriptor is made of its operands, in which everything must begin on a multiple of 16 bytes."""
-    if where not in table.DESCRIPTORS:
+    if where not in tile_configs.DESCRIPTORS:
         return False
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (use.left, use.right))
     return aligned and use.left.numel() > 0 and use.right.numel() > 0
 
 
-def product_arguments(use: MatmulUse, described: bool, tiles: table.Config) -> tuple[Any, ...]:
+def product_arguments(use: MatmulUse, described: bool, tiles: tile_configs.TileConfig) -> tuple[Any, ...]:
     """``left`` to ``right_stride`` of the kernel."""
     left, right, *rest = _product(use)
     if not described:
@@ -267,14 +267,14 @@ def arguments(
         twin: None to take the norm only.
         scalars: fp32 ``[count + 1]``, the last the step's number as an int32.
         norms: fp32, one per tile.
-        where: of ``table.family``.
+        where: of ``tile_configs.family``.
         scale: what the gradient is multiplied by; a tensor is read on the device.
         limit: the largest magnitude of an element after that.
         guarded: leave tiles that are not finite as they are.
         interpreted: the interpreter's products of 16-bit numbers are wrong; they are widened there.
         bias: one that steps along, of the same rule; its norms are one more per tile of rows.
     """
-    tiles = table.config(source.kind, source.operand_bytes, where)
+    tiles = tile_configs.tile_config(source.kind, source.operand_bytes, where)
     n, k = tensors.rows, tensors.columns
     scaled = isinstance(scale, Tensor)
     positions = (
@@ -327,7 +327,7 @@ def arguments(
     return positions, constants
 
 
-def counts_of(tensors: Tensors, tiles: table.Config, bias: Bias | None = None) -> list[int]:
+def counts_of(tensors: Tensors, tiles: tile_configs.TileConfig, bias: Bias | None = None) -> list[int]:
     """How many programs a launch has, and how many parts of a bias; each writes one norm."""
     rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
     return [rows * columns] if bias is None else [rows * columns, rows]

@@ -2,7 +2,7 @@
 
 Each is the twin of a rule in ``gradfold.rules`` and rounds where that one does: ``tl.fma`` stands where torch's kernels
 round ``a * b + c`` once, and kernels are compiled without further fusion. What depends on the step's numbers alone is
-worked out in Python in double precision (``numbers.py``) and arrives in ``n``.
+worked out in Python in double precision (``scalars.py``) and arrives in ``n``.
 
     rule(w, g, states, n, FLAGS, EXACT) -> w, states
 

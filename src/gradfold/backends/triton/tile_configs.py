@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Config(NamedTuple):
+class TileConfig(NamedTuple):
     """Tile sizes, and how the compiler is to treat them."""
 
     bn: int  # rows of the weight in a tile
@@ -31,18 +31,18 @@ DESCRIPTORS = ("hopper", "blackwell")  # families that copy tiles by themselves,
 PRODUCT, GATHER, DENSE = "product", "gather", "dense"  # what a launch takes its gradient from
 
 # by what it takes its gradient from, bytes of an operand, and family of processors
-_TABLE: dict[tuple[str, int, str], Config] = {
-    (PRODUCT, 2, "hopper"): Config(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 4, "hopper"): Config(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
-    (PRODUCT, 2, "blackwell"): Config(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 4, "blackwell"): Config(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
-    (PRODUCT, 2, "ampere"): Config(64, 128, 32, 3, warps=8, stages=4, maxnreg=128),  # 128 rows spill
-    (PRODUCT, 4, "ampere"): Config(64, 128, 16, 3, warps=8, stages=3, maxnreg=128),
-    (PRODUCT, 2, "amd"): Config(128, 128, 32, 4, warps=8, stages=2),
-    (PRODUCT, 4, "amd"): Config(64, 128, 16, 3, warps=8, stages=2),
+_TILE_CONFIGS: dict[tuple[str, int, str], TileConfig] = {
+    (PRODUCT, 2, "hopper"): TileConfig(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
+    (PRODUCT, 4, "hopper"): TileConfig(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
+    (PRODUCT, 2, "blackwell"): TileConfig(128, 128, 64, 4, warps=8, stages=3, maxnreg=128),
+    (PRODUCT, 4, "blackwell"): TileConfig(64, 128, 32, 3, warps=8, stages=3, maxnreg=128),  # 128 rows spill
+    (PRODUCT, 2, "ampere"): TileConfig(64, 128, 32, 3, warps=8, stages=4, maxnreg=128),  # 128 rows spill
+    (PRODUCT, 4, "ampere"): TileConfig(64, 128, 16, 3, warps=8, stages=3, maxnreg=128),
+    (PRODUCT, 2, "amd"): TileConfig(128, 128, 32, 4, warps=8, stages=2),
+    (PRODUCT, 4, "amd"): TileConfig(64, 128, 16, 3, warps=8, stages=2),
 }
-_GATHER = Config(32, 128, 16, 2, warps=4, stages=2)
-_DENSE = Config(32, 128, 16, 2, warps=4, stages=1)
+_GATHER = TileConfig(32, 128, 16, 2, warps=4, stages=2)
+_DENSE = TileConfig(32, 128, 16, 2, warps=4, stages=1)
 
 
 def family(backend: str, arch: int | str) -> str:
@@ -52,11 +52,11 @@ def family(backend: str, arch: int | str) -> str:
     return "hopper" if arch == 90 else "blackwell" if arch in (100, 103) else "ampere"
 
 
-def config(source: str, operand_bytes: int, where: str) -> Config:
+def tile_config(source: str, operand_bytes: int, where: str) -> TileConfig:
     """The tiles of a launch. ``where``: of ``family``."""
     if source == GATHER:
         return _GATHER
-    return _DENSE if source == DENSE else _TABLE[PRODUCT, min(4, operand_bytes), where]
+    return _DENSE if source == DENSE else _TILE_CONFIGS[PRODUCT, min(4, operand_bytes), where]
 
 
 # Up to how many tokens the kernel is expected to beat a library product followed by the same rule, by bytes per element

@@ -1,4 +1,4 @@
-"""From the steps of many small parameters to launches of ``kernels/many.py``: one for each kind."""
+"""From the steps of many small parameters to launches of ``kernels/batched.py``: one for each kind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gradfold.backends.reference import Job
 from gradfold.backends.uses import DenseUse, Use
 
 from .kernels import codecs
-from .kernels.many import fold_many
+from .kernels.batched import fold_batched
 from .launch import Tensors, tensors_of
-from .numbers import Twin, as_tensor, flags_of, twin_of
+from .scalars import Twin, as_tensor, flags_of, twin_of
 from .transfer import capturing, on_device
 
 BLOCK = 1024  # elements of a program
@@ -65,7 +65,7 @@ def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
     return Kind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
 
 
-def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
+def step_batched(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
     """Step parameters of one kind; the norms of each one's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
@@ -80,7 +80,7 @@ def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> li
     limits = {job.change.clip_value for job in jobs}
     assert len(limits) == 1  # of one kind, see ``step_all``
     limit = limits.pop()
-    kernel: Any = fold_many
+    kernel: Any = fold_batched
     kernel[(len(blocks),)](
         _grad(jobs[0].uses),
         on_device(np.asarray(rows, np.int64), kind.device),

@@ -42,7 +42,7 @@ def flags_of(twin: Twin, numbers: Any) -> tuple[int, ...]:
     return tuple(int(flag) for flag in twin.flags(numbers))
 
 
-def numbers_of(
+def step_scalars(
     twin: Twin, numbers: Any, step: Any, device: torch.device, tensors: bool
 ) -> tuple[tuple[int, ...], Tensor]:
     """``flags_of`` and ``scalars_of``; made once for all parameters that step with the same numbers.

@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 import gradfold
 from benchmarks.compiled import Listening
 from gradfold.backends import UNCHANGED, Change, MatmulUse, Scratch, Stored
-from gradfold.backends.triton import Triton, backend, prepared
+from gradfold.backends.triton import Triton, backend, launch_cache
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.engine.storage import allocate_state, bind, storage_of
 
@@ -71,13 +71,13 @@ def arguments_of(call):
 
 def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
     job, ours = problem(), Triton(Scratch())
-    at = prepared.NUMBERS
+    at = launch_cache.SCALARS_AT
     ours.step(*job(1))
     for step, change, tokens in [(2, UNCHANGED, TOKENS), (3, UNCHANGED, 24), (4, Change(0.5), TOKENS)]:
         given = job(step, change, tokens)
-        launches = len(next(iter(ours.shelf._found.values())).launches)
+        launches = len(next(iter(ours.cache._found.values())).launches)
         ours.step(*given)
-        assert len(next(iter(ours.shelf._found.values())).launches) == launches, "made again"
+        assert len(next(iter(ours.cache._found.values())).launches) == launches, "made again"
         Triton(Scratch()).step(*given)  # which has prepared nothing: by Triton's own dispatch
         mine, theirs = map(arguments_of, listening.launched[-2:])
         assert mine[0] == theirs[0]
@@ -91,7 +91,7 @@ def test_another_kind_of_launch_is_made_anew(listening):
     job, ours = problem("fp32"), Triton(Scratch())
     for change in (UNCHANGED, Change(clip_value=0.1), Change(torch.tensor(0.5)), Change(guarded=True)):
         ours.step(*job(1, change))
-    assert len(next(iter(ours.shelf._found.values())).launches) == 4
+    assert len(next(iter(ours.cache._found.values())).launches) == 4
 
 
 def test_operands_that_lie_otherwise_are_another_kind(listening, monkeypatch):
@@ -127,7 +127,7 @@ def test_nothing_prepared_keeps_a_product_alive(listening, offset):
         listening.launched.clear()
         gc.collect()
         assert [one() for one in alive] == [None, None]
-    assert len(next(iter(ours.shelf._found.values())).launches) == 1
+    assert len(next(iter(ours.cache._found.values())).launches) == 1
 
 
 def test_nothing_prepared_keeps_a_state_alive(listening):
@@ -136,7 +136,7 @@ def test_nothing_prepared_keeps_a_state_alive(listening):
     ours.step(*given)
     storages = [weakref.ref(part.untyped_storage()) for one in given[1] for part in one.parts.values()]
     assert all(isinstance(one, Stored) for one in given[1])
-    held = next(iter(ours.shelf._found.values()))
+    held = next(iter(ours.cache._found.values()))
     tensors = [x for launch in held.launches.values() for x in launch.arguments if isinstance(x, torch.Tensor)]
     data = {part.data_ptr() for one in [given[0], *given[1]] for part in one.parts.values()}
     assert not any(tensor.data_ptr() in data for tensor in tensors) and storages

@@ -17,13 +17,13 @@ from gradfold.rules import Rule
 
 from .kernels.step import fold_step
 from .launch import Bias, Tensors, tensors_of
-from .numbers import Twin, twin_of
+from .scalars import Twin, twin_of
 from .transfer import stream_of
 
-MOST = 1 << 14  # parameters and slices that are remembered
+MAX_ENTRIES = 1 << 14  # parameters and slices that are remembered
 
 
-NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
+SCALARS_AT = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
 # norms, N, K, and a bias's
 
 PRODUCT = 5  # positions of the product, which come first
@@ -42,13 +42,18 @@ class Address:
         return self.address
 
 
-class Launch:
+class CompiledLaunch:
     """A compiled kernel with its arguments, of which those that change are put in before each launch."""
 
     def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
-        for at in (*range(PRODUCT), NUMBERS, NUMBERS + 5, NUMBERS + 7):  # tensors of this launch alone are let go
+        for at in (
+            *range(PRODUCT),
+            SCALARS_AT,
+            SCALARS_AT + 5,
+            SCALARS_AT + 7,
+        ):  # tensors of this launch alone are let go
             self.arguments[at] = None
 
     def __call__(
@@ -63,7 +68,7 @@ class Launch:
     ) -> None:
         arguments = list(self.arguments)
         arguments[: len(product)] = product
-        at = NUMBERS
+        at = SCALARS_AT
         scaled = isinstance(scale, Tensor)
         arguments[at] = scalars
         arguments[at + 4] = 1.0 if scaled else float(scale)
@@ -75,7 +80,7 @@ class Launch:
         self.kernel[(tiles, 1, 1)](*arguments)
 
 
-class Prepared:
+class CachedParameter:
     """One weight and its states, and the launches made for them by what Triton sees of the other arguments."""
 
     def __init__(self, twin: Twin, tensors: Tensors):
@@ -84,16 +89,16 @@ class Prepared:
             firsts=tuple(map(Address, tensors.firsts)),
             seconds=tuple(map(Address, tensors.seconds)),
         )
-        self.launches: dict[Any, Launch] = {}
+        self.launches: dict[Any, CompiledLaunch] = {}
 
 
-class Shelf:
+class LaunchCache:
     """Prepared parameters by where they lie and how they are stored."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Prepared | None] = {}
+        self._found: dict[Any, CachedParameter | None] = {}
 
-    def find(self, stored: Sequence[Stored], rule: Rule) -> Prepared | None:
+    def find(self, stored: Sequence[Stored], rule: Rule) -> CachedParameter | None:
         """None: no kernel takes this parameter."""
         weight = stored[0].values
         parts = tuple(
@@ -102,13 +107,13 @@ class Shelf:
         )
         key = (type(rule), weight.shape, weight.stride(), stream_of(weight.device), stored[0].place, parts)
         if key not in self._found:
-            if len(self._found) >= MOST:
+            if len(self._found) >= MAX_ENTRIES:
                 self._found.clear()
             twin, tensors = twin_of(rule), tensors_of(stored)
-            self._found[key] = None if twin is None or tensors is None else Prepared(twin, tensors)
+            self._found[key] = None if twin is None or tensors is None else CachedParameter(twin, tensors)
         return self._found[key]
 
 
-def seen(use: MatmulUse) -> tuple[Any, ...]:
+def specialization_of(use: MatmulUse) -> tuple[Any, ...]:
     """What a compiled kernel depends on in a product: dtypes and alignment, but no number of tokens."""
     return tuple((t.dtype, t.data_ptr() % 16, t.stride(0) % 16, t.stride(0) == 1) for t in (use.left, use.right))

@@ -32,7 +32,7 @@ def _second_pointer(address, FORMAT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["limit"])
-def fold_many(
+def fold_batched(
     grad, parameters, blocks,  # any gradient, for its dtype; a row for each parameter; each program's two numbers
     scalars, words, limit, norms,  # [P, SCALARS + 2]: the rule's, the step's number, the scale; [P, 1 + tensors]
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
