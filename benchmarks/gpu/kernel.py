@@ -23,8 +23,8 @@ from gradfold.backends.triton import Triton, interpreted, launch, tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
+from gradfold.engine import Region
 from gradfold.engine.apply import allocate
-from gradfold.engine.part import Region
 from gradfold.engine.storage import bind, keys_of, tick
 
 NAME = "weight"  # of the parameter, in the streams of random bits

@@ -13,8 +13,8 @@ from torch import nn
 import gradfold
 from benchmarks.common import SteppedInHooks, fold_plain_head, llama
 
+from .context import Context
 from .kernel import using
-from .setting import Setting
 from .worker import LeftOut
 
 LR = 1e-5
@@ -23,12 +23,12 @@ TINY = {"hidden": 32, "intermediate": 48, "vocabulary": 64, "kv": 16, "layers": 
 TOKENS, DRY_TOKENS = 512, 7
 
 
-def shape_of(setting: Setting) -> dict[str, int]:
-    return TINY if setting.dry else LLAMA_8B
+def shape_of(context: Context) -> dict[str, int]:
+    return TINY if context.dry else LLAMA_8B
 
 
-def tokens_of(setting: Setting) -> int:
-    return DRY_TOKENS if setting.dry else TOKENS
+def tokens_of(context: Context) -> int:
+    return DRY_TOKENS if context.dry else TOKENS
 
 
 def config_of(shape: dict[str, int], layers: int) -> Any:
@@ -145,9 +145,9 @@ def step_of(contestant: Contestant, batch: dict[str, torch.Tensor], losses: list
 
 
 @contextlib.contextmanager
-def training(name: str, shape: dict[str, int], layers: int, setting: Setting) -> Iterator[Contestant]:
+def training(name: str, shape: dict[str, int], layers: int, context: Context) -> Iterator[Contestant]:
     """A contestant with a model of its own, which is gone afterwards."""
-    made = CONTESTANTS[name](model_of(shape, layers, setting.device))
+    made = CONTESTANTS[name](model_of(shape, layers, context.device))
     try:
         yield made
     finally:

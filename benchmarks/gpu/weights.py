@@ -1,4 +1,4 @@
-"""Llama-3.1-8B's linear weights with random operands, for parts that time single launches."""
+"""Llama-3.1-8B's linear weights with random operands, for suites that time single launches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 import gradfold
 from gradfold.backends import MatmulUse
 
+from .context import Context
 from .kernel import Cell
-from .setting import Setting
 
 LINEARS = {
     "gate, up": (14336, 4096),
@@ -38,9 +38,9 @@ class Operands(NamedTuple):
         return 2 * self.cell.stored_bytes + sum(t.numel() * t.element_size() for t in operands)
 
 
-def operands(shape: tuple[int, int], tokens: int, states: str, setting: Setting) -> Operands:
+def operands(shape: tuple[int, int], tokens: int, states: str, context: Context) -> Operands:
     """On scratch copies: nothing here belongs to a model."""
-    device = setting.device
+    device = context.device
     options = {"lr": 1e-5, "states": states, "small_size": 0}
     cell = Cell(gradfold.AdamW, shape, torch.bfloat16, options, device=device)
     left, right = (_random(tokens, columns, device) for columns in shape)

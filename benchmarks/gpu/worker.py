@@ -1,4 +1,4 @@
-"""One process of one part: measures its cases in turn and writes each down at once.
+"""One process of one suite: measures its cases in turn and writes each down at once.
 
     python -m benchmarks.gpu.worker MODULE BOOK --shard 0/1 --seconds 60
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .book import ERROR, FAILED, LEFT_OUT, MEMORY, OK, Book
+from .result_files import ERROR, FAILED, LEFT_OUT, MEMORY, OK, ResultFile
 
 TIME_UP, AGAIN = 3, 75
 HELD_BYTES = 2**30  # that nothing should hold between two cases
@@ -48,28 +48,28 @@ class Failed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("module")
-    parser.add_argument("book", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
     faulthandler.enable()
     start = time.monotonic()
 
-    from .setting import Setting
+    from .context import Context
 
-    book = Book(args.book)
-    setting = Setting(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.book.parent, start)
+    results = ResultFile(args.results)
+    context = Context(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.results.parent, start)
     shard, shards = map(int, args.shard.split("/"))
-    for case in importlib.import_module(args.module).cases(setting)[shard::shards]:
-        if case.key in book:
+    for case in importlib.import_module(args.module).cases(context)[shard::shards]:
+        if case.key in results:
             continue
-        if setting.left_seconds <= case.seconds:
+        if context.left_seconds <= case.seconds:
             return TIME_UP
-        book.begin(case.key)
+        results.begin(case.key)
         row, lost = measured(case)
-        book.put(row)
+        results.put(row)
         print(f"{case.key}: {row['status']} {row.get('why', '')}", flush=True)
-        if lost or case.alone or (not setting.dry and setting.clean() > HELD_BYTES):
+        if lost or case.alone or (not context.dry and context.clean() > HELD_BYTES):
             return AGAIN
     return 0
 
@@ -95,6 +95,6 @@ def measured(case: Case) -> tuple[dict[str, Any], bool]:
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu import worker  # under its own name, so that parts raise the very classes that are caught
+    from benchmarks.gpu import worker  # under its own name, so that suites raise the very classes that are caught
 
     sys.exit(worker.main())

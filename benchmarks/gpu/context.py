@@ -1,4 +1,4 @@
-"""Where a part runs and how it takes times: on the card with events, or dry on the CPU with a clock."""
+"""Where a suite runs and how it takes times: on the card with events, or dry on the CPU with a clock."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ AHEAD_CYCLES = 2_000_000  # the card waits about a millisecond, in which Python 
 
 
 @dataclass
-class Setting:
-    """What a part is told."""
+class Context:
+    """What a suite is told."""
 
     dry: bool
-    seconds: float  # for this part in this process
-    folder: Path  # of the books
+    seconds: float  # for this suite in this process
+    folder: Path  # of the paths
     start: float = field(default_factory=time.monotonic)
 
     @property

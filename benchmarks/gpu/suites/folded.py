@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradfold
 from benchmarks.gpu import training
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.worker import Case, Failed
 
 FACTOR, NEGLIGIBLE = 2.0, 1e-4  # as in correctness.py, in units of what training has moved
@@ -40,13 +40,13 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.roll(-1, 1).flatten())
 
 
-def cases(setting: Setting) -> list[Case]:
-    size = (24, 40, 36) if setting.dry else (132, 260, 516)
+def cases(context: Context) -> list[Case]:
+    size = (24, 40, 36) if context.dry else (132, 260, 516)
     options: list[tuple[torch.dtype, dict[str, Any], bool, dict[str, Any]]] = [
         (torch.float32, {}, True, {"clip_norm": 0.5}),
         (torch.bfloat16, {"states": "int8", "small_size": 1}, False, {}),
     ]
-    if not setting.dry:
+    if not context.dry:
         options += [
             (torch.float32, {}, False, {}),
             (torch.float32, {}, True, {"accumulate": 2}),
@@ -60,18 +60,18 @@ def cases(setting: Setting) -> list[Case]:
     def case(dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any]) -> Case:
         words = [str(dtype).removeprefix("torch."), "tied" if tied else "untied"]
         words += [f"{name}={value}" for name, value in {**storage, **how}.items()]
-        return Case(", ".join(words), lambda: check(dtype, storage, tied, how, size, setting))
+        return Case(", ".join(words), lambda: check(dtype, storage, tied, how, size, context))
 
     return [case(*option) for option in options]
 
 
 def check(
-    dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, setting: Setting
+    dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, context: Context
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     start = Net(*size, tied).to(dtype)
-    micro_batches, steps = how.get("accumulate", 1), 2 if setting.dry else STEPS
-    batches = [torch.randint(0, size[2], (2, 9 if setting.dry else 65)) for _ in range(steps * micro_batches)]
+    micro_batches, steps = how.get("accumulate", 1), 2 if context.dry else STEPS
+    batches = [torch.randint(0, size[2], (2, 9 if context.dry else 65)) for _ in range(steps * micro_batches)]
 
     def copy_of(device: torch.device | str, dtype: torch.dtype = dtype) -> Net:
         made = Net(*size, tied).to(dtype)
@@ -108,7 +108,7 @@ def check(
 
     cpu = torch.device("cpu")
     reference, reference_norm = trained(cpu, lambda m, o: gradfold.fold(m, o, backend="reference", **how))
-    error, norm = trained(setting.device, lambda m, o: gradfold.fold(m, o, backend="triton", **how))
+    error, norm = trained(context.device, lambda m, o: gradfold.fold(m, o, backend="triton", **how))
     figures = {"error": error, "reference_error": reference, "norm_error": norm, "reference_norm_error": reference_norm}
     if not error <= FACTOR * reference + NEGLIGIBLE:
         raise Failed("weights are further from fp64 training than the reference backend's", **figures)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.context import Context, quartiles
 from benchmarks.gpu.kernel import DRY_TILES, Launch, family
-from benchmarks.gpu.setting import Setting, quartiles
 from benchmarks.gpu.weights import DRY_LINEARS, LINEARS, operands
 from benchmarks.gpu.worker import Case, LeftOut
 from gradfold.backends.triton import tile_configs
@@ -58,15 +58,15 @@ def label(config: tile_configs.TileConfig) -> str:
     )
 
 
-def cases(setting: Setting) -> list[Case]:
-    linears, tokens = (DRY_LINEARS, (7,)) if setting.dry else (LINEARS, TOKENS)
-    shapes, states = (tuple(linears), STATES[1:]) if setting.dry else (SHAPES, STATES)
-    own, *others = candidates(family(), setting.dry)
+def cases(context: Context) -> list[Case]:
+    linears, tokens = (DRY_LINEARS, (7,)) if context.dry else (LINEARS, TOKENS)
+    shapes, states = (tuple(linears), STATES[1:]) if context.dry else (SHAPES, STATES)
+    own, *others = candidates(family(), context.dry)
     return [
         Case(
             f"{name}, T={t}, {kind}: {other}",
-            lambda name=name, t=t, kind=kind, other=other: compare(name, linears[name], t, kind, own, other, setting),
-            0.0 if setting.dry else 2.0,
+            lambda name=name, t=t, kind=kind, other=other: compare(name, linears[name], t, kind, own, other, context),
+            0.0 if context.dry else 2.0,
         )
         for name in shapes
         for t in tokens
@@ -76,10 +76,10 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def compare(
-    name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, setting: Setting
+    name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, context: Context
 ) -> dict[str, Any]:
-    found = candidates(family(), setting.dry)
-    each = [operands(shape, tokens, states, setting) for _ in range(1 if setting.dry else COPIES)]
+    found = candidates(family(), context.dry)
+    each = [operands(shape, tokens, states, context) for _ in range(1 if context.dry else COPIES)]
     groups = [[Launch(one.cell, [one.use], found[which]) for one in each] for which in (own, other)]
     try:
         for group in groups:
@@ -90,7 +90,7 @@ def compare(
         raise
     steps = [lambda group=group: [launch() for launch in group] for group in groups]
     with torch.no_grad():
-        own_times, times = setting.kernel_ms(steps, ROUNDS)
+        own_times, times = context.kernel_ms(steps, ROUNDS)
     first, median, third = quartiles([b / a for a, b in zip(own_times, times, strict=True)])
     return {
         "shape": f"{name}, T={tokens}, {states}",

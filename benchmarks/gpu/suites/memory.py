@@ -16,25 +16,25 @@ import torch
 import gradfold
 from benchmarks.common import fold_plain_head
 from benchmarks.gpu import training
-from benchmarks.gpu.book import OK, rows_in
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.result_files import OK, rows_in
 from benchmarks.gpu.worker import Case, LeftOut
 from gradfold.plan.step import StepMemory, step_memory
 
 NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
 
 
-def cases(setting: Setting) -> list[Case]:
-    names = NAMES[:2] if setting.dry else NAMES
-    return [Case(name, lambda name=name: compare(name, setting)) for name in names]
+def cases(context: Context) -> list[Case]:
+    names = NAMES[:2] if context.dry else NAMES
+    return [Case(name, lambda name=name: compare(name, context)) for name in names]
 
 
-def compare(name: str, setting: Setting) -> dict[str, Any]:
-    measured = {row["key"]: row for row in rows_in(setting.folder, "step") if row["status"] == OK}
+def compare(name: str, context: Context) -> dict[str, Any]:
+    measured = {row["key"]: row for row in rows_in(context.folder, "step") if row["status"] == OK}
     row = measured.get(f"alone: {name}")
     if row is None:
-        row = _measure(name, setting)
-    predicted, device = predict(name, row["layers"], setting)
+        row = _measure(name, context)
+    predicted, device = predict(name, row["layers"], context)
     figures = {
         "layers": row["layers"],
         "predicted_gib": predicted.peak_bytes / 2**30,
@@ -45,11 +45,11 @@ def compare(name: str, setting: Setting) -> dict[str, Any]:
     return figures | {f"predicted_{key}": value for key, value in predicted.as_dict().items() if key != "label"}
 
 
-def _measure(name: str, setting: Setting) -> dict[str, Any]:
+def _measure(name: str, context: Context) -> dict[str, Any]:
     """Without rows of whole steps: a short measurement of our own."""
-    from benchmarks.gpu.parts import step
+    from benchmarks.gpu.suites import step
 
-    return step.alone(name, setting)
+    return step.alone(name, context)
 
 
 class InRegisters:
@@ -69,11 +69,11 @@ class InRegisters:
         return []
 
 
-def predict(name: str, layers: int, setting: Setting) -> tuple[StepMemory, str]:
+def predict(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
     """On fake tensors of the card where torch can make them, else of the CPU."""
-    shape, tokens = training.shape_of(setting), training.tokens_of(setting)
+    shape, tokens = training.shape_of(context), training.tokens_of(context)
     refused = []
-    for device in dict.fromkeys((setting.device, torch.device("cpu"))):
+    for device in dict.fromkeys((context.device, torch.device("cpu"))):
         try:
             return _predict(name, layers, shape, tokens, device), device.type
         except Exception as error:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import gradfold
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.kernel import Cell, Launch, gradient_by_kernel, rounds_once
-from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.worker import Case, Failed
 from gradfold.backends import DenseUse, GatherUse, MatmulUse, Use, mapped
-from gradfold.engine.part import Region
+from gradfold.engine import Region
 
 REPEATS = 20
 FACTOR = 2.0  # how much further from fp64 than the reference's a result may be
@@ -105,13 +105,13 @@ def dry_examples() -> list[Example]:
     ]
 
 
-def cases(setting: Setting) -> list[Case]:
-    chosen = dry_examples() if setting.dry else examples()
-    seconds = 0.0 if setting.dry else 8.0  # to compile two kernels
-    return [Case(example.key, lambda example=example: check(example, setting), seconds) for example in chosen]
+def cases(context: Context) -> list[Case]:
+    chosen = dry_examples() if context.dry else examples()
+    seconds = 0.0 if context.dry else 8.0  # to compile two kernels
+    return [Case(example.key, lambda example=example: check(example, context), seconds) for example in chosen]
 
 
-def check(example: Example, setting: Setting) -> dict[str, Any]:
+def check(example: Example, context: Context) -> dict[str, Any]:
     """All checks of one example; raises Failed with the first that says no."""
     seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)
@@ -120,13 +120,13 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
     options = {"small_size": 0, "lr": 1e-3, **{name: value for name, value in options.items() if value is not None}}
     before = Cell(made, example.shape, DTYPES[example.dtype], options, example.region)
     uses = uses_of(example, tuple(before.param.shape))
-    there = [_moved(use, setting.device) for use in uses]
-    figures: dict[str, Any] = {"seed": seed, "checks": "fp64, bits, writes, race, masks", "repeats": _repeats(setting)}
+    there = [_moved(use, context.device) for use in uses]
+    figures: dict[str, Any] = {"seed": seed, "checks": "fp64, bits, writes, race, masks", "repeats": _repeats(context)}
 
-    stepped = before.to(setting.device)
+    stepped = before.to(context.device)
     launch = Launch(stepped, there)
     launch()
-    setting.synchronize()
+    context.synchronize()
     if launch.norms.isnan().any():
         raise Failed("writes: a tile's norm was not written, or is NaN", **figures)
     grad64 = truth_of(uses, before.param.shape)
@@ -141,22 +141,22 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
     if not figures["error"] <= FACTOR * figures["reference_error"] + NEGLIGIBLE:
         raise Failed("fp64: further from it than the reference", **figures)
 
-    grad = gradient_by_kernel(there, tuple(before.param.shape), setting.device)
+    grad = gradient_by_kernel(there, tuple(before.param.shape), context.device)
     twin = before.to("cpu")
     twin.by_reference([DenseUse(grad)])
     figures["bits_differ"], wrong = _other_bits(example, stepped, twin)
-    if wrong and not rounds_once(setting.device):
+    if wrong and not rounds_once(context.device):
         figures["note"] = f"bits not judged, since this interpreter's fma rounds twice: {wrong}"
     elif wrong:
         raise Failed(f"bits: {wrong}", **figures)
 
     first = stepped.bits()
-    for _ in range(_repeats(setting)):
-        again = before.to(setting.device)
+    for _ in range(_repeats(context)):
+        again = before.to(context.device)
         Launch(again, there)()
         if changed := _changed(first, again.bits()):
             raise Failed(f"race: another launch left other bits in {changed}", **figures)
-    if wrong := masks(before, uses, first, launch, setting):
+    if wrong := masks(before, uses, first, launch, context):
         raise Failed(f"masks: {wrong}", **figures)
     return figures
 
@@ -266,7 +266,7 @@ def _ints(t: Tensor) -> Tensor:
     return t.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launch, setting: Setting) -> str:
+def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launch, context: Context) -> str:
     """What is wrong after a step in which one row's gradient is not finite; of two-dimensional weights."""
     shape = before.param.shape
     if len(shape) != 2:
@@ -283,8 +283,8 @@ def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launc
             return ""
         row = int(bad[0].ids[found[0, 0]])
         bad[0].grad[found[0, 0]] = float("inf")
-    cell = before.to(setting.device)
-    marred = Launch(cell, [_moved(use, setting.device) for use in bad])
+    cell = before.to(context.device)
+    marred = Launch(cell, [_moved(use, context.device) for use in bad])
     marred()
     first = row // launch.config.bn * launch.config.bn
     inside = slice(first, first + launch.config.bn)
@@ -303,5 +303,5 @@ def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launc
     return "" if told == columns else f"{told} norms are NaN, where {columns} tiles are"
 
 
-def _repeats(setting: Setting) -> int:
-    return 1 if setting.dry else REPEATS
+def _repeats(context: Context) -> int:
+    return 1 if context.dry else REPEATS

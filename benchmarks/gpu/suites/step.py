@@ -15,8 +15,8 @@ import torch
 
 import gradfold
 from benchmarks.gpu import training
-from benchmarks.gpu.fits import layers_that_fit, needed_bytes
-from benchmarks.gpu.setting import Setting, quartiles
+from benchmarks.gpu.context import Context, quartiles
+from benchmarks.gpu.memory_fit import layers_that_fit, needed_bytes
 from benchmarks.gpu.worker import Case, Failed, LeftOut
 from gradfold.plan.step import measure_step
 
@@ -29,49 +29,49 @@ PEERS = ("bitsandbytes 8-bit", "flashoptim release", "torchao 8-bit")
 GRAPH = "ours bf16 graph"
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(context: Context) -> list[Case]:
     """First what the question is about: torch's fused AdamW, ours in bf16 and int8, alone and side by side."""
-    seconds = 0.0 if setting.dry else 8.0
+    seconds = 0.0 if context.dry else 8.0
     made = []
     groups = ((ALONE[:3], BESIDE[:2]), (ALONE[3:], BESIDE[2:]), (PEERS, PEERS))
-    if setting.dry:
+    if context.dry:
         groups = ((("torch fused", "ours int8", "torch hooks"), ("ours bf16",)), (PEERS[:1], PEERS[:1]))
     for first, second in groups:
-        made += [Case(f"alone: {name}", lambda name=name: alone(name, setting), seconds) for name in first]
-        made += [Case(f"{name} / {BASE}", lambda name=name: beside(name, setting), seconds) for name in second]
-    return [*made, Case(f"alone: {GRAPH}", lambda: graph(setting), seconds, alone=True)]
+        made += [Case(f"alone: {name}", lambda name=name: alone(name, context), seconds) for name in first]
+        made += [Case(f"{name} / {BASE}", lambda name=name: beside(name, context), seconds) for name in second]
+    return [*made, Case(f"alone: {GRAPH}", lambda: graph(context), seconds, alone=True)]
 
 
-def layers_for(names: list[str], setting: Setting) -> int:
-    shape = training.shape_of(setting)
-    layers = layers_that_fit(names, shape, shape["layers"], training.tokens_of(setting), setting.free_bytes())
+def layers_for(names: list[str], context: Context) -> int:
+    shape = training.shape_of(context)
+    layers = layers_that_fit(names, shape, shape["layers"], training.tokens_of(context), context.free_bytes())
     if not layers:
         raise LeftOut(f"{' and '.join(names)} fit with no layer at all")
     return layers
 
 
-def said_of(names: list[str], layers: int, setting: Setting) -> dict[str, Any]:
+def said_of(names: list[str], layers: int, context: Context) -> dict[str, Any]:
     """Figures of the model, and why it is not whole, if it is not."""
-    shape, tokens = training.shape_of(setting), training.tokens_of(setting)
+    shape, tokens = training.shape_of(context), training.tokens_of(context)
     figures: dict[str, Any] = {"layers": layers, "tokens": tokens}
     if layers < shape["layers"]:
-        wanted, free = needed_bytes(names, shape, shape["layers"], tokens), setting.free_bytes()
+        wanted, free = needed_bytes(names, shape, shape["layers"], tokens), context.free_bytes()
         figures["note"] = (
             f"{shape['layers']} layers would take about {wanted / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     return figures
 
 
-def alone(name: str, setting: Setting) -> dict[str, Any]:
+def alone(name: str, context: Context) -> dict[str, Any]:
     """One contestant's peak and step time."""
-    layers = layers_for([name], setting)
-    figures = said_of([name], layers, setting)
-    shape = training.shape_of(setting)
-    batch = training.batch_of(shape, training.tokens_of(setting), setting.device)
-    with training.training(name, shape, layers, setting) as contestant:
+    layers = layers_for([name], context)
+    figures = said_of([name], layers, context)
+    shape = training.shape_of(context)
+    batch = training.batch_of(shape, training.tokens_of(context), context.device)
+    with training.training(name, shape, layers, context) as contestant:
         losses: list[torch.Tensor] = []
         step = training.step_of(contestant, batch, losses)
-        return figures | measured(contestant, step, losses, batch, setting)
+        return figures | measured(contestant, step, losses, batch, context)
 
 
 def measured(
@@ -79,14 +79,14 @@ def measured(
     step: Callable[[], Any],
     losses: list[torch.Tensor],
     batch: dict[str, torch.Tensor],
-    setting: Setting,
+    context: Context,
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "backend": contestant.backend,
         "parameters_b": sum(p.numel() for p in contestant.model.parameters()) / 1e9,
     }
-    if setting.dry:
-        (times,) = setting.step_ms([step], ROUNDS)
+    if context.dry:
+        (times,) = context.step_ms([step], ROUNDS)
         with training.using(None):
             counted = measure_step(contestant.model, contestant.optimizer, batch, warm_up_steps=0)
         figures["peak_bytes"] = counted.peak_bytes
@@ -95,7 +95,7 @@ def measured(
             step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        (times,) = setting.step_ms([step], ROUNDS, warm_up=1)
+        (times,) = context.step_ms([step], ROUNDS, warm_up=1)
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     first, median, third = quartiles(times)
@@ -115,22 +115,22 @@ def finite(losses: list[torch.Tensor]) -> dict[str, Any]:
     return {"loss": loss}
 
 
-def beside(name: str, setting: Setting) -> dict[str, Any]:
+def beside(name: str, context: Context) -> dict[str, Any]:
     """Ratio of step times, two models alive, one step of each in turn."""
     if name in PEERS:
-        training.CONTESTANTS[name](torch.nn.Linear(8, 8, device=setting.device, dtype=torch.bfloat16))
-    layers = layers_for([name, BASE], setting)
-    figures = said_of([name, BASE], layers, setting)
-    shape = training.shape_of(setting)
-    batch = training.batch_of(shape, training.tokens_of(setting), setting.device)
+        training.CONTESTANTS[name](torch.nn.Linear(8, 8, device=context.device, dtype=torch.bfloat16))
+    layers = layers_for([name, BASE], context)
+    figures = said_of([name, BASE], layers, context)
+    shape = training.shape_of(context)
+    batch = training.batch_of(shape, training.tokens_of(context), context.device)
     with (
-        training.training(name, shape, layers, setting) as one,
-        training.training(BASE, shape, layers, setting) as base,
+        training.training(name, shape, layers, context) as one,
+        training.training(BASE, shape, layers, context) as base,
     ):
         losses: list[torch.Tensor] = []
         base_losses: list[torch.Tensor] = []
         steps = [training.step_of(one, batch, losses), training.step_of(base, batch, base_losses)]
-        times, base_times = setting.step_ms(steps, ROUNDS)
+        times, base_times = context.step_ms(steps, ROUNDS)
         first, median, third = quartiles([a / b for a, b in zip(times, base_times, strict=True)])
         return {
             **figures,
@@ -145,15 +145,15 @@ def beside(name: str, setting: Setting) -> dict[str, Any]:
         }
 
 
-def graph(setting: Setting) -> dict[str, Any]:
+def graph(context: Context) -> dict[str, Any]:
     """The folded step, forward to zero_grad, captured once and replayed."""
-    if setting.dry:
+    if context.dry:
         raise LeftOut("there is nothing to capture on a CPU")
-    layers = layers_for([GRAPH], setting)
-    figures = said_of([GRAPH], layers, setting)
-    shape = training.shape_of(setting)
-    batch = training.batch_of(shape, training.tokens_of(setting), setting.device)
-    with training.training(GRAPH, shape, layers, setting) as contestant:
+    layers = layers_for([GRAPH], context)
+    figures = said_of([GRAPH], layers, context)
+    shape = training.shape_of(context)
+    batch = training.batch_of(shape, training.tokens_of(context), context.device)
+    with training.training(GRAPH, shape, layers, context) as contestant:
         losses: list[torch.Tensor] = []
         step = training.step_of(contestant, batch, losses)
         side = torch.cuda.Stream()
@@ -171,4 +171,4 @@ def graph(setting: Setting) -> dict[str, Any]:
         moved = any(not torch.equal(a, p) for a, p in zip(before, contestant.model.parameters(), strict=False))
         if not moved:
             raise gradfold.FoldError("the graph's replay moved no weight")
-        return figures | measured(contestant, captured.replay, losses, batch, setting)
+        return figures | measured(contestant, captured.replay, losses, batch, context)

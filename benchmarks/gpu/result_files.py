@@ -1,4 +1,4 @@
-"""The rows of one part, kept on disk as they are measured, so that a run can stop anywhere and go on later."""
+"""The rows of one suite, kept on disk as they are measured, so that a run can stop anywhere and go on later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ERROR, MEMORY, DIED, TIME, RUNNING = "error", "out of memory", "died", "time was
 UNSETTLED = (ERROR, MEMORY, DIED, TIME, RUNNING)  # another run tries again
 
 
-class Book:
+class ResultFile:
     """Rows by key, written as a whole after each change: a few hundred small ones."""
 
     def __init__(self, path: Path):
@@ -60,7 +60,7 @@ class Book:
         beside.replace(self.path)
 
 
-def rows_in(folder: Path, part: str) -> list[Row]:
-    """All rows of a part, of every process that measured some."""
-    books: Iterable[Path] = sorted(folder.glob(f"{part}.*.json"))
-    return [row for path in books for row in Book(path).rows.values()]
+def rows_in(folder: Path, suite: str) -> list[Row]:
+    """All rows of a suite, of every process that measured some."""
+    paths: Iterable[Path] = sorted(folder.glob(f"{suite}.*.json"))
+    return [row for path in paths for row in ResultFile(path).rows.values()]
