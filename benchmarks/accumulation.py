@@ -6,8 +6,8 @@ would keep, in the dtype the tape sums in (fp32). On fake tensors.
 
 Time: steps of the same micro-batches by torch (`clip_grad_norm_`, fused AdamW), interleaved pair by pair.
 
-    OMP_NUM_THREADS=1 python benchmarks/accumulation.py
-    OMP_NUM_THREADS=1 python benchmarks/accumulation.py --skip time          # memory alone, a minute or two
+    OMP_NUM_THREADS=1 python -m benchmarks.accumulation
+    OMP_NUM_THREADS=1 python -m benchmarks.accumulation --skip time          # memory alone, a minute or two
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 
 import gradfold
-from common import (
+from gradfold.backends import accumulation_dtype
+from gradfold.plan.step import step_memory
+
+from .common import (
     DTYPES,
     PEERS,
     fold_plain_head,
@@ -31,9 +34,7 @@ from common import (
     random_batch,
     write_result,
 )
-from gradfold.backends import accumulation_dtype
-from gradfold.plan.step import step_memory
-from memory import null_fold
+from .memory import null_fold
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors
 `gradfold.fold` leaves alive, less the scratch, which does not grow with the model. The table goes into
 docs/bytes_per_parameter.md.
 
-    python benchmarks/bytes_per_parameter.py
+    python -m benchmarks.bytes_per_parameter
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import gradfold
-from common import fill_table, llama, llama_config, print_table, write_result
 from gradfold.plan.trace import LiveBytes
+
+from .common import fill_table, llama, llama_config, print_table, write_result
 
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {

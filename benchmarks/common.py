@@ -23,9 +23,6 @@ from torch import nn
 
 import gradfold
 
-# A script's folder is where Python looks first, and transformers looks for a package of this name: it is not our file.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -173,11 +170,10 @@ def machine() -> dict[str, Any]:
 def command_line() -> str:
     """How to run this again, from the root of the repository."""
     threads = os.environ.get("OMP_NUM_THREADS")
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
-    script = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
-    return " ".join(
-        [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", script, *map(shlex.quote, sys.argv[1:])]
-    )
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
+    module = spec.name.removesuffix(".__main__") if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
+    words = [f"OMP_NUM_THREADS={threads}"] if threads else []
+    return " ".join([*words, "python", "-m", module, *map(shlex.quote, sys.argv[1:])])
 
 
 def revision() -> str | None:

@@ -5,8 +5,8 @@ autograd, gradients stored and summed, clipped by torch's formula, then the meth
 cell is the relative L2 distance of the two total updates of all weights after a few steps; a cell is never written by
 hand. Fills docs/correctness.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/correctness.py
-    OMP_NUM_THREADS=1 python benchmarks/correctness.py --only optimi LOMO        # a look, nothing is written
+    OMP_NUM_THREADS=1 python -m benchmarks.correctness
+    OMP_NUM_THREADS=1 python -m benchmarks.correctness --only optimi LOMO        # a look, nothing is written
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import fill_table, print_table, write_result
-from peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
-from peers.base import LR
+from .common import fill_table, print_table, write_result
+from .peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
+from .peers.base import LR
 
 PAGE = Path(__file__).parent.parent / "docs" / "correctness.md"
 COLUMNS = {

@@ -6,8 +6,8 @@ again with keep_bytes=0. A step is forward, backward to the hidden states and th
 ratios to the plain head within a round, the order turned from round to round. Bytes are those alive at the peak, beyond
 weights, states and batch, on fake tensors: the fold's scratch is among them.
 
-    OMP_NUM_THREADS=1 python benchmarks/head.py
-    OMP_NUM_THREADS=1 python benchmarks/head.py --tokens 64 --vocabulary 4096 --width 128       # a look
+    OMP_NUM_THREADS=1 python -m benchmarks.head
+    OMP_NUM_THREADS=1 python -m benchmarks.head --tokens 64 --vocabulary 4096 --width 128       # a look
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import gradfold
-from common import DTYPES, interleaved_ms, print_table, write_result
 from gradfold.plan.step import step_memory
+
+from .common import DTYPES, interleaved_ms, print_table, write_result
 
 LR = 1e-4
 

@@ -28,10 +28,11 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # not code; it only make
 
 import triton
 
-from benchmarks import listing
-from benchmarks.common import fill_table, print_table, write_result
-from benchmarks.compiled import Compiled, Job, build
 from gradfold.backends.triton import tile_configs
+
+from . import inspect_ptx
+from .common import fill_table, print_table, write_result
+from .compile_kernels import CompiledKernel, KernelJob, compile_kernel
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
@@ -73,42 +74,42 @@ RULES: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("NAdam", ()),
     ("RAdam", ()),
 )
-DEFAULT = Job(90)
+DEFAULT = KernelJob(90)
 
 
-def quick() -> Iterator[Job]:
+def quick() -> Iterator[KernelJob]:
     """The default kernel on every generation, and what bends it most."""
     yield DEFAULT
     yield replace(DEFAULT, states="int8")
     yield replace(DEFAULT, norm_only=True)
-    yield Job(80)
-    yield Job(100)
+    yield KernelJob(80)
+    yield KernelJob(100)
 
 
-def usual() -> Iterator[Job]:
+def usual() -> Iterator[KernelJob]:
     """Everything on Hopper; elsewhere what bends registers most."""
     yield from on(90)
     for arch in PROCESSORS:
         if arch != 90:
-            yield from (Job(arch, **STORAGES[i]) for i in (1, 4))
-            yield Job(arch, operands="fp32", **STORAGES[0])
+            yield from (KernelJob(arch, **STORAGES[i]) for i in (1, 4))
+            yield KernelJob(arch, operands="fp32", **STORAGES[0])
 
 
-def every() -> Iterator[Job]:
+def every() -> Iterator[KernelJob]:
     for arch in PROCESSORS:
         yield from on(arch)
 
 
-def on(arch: int) -> Iterator[Job]:
+def on(arch: int) -> Iterator[KernelJob]:
     """All of one processor's."""
-    yield from (Job(arch, **storage) for storage in STORAGES)
-    yield from (Job(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
-    yield from (Job(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
+    yield from (KernelJob(arch, **storage) for storage in STORAGES)
+    yield from (KernelJob(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
+    yield from (KernelJob(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
     yield from (
-        Job(arch, kind=kind, **STORAGES[i]) for kind in (tile_configs.GATHER, tile_configs.DENSE) for i in (0, 4)
+        KernelJob(arch, kind=kind, **STORAGES[i]) for kind in (tile_configs.GATHER, tile_configs.DENSE) for i in (0, 4)
     )
-    yield from (Job(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
-    yield from (Job(arch, biased=True, **STORAGES[i]) for i in (1, 3))
+    yield from (KernelJob(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
+    yield from (KernelJob(arch, biased=True, **STORAGES[i]) for i in (1, 3))
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
     sys.exit("\n".join(problems) if problems else 0)
 
 
-def measured(wanted: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
+def measured(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
     if jobs == 1:
         yield from map(measure, wanted)
         return
@@ -149,11 +150,11 @@ def measured(wanted: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
         yield from pool.map(measure, wanted)
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: KernelJob) -> dict[str, Any]:
     """One row: compile, read, judge."""
-    kernel = build(job)
-    found = listing.stores(kernel.asm["ttir"])
-    code, usage = listing.read(kernel.asm["cubin"])
+    kernel = compile_kernel(job)
+    found = inspect_ptx.stores(kernel.asm["ttir"])
+    code, usage = inspect_ptx.read_cubin(kernel.asm["cubin"])
     tiles, metadata = job.tiles, kernel.metadata
     threads = 32 * tiles.warps
     row = {
@@ -186,7 +187,7 @@ def measure(job: Job) -> dict[str, Any]:
     return row | {"problems": list(problems(job, row, kernel, found, code))}
 
 
-def programs(job: Job, registers: int, metadata: Any) -> int:
+def programs(job: KernelJob, registers: int, metadata: Any) -> int:
     """How many a multiprocessor holds at a time."""
     has, warps = PROCESSORS[job.arch], job.tiles.warps
     of_warp = -(-registers * 32 // 256) * 256  # registers are handed out to a warp, 256 at a time
@@ -202,7 +203,11 @@ def programs(job: Job, registers: int, metadata: Any) -> int:
 
 
 def problems(
-    job: Job, row: dict[str, Any], kernel: Compiled, found: list[listing.Store], code: listing.Code
+    job: KernelJob,
+    row: dict[str, Any],
+    kernel: CompiledKernel,
+    found: list[inspect_ptx.KernelStore],
+    code: inspect_ptx.Code,
 ) -> Iterator[str]:
     """What breaks a promise."""
     if row["spill_instructions"] or (
@@ -217,9 +222,9 @@ def problems(
     yield from stray_stores(kernel, found, code)
 
 
-def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Code) -> Iterator[str]:
+def stray_stores(kernel: CompiledKernel, found: list[inspect_ptx.KernelStore], code: inspect_ptx.Code) -> Iterator[str]:
     """What a kernel writes to global memory beyond weight, states, scales and a norm: a gradient, say."""
-    stored = listing.bytes_by_argument(found)
+    stored = inspect_ptx.bytes_by_argument(found)
     if stored != kernel.store_bytes:
         yield f"a program stores {stored}, not {kernel.store_bytes}"
     if code.other_writes:
@@ -239,7 +244,7 @@ def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Cod
 
 
 def versions() -> dict[str, str]:
-    found = {name: re.search(r"V[\d.]+", listing.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
+    found = {name: re.search(r"V[\d.]+", inspect_ptx.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
     return {"triton": triton.__version__, **{name: match[0] if match else "?" for name, match in found.items()}}
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from triton.runtime.driver import driver
 
-from benchmarks.common import print_table, write_result
-from benchmarks.compiled import Job, Listening, stored_by
 from gradfold.backends import MatmulUse, Scratch
 from gradfold.backends.triton import Triton, backend
+
+from .common import print_table, write_result
+from .compile_kernels import KernelJob, Listening, stored_by
 
 ROUNDS, CALLS = 15, 200
 
@@ -42,7 +43,7 @@ def main() -> None:
     backend._reachable = lambda weight: True  # a CPU's tensors, which nothing reads
     rows = []
     for states in ("fp32", "int8"):
-        weight, found, rule, numbers = stored_by(Job(90, states=states))
+        weight, found, rule, numbers = stored_by(KernelJob(90, states=states))
         n, k = weight.values.shape
         use = MatmulUse(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
         ours, arguments = Triton(Scratch()), (weight, found, [use], rule, {}, numbers)

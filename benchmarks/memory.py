@@ -3,7 +3,7 @@
 The last one takes each gradient as the fold does and drops it, so folded minus null is what folding itself needs. Runs
 the real step code on fake tensors (`--real`: on real ones; the figures are the same, but the model is then allocated).
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 import gradfold
-from common import (
+from gradfold.backends import Backend
+from gradfold.plan.plot import draw_step_memory
+from gradfold.plan.step import StepMemory, measure_step, step_memory
+from gradfold.plan.units import format_bytes
+
+from .common import (
     DTYPES,
     PEERS,
     SteppedInHooks,
@@ -28,10 +33,6 @@ from common import (
     random_batch,
     write_result,
 )
-from gradfold.backends import Backend
-from gradfold.plan.plot import draw_step_memory
-from gradfold.plan.step import StepMemory, measure_step, step_memory
-from gradfold.plan.units import format_bytes
 
 
 class NullBackend(Backend):

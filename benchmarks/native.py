@@ -4,7 +4,7 @@ One block [512, 2048], one thread, all cases in turn, so that what the machine d
 are the medians of the ratios to torch's fused AdamW in bf16 within each round. Compiling is timed with its own cache:
 once empty, once as the first run left it.
 
-    OMP_NUM_THREADS=1 python benchmarks/native.py
+    OMP_NUM_THREADS=1 python -m benchmarks.native
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from common import print_table, write_result
 from gradfold import rules
 from gradfold.backends import native
 from gradfold.codecs import state_codec, stream_key, weight_codec
+
+from .common import print_table, write_result
 
 ROWS, COLUMNS = 512, 2048
 ADAMW = {

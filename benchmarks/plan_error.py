@@ -4,8 +4,8 @@ Each configuration is predicted on fake tensors, for this processor. Then it is 
 own, under torch's profiler with `profile_memory=True`: the peak is the largest sum of the allocator's own events (every
 allocation and release, inside operators too), from before the model is built. Nothing of gradfold's meter is involved.
 
-    OMP_NUM_THREADS=1 python benchmarks/plan_error.py            # about 3 minutes
-    OMP_NUM_THREADS=1 python benchmarks/plan_error.py --only 0 4
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_error            # about 3 minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_error --only 0 4
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import print_table, write_result
 from gradfold import WorkingSet
 from gradfold.plan.models import Subject
 from gradfold.plan.predict import predict
@@ -29,6 +28,8 @@ from gradfold.plan.scene import Scene, enable_checkpointing, trainable
 from gradfold.plan.settings import Settings
 from gradfold.plan.step import run_step
 from gradfold.plan.units import format_bytes
+
+from .common import print_table, write_result
 
 MIB = 2**20
 

@@ -4,7 +4,7 @@ A bundle of events in chains by a few signers is written to a file. Timed, in on
 verifying it (every digest and signature, and the state made again), and merging two bundles of half the events each,
 which examines all of them again (their signatures are remembered by then).
 
-    python benchmarks/provenance.py
+    python -m benchmarks.provenance
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import print_table, write_result
 from gradfold.provenance import (
     Signer,
     TrustStore,
@@ -34,6 +33,8 @@ from gradfold.provenance import (
     verify,
     write_document,
 )
+
+from .common import print_table, write_result
 
 RECORD = {
     "metadata": {"submitted_at": "2026-01-01T00:00:00Z", "title_canon_sha256": "0" * 64},

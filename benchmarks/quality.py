@@ -8,8 +8,8 @@ Every variant of one suite and seed sees the same batches. The weights a run end
 in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
 kept in results/quality.json as they finish; those that are there are not run again.
 
-    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite finetune tiny_lr
-    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite scratch --texts TEXTS
+    OMP_NUM_THREADS=1 python -m benchmarks.quality --suite finetune tiny_lr
+    OMP_NUM_THREADS=1 python -m benchmarks.quality --suite scratch --texts TEXTS
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradfold
-from common import RESULTS, fill_table, fold_plain_head, print_table, write_result
 from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
-from tasks import Task, shakespeare, smollm2
+
+from .common import RESULTS, fill_table, fold_plain_head, print_table, write_result
+from .datasets import Task, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"

@@ -9,7 +9,7 @@ alike: with seed 0 every contestant walks the same ladder of rates from the same
 rate have been tried and are worse; the best rate then runs with the other seeds. Runs are kept in
 results/quality_workset.json as they finish; those that are there are not run again. Needs badam and peft.
 
-    OMP_NUM_THREADS=1 python benchmarks/quality_workset.py --texts TEXTS
+    OMP_NUM_THREADS=1 python -m benchmarks.quality_workset --texts TEXTS
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 
-from common import RESULTS, fill_table, print_table, write_result
-from contests import CHUNKS, INTERVAL, Contest, badam, distance_from_masked, full, lora, of_all, working_set
 from gradfold.errors import NonFiniteError
 from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
-from tasks import Task, shakespeare, smollm2
+
+from .common import RESULTS, fill_table, print_table, write_result
+from .datasets import Task, shakespeare, smollm2
+from .methods import CHUNKS, INTERVAL, Contest, badam, distance_from_masked, full, lora, of_all, working_set
 
 DOCS = Path(__file__).parent.parent / "docs"
 LADDER = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 1.5e-1)

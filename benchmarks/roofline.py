@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS, fill_table, print_table, write_result
 from gradfold.backends.triton import tile_configs
 from gradfold.codecs import state_codec, weight_codec
+
+from .common import RESULTS, fill_table, print_table, write_result
 
 PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
 PICTURE = PAGE.parent / "images" / "roofline.png"

@@ -4,8 +4,8 @@ Llama-2-7B's shape, bf16, checkpointed layers, AdamW with fp32 states that are i
 Some turns of one round are sampled, first and last included; of each the last step, in which the next chunk's states
 are fetched, and the change of chunks after it. What sleeps in host memory is not counted, what is on its way back is.
 
-    python benchmarks/workset_memory.py                      # about 10 minutes
-    python benchmarks/workset_memory.py --turns 3 --batch 1
+    python -m benchmarks.workset_memory                      # about 10 minutes
+    python -m benchmarks.workset_memory --turns 3 --batch 1
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
-from common import fold_plain_head, print_table, write_result
 from gradfold.plan.fake import SkipWrites
 from gradfold.plan.played import PlayedHost
 from gradfold.plan.trace import LiveBytes
+
+from .common import fold_plain_head, print_table, write_result
 
 GIB = 2**30
 

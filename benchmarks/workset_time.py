@@ -4,7 +4,7 @@ The three take one step each, in turn; the working set's chunk (and BAdam's bloc
 the mean over a round weighs every depth of backward alike. Reported: each method's mean over whole rounds of its own,
 as a part of torch's mean over the same steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/workset_time.py      # needs `pip install badam`, else without it; quiet machine
+    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # needs `pip install badam`, else without it; quiet machine
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import gradfold
-from common import (
+
+from .common import (
     DTYPES,
     PEERS,
     fold_plain_head,

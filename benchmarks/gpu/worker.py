@@ -95,6 +95,5 @@ def measured(case: Case) -> tuple[dict[str, Any], bool]:
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu import worker  # under its own name, so that suites raise the very classes that are caught
-
-    sys.exit(worker.main())
+    # Import this file under its own name, so that suites raise the very exception classes that are caught here.
+    sys.exit(importlib.import_module("benchmarks.gpu.worker").main())

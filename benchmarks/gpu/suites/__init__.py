@@ -1,4 +1,4 @@
-"""The suites of a run, in their order. Plain facts: who only starts processes and writes the report imports no torch."""
+"""The suites of a run, in their order. Imports no torch, so that the process which starts the others stays small."""
 
 from __future__ import annotations
 

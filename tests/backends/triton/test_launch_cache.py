@@ -13,7 +13,7 @@ import torch
 from triton.runtime.driver import driver
 
 import gradfold
-from benchmarks.compiled import Listening
+from benchmarks.compile_kernels import Listening
 from gradfold.backends import UNCHANGED, Change, MatmulUse, Scratch, Stored
 from gradfold.backends.triton import Triton, backend, launch_cache
 from gradfold.backends.triton.kernels.step import fold_step

@@ -24,7 +24,7 @@ _WRITES = re.compile(
 )
 
 
-class Store(NamedTuple):
+class KernelStore(NamedTuple):
     """One ``tl.store``."""
 
     argument: str  # of the kernel, whose memory it writes
@@ -33,7 +33,7 @@ class Store(NamedTuple):
     wide: bool  # a tile, not one number per row
 
 
-def stores(ttir: str) -> list[Store]:
+def stores(ttir: str) -> list[KernelStore]:
     """Every store, traced to the argument its pointer comes from.
 
     Raises:
@@ -58,7 +58,7 @@ def stores(ttir: str) -> list[Store]:
                 raise ValueError(f"a store that cannot be traced to an argument: {line.strip()}")
             sizes = [int(size) for size in (shape[1] or "").split("x") if size]
             elements = math.prod(sizes)
-            made.append(Store(origin[pointer], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
+            made.append(KernelStore(origin[pointer], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
         elif "tt.store" in line:
             raise ValueError(f"a store that is not understood: {line.strip()}")
         elif found := _DEFINITION.match(line):
@@ -82,7 +82,7 @@ def _pointers(ttir: str) -> dict[str, str]:
     }
 
 
-def bytes_by_argument(found: list[Store]) -> dict[str, int]:
+def bytes_by_argument(found: list[KernelStore]) -> dict[str, int]:
     total: dict[str, int] = {}
     for store in found:
         total[store.argument] = total.get(store.argument, 0) + store.nbytes
@@ -120,7 +120,7 @@ def tool(name: str, *words: str) -> str:
     return subprocess.run([str(TOOLS / name), *words], capture_output=True, text=True, check=True).stdout
 
 
-def read(cubin: bytes) -> tuple[Code, Usage]:
+def read_cubin(cubin: bytes) -> tuple[Code, Usage]:
     """Disassemble."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gradfold
-from common import fold_plain_head
-from tasks import Task
+
+from .common import fold_plain_head
+from .datasets import Task
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 CHUNKS, INTERVAL = 8, 4

@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Job:
+class KernelJob:
     """One kernel: a rule, how weight and states are stored, what the gradient is made of, a processor."""
 
     arch: int  # 90 for sm_90
@@ -58,10 +58,10 @@ class Job:
         return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}{'-bias' if self.biased else ''}"
 
 
-class Compiled(NamedTuple):
+class CompiledKernel(NamedTuple):
     """What the compiler made of a job."""
 
-    job: Job
+    job: KernelJob
     asm: dict[str, Any]  # "ttir", "ptx": text; "cubin": bytes
     metadata: Any
     store_bytes: dict[str, int]  # what one program may store: bytes by the kernel's argument
@@ -120,7 +120,7 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def build(job: Job) -> Compiled:
+def compile_kernel(job: KernelJob) -> CompiledKernel:
     """Compile, or take from Triton's cache. Nothing runs."""
     weight, states, rule, numbers = stored_by(job)
     tensors = tensors_of([weight] if job.norm_only else [weight, *states])
@@ -152,10 +152,10 @@ def build(job: Job) -> Compiled:
         first, others, _, _ = stored_by(job, (ROWS,))
         allowed["bias_firsts"] = round(sum(_bytes_per_element([first, *others]).values()) * job.tiles.bn)
         allowed["norms"] *= 2
-    return Compiled(job, dict(kernel.asm), kernel.metadata, allowed, tile)
+    return CompiledKernel(job, dict(kernel.asm), kernel.metadata, allowed, tile)
 
 
-def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
+def stored_by(job: KernelJob, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
     """Weight, states, rule and one step's numbers, as a fold of this optimizer has them in the middle of training."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=DTYPES[job.weight]))
     options = {"states": job.states, "rounding": job.rounding, "master": job.master}
@@ -171,7 +171,7 @@ def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Store
     return weight, states, rule, numbers
 
 
-def use_of(job: Job) -> MatmulUse | GatherUse | DenseUse:
+def use_of(job: KernelJob) -> MatmulUse | GatherUse | DenseUse:
     dtype = DTYPES[job.operands]
     if job.kind == tile_configs.GATHER:
         return GatherUse(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
