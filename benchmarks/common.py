@@ -35,6 +35,10 @@ class Peer:
     torch: Callable[..., torch.optim.Optimizer]
     torch_options: dict[str, Any]
 
+    def torch_optimizer(self, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """torch's optimizer of this rule, in its fastest variant."""
+        return self.torch(params, lr=lr, **self.torch_options)
+
 
 PEERS = {
     "adamw": Peer(gradfold.AdamW, torch.optim.AdamW, {"fused": True}),
@@ -47,38 +51,41 @@ PEERS = {
 }
 
 
-class SteppedInHooks:
-    """The common way to free gradients early: an optimizer per parameter, stepped as soon as its gradient arrives."""
+def llama_config(
+    layers: int = 12,
+    tied: bool = False,
+    *,
+    hidden: int = 768,
+    intermediate: int = 2048,
+    vocabulary: int = 10_240,
+    heads: int = 12,
+    kv_heads: int | None = None,
+    max_positions: int = 2048,
+) -> Any:
+    """The `LlamaConfig` of every benchmark; by default 100.7 M parameters.
 
-    def __init__(self, params: Iterable[nn.Parameter], rule: str, lr: float):
-        peer = PEERS[rule]
-        self.param_groups: list[dict[str, Any]] = []
-        self.state: dict[nn.Parameter, Any] = {}
-        for param in params:
-            optimizer = peer.torch([param], lr=lr, **peer.torch_options)
-            self.state[param] = optimizer.state  # filled by its first step
-            param.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: self._consume(p, optimizer))
+    Those are 12 untied layers: 84.9 M in the layers, 7.9 M each in embedding and head.
 
-    def _consume(self, param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-        param.grad = None
-
-    def step(self) -> None: ...
-
-    def zero_grad(self) -> None: ...
-
-
-def llama_config(layers: int = 12, tied: bool = False) -> Any:
-    """A Llama of 100.7 M parameters (12 layers, untied): 84.9 M in the layers, 7.9 M each in embedding and head."""
+    Args:
+        layers: Decoder layers.
+        tied: Whether the head shares the embedding's weight.
+        hidden: Width of the model.
+        intermediate: Width of the MLP.
+        vocabulary: Rows of embedding and head.
+        heads: Attention heads.
+        kv_heads: Key and value heads; None for as many as ``heads``.
+        max_positions: Longest sequence.
+    """
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=10_240,
-        hidden_size=768,
-        intermediate_size=2048,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=tied,
         use_cache=False,
     )

@@ -25,7 +25,6 @@ from gradfold.plan.units import format_bytes
 from .common import (
     DTYPES,
     PEERS,
-    SteppedInHooks,
     fold_plain_head,
     llama,
     llama_config,
@@ -33,6 +32,7 @@ from .common import (
     random_batch,
     write_result,
 )
+from .peers.hooks import SteppedInHooks
 
 
 class NullBackend(Backend):
@@ -108,8 +108,8 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: b
     peer = PEERS[rule]
     lr = 1e-4
     kinds = {
-        "plain": (lambda params: peer.torch(params, lr=lr, **peer.torch_options), False),
-        "hooks": (lambda params: SteppedInHooks(params, rule, lr), False),
+        "plain": (lambda params: peer.torch_optimizer(params, lr), False),
+        "hooks": (lambda params: SteppedInHooks(params, lambda one: peer.torch_optimizer(one, lr)), False),
         "folded": (lambda params: peer.gradfold(params, lr=lr), fold_plain_head),
         "null": (lambda params: peer.gradfold(params, lr=lr), null_fold),
     }

@@ -29,18 +29,14 @@ from gradfold.plan.settings import Settings
 from gradfold.plan.step import run_step
 from gradfold.plan.units import format_bytes
 
-from .common import print_table, write_result
+from .common import llama_config, print_table, write_result
 
 MIB = 2**20
 
 
-def llama(**changes: Any) -> Any:
+def small_llama(tied: bool = False) -> Any:
     """17 M parameters in 6 layers, 8 M in embedding and head each."""
-    from transformers import LlamaConfig
-
-    sizes = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaConfig(**(sizes | heads | changes), use_cache=False)
+    return llama_config(6, tied, hidden=512, intermediate=1408, vocabulary=16_000, heads=8, kv_heads=4)
 
 
 def gemma2() -> Any:
@@ -86,8 +82,8 @@ class Case:
 
     def subject(self) -> Subject:
         makers = {
-            "llama": llama,
-            "llama, tied": lambda: llama(tie_word_embeddings=True),
+            "llama": small_llama,
+            "llama, tied": lambda: small_llama(tied=True),
             "gemma2": gemma2,
             "qwen3": qwen3,
             "gpt2": gpt2,

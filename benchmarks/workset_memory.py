@@ -24,23 +24,14 @@ from gradfold.plan.fake import SkipWrites
 from gradfold.plan.played import PlayedHost
 from gradfold.plan.trace import LiveBytes
 
-from .common import fold_plain_head, print_table, write_result
+from .common import fold_plain_head, llama_config, print_table, write_result
 
 GIB = 2**30
 
 
 def llama_2_7b() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
+    """Llama-2-7B's shape."""
+    return llama_config(32, hidden=4096, intermediate=11_008, vocabulary=32_000, heads=32, max_positions=4096)
 
 
 def main() -> None:

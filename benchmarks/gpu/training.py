@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import gradfold
-from benchmarks.common import SteppedInHooks, fold_plain_head, llama
+from benchmarks.common import fold_plain_head, llama, llama_config
+from benchmarks.peers.hooks import SteppedInHooks
 
 from .context import Context
 from .kernel import using
@@ -33,18 +34,8 @@ def tokens_of(context: Context) -> int:
 
 def config_of(shape: dict[str, int], layers: int) -> Any:
     """Llama-3.1-8B's, or of its proportions."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape["vocabulary"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=layers,
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"] * shape["heads"] // shape["hidden"],
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    sizes = {name: shape[name] for name in ("hidden", "intermediate", "vocabulary", "heads")}
+    return llama_config(layers, kv_heads=shape["kv"] * shape["heads"] // shape["hidden"], **sizes)
 
 
 def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
@@ -68,8 +59,14 @@ class Contestant(NamedTuple):
     close: Callable[[], None] = lambda: None
 
 
+def fused_adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's fused AdamW."""
+    return torch.optim.AdamW(params, lr=LR, fused=True)
+
+
 def torch_fused(model: nn.Module) -> Contestant:
-    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
+    """torch's fused AdamW on stored gradients."""
+    return Contestant(model, fused_adamw(model.parameters()))
 
 
 def torch_foreach(model: nn.Module) -> Contestant:
@@ -78,7 +75,7 @@ def torch_foreach(model: nn.Module) -> Contestant:
 
 def torch_hooks(model: nn.Module) -> Contestant:
     """Post-accumulate hooks, each with a fused AdamW of its own."""
-    return Contestant(model, SteppedInHooks(model.parameters(), "adamw", LR))
+    return Contestant(model, SteppedInHooks(model.parameters(), fused_adamw))
 
 
 def bitsandbytes(model: nn.Module) -> Contestant:

@@ -19,6 +19,7 @@ from benchmarks.gpu import training
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.result_files import OK, rows_in
 from benchmarks.gpu.worker import Case, LeftOut
+from benchmarks.peers.hooks import SteppedInHooks
 from gradfold.plan.step import StepMemory, step_memory
 
 NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
@@ -83,8 +84,8 @@ def predict(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
 
 def _predict(name: str, layers: int, shape: dict[str, int], tokens: int, device: torch.device) -> StepMemory:
     optimizers: dict[str, Callable[[Any], Any]] = {
-        "torch fused": lambda params: torch.optim.AdamW(params, lr=training.LR, fused=True),
-        "torch hooks": lambda params: training.SteppedInHooks(params, "adamw", training.LR),
+        "torch fused": training.fused_adamw,
+        "torch hooks": lambda params: SteppedInHooks(params, training.fused_adamw),
     }
     states = name.removeprefix("ours ")
     make = optimizers.get(name, lambda params: gradfold.AdamW(params, lr=training.LR, states=states, small_size=1))
