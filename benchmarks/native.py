@@ -40,13 +40,13 @@ ADAMW = {
 }
 LION = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01, "maximize": False}
 BF16, FP32 = torch.bfloat16, torch.float32
-CASES: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, str]] = {
-    "AdamW bf16 stochastic, int8": (rules.Adam(), ADAMW, BF16, None, "int8"),
-    "AdamW bf16 stochastic, int4": (rules.Adam(), ADAMW, BF16, None, "int4"),
-    "AdamW bf16 stochastic, bf16": (rules.Adam(), ADAMW, BF16, None, "bf16"),
-    "AdamW bf16 + split8, int8": (rules.Adam(), ADAMW, BF16, "split8", "int8"),
-    "AdamW fp32, int8": (rules.Adam(), ADAMW, FP32, None, "int8"),
-    "Lion bf16 stochastic, int8": (rules.Lion(), LION, BF16, None, "int8"),
+STORED_AS: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, str]] = {
+    "AdamW bf16 stochastic, int8": (rules.AdamRule(), ADAMW, BF16, None, "int8"),
+    "AdamW bf16 stochastic, int4": (rules.AdamRule(), ADAMW, BF16, None, "int4"),
+    "AdamW bf16 stochastic, bf16": (rules.AdamRule(), ADAMW, BF16, None, "bf16"),
+    "AdamW bf16 + split8, int8": (rules.AdamRule(), ADAMW, BF16, "split8", "int8"),
+    "AdamW fp32, int8": (rules.AdamRule(), ADAMW, FP32, None, "int8"),
+    "Lion bf16 stochastic, int8": (rules.LionRule(), LION, BF16, None, "int8"),
 }
 REFERENCE = "torch fused AdamW, bf16"
 
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile_only:
-        for name in CASES:
+        for name in STORED_AS:
             started = time.perf_counter()
             prepare(name)
             print(f"{time.perf_counter() - started:.4f}")
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["GRADFOLD_CACHE"] = cache
         cold, cached = compile_seconds(), compile_seconds()
-        steps = {name: prepare(name) for name in CASES}
+        steps = {name: prepare(name) for name in STORED_AS}
     steps |= {REFERENCE: fused(BF16), "torch fused AdamW, fp32": fused(FP32)}
 
     times_ms: dict[str, list[float]] = {name: [] for name in steps}
@@ -119,12 +119,12 @@ def compile_seconds() -> dict[str, float]:
     """Seconds to make each kernel in a new process, with the cache as it is."""
     command = [sys.executable, __file__, "--compile-only"]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
-    return dict(zip(CASES, map(float, done.stdout.split()), strict=True))
+    return dict(zip(STORED_AS, map(float, done.stdout.split()), strict=True))
 
 
 def prepare(name: str) -> Callable[[], None]:
     """A function that steps one block."""
-    rule, group, dtype, master, states = CASES[name]
+    rule, group, dtype, master, states = STORED_AS[name]
     numbers = rule.advance({"step": torch.tensor(3.0)}, group, False)
     specs = rule.states(group)
     codecs = [weight_codec(dtype, master), *(state_codec(states, spec.signed) for spec in specs)]
@@ -151,7 +151,7 @@ def fused(dtype: torch.dtype) -> Callable[[], None]:
     weight, grad, exp_avg, exp_avg_sq = (torch.zeros(ROWS, COLUMNS, dtype=dtype) for _ in range(4))
     for t in (weight, grad):
         t.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    rule = rules.Adam()
+    rule = rules.AdamRule()
     numbers = rule.advance({"step": torch.tensor(3.0)}, ADAMW, False)
     return lambda: rule.fused(weight, grad, [exp_avg, exp_avg_sq], numbers)
 

@@ -91,7 +91,7 @@ class Blocks(Codec):
 
     def _encode_block(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[..., n]``, one block in its last dimension, to stored codes and scales ``[..., 1]``."""
-        scale = largest(x)
+        scale = largest_magnitude(x)
         inverse = scale.clamp(min=2.0**-126).reciprocal()  # finite; a literal: see log_codes.py on constants
         return self.pack(self.log_code.encode(x * inverse, bits)), scale
 
@@ -99,7 +99,7 @@ class Blocks(Codec):
         return self.log_code.decode(self.unpack(stored, n)) * scale
 
 
-def largest(x: Tensor) -> Tensor:
+def largest_magnitude(x: Tensor) -> Tensor:
     """The largest magnitude along the last dimension, kept; NaN counts as larger than infinity.
 
     As integers, since an integer maximum does not depend on the order it is taken in and compiles to vector code.

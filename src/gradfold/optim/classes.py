@@ -11,13 +11,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from gradfold.rules import SGD as SGDRule
-from gradfold.rules import Adagrad as AdagradRule
-from gradfold.rules import Adam as AdamRule
-from gradfold.rules import Lion as LionRule
-from gradfold.rules import NAdam as NAdamRule
-from gradfold.rules import RAdam as RAdamRule
-from gradfold.rules import RMSprop as RMSpropRule
+from gradfold.rules import AdagradRule, AdamRule, LionRule, NAdamRule, RAdamRule, RMSpropRule, SGDRule
 
 from .base import RuleOptimizer
 from .options import StorageOptions

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gradfold.plan.trace import LiveBytes
-from gradfold.workset import Host
+from gradfold.workset import HostStore
 from gradfold.workset.store import bytes_of
 
 
-class PlayedHost(Host):
+class PlayedHost(HostStore):
     """The working set's host memory. What is put here leaves the meter; what is fetched is on its way (`staging`)
     until it is taken."""
 

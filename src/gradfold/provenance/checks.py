@@ -10,7 +10,7 @@ from .canonical import check_json, part_sha256_hex
 from .errors import ProvenanceError
 from .events import (
     ENTRY_FIELDS,
-    FIELDS,
+    EVENT_FIELDS,
     LISTS,
     OTHER_RECORDS,
     RECORD,
@@ -97,9 +97,12 @@ def check_event(event: Any, subject: str | None, keys: Keyring, at: Checker, sig
         at.test("structure", False, "is {}, not an object", event)
         return
     wrong = [
-        name for name, kinds in FIELDS.items() if signed or name != "signature" if type(event.get(name)) not in kinds
+        name
+        for name, kinds in EVENT_FIELDS.items()
+        if signed or name != "signature"
+        if type(event.get(name)) not in kinds
     ]
-    extra = event.keys() - FIELDS.keys()
+    extra = event.keys() - EVENT_FIELDS.keys()
     if wrong:
         at.test("structure", False, f"missing or of another type: {', '.join(wrong)}")
     else:

@@ -25,7 +25,7 @@ LISTS = {
 OTHER_RECORDS = "other_records_created"
 """Where a state keeps a second `record_created`, if there is one, so that merging loses nothing."""
 
-FIELDS: dict[str, tuple[type, ...]] = {
+EVENT_FIELDS: dict[str, tuple[type, ...]] = {
     "event_type": (str,),
     "subject_pith_number": (str,),
     "target": (str,),

@@ -111,7 +111,7 @@ def artifact(path: str | os.PathLike[str], data: bytes | None = None) -> dict[st
     return {"name": Path(path).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def unit_of(path: str) -> str | None:
+def unit_in_name(path: str) -> str | None:
     """The unit that a dotted name says: of `step.torch_ms_median` "ms"; None if it says none."""
     for word in reversed(re.split(r"[._\[\]]+", path.lower())):
         if word in UNITS:
@@ -132,7 +132,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     """A row as figures with units, and the conditions they were measured under. Series stay in the artifact."""
     figures, conditions = [], {}
     for path, value in _leaves(row):
-        unit = unit_of(path) if type(value) in (int, float) else None
+        unit = unit_in_name(path) if type(value) in (int, float) else None
         if unit is None:
             conditions[path] = value
         else:

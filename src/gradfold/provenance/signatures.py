@@ -7,7 +7,7 @@ from typing import Any
 from .identity import instant
 from .keys import decode_base64
 from .report import Checker, Status, brief, typed
-from .trust import Keyring, Missing
+from .trust import Keyring, MissingKey
 
 RECEIPT_MESSAGE = "canonical_sha256_bytes"
 EVENT_MESSAGE = "open_graph_event_sha256_bytes"
@@ -42,7 +42,7 @@ def check_signature(
         at.note(f"{prefix}signature", Status.NOT_CHECKED, "there is no key to check it with")
         return
     found = keys.find(key_id, fingerprint)
-    if isinstance(found, Missing):
+    if isinstance(found, MissingKey):
         at.note(f"{prefix}{found.name}", Status.FAIL, found.reason, intrinsic=found.name != "key" or brings_keys)
         at.note(f"{prefix}signature", Status.NOT_CHECKED, "there is no key to check it with")
         return

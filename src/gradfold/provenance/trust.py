@@ -33,7 +33,7 @@ KEY_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundKey:
     """A key for a signature, and what is to be said of it."""
 
     key: PublicKey
@@ -45,7 +45,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingKey:
     """Why there is no key: `name` is the check that fails."""
 
     name: str
@@ -119,14 +119,14 @@ class Keyring:
         for key in (PITH_REGISTRY, *claims):
             self._claims.setdefault(key.fingerprint, []).append(key)
 
-    def find(self, key_id: str, fingerprint: str) -> Found | Missing:
+    def find(self, key_id: str, fingerprint: str) -> FoundKey | MissingKey:
         """The key that a signature names by id and fingerprint."""
         if (owner := RESERVED.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
-            return Missing("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
+            return MissingKey("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
         listed = self._claims.get(fingerprint, [])
         ids = [key.key_id for key in listed]
         if ids and None not in ids and key_id not in ids:
-            return Missing("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
+            return MissingKey("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
         trusted = self.store.find(fingerprint)
         clash = ""
         if (owner := self.store.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
@@ -134,5 +134,5 @@ class Keyring:
         elif trusted is not None and trusted.key_id not in (None, key_id):
             clash = f"is {brief(key_id)}, but that key is trusted as {brief(trusted.key_id)}"
         if listed or trusted is not None:
-            return Found(trusted or listed[0], trusted is not None, bool(listed), clash)
-        return Missing("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")
+            return FoundKey(trusted or listed[0], trusted is not None, bool(listed), clash)
+        return MissingKey("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")

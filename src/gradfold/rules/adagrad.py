@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, step_tensor, tick
+from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
-class Numbers(NamedTuple):
+class AdagradNumbers(NamedTuple):
     step: float
     lr: float
     lr_decay: float
@@ -25,7 +25,7 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class Adagrad(Rule):
+class AdagradRule(Rule):
     """Adagrad with learning-rate decay."""
 
     name = "adagrad"
@@ -35,8 +35,8 @@ class Adagrad(Rule):
         return (State("sum", init=group["initial_accumulator_value"], signed=False),)
 
     def advance(self, counters, group, fresh):
-        return Numbers(
-            step=tick(counters),
+        return AdagradNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             lr_decay=group["lr_decay"],
             eps=group["eps"],
@@ -46,7 +46,7 @@ class Adagrad(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n, (total,) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         total.addcmul_(grad, grad)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, step_tensor, tick
+from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
-class Numbers(NamedTuple):
+class AdamNumbers(NamedTuple):
     step: float
     lr: float
     beta1: float
@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class Adam(Rule):
+class AdamRule(Rule):
     """Adam; the group's ``decoupled_weight_decay`` makes it AdamW."""
 
     name = "adam"
@@ -45,8 +45,8 @@ class Adam(Rule):
 
     def advance(self, counters, group, fresh):
         beta1, beta2 = map(number, group["betas"])
-        return Numbers(
-            step=tick(counters),
+        return AdamNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             beta1=beta1,
             beta2=beta2,
@@ -59,7 +59,7 @@ class Adam(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:

@@ -97,13 +97,13 @@ def pick(condition: bool | Tensor, yes: Callable[[], Any], no: Any) -> Any:
     return yes() if condition else no
 
 
-def tick(counters: MutableMapping[str, Tensor]) -> float:
+def next_step(counters: MutableMapping[str, Tensor]) -> float:
     """Add one to ``step`` and return it."""
     counters["step"] += 1
     return number(counters["step"])
 
 
-def signed(grad: Tensor, maximize: bool) -> Tensor:
+def descent_gradient(grad: Tensor, maximize: bool) -> Tensor:
     """The gradient of what is minimised, in place."""
     return grad.neg_() if maximize else grad
 

@@ -16,10 +16,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number
 
 
-class Numbers(NamedTuple):
+class NAdamNumbers(NamedTuple):
     step: float
     lr: float
     beta1: float
@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     avg_rate: float  # what exp_avg / d is multiplied by, before the sign
 
 
-class NAdam(Rule):
+class NAdamRule(Rule):
     """Adam with Nesterov's look-ahead."""
 
     name = "nadam"
@@ -43,7 +43,7 @@ class NAdam(Rule):
         return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
-        step, lr = tick(counters), number(group["lr"])
+        step, lr = next_step(counters), number(group["lr"])
         beta1, beta2 = map(number, group["betas"])
 
         def mu(t: float) -> float:
@@ -51,7 +51,7 @@ class NAdam(Rule):
 
         counters["mu_product"] *= mu(step)
         product, following = number(counters["mu_product"]), mu(step + 1)
-        return Numbers(
+        return NAdamNumbers(
             step=step,
             lr=lr,
             beta1=beta1,
@@ -66,7 +66,7 @@ class NAdam(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n, (exp_avg, exp_avg_sq) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:

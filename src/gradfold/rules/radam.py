@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, pick, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number, pick
 
 
-class Numbers(NamedTuple):
+class RAdamNumbers(NamedTuple):
     lr: float
     beta1: float
     beta2: float
@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     adaptive: bool  # the variance is tractable: divide by sqrt(exp_avg_sq)
 
 
-class RAdam(Rule):
+class RAdamRule(Rule):
     """Adam whose adaptive rate waits until its variance is tractable."""
 
     name = "radam"
@@ -42,7 +42,7 @@ class RAdam(Rule):
         return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
-        step, lr = tick(counters), number(group["lr"])
+        step, lr = next_step(counters), number(group["lr"])
         beta1, beta2 = map(number, group["betas"])
         correction2 = 1 - beta2**step
         rho_inf = 2 / (1 - beta2) - 1
@@ -54,7 +54,7 @@ class RAdam(Rule):
             return plain * (ratio * correction2) ** 0.5
 
         rate = pick(rho > 5.0, rectified, plain)
-        return Numbers(
+        return RAdamNumbers(
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -68,7 +68,7 @@ class RAdam(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n, (exp_avg, exp_avg_sq) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number
 
 
-class Numbers(NamedTuple):
+class RMSpropNumbers(NamedTuple):
     step: float
     lr: float
     alpha: float
@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class RMSprop(Rule):
+class RMSpropRule(Rule):
     """RMSprop with optional momentum and centering."""
 
     name = "rmsprop"
@@ -47,8 +47,8 @@ class RMSprop(Rule):
         return tuple(states)
 
     def advance(self, counters, group, fresh):
-        return Numbers(
-            step=tick(counters),
+        return RMSpropNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             alpha=group["alpha"],
             eps=group["eps"],
@@ -60,7 +60,7 @@ class RMSprop(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n, square_avg = numbers, states[0]
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         square_avg.mul_(n.alpha).addcmul_(grad, grad, value=1 - n.alpha)

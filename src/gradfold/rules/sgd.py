@@ -15,10 +15,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed
+from .base import Rule, State, descent_gradient, number
 
 
-class Numbers(NamedTuple):
+class SGDNumbers(NamedTuple):
     lr: float
     momentum: float
     dampening: float
@@ -28,7 +28,7 @@ class Numbers(NamedTuple):
     first: bool  # the momentum buffer starts as the gradient itself, undampened
 
 
-class SGD(Rule):
+class SGDRule(Rule):
     """SGD with momentum, dampening and Nesterov's form."""
 
     name = "sgd"
@@ -42,7 +42,7 @@ class SGD(Rule):
         return 0
 
     def advance(self, counters, group, fresh):
-        return Numbers(
+        return SGDNumbers(
             lr=number(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -54,7 +54,7 @@ class SGD(Rule):
 
     def update(self, weight, grad, states, numbers, scratch):
         n = numbers
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         if n.momentum:

@@ -39,12 +39,12 @@ Chunk = tuple[Slice, ...]  # in model order
 Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]  # what a user's set is made of
 
 
-def rows(shape: tuple[int, ...]) -> int:
+def row_count(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
 def whole(piece: Piece) -> Slice:
-    return Slice(piece.name, 0, 0, rows(piece.shape))
+    return Slice(piece.name, 0, 0, row_count(piece.shape))
 
 
 class _Item(NamedTuple):
@@ -175,7 +175,7 @@ def cut_own(pieces: Sequence[Piece], sets: Sequence[Sequence[Own]]) -> list[Chun
             continue
         for chunk in made:
             for part in [part for part in chunk if part.name == weight]:
-                same = rows(by_name[mate].shape) == rows(by_name[weight].shape)
+                same = row_count(by_name[mate].shape) == row_count(by_name[weight].shape)
                 if part.dim == 0 and same:
                     chunk.append(part._replace(name=mate))
                 elif part.start == 0:
@@ -256,7 +256,7 @@ def _joined(pieces: Iterable[Piece], axis: str) -> dict[str, str]:
         weight = by_name.get(piece.mate or "")
         if weight is None or weight.mate in by_name or len(piece.shape) > 1:
             continue
-        if axis == "in" or rows(piece.shape) == rows(weight.shape):
+        if axis == "in" or row_count(piece.shape) == row_count(weight.shape):
             joined[piece.name] = weight.name
     return joined
 
@@ -274,12 +274,12 @@ def _items(pieces: Sequence[Piece], axis: str) -> list[_Item]:
         follow = tuple(mates.get(piece.name, ()))
         own, theirs = Fraction(piece.bytes), sum((Fraction(mate.bytes) for mate in follow), Fraction(0))
         if axis == "out":
-            extent = rows(piece.shape)
+            extent = row_count(piece.shape)
             items.append(_Item(piece, follow, 0, extent, 1, (own + theirs) / extent, Fraction(0)))
         elif len(piece.shape) < 2:
             items.append(_Item(piece, follow, -1, 1, 1, own + theirs, Fraction(0)))
         elif len(piece.shape) > 2:  # its columns are not evenly spaced in memory
-            extent = rows(piece.shape)
+            extent = row_count(piece.shape)
             items.append(_Item(piece, follow, 0, extent, 1, own / extent, theirs))
         else:
             extent = piece.shape[1]

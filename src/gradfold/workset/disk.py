@@ -25,7 +25,7 @@ from .store import Device, bring, bytes_of
 SUFFIX = ".safetensors"
 
 
-class Disk:
+class DiskStore:
     """Files in ``folder``, which is made if need be.
 
     Whole files found there belong to an earlier process: they are kept, since a checkpoint may name them, until

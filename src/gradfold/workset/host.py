@@ -10,7 +10,7 @@ from torch import Tensor
 from .store import Device, bring, bytes_of, counters
 
 
-class Host:
+class HostStore:
     """States of a CUDA device move by a side stream, in both directions; those of a CPU are kept as they are.
 
     The CUDA tensors of one key are on one device.

@@ -54,7 +54,7 @@ class Store(Protocol):
         ...
 
 
-class Resident:
+class ResidentStore:
     """``offload=None``: states stay where they are."""
 
     def __init__(self) -> None:

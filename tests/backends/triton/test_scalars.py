@@ -43,5 +43,5 @@ def test_nothing_is_copied_from_the_host_while_a_graph_is_captured(monkeypatch):
     transfer = pytest.importorskip("gradfold.backends.triton.transfer", exc_type=ImportError)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(FoldError, match="CUDA graph is being captured.*capturable=True"):
-        transfer.on_device(np.zeros(3), torch.device("cuda"))
-    assert transfer.on_device(np.zeros(3), torch.device("cpu")).tolist() == [0, 0, 0]
+        transfer.to_device(np.zeros(3), torch.device("cuda"))
+    assert transfer.to_device(np.zeros(3), torch.device("cpu")).tolist() == [0, 0, 0]

@@ -20,7 +20,7 @@ from gradfold.backends.uses import DenseUse, HeadUse, MatmulUse, Use
 from gradfold.rules import Group, Rule
 
 from . import tile_configs
-from .batched import PLAIN, by_kind, small, step_batched
+from .batched import PLAIN_FORMATS, by_kind, small, step_batched
 from .kernels.step import fold_step
 from .launch import (
     Bias,
@@ -29,7 +29,7 @@ from .launch import (
     arguments,
     counts_of,
     describable,
-    narrowed,
+    narrowed_tensors,
     product_arguments,
     source_of,
     tensors_of,
@@ -107,7 +107,10 @@ class Triton:
         other = self._prepared([bias.weight, *bias.states], bias.rule)
         if prepared is None or other is None or type(job.rule) is not type(bias.rule):
             return None
-        if not PLAIN.issuperset(other.tensors.formats) or other.tensors.formats[0] != prepared.tensors.formats[0]:
+        if (
+            not PLAIN_FORMATS.issuperset(other.tensors.formats)
+            or other.tensors.formats[0] != prepared.tensors.formats[0]
+        ):
             return None
         flags, scalars = _numbers(prepared, job)
         along = Bias(other.tensors, *_numbers(other, bias))
@@ -246,7 +249,7 @@ class Triton:
                 use.add(grad, start, stop)
             source = source_of([DenseUse(grad)], stop - start, columns, scalars, self.where)
             assert source is not None
-            block = narrowed(tensors, start, stop)
+            block = narrowed_tensors(tensors, start, stop)
             norms.append(self._launch(block, source, twin, flags, scalars, change)[0][0].tiles)
         return Pending(torch.cat(norms))
 

@@ -16,11 +16,11 @@ from .kernels import codecs
 from .kernels.batched import fold_batched
 from .launch import Tensors, tensors_of
 from .scalars import Twin, as_tensor, flags_of, twin_of
-from .transfer import capturing, on_device
+from .transfer import capturing, to_device
 
-BLOCK = 1024  # elements of a program
-LARGEST = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
-PLAIN = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
+BLOCK_ELEMENTS = 1024  # elements of a program
+MAX_ELEMENTS = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
+PLAIN_FORMATS = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
 
 
 def small(weight: Tensor, uses: Sequence[Use]) -> bool:
@@ -28,7 +28,7 @@ def small(weight: Tensor, uses: Sequence[Use]) -> bool:
     if capturing(weight.device):
         return False
     dense = len(uses) == 1 and isinstance(uses[0], DenseUse)
-    return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(uses).is_contiguous()
+    return dense and 0 < weight.numel() <= MAX_ELEMENTS and weight.is_contiguous() and _grad(uses).is_contiguous()
 
 
 def _grad(uses: Sequence[Use]) -> Tensor:
@@ -36,7 +36,7 @@ def _grad(uses: Sequence[Use]) -> Tensor:
     return uses[0].grad
 
 
-class Kind(NamedTuple):
+class BatchKind(NamedTuple):
     """What a launch has in common; all but the device are constants of the kernel."""
 
     twin: Twin
@@ -49,11 +49,11 @@ class Kind(NamedTuple):
     device: torch.device
 
 
-def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
+def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
     """None for a parameter that these kernels do not take."""
     twin = twin_of(job.rule)
     tensors = tensors_of([job.weight, *job.states]) if twin is not None and small(job.weight.values, job.uses) else None
-    if twin is None or tensors is None or not PLAIN.issuperset(tensors.formats) or tensors.large:
+    if twin is None or tensors is None or not PLAIN_FORMATS.issuperset(tensors.formats) or tensors.large:
         return None
     if not all(first.is_contiguous() for first in (*tensors.firsts, *tensors.seconds)):
         return None
@@ -62,14 +62,14 @@ def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
         return None
     flags = flags_of(twin, job.numbers)
     limited, guarded = job.change.clip_value is not None, job.change.guarded
-    return Kind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
+    return BatchKind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
 
 
-def step_batched(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
+def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
     """Step parameters of one kind; the norms of each one's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
-        count = -(-job.weight.values.numel() // BLOCK)
+        count = -(-job.weight.values.numel() // BLOCK_ELEMENTS)
         row = [_grad(job.uses).data_ptr(), job.weight.values.numel(), one.offset]
         for first, second in zip(one.firsts, one.seconds, strict=True):
             row += [first.data_ptr(), second.data_ptr()]
@@ -83,8 +83,8 @@ def step_batched(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) ->
     kernel: Any = fold_batched
     kernel[(len(blocks),)](
         _grad(jobs[0].uses),
-        on_device(np.asarray(rows, np.int64), kind.device),
-        on_device(np.asarray(blocks, np.int64), kind.device),
+        to_device(np.asarray(rows, np.int64), kind.device),
+        to_device(np.asarray(blocks, np.int64), kind.device),
         _scalars(kind, jobs),
         torch.stack([one.words for one in tensors]),
         0.0 if limit is None else limit,
@@ -98,14 +98,14 @@ def step_batched(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) ->
         GUARDED=int(kind.guarded),
         LARGE=0,
         EXACT=int(kind.formats[0] == codecs.FP32.value),
-        BLOCK=BLOCK,
+        BLOCK=BLOCK_ELEMENTS,
         enable_fp_fusion=False,
         num_warps=4,
     )
     return list(norms.split(lengths))
 
 
-def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
+def _scalars(kind: BatchKind, jobs: Sequence[Job]) -> Tensor:
     """fp32 ``[P, count + 2]``: the rule's numbers, the step's as an int32, and what the gradient is multiplied by."""
     values, steps, scales = [], [], []
     for job in jobs:
@@ -119,7 +119,7 @@ def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
         host[:, :-2] = np.asarray(values, np.float64)
         host[:, -2] = np.asarray(steps, np.int64).astype(np.int32).view(np.float32)
         host[:, -1] = np.asarray(scales, np.float64)
-        return on_device(host, kind.device)
+        return to_device(host, kind.device)
     made = []
     for row, step in zip(numbers, steps, strict=True):
         floats = torch.stack([as_tensor(x, torch.float64, kind.device) for x in row]).to(torch.float32)

@@ -19,7 +19,7 @@ from gradfold.codecs import BLOCK, Codec, Plain, matrix
 from . import tile_configs
 from .kernels import codecs
 from .scalars import Twin
-from .transfer import on_device, stream_of
+from .transfer import stream_of, to_device
 
 _FORMATS = {
     "int8 signed": codecs.SIGNED8,
@@ -63,7 +63,7 @@ class Tensors(NamedTuple):
     stored_bytes: float  # per element of the weight, in values and codes
 
 
-def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
+def narrowed_tensors(tensors: Tensors, start: int, stop: int) -> Tensors:
     """Some of its rows."""
     return tensors._replace(
         rows=stop - start,
@@ -129,7 +129,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _words(words: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return on_device(np.asarray(words, np.int32), device)
+    return to_device(np.asarray(words, np.int32), device)
 
 
 def _rows_of(part: Tensor, rows: int) -> Tensor | None:
@@ -240,7 +240,7 @@ def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor)
     """Pointers and numbers as int64 on the device."""
     if not rows:
         return nothing
-    return on_device(
+    return to_device(
         np.asarray([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows], np.int64), device
     )
 

@@ -26,7 +26,7 @@ MAX_ENTRIES = 1 << 14  # parameters and slices that are remembered
 SCALARS_AT = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
 # norms, N, K, and a bias's
 
-PRODUCT = 5  # positions of the product, which come first
+PRODUCT_ARGUMENTS = 5  # positions of the product, which come first
 
 
 class Address:
@@ -49,7 +49,7 @@ class CompiledLaunch:
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
         for at in (
-            *range(PRODUCT),
+            *range(PRODUCT_ARGUMENTS),
             SCALARS_AT,
             SCALARS_AT + 5,
             SCALARS_AT + 7,

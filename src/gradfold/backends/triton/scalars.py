@@ -19,7 +19,7 @@ from gradfold import rules
 from gradfold.errors import FoldError
 
 from .kernels import rules as twins
-from .transfer import on_device, stream_of
+from .transfer import stream_of, to_device
 
 Scalar = Any  # a float, or a 0-d float64 tensor
 
@@ -70,7 +70,7 @@ def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Ten
     if not any(isinstance(value, Tensor) for value in (*values, step)):
         host = np.asarray([*values, 0], np.float32)
         host[-1:].view(np.int32)[0] = step
-        return on_device(host, device)
+        return to_device(host, device)
     scalars = torch.stack([as_tensor(value, torch.float64, device) for value in values]).to(torch.float32)
     return torch.cat([scalars, as_tensor(step, torch.int32, device).reshape(1).view(torch.float32)])
 
@@ -155,11 +155,11 @@ def _sign_flags(decoupled: bool) -> Callable[[Any], Sequence[Any]]:
 
 
 _TWINS: dict[type[rules.Rule], Twin] = {
-    rules.Adam: Twin(twins.adam, _adam_flags, _adam, 7),
-    rules.SGD: Twin(twins.sgd, _sgd_flags, _sgd, 4),
-    rules.Lion: Twin(twins.lion, _sign_flags(True), _lion, 6),
-    rules.RMSprop: Twin(twins.rmsprop, _rmsprop_flags, _rmsprop, 7),
-    rules.Adagrad: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
-    rules.NAdam: Twin(twins.nadam, _moments_flags, _nadam, 8),
-    rules.RAdam: Twin(twins.radam, _moments_flags, _radam, 7),
+    rules.AdamRule: Twin(twins.adam, _adam_flags, _adam, 7),
+    rules.SGDRule: Twin(twins.sgd, _sgd_flags, _sgd, 4),
+    rules.LionRule: Twin(twins.lion, _sign_flags(True), _lion, 6),
+    rules.RMSpropRule: Twin(twins.rmsprop, _rmsprop_flags, _rmsprop, 7),
+    rules.AdagradRule: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
+    rules.NAdamRule: Twin(twins.nadam, _moments_flags, _nadam, 8),
+    rules.RAdamRule: Twin(twins.radam, _moments_flags, _radam, 7),
 }

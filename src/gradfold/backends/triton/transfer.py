@@ -9,7 +9,7 @@ from torch import Tensor
 from gradfold.errors import FoldError
 
 
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """A tensor of these values there.
 
     Raises:
