@@ -52,7 +52,7 @@ def main() -> None:
             "states": states,
             "master": master,
             "parameters": count(model),
-            **measure(model, rule, states, master),
+            **measure_storage(model, rule, states, master),
         }
         for rule in RULES
         for states in STATES
@@ -68,7 +68,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def measure(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
+def measure_storage(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
     """Live bytes that folding adds."""
     kind, hyper = RULES[rule]
     gc.collect()

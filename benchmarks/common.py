@@ -210,6 +210,11 @@ def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None
     return path
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file; none where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """A plain table; the first column is text, the others are figures."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]

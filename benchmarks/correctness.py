@@ -50,7 +50,7 @@ class BadScene(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Verdict:
     verdict: str  # yes, no, refused, not offered; for a row that could not run: why
     distance: float | None = None
     note: str = ""
@@ -62,7 +62,7 @@ class Cell:
 # the scene ------------------------------------------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
+class TinyLayer(nn.Module):
     """A Linear with bias, a norm, a Linear without."""
 
     def __init__(self) -> None:
@@ -75,13 +75,13 @@ class Layer(nn.Module):
         return x + self.down(torch.tanh(self.norm(self.up(x))))
 
 
-class Net(nn.Module):
+class TinyNet(nn.Module):
     """Embedding, two layers, head, named as in a language model; tied: one matrix for both ends, layer 0 used twice."""
 
     def __init__(self, tied: bool):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = nn.ModuleList([TinyLayer(), TinyLayer()])
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.path = (0, 1, 0) if tied else (0, 1)
         if tied:
@@ -108,7 +108,7 @@ def schedule(step: int) -> float:
 
 
 @dataclasses.dataclass
-class Run:
+class Outcome:
     """A contestant and the judge's copy after some steps."""
 
     start: nn.Module
@@ -128,7 +128,7 @@ class Run:
 
 def make_net(kind: type[Contestant], tied: bool) -> nn.Module:
     torch.manual_seed(0)
-    return Net(tied).to(kind.dtype)
+    return TinyNet(tied).to(kind.dtype)
 
 
 def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
@@ -141,9 +141,9 @@ def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
     return math.sqrt(gap / total) if math.isfinite(gap) else math.inf
 
 
-def compare(
+def compare_runs(
     kind: type[Contestant], tied: bool = False, micro: int = 1, clip_norm: float | None = None, scheduled: bool = False
-) -> Run:
+) -> Outcome:
     """Train both for STEPS optimizer steps of ``micro`` micro-batches."""
     start = make_net(kind, tied)
     theirs, right = copy.deepcopy(start), copy.deepcopy(start)
@@ -161,7 +161,7 @@ def compare(
         norms.append((contestant.norm, true))
         for scheduler in schedulers:
             scheduler.step()
-    return Run(start, theirs, right, norms)
+    return Outcome(start, theirs, right, norms)
 
 
 def store_gradients(
@@ -213,7 +213,7 @@ def resume(kind: type[Contestant], order: str = "", factor: Callable[[int], floa
     return distance(start, weights[1], weights[0])
 
 
-def judge_resume(kind: type[Contestant]) -> Cell:
+def judge_resume(kind: type[Contestant]) -> Verdict:
     """The best of the ways in which a user may write it; the note has the others, and what a constant rate does."""
     figures, refusal = {}, ""
     for order in kind.orders:
@@ -223,15 +223,15 @@ def judge_resume(kind: type[Contestant]) -> Cell:
             refusal = refusal or message(error)
     ways = [f"{order}: {figure:.1g}" for order, figure in figures.items() if len(kind.orders) > 1]
     if not refusal and min(figures.values()) == 0.0:
-        return Cell("yes", 0.0, "; ".join(ways) if any(figures.values()) else kind.notes.get("resume", ""))
+        return Verdict("yes", 0.0, "; ".join(ways) if any(figures.values()) else kind.notes.get("resume", ""))
     if figures:
         best = min(figures, key=lambda order: figures[order])
         ways.append(f"with a constant learning rate: {resume(kind, best, lambda step: 1.0):.1g}")
     note = "; ".join(filter(None, [refusal, kind.notes.get("resume"), *ways]))
-    return Cell("refused", None, note) if refusal else Cell("no", figures[best], note)
+    return Verdict("refused", None, note) if refusal else Verdict("no", figures[best], note)
 
 
-def judge(kind: type[Contestant], column: str) -> Cell:
+def judge(kind: type[Contestant], column: str) -> Verdict:
     """One cell, from a run."""
     note = kind.notes.get(column, "")
     missing = kind.missing(column)
@@ -242,14 +242,14 @@ def judge(kind: type[Contestant], column: str) -> Cell:
     except (OutOfDate, BadScene):
         raise
     except Exception as error:  # whatever a peer raises is its answer
-        return Cell("refused", None, "; ".join(filter(None, [message(error), note])))
+        return Verdict("refused", None, "; ".join(filter(None, [message(error), note])))
     if figure is None:
-        return Cell("not offered", None, missing or "nothing is reported")
+        return Verdict("not offered", None, missing or "nothing is reported")
     if figure <= TOLERANCE[kind.dtype]:
-        return Cell("yes", figure, note)
+        return Verdict("yes", figure, note)
     if missing is not None:
-        return Cell("not offered", figure, f"{missing}; the figure is what comes of doing without")
-    return Cell("no", figure, note)
+        return Verdict("not offered", figure, f"{missing}; the figure is what comes of doing without")
+    return Verdict("no", figure, note)
 
 
 def message(error: Exception) -> str:
@@ -257,15 +257,15 @@ def message(error: Exception) -> str:
 
 
 MEASURES: dict[str, Callable[[type[Contestant]], float | None]] = {
-    "accumulation": lambda kind: compare(kind, micro=MICRO).distance(),
-    "clipping": lambda kind: compare(kind, clip_norm=CLIP_NORM).distance(),
-    "norm": lambda kind: compare(kind, clip_norm=CLIP_NORM).norm_error(),
-    "ties": lambda kind: compare(kind, tied=True).distance(),
-    "scheduler": lambda kind: compare(kind, scheduled=True).distance(),
+    "accumulation": lambda kind: compare_runs(kind, micro=MICRO).distance(),
+    "clipping": lambda kind: compare_runs(kind, clip_norm=CLIP_NORM).distance(),
+    "norm": lambda kind: compare_runs(kind, clip_norm=CLIP_NORM).norm_error(),
+    "ties": lambda kind: compare_runs(kind, tied=True).distance(),
+    "scheduler": lambda kind: compare_runs(kind, scheduled=True).distance(),
 }
 
 
-def row(kind: type[Contestant]) -> dict[str, Any]:
+def judge_all(kind: type[Contestant]) -> dict[str, Any]:
     """A contestant's cells, version and definition, flat, for the JSON file."""
     result: dict[str, Any] = {"contestant": kind.name, "package": kind.package, "dtype": str(kind.dtype)[6:]}
     try:
@@ -296,7 +296,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         if "unavailable" in each:
             lines.append([name, each["unavailable"], *["-"] * (len(COLUMNS) - 1)])
         else:
-            lines.append([name, *(str(Cell(each[key], each[f"{key}_distance_ratio"])) for key in COLUMNS)])
+            lines.append([name, *(str(Verdict(each[key], each[f"{key}_distance_ratio"])) for key in COLUMNS)])
     return ["", *COLUMNS.values()], lines
 
 
@@ -322,7 +322,7 @@ def main() -> None:
 
     rows = []
     for name in args.only or CONTESTANTS:
-        rows.append(row(CONTESTANTS[name]))
+        rows.append(judge_all(CONTESTANTS[name]))
     header, lines = table(rows)
     print_table(header, lines)
     print()

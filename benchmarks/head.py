@@ -47,14 +47,14 @@ class Head(nn.Module):
         return self.embed(batch["ids"]) if self.tied else batch["x"].detach().requires_grad_()
 
 
-Loss = Callable[[Head, dict[str, Tensor]], Tensor]
+HeadLoss = Callable[[Head, dict[str, Tensor]], Tensor]
 
 
 def in_memory(model: Head, batch: dict[str, Tensor]) -> Tensor:
     return ForCausalLMLoss(model.head(model.hidden(batch)), batch["ids"], model.head.out_features)
 
 
-def in_blocks(keep_bytes: int | None) -> Loss:
+def in_blocks(keep_bytes: int | None) -> HeadLoss:
     def loss(model: Head, batch: dict[str, Tensor]) -> Tensor:
         x = model.hidden(batch)
         return gradfold.linear_cross_entropy(x, model.head.weight, batch["ids"], shift=True, keep_bytes=keep_bytes)
@@ -63,19 +63,19 @@ def in_blocks(keep_bytes: int | None) -> Loss:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class HeadVariant:
     name: str
-    loss: Loss
+    loss: HeadLoss
     fold: bool
 
     def optimizer(self, params: Any) -> Any:
         return gradfold.AdamW(params, lr=LR) if self.fold else torch.optim.AdamW(params, lr=LR, fused=True)
 
 
-CONTESTANTS = [
-    Contestant("plain", in_memory, fold=False),
-    Contestant("folded", in_blocks(None), fold=True),
-    Contestant("folded, nothing kept", in_blocks(0), fold=True),
+HEAD_VARIANTS = [
+    HeadVariant("plain", in_memory, fold=False),
+    HeadVariant("folded", in_blocks(None), fold=True),
+    HeadVariant("folded, nothing kept", in_blocks(0), fold=True),
 ]
 
 
@@ -96,12 +96,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     shape = {"tokens": args.tokens, "vocabulary": args.vocabulary, "width": args.width, "dtype": args.dtype}
-    peaks = peak_bytes(build(args), batch_of(args))
+    peaks = peak_bytes(make_head(args), hidden_batch(args))
     times = interleaved_ms(
-        [stepper(one, build(args)(), batch_of(args)) for one in CONTESTANTS], args.pairs, args.warm_up
+        [make_step(one, make_head(args)(), hidden_batch(args)) for one in HEAD_VARIANTS], args.pairs, args.warm_up
     )
     rows = []
-    for one, peak, taken_ms in zip(CONTESTANTS, peaks, times, strict=True):
+    for one, peak, taken_ms in zip(HEAD_VARIANTS, peaks, times, strict=True):
         ratios = [mine / plain for mine, plain in zip(taken_ms, times[0], strict=True)]
         rows.append(
             {
@@ -134,11 +134,11 @@ def main() -> None:
     print(f"\nwritten to {write_result('head', rows, args.out)}")
 
 
-def build(args: argparse.Namespace) -> Callable[[], Head]:
+def make_head(args: argparse.Namespace) -> Callable[[], Head]:
     return lambda: Head(args.vocabulary, args.width, args.tied, DTYPES[args.dtype])
 
 
-def batch_of(args: argparse.Namespace) -> dict[str, Tensor]:
+def hidden_batch(args: argparse.Namespace) -> dict[str, Tensor]:
     """One sequence, which is also its own labels, and the hidden states of an untied head."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, args.vocabulary, (1, args.tokens), generator=generator)
@@ -147,12 +147,12 @@ def batch_of(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def peak_bytes(make: Callable[[], Head], batch: dict[str, Tensor]) -> list[int]:
-    """Of each contestant: the peak, beyond what rests between the plain one's steps (weights, states, batch)."""
-    steps = [step_memory(make, one.optimizer, batch, fold=one.fold, loss=one.loss) for one in CONTESTANTS]
+    """Of each variant: the peak, beyond what rests between the plain one's steps (weights, states, batch)."""
+    steps = [step_memory(make, one.optimizer, batch, fold=one.fold, loss=one.loss) for one in HEAD_VARIANTS]
     return [step.peak_bytes - steps[0].resting_bytes for step in steps]
 
 
-def stepper(one: Contestant, model: Head, batch: dict[str, Tensor]) -> Callable[[], None]:
+def make_step(one: HeadVariant, model: Head, batch: dict[str, Tensor]) -> Callable[[], None]:
     optimizer = one.optimizer(model.parameters())
     if one.fold:
         gradfold.fold(model, optimizer)

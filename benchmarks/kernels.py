@@ -125,13 +125,13 @@ def main() -> None:
     start = time.monotonic()
     wanted = list(quick() if args.quick else every() if args.all else usual())
     rows = []
-    for row in measured(wanted, args.jobs):
+    for row in measure_all(wanted, args.jobs):
         rows.append(row)
         print(f"[{len(rows)}/{len(wanted)}] {row['kernel']}, {time.monotonic() - start:.0f} s", file=sys.stderr)
-    header, lines = shown(rows)
+    header, lines = kernel_table(rows)
     print_table(header, lines)
     if not args.quick:
-        out = write_result("kernels", rows, args.out, versions=versions())
+        out = write_result("kernels", rows, args.out, versions=tool_versions())
         fill_table(args.page, "table", header, lines)
         print(f"\nwritten to {out} and {args.page.name}")
     problems = [f"{row['kernel']}: {what}" for row in rows for what in row["problems"]]
@@ -142,15 +142,15 @@ def main() -> None:
     sys.exit("\n".join(problems) if problems else 0)
 
 
-def measured(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
+def measure_all(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
     if jobs == 1:
-        yield from map(measure, wanted)
+        yield from map(measure_kernel, wanted)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(measure, wanted)
+        yield from pool.map(measure_kernel, wanted)
 
 
-def measure(job: KernelJob) -> dict[str, Any]:
+def measure_kernel(job: KernelJob) -> dict[str, Any]:
     """One row: compile, read, judge."""
     kernel = compile_kernel(job)
     found = inspect_ptx.stores(kernel.asm["ttir"])
@@ -243,12 +243,12 @@ def stray_stores(kernel: CompiledKernel, found: list[inspect_ptx.KernelStore], c
         yield f"machine code stores {code.stg_bytes * threads} bytes, masked ones included, not {expected}"
 
 
-def versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     found = {name: re.search(r"V[\d.]+", inspect_ptx.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
     return {"triton": triton.__version__, **{name: match[0] if match else "?" for name, match in found.items()}}
 
 
-def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def kernel_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = [
         "kernel", "tile", "sub-tiles", "warps", "registers", "spilled bytes", "shared KiB", "programs / SM",
         "instructions / element", "products", "stored bytes / element",

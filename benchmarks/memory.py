@@ -70,7 +70,7 @@ def main() -> None:
     for dtype in args.dtype:
         for tied in (False, True):
             for tokens in args.tokens:
-                steps = compare(args.rule, dtype, tokens, args.layers, tied, args.real)
+                steps = compare_steps(args.rule, dtype, tokens, args.layers, tied, args.real)
                 rows.append(row_of(args.rule, dtype, tokens, args.layers, tied, steps))
     table = [
         [
@@ -101,7 +101,7 @@ def main() -> None:
         print(f"drawn to {args.plot}")
 
 
-def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: bool) -> dict[str, StepMemory]:
+def compare_steps(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: bool) -> dict[str, StepMemory]:
     """The four kinds of step, each on a model of its own."""
     config = llama_config(layers, tied)
     batch = random_batch(config, tokens)

@@ -20,7 +20,7 @@ CHUNKS, INTERVAL = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
+class Method:
     """A method with its optimizer on a model; ``awake()``: how many parameters the next step trains."""
 
     model: nn.Module
@@ -29,24 +29,24 @@ class Contest:
     fold: gradfold.Fold | None = None
 
 
-def of_all(model: nn.Module) -> int:
+def trainable_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def full(model: nn.Module, lr: float) -> Contest:
+def full(model: nn.Module, lr: float) -> Method:
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
-    return Contest(model, optimizer, lambda: of_all(model), fold_plain_head(model, optimizer))
+    return Method(model, optimizer, lambda: trainable_count(model), fold_plain_head(model, optimizer))
 
 
-def working_set(model: nn.Module, lr: float) -> Contest:
+def working_set(model: nn.Module, lr: float) -> Method:
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
     fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
     named = dict(model.named_parameters())
     sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._ledger.turns.chunks]
-    return Contest(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
+    return Method(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
 
 
-def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Contest:
+def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:
     """As its README has it, with the AdamW it wraps; blocks are the layers, in a new random order each round."""
     from badam import BlockOptimizer
 
@@ -60,17 +60,17 @@ def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Contest:
             verbose=0,
             **blocks,
         )
-    return Contest(model, optimizer, lambda: of_all(model))
+    return Method(model, optimizer, lambda: trainable_count(model))
 
 
-def lora(model: nn.Module, lr: float) -> Contest:
+def lora(model: nn.Module, lr: float) -> Method:
     """Adapters on every linear layer but the head; embedding, head and norms stay as they are."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    return Contest(adapted, torch.optim.AdamW(trained, lr=lr, **ADAM), lambda: of_all(adapted))
+    return Method(adapted, torch.optim.AdamW(trained, lr=lr, **ADAM), lambda: trainable_count(adapted))
 
 
 def distance_from_masked(task: Task, lr: float = 1e-3) -> float:

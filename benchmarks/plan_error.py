@@ -76,7 +76,7 @@ def gpt2() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Configuration:
     model: str
     settings: Settings
 
@@ -91,23 +91,23 @@ class Case:
         return Subject(self.model, config=makers[self.model]())
 
 
-def case(model: str, **settings: Any) -> Case:
-    return Case(model, Settings(**({"tokens": 256, "batch": 2, "dtype": "float32"} | settings)))
+def configuration(model: str, **settings: Any) -> Configuration:
+    return Configuration(model, Settings(**({"tokens": 256, "batch": 2, "dtype": "float32"} | settings)))
 
 
-CASES = (
-    case("llama"),
-    case("llama", checkpointing=True),
-    case("llama", states="int8"),
-    case("llama", head="plain"),
-    case("llama, tied", checkpointing=True, states="int8", dtype="bfloat16"),
-    case("llama", working_set=WorkingSet(chunks=6), checkpointing=True),
-    case("llama", working_set=WorkingSet(chunks=4), states="int8", head="plain"),
-    case("gemma2", checkpointing=True),
-    case("qwen3", states="int4", dtype="bfloat16", master="split8"),
-    case("qwen3", accumulate=3, head="plain"),
-    case("gpt2", clip_norm=1.0),
-    case("gpt2", fold=False, head="plain"),
+CONFIGURATIONS = (
+    configuration("llama"),
+    configuration("llama", checkpointing=True),
+    configuration("llama", states="int8"),
+    configuration("llama", head="plain"),
+    configuration("llama, tied", checkpointing=True, states="int8", dtype="bfloat16"),
+    configuration("llama", working_set=WorkingSet(chunks=6), checkpointing=True),
+    configuration("llama", working_set=WorkingSet(chunks=4), states="int8", head="plain"),
+    configuration("gemma2", checkpointing=True),
+    configuration("qwen3", states="int4", dtype="bfloat16", master="split8"),
+    configuration("qwen3", accumulate=3, head="plain"),
+    configuration("gpt2", clip_norm=1.0),
+    configuration("gpt2", fold=False, head="plain"),
 )
 
 
@@ -117,8 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/plan_error.json)")
     args = parser.parse_args()
     rows = []
-    for number in args.only or range(len(CASES)):
-        one = CASES[number]
+    for number in args.only or range(len(CONFIGURATIONS)):
+        one = CONFIGURATIONS[number]
         predicted = predict(one.subject(), one.settings, "cpu").memory.peak_bytes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(allocator_peak_bytes, number).result()
@@ -155,7 +155,7 @@ def main() -> None:
 def allocator_peak_bytes(number: int) -> int:
     """Train one case for real; the peak of what the allocator handed out, the model's weights included."""
     torch.set_num_threads(1)
-    one = CASES[number]
+    one = CONFIGURATIONS[number]
     scene, settings = Scene(one.subject(), one.settings, "cpu"), one.settings
     batch = scene.batch()
     batch = {name: torch.randint(0, 1000, ids.shape) for name, ids in batch.items()}

@@ -60,7 +60,7 @@ def main() -> None:
     store = TrustStore([signer.public for signer in signers])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle.json"
-        write_document(path, build(signers, args.events, args.payload_bytes))
+        write_document(path, make_document(signers, args.events, args.payload_bytes))
         file_bytes = path.stat().st_size
         start = time.perf_counter()
         bundle = read_document(path)
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"written to {write_result('provenance', [row], args.out)}")
 
 
-def build(signers: list[Signer], events: int, payload_bytes: int) -> dict[str, Any]:
+def make_document(signers: list[Signer], events: int, payload_bytes: int) -> dict[str, Any]:
     """A signed bundle of `events` events in one chain per signer."""
     number = pith_number(RECORD, 2026)
     chain: dict[str, str] = {}

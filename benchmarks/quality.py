@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import gradfold
 from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
 
-from .common import RESULTS, fill_table, fold_plain_head, print_table, write_result
+from .common import RESULTS, fill_table, fold_plain_head, print_table, read_rows, write_result
 from .datasets import Task, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
@@ -46,7 +45,7 @@ WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" no
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Experiment:
     lr: float
     steps: int
     schedule: ScheduleRecipe
@@ -57,7 +56,7 @@ class Suite:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, nargs="+", default=["finetune", "tiny_lr"])
+    parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=["finetune", "tiny_lr"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of the suite's own")
     parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
@@ -70,7 +69,7 @@ def main() -> None:
     for name in args.suite:
         for seed in range(args.seeds):
             run_seed(args, name, seed)
-    rows = read(args.out)
+    rows = read_rows(args.out)
     print_table(*table(rows))
     fill_table(args.page, "quality", *table(rows))
     picture(rows, args.picture)
@@ -79,9 +78,9 @@ def main() -> None:
 
 def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
     """All variants of one suite with one seed; those with a result are left out."""
-    suite = SUITES[name]
+    suite = EXPERIMENTS[name]
     steps = args.steps or suite.steps
-    done = {(row["suite"], row["seed"], row["variant"]) for row in read(args.out)}
+    done = {(row["suite"], row["seed"], row["variant"]) for row in read_rows(args.out)}
     missing = [variant for variant in suite.variants if (name, seed, variant) not in done]
     if not missing:
         return
@@ -91,7 +90,7 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
     for variant in missing:
         started = time.perf_counter()
         model = task.build(VARIANTS[variant]["dtype"], seed)
-        losses, masters = train(model, variant, suite, steps, seed, task)
+        losses, masters = train_variant(model, variant, suite, steps, seed, task)
         judge.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
         of_weights = task.held_out(judge)
         judge.load_state_dict(masters, strict=False)  # tied weights have one name here, two there
@@ -109,14 +108,14 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
             "training_loss": losses,
             "seconds": round(time.perf_counter() - started, 1),
         }
-        rows = [*read(args.out), row]
+        rows = [*read_rows(args.out), row]
         write_result("quality", rows, args.out)
         figures = f"{before:.4f} -> {row['held_out_loss']:.4f} (weights {of_weights:.4f}), {row['seconds']} s"
         print(f"{name} seed {seed} {variant}: {figures}", flush=True)
 
 
-def train(
-    model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, task: Task
+def train_variant(
+    model: nn.Module, variant: str, suite: Experiment, steps: int, seed: int, task: Task
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Training loss of every step, and the fp32 masters at the end."""
     options = {key: value for key, value in VARIANTS[variant].items() if key != "dtype"}
@@ -147,18 +146,14 @@ def scratch(args: argparse.Namespace, seed: int) -> Task:
     return shakespeare(args.texts, seed)
 
 
-SUITES = {
-    "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
-    "tiny_lr": Suite(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
-    "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
+EXPERIMENTS = {
+    "finetune": Experiment(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
+    "tiny_lr": Experiment(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
+    "scratch": Experiment(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
 }
 
 
 # results --------------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def differences(rows: list[dict[str, Any]], suite: str, variant: str) -> list[float]:
@@ -171,7 +166,7 @@ def differences(rows: list[dict[str, Any]], suite: str, variant: str) -> list[fl
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = ["suite, variant", "seeds", "before", "after", "above fp32: mean", "worst seed"]
     lines = []
-    for suite in SUITES:
+    for suite in EXPERIMENTS:
         for variant in VARIANTS:
             mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant]
             above = differences(rows, suite, variant)
@@ -199,7 +194,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    suites = [name for name in SUITES if any(row["suite"] == name for row in rows)]
+    suites = [name for name in EXPERIMENTS if any(row["suite"] == name for row in rows)]
     colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728"), strict=True))
     fig, axes = plt.subplots(1, len(suites), figsize=(4.6 * len(suites), 3.4), layout="constrained", squeeze=False)
     for axis, suite in zip(axes[0], suites, strict=True):

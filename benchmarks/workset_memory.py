@@ -49,7 +49,7 @@ def main() -> None:
     rows = []
     for batch in args.batch:
         for prefetch in args.prefetch:
-            rows.append(measure(args, batch, prefetch))
+            rows.append(measure_round(args, batch, prefetch))
             print(rows[-1], flush=True)
     table = [
         [
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"\nwritten to {write_result('workset_memory', rows, args.out)}")
 
 
-def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
+def measure_round(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
     """One row: peaks over the sampled turns."""
     from transformers import AutoModelForCausalLM
 

@@ -53,12 +53,12 @@ def main() -> None:
     blocks: dict[str, int] = {}
     peer = PEERS["adamw"]
     plain = llama(config, DTYPES[args.dtype])
-    steps["torch"] = stepper(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
+    steps["torch"] = make_step(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
     for axis in args.axis:
         model = llama(config, DTYPES[args.dtype])
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
         fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
-        steps[name := f"working set, {axis}"] = stepper(model, optimizer, batch)
+        steps[name := f"working set, {axis}"] = make_step(model, optimizer, batch)
         blocks[name] = args.chunks
     if importlib.util.find_spec("badam"):
         steps["badam"], blocks["badam"] = badam_step(config, args.dtype, batch)
@@ -105,7 +105,7 @@ def main() -> None:
     print(f"\nwritten to {write_result('workset_time', rows, args.out)}")
 
 
-def stepper(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
+def make_step(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
     def step() -> None:
         model(**batch).loss.backward()
         optimizer.step()
@@ -129,7 +129,7 @@ def badam_step(config: Any, dtype: str, batch: dict) -> tuple[Callable[[], None]
         include_lm_head=True,
         verbose=0,
     )
-    return stepper(model, optimizer, batch), optimizer.block_num
+    return make_step(model, optimizer, batch), optimizer.block_num
 
 
 if __name__ == "__main__":

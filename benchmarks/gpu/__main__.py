@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .machine import ROOT, key
+from .machine import ROOT, run_key
 from .report import SuiteRun, is_broken, write_report
 from .result_files import DIED, TIME, ResultFile, rows_in
 from .suites import SUITES, Suite
@@ -61,11 +61,11 @@ def run(
     """1 if a check said no, 2 if nothing could be started, else 0."""
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    machine = describe(dry)
+    machine = ask_machine(dry)
     if "error" in machine:
         print(machine["error"], file=sys.stderr)
         return 2
-    folder = out / "rows" / key(machine)
+    folder = out / "rows" / run_key(machine)
     if fresh and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def run(
     return int(any(is_broken(one, rows_in(folder, one.suite.name)) for one in runs))
 
 
-def describe(dry: bool) -> dict[str, Any]:
+def ask_machine(dry: bool) -> dict[str, Any]:
     """The machine, by a process that is gone before anything is measured."""
     try:
         words = [sys.executable, "-m", "benchmarks.gpu.machine"]

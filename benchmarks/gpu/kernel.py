@@ -148,7 +148,7 @@ class Cell:
         return sum(part.numel() * part.element_size() for one in self.stored() for part in one.parts.values())
 
 
-def family() -> str:
+def card_family() -> str:
     """Which rows of the launch table are this card's."""
     return Triton(Scratch(1)).where
 
@@ -180,7 +180,7 @@ class Launch:
         change: Change | None = None,
     ):
         change = Change(guarded=True) if change is None else change
-        where = family()
+        where = card_family()
         with using(config), torch.no_grad():
             stored = cell.stored()
             weight = stored[0]

@@ -23,7 +23,7 @@ QUERY = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 OF_THE_KEY = ("card", "memory_gib", "versions", "revision", "sources", "dry_run")
 
 
-def describe(dry: bool) -> dict[str, Any]:
+def describe_machine(dry: bool) -> dict[str, Any]:
     """Everything a row's figures depend on."""
     import torch
 
@@ -32,9 +32,9 @@ def describe(dry: bool) -> dict[str, Any]:
     about: dict[str, Any] = {
         "dry_run": dry,
         "card": "none: Triton's interpreter on the CPU",
-        "versions": versions(),
+        "versions": package_versions(),
         "revision": os.environ.get("GRADFOLD_REVISION") or revision(),
-        "sources": sources(),
+        "sources": source_hash(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "memory_gib": 0.0,
@@ -54,7 +54,7 @@ def describe(dry: bool) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, Any]:
+def package_versions() -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -64,7 +64,7 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def sources() -> str:
+def source_hash() -> str:
     """A hash of what is run: a revision alone does not tell two dirty trees apart, and may not be known."""
     digest = hashlib.sha256()
     folders = (ROOT / "src" / "gradfold", ROOT / "benchmarks" / "gpu")
@@ -83,13 +83,13 @@ def driver() -> dict[str, str]:
         return {}
 
 
-def key(about: dict[str, Any]) -> str:
+def run_key(about: dict[str, Any]) -> str:
     """Rows are only reused by a run of the same source on the same card with the same versions."""
     kept = {name: about.get(name) for name in OF_THE_KEY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def clean(text: str) -> str:
+def without_paths(text: str) -> str:
     """Without paths of this machine."""
     known = {str(ROOT): ".", sys.prefix: "python", sys.base_prefix: "python", tempfile.gettempdir(): "tmp"}
     known[os.path.expanduser("~")] = "home"
@@ -100,4 +100,4 @@ def clean(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe(os.environ.get("TRITON_INTERPRET") == "1")))
+    print(json.dumps(describe_machine(os.environ.get("TRITON_INTERPRET") == "1")))

@@ -1,25 +1,25 @@
-"""What fits: how many layers of a model, and which contestants, by the bytes each keeps per parameter."""
+"""What fits: how many layers of a model, and which trainers, by the bytes each keeps per parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-BF16 = 2  # bytes of a weight, and of its gradient where one is kept
+BF16_BYTES = 2  # bytes of a weight, and of its gradient where one is kept
 INSIDE = 0.94  # of the memory that is free: the allocator's own and what libraries take are not counted here
 
 # bytes per parameter at the peak: weights, gradients and temporaries of whole models, states
 PER_PARAMETER = {
-    "torch fused": BF16 + BF16 + 4,
-    "torch foreach": BF16 + BF16 + 4 + 4,  # two temporaries of the size of all parameters
-    "torch hooks": BF16 + 4,
-    "bitsandbytes 8-bit": BF16 + BF16 + 2.1,
-    "torchao 8-bit": BF16 + BF16 + 2.1,
-    "flashoptim release": BF16 + 1 + 2.1,
-    "ours fp32": BF16 + 8,
-    "ours bf16": BF16 + 4,
-    "ours int8": BF16 + 2.1,
-    "ours int4": BF16 + 1.1,
-    "ours bf16 graph": BF16 + 4,
+    "torch fused": BF16_BYTES + BF16_BYTES + 4,
+    "torch foreach": BF16_BYTES + BF16_BYTES + 4 + 4,  # two temporaries of the size of all parameters
+    "torch hooks": BF16_BYTES + 4,
+    "bitsandbytes 8-bit": BF16_BYTES + BF16_BYTES + 2.1,
+    "torchao 8-bit": BF16_BYTES + BF16_BYTES + 2.1,
+    "flashoptim release": BF16_BYTES + 1 + 2.1,
+    "ours fp32": BF16_BYTES + 8,
+    "ours bf16": BF16_BYTES + 4,
+    "ours int8": BF16_BYTES + 2.1,
+    "ours int4": BF16_BYTES + 1.1,
+    "ours bf16 graph": BF16_BYTES + 4,
 }
 
 
@@ -31,21 +31,21 @@ def parameters(layers: int, hidden: int, intermediate: int, vocabulary: int, kv:
 
 def activation_bytes(layers: int, hidden: int, intermediate: int, vocabulary: int, tokens: int) -> int:
     """Roughly what forward keeps and a backward adds at its highest: bf16 layers, and a few fp32 copies of logits."""
-    layer = tokens * (16 * hidden + 5 * intermediate) * BF16
+    layer = tokens * (16 * hidden + 5 * intermediate) * BF16_BYTES
     return layers * layer + 4 * tokens * vocabulary * 4
 
 
-def needed_bytes(contestants: Iterable[str], shape: dict[str, int], layers: int, tokens: int) -> int:
+def needed_bytes(trainers: Iterable[str], shape: dict[str, int], layers: int, tokens: int) -> int:
     """At the peak, with models of all of these alive, and one of them stepping."""
     count = parameters(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], shape["kv"])
-    kept = sum(PER_PARAMETER[name] for name in contestants)
+    kept = sum(PER_PARAMETER[name] for name in trainers)
     forward = activation_bytes(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], tokens)
     return int(kept * count) + forward
 
 
-def layers_that_fit(contestants: Iterable[str], shape: dict[str, int], most: int, tokens: int, free_bytes: int) -> int:
+def layers_that_fit(trainers: Iterable[str], shape: dict[str, int], most: int, tokens: int, free_bytes: int) -> int:
     """The most layers, up to ``most``, with which models of all of these fit at once; 0 if none does."""
-    names = list(contestants)
+    names = list(trainers)
     for layers in range(most, 0, -1):
         if needed_bytes(names, shape, layers, tokens) <= INSIDE * free_bytes:
             return layers

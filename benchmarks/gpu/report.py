@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .machine import clean
-from .result_files import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, Row
+from .machine import without_paths
+from .result_files import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, ResultRow
 from .suites import Suite
 
 DRY = "**A dry run: Triton's interpreter, tiny shapes, a clock on the CPU. These figures mean nothing.**"
@@ -25,7 +25,7 @@ class SuiteRun(NamedTuple):
     error: str = ""
 
 
-def is_broken(run: SuiteRun, rows: Sequence[Row]) -> bool:
+def is_broken(run: SuiteRun, rows: Sequence[ResultRow]) -> bool:
     """Whether a check said no, or could not say yes: a kernel that crashes is not correct. No time: neither."""
     if not run.suite.judged:
         return False
@@ -36,7 +36,7 @@ def write_report(
     out: Path,
     machine: Mapping[str, Any],
     runs: Sequence[SuiteRun],
-    rows: Mapping[str, Sequence[Row]],
+    rows: Mapping[str, Sequence[ResultRow]],
     dry: bool,
     command: str,
     budget_seconds: float,
@@ -76,7 +76,7 @@ def write_report(
 def _cleaned(value: Any) -> Any:
     """The same without paths of this machine, and floats with the digits that mean something."""
     if isinstance(value, str):
-        return clean(value)
+        return without_paths(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else str(value)
     if isinstance(value, Mapping):
@@ -118,7 +118,7 @@ def _page(result: Mapping[str, Any], runs: Sequence[SuiteRun]) -> list[str]:
     return lines
 
 
-def _counts(rows: Sequence[Row]) -> str:
+def _counts(rows: Sequence[ResultRow]) -> str:
     statuses = [row["status"] for row in rows]
     return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)) or "none"
 
@@ -143,9 +143,9 @@ def _suite(suite: Mapping[str, Any], run: SuiteRun) -> list[str]:
     return [*lines, ""] if notes else lines
 
 
-def _best(rows: Sequence[Row], group: str, figure: str, columns: Sequence[str]) -> list[str]:
+def _best(rows: Sequence[ResultRow], group: str, figure: str, columns: Sequence[str]) -> list[str]:
     """The smallest figure of each group."""
-    found: dict[str, Row] = {}
+    found: dict[str, ResultRow] = {}
     for row in rows:
         if figure in row and (row[group] not in found or row[figure] < found[row[group]][figure]):
             found[row[group]] = row

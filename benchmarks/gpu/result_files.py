@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .machine import clean
+from .machine import without_paths
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 OK = "ok"
 FAILED = "failed"  # measured, and a check says no
@@ -24,7 +24,7 @@ class ResultFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, ResultRow] = {}
         if path.exists():
             self.rows = {row["key"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
@@ -35,15 +35,17 @@ class ResultFile:
         """Should the process die with it, this row tells which one it was."""
         self.put({"key": key, "status": RUNNING})
 
-    def put(self, row: Row) -> None:
-        self.rows[row["key"]] = {name: clean(value) if isinstance(value, str) else value for name, value in row.items()}
+    def put(self, row: ResultRow) -> None:
+        self.rows[row["key"]] = {
+            name: without_paths(value) if isinstance(value, str) else value for name, value in row.items()
+        }
         self.write()
 
     def interrupted(self, status: str, why: str) -> None:
         """Whatever was running when the process went away."""
         for row in self.rows.values():
             if row["status"] == RUNNING:
-                row.update(status=status, why=clean(why))
+                row.update(status=status, why=without_paths(why))
         self.write()
 
     def retry(self) -> None:
@@ -60,7 +62,7 @@ class ResultFile:
         beside.replace(self.path)
 
 
-def rows_in(folder: Path, suite: str) -> list[Row]:
+def rows_in(folder: Path, suite: str) -> list[ResultRow]:
     """All rows of a suite, of every process that measured some."""
     paths: Iterable[Path] = sorted(folder.glob(f"{suite}.*.json"))
     return [row for path in paths for row in ResultFile(path).rows.values()]

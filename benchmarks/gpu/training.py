@@ -39,7 +39,7 @@ def config_of(shape: dict[str, int], layers: int) -> Any:
 
 
 def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
-    """Random bf16 weights, the same for every contestant, made where they are used."""
+    """Random bf16 weights, the same for every trainer, made where they are used."""
     with device:
         return llama(config_of(shape, layers), torch.bfloat16)
 
@@ -50,7 +50,7 @@ def batch_of(shape: dict[str, int], tokens: int, device: torch.device) -> dict[s
     return {"input_ids": ids, "labels": ids}
 
 
-class Contestant(NamedTuple):
+class Trainer(NamedTuple):
     """A model and who steps it."""
 
     model: nn.Module
@@ -64,34 +64,34 @@ def fused_adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=LR, fused=True)
 
 
-def torch_fused(model: nn.Module) -> Contestant:
+def torch_fused(model: nn.Module) -> Trainer:
     """torch's fused AdamW on stored gradients."""
-    return Contestant(model, fused_adamw(model.parameters()))
+    return Trainer(model, fused_adamw(model.parameters()))
 
 
-def torch_foreach(model: nn.Module) -> Contestant:
-    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
+def torch_foreach(model: nn.Module) -> Trainer:
+    return Trainer(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
 
 
-def torch_hooks(model: nn.Module) -> Contestant:
+def torch_hooks(model: nn.Module) -> Trainer:
     """Post-accumulate hooks, each with a fused AdamW of its own."""
-    return Contestant(model, SteppedInHooks(model.parameters(), fused_adamw))
+    return Trainer(model, SteppedInHooks(model.parameters(), fused_adamw))
 
 
-def bitsandbytes(model: nn.Module) -> Contestant:
-    return Contestant(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
+def bitsandbytes(model: nn.Module) -> Trainer:
+    return Trainer(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
 
 
-def torchao(model: nn.Module) -> Contestant:
-    return Contestant(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
+def torchao(model: nn.Module) -> Trainer:
+    return Trainer(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
 
 
-def flashoptim(model: nn.Module) -> Contestant:
+def flashoptim(model: nn.Module) -> Trainer:
     """8-bit states, an 8-bit correction of the weights, and gradient release."""
     package = _load("flashoptim")
     optimizer = package.FlashAdamW(model.parameters(), lr=LR)
     handle = package.enable_gradient_release(model, optimizer)
-    return Contestant(model, optimizer, close=handle.remove)
+    return Trainer(model, optimizer, close=handle.remove)
 
 
 def _load(name: str) -> Any:
@@ -101,18 +101,18 @@ def _load(name: str) -> Any:
         raise LeftOut(f"{name.partition('.')[0]} cannot be imported here: {error}") from None
 
 
-def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Contestant]:
+def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Trainer]:
     """Vectors have fp32 states, matrices ``states``, even tiny ones. capturable: as torch's groups say it."""
 
-    def make(model: nn.Module) -> Contestant:
+    def make(model: nn.Module) -> Trainer:
         optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
         fold = fold_plain_head(model, optimizer, backend="triton")
-        return Contestant(model, optimizer, "triton", fold.remove)
+        return Trainer(model, optimizer, "triton", fold.remove)
 
     return make
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {
+TRAINERS: dict[str, Callable[[nn.Module], Trainer]] = {
     "torch fused": torch_fused,
     "torch foreach": torch_foreach,
     "torch hooks": torch_hooks,
@@ -127,24 +127,24 @@ CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {
 }
 
 
-def step_of(contestant: Contestant, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
+def step_of(trainer: Trainer, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
     """One training step; its loss, still on the device, goes to ``losses``."""
 
     def step() -> None:
         with using(None):
-            loss = contestant.model(**batch).loss
+            loss = trainer.model(**batch).loss
             loss.backward()
-            contestant.optimizer.step()
-            contestant.optimizer.zero_grad()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
             losses[:] = [loss.detach()]
 
     return step
 
 
 @contextlib.contextmanager
-def training(name: str, shape: dict[str, int], layers: int, context: Context) -> Iterator[Contestant]:
-    """A contestant with a model of its own, which is gone afterwards."""
-    made = CONTESTANTS[name](model_of(shape, layers, context.device))
+def training(name: str, shape: dict[str, int], layers: int, context: Context) -> Iterator[Trainer]:
+    """A trainer with a model of its own, which is gone afterwards."""
+    made = TRAINERS[name](model_of(shape, layers, context.device))
     try:
         yield made
     finally:

@@ -66,7 +66,7 @@ def main() -> int:
         if context.left_seconds <= case.seconds:
             return TIME_UP
         results.begin(case.key)
-        row, lost = measured(case)
+        row, lost = measure_case(case)
         results.put(row)
         print(f"{case.key}: {row['status']} {row.get('why', '')}", flush=True)
         if lost or case.alone or (not context.dry and context.clean() > HELD_BYTES):
@@ -74,7 +74,7 @@ def main() -> int:
     return 0
 
 
-def measured(case: Case) -> tuple[dict[str, Any], bool]:
+def measure_case(case: Case) -> tuple[dict[str, Any], bool]:
     """The case's row, and whether nothing more can be measured in this process."""
     start = time.monotonic()
     lost = False

@@ -12,14 +12,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.mark.parametrize("name", ["torch AdamW", "gradfold"])
 def test_what_is_exact_passes_every_column(name):
-    row = correctness.row(correctness.CONTESTANTS[name])
+    row = correctness.judge_all(correctness.CONTESTANTS[name])
     assert {column: row[column] for column in correctness.COLUMNS} == dict.fromkeys(correctness.COLUMNS, "yes")
     assert all(row[f"{column}_distance_ratio"] <= 1e-12 for column in correctness.COLUMNS)
 
 
 def test_hooks_fail_where_they_must():
     """Steps in hooks neither accumulate nor clip, and report no norm; their ties, schedulers and states are sound."""
-    row = correctness.row(correctness.CONTESTANTS["torch hooks"])
+    row = correctness.judge_all(correctness.CONTESTANTS["torch hooks"])
     for column in ("accumulation", "clipping", "norm"):
         assert row[column] in ("no", "refused", "not offered")
         assert row[f"{column}_distance_ratio"] > 0.1
@@ -36,7 +36,7 @@ def test_a_scheduler_or_a_state_that_is_lost_shows():
         def load_state_dict(self, saved):
             pass
 
-    row = correctness.row(Forgetful)
+    row = correctness.judge_all(Forgetful)
     assert (row["scheduler"], row["resume"]) == ("no", "no")
     assert row["ties"] == "yes"
 
@@ -53,9 +53,9 @@ def test_a_peer_that_raises_is_quoted_and_one_that_is_missing_gets_a_row():
     class Missing(control):
         package = "surely-not-installed"
 
-    row = correctness.row(Refusing)
+    row = correctness.judge_all(Refusing)
     assert (row["accumulation"], row["accumulation_note"]) == ("refused", "ValueError: one at a time")
-    missing = correctness.row(Missing)
+    missing = correctness.judge_all(Missing)
     assert missing["unavailable"] == "not installed (pip install surely-not-installed)"
     _, lines = correctness.table([row, missing])
     assert len(lines[0]) == len(lines[1]) == 1 + len(correctness.COLUMNS)

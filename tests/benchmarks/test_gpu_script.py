@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu.machine import clean
+from benchmarks.gpu.machine import without_paths
 from benchmarks.gpu.memory_fit import PER_PARAMETER, layers_that_fit, needed_bytes, parameters
 from benchmarks.gpu.result_files import ResultFile
 from benchmarks.gpu.suites import SUITES, Suite
@@ -33,7 +33,7 @@ MISSING = Suite("missing", "tests.benchmarks.gpu_suites.not_there", "A module th
 
 @pytest.fixture
 def known_machine(monkeypatch):
-    monkeypatch.setattr(script, "describe", lambda dry: dict(MACHINE))
+    monkeypatch.setattr(script, "ask_machine", lambda dry: dict(MACHINE))
 
 
 def report_of(out):
@@ -118,22 +118,22 @@ def test_only_what_is_unsettled_is_tried_again(tmp_path):
 
 def test_rows_of_another_source_card_or_version_are_not_reused():
     keys = {
-        script.key({**MACHINE, **change})
+        script.run_key({**MACHINE, **change})
         for change in ({}, {"card": "other"}, {"sources": "1"}, {"versions": {"torch": "1"}}, {"revision": "abc"})
     }
     assert len(keys) == 5
-    assert script.key({**MACHINE, "free_gib": 3}) == script.key(MACHINE)
+    assert script.run_key({**MACHINE, "free_gib": 3}) == script.run_key(MACHINE)
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "describe", lambda dry: {"error": "no GPU here? --dry-run walks the suites"})
+    monkeypatch.setattr(script, "ask_machine", lambda dry: {"error": "no GPU here? --dry-run walks the suites"})
     assert script.main(["--out", str(tmp_path)]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_paths_are_left_out_of_what_is_reported():
-    text = clean(f'File "{ROOT}/benchmarks/gpu/kernel.py", and /usr/lib/elsewhere/thing.so; 3/4 a/b dW/step')
+    text = without_paths(f'File "{ROOT}/benchmarks/gpu/kernel.py", and /usr/lib/elsewhere/thing.so; 3/4 a/b dW/step')
     assert text == 'File "./benchmarks/gpu/kernel.py", and thing.so; 3/4 a/b dW/step'
 
 

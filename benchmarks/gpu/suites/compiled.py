@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import training
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.kernel import Launch, family
+from benchmarks.gpu.kernel import Launch, card_family
 from benchmarks.gpu.suites.tuning import STATES, candidates
 from benchmarks.gpu.weights import operands
 from benchmarks.gpu.worker import Case, LeftOut
@@ -24,10 +24,10 @@ NARROW = {**training.LLAMA_8B, "vocabulary": 1024}
 
 
 def cases(context: Context) -> list[Case]:
-    own, *others = candidates(family(), context.dry)
+    own, *others = candidates(card_family(), context.dry)
     kinds = ("bf16", "int8", "fp32", "int4")
     order = [(own, states) for states in (kinds[:1] if context.dry else kinds)]
-    steps = [Case(f"step, {states}", lambda states=states: step(states, context)) for states in kinds]
+    steps = [Case(f"step, {states}", lambda states=states: compile_step(states, context)) for states in kinds]
     order += [(other, states) for other in others for states in (STATES[:1] if context.dry else STATES)]
     tiles = [
         Case(f"tiles {name}, {states}", lambda n=name, s=states: compile_tiles(n, s, context)) for name, states in order
@@ -39,7 +39,7 @@ def compile_tiles(name: str, states: str, context: Context) -> dict[str, Any]:
     """Registers and spills of one variant, from the driver."""
     shape = (32, 128) if context.dry else SHAPE
     one = operands(shape, 7 if context.dry else TOKENS, states, context)
-    launch = Launch(one.cell, [one.use], candidates(family(), context.dry)[name])
+    launch = Launch(one.cell, [one.use], candidates(card_family(), context.dry)[name])
     start = time.perf_counter()
     try:
         kernel = launch()
@@ -59,12 +59,12 @@ def compile_tiles(name: str, states: str, context: Context) -> dict[str, Any]:
     }
 
 
-def step(states: str, context: Context) -> dict[str, Any]:
+def compile_step(states: str, context: Context) -> dict[str, Any]:
     """One training step, for what it compiles."""
     batch = training.batch_of(NARROW, training.tokens_of(context), context.device)
-    with training.training(f"ours {states}", NARROW, 1, context) as contestant:
+    with training.training(f"ours {states}", NARROW, 1, context) as trainer:
         losses: list[torch.Tensor] = []
         start = time.perf_counter()
-        training.step_of(contestant, batch, losses)()
+        training.step_of(trainer, batch, losses)()
         context.synchronize()
         return {"states": states, "compile_s": time.perf_counter() - start}

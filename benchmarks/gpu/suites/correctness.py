@@ -108,10 +108,10 @@ def dry_examples() -> list[Example]:
 def cases(context: Context) -> list[Case]:
     chosen = dry_examples() if context.dry else examples()
     seconds = 0.0 if context.dry else 8.0  # to compile two kernels
-    return [Case(example.key, lambda example=example: check(example, context), seconds) for example in chosen]
+    return [Case(example.key, lambda example=example: check_example(example, context), seconds) for example in chosen]
 
 
-def check(example: Example, context: Context) -> dict[str, Any]:
+def check_example(example: Example, context: Context) -> dict[str, Any]:
     """All checks of one example; raises Failed with the first that says no."""
     seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ STEPS = 4
 LR = 1e-2  # far enough for bf16 weights to see
 
 
-class Net(nn.Module):
+class FoldedNet(nn.Module):
     """An embedding with a padding id, Linears with bias, a norm, one weight used twice, and a head, tied or not."""
 
     def __init__(self, width: int, hidden: int, words: int, tied: bool):
@@ -60,21 +60,21 @@ def cases(context: Context) -> list[Case]:
     def case(dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any]) -> Case:
         words = [str(dtype).removeprefix("torch."), "tied" if tied else "untied"]
         words += [f"{name}={value}" for name, value in {**storage, **how}.items()]
-        return Case(", ".join(words), lambda: check(dtype, storage, tied, how, size, context))
+        return Case(", ".join(words), lambda: check_fold(dtype, storage, tied, how, size, context))
 
     return [case(*option) for option in options]
 
 
-def check(
+def check_fold(
     dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, context: Context
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    start = Net(*size, tied).to(dtype)
+    start = FoldedNet(*size, tied).to(dtype)
     micro_batches, steps = how.get("accumulate", 1), 2 if context.dry else STEPS
     batches = [torch.randint(0, size[2], (2, 9 if context.dry else 65)) for _ in range(steps * micro_batches)]
 
-    def copy_of(device: torch.device | str, dtype: torch.dtype = dtype) -> Net:
-        made = Net(*size, tied).to(dtype)
+    def copy_of(device: torch.device | str, dtype: torch.dtype = dtype) -> FoldedNet:
+        made = FoldedNet(*size, tied).to(dtype)
         made.load_state_dict({name: value.to(dtype) for name, value in start.state_dict().items()})
         return made.to(device)
 

@@ -27,15 +27,15 @@ NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "o
 
 def cases(context: Context) -> list[Case]:
     names = NAMES[:2] if context.dry else NAMES
-    return [Case(name, lambda name=name: compare(name, context)) for name in names]
+    return [Case(name, lambda name=name: compare_peak(name, context)) for name in names]
 
 
-def compare(name: str, context: Context) -> dict[str, Any]:
+def compare_peak(name: str, context: Context) -> dict[str, Any]:
     measured = {row["key"]: row for row in rows_in(context.folder, "step") if row["status"] == OK}
     row = measured.get(f"alone: {name}")
     if row is None:
         row = _measure(name, context)
-    predicted, device = predict(name, row["layers"], context)
+    predicted, device = predict_peak(name, row["layers"], context)
     figures = {
         "layers": row["layers"],
         "predicted_gib": predicted.peak_bytes / 2**30,
@@ -70,7 +70,7 @@ class InRegisters:
         return []
 
 
-def predict(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
+def predict_peak(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
     """On fake tensors of the card where torch can make them, else of the CPU."""
     shape, tokens = training.shape_of(context), training.tokens_of(context)
     refused = []

@@ -1,4 +1,4 @@
-"""Whole training steps: peak memory and median time, each contestant alone, then side by side with torch's fused AdamW.
+"""Whole training steps: peak memory and median time, each trainer alone, then side by side with torch's fused AdamW.
 
 Alone, the model has all of its layers where they fit, else as many as do. Side by side it has as many as leave room for
 two models; only those times are divided, step by step in turned order. The folded step as a CUDA graph comes last: what
@@ -63,32 +63,32 @@ def said_of(names: list[str], layers: int, context: Context) -> dict[str, Any]:
 
 
 def alone(name: str, context: Context) -> dict[str, Any]:
-    """One contestant's peak and step time."""
+    """One trainer's peak and step time."""
     layers = layers_for([name], context)
     figures = said_of([name], layers, context)
     shape = training.shape_of(context)
     batch = training.batch_of(shape, training.tokens_of(context), context.device)
-    with training.training(name, shape, layers, context) as contestant:
+    with training.training(name, shape, layers, context) as trainer:
         losses: list[torch.Tensor] = []
-        step = training.step_of(contestant, batch, losses)
-        return figures | measured(contestant, step, losses, batch, context)
+        step = training.step_of(trainer, batch, losses)
+        return figures | measure_steps(trainer, step, losses, batch, context)
 
 
-def measured(
-    contestant: training.Contestant,
+def measure_steps(
+    trainer: training.Trainer,
     step: Callable[[], Any],
     losses: list[torch.Tensor],
     batch: dict[str, torch.Tensor],
     context: Context,
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "backend": contestant.backend,
-        "parameters_b": sum(p.numel() for p in contestant.model.parameters()) / 1e9,
+        "backend": trainer.backend,
+        "parameters_b": sum(p.numel() for p in trainer.model.parameters()) / 1e9,
     }
     if context.dry:
         (times,) = context.step_ms([step], ROUNDS)
         with training.using(None):
-            counted = measure_step(contestant.model, contestant.optimizer, batch, warm_up_steps=0)
+            counted = measure_step(trainer.model, trainer.optimizer, batch, warm_up_steps=0)
         figures["peak_bytes"] = counted.peak_bytes
     else:
         for _ in range(2):  # compiles kernels, makes states
@@ -118,7 +118,7 @@ def finite(losses: list[torch.Tensor]) -> dict[str, Any]:
 def beside(name: str, context: Context) -> dict[str, Any]:
     """Ratio of step times, two models alive, one step of each in turn."""
     if name in PEERS:
-        training.CONTESTANTS[name](torch.nn.Linear(8, 8, device=context.device, dtype=torch.bfloat16))
+        training.TRAINERS[name](torch.nn.Linear(8, 8, device=context.device, dtype=torch.bfloat16))
     layers = layers_for([name, BASE], context)
     figures = said_of([name, BASE], layers, context)
     shape = training.shape_of(context)
@@ -153,9 +153,9 @@ def graph(context: Context) -> dict[str, Any]:
     figures = said_of([GRAPH], layers, context)
     shape = training.shape_of(context)
     batch = training.batch_of(shape, training.tokens_of(context), context.device)
-    with training.training(GRAPH, shape, layers, context) as contestant:
+    with training.training(GRAPH, shape, layers, context) as trainer:
         losses: list[torch.Tensor] = []
-        step = training.step_of(contestant, batch, losses)
+        step = training.step_of(trainer, batch, losses)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -165,10 +165,10 @@ def graph(context: Context) -> dict[str, Any]:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             step()
-        before = [p.detach().clone() for p in list(contestant.model.parameters())[:2]]
+        before = [p.detach().clone() for p in list(trainer.model.parameters())[:2]]
         captured.replay()
         torch.cuda.synchronize()
-        moved = any(not torch.equal(a, p) for a, p in zip(before, contestant.model.parameters(), strict=False))
+        moved = any(not torch.equal(a, p) for a, p in zip(before, trainer.model.parameters(), strict=False))
         if not moved:
             raise gradfold.FoldError("the graph's replay moved no weight")
-        return figures | measured(contestant, captured.replay, losses, batch, context)
+        return figures | measure_steps(trainer, captured.replay, losses, batch, context)

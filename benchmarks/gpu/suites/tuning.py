@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.context import Context, quartiles
-from benchmarks.gpu.kernel import DRY_TILES, Launch, family
+from benchmarks.gpu.kernel import DRY_TILES, Launch, card_family
 from benchmarks.gpu.weights import DRY_LINEARS, LINEARS, operands
 from benchmarks.gpu.worker import Case, LeftOut
 from gradfold.backends.triton import tile_configs
@@ -61,11 +61,13 @@ def label(config: tile_configs.TileConfig) -> str:
 def cases(context: Context) -> list[Case]:
     linears, tokens = (DRY_LINEARS, (7,)) if context.dry else (LINEARS, TOKENS)
     shapes, states = (tuple(linears), STATES[1:]) if context.dry else (SHAPES, STATES)
-    own, *others = candidates(family(), context.dry)
+    own, *others = candidates(card_family(), context.dry)
     return [
         Case(
             f"{name}, T={t}, {kind}: {other}",
-            lambda name=name, t=t, kind=kind, other=other: compare(name, linears[name], t, kind, own, other, context),
+            lambda name=name, t=t, kind=kind, other=other: compare_tiles(
+                name, linears[name], t, kind, own, other, context
+            ),
             0.0 if context.dry else 2.0,
         )
         for name in shapes
@@ -75,10 +77,10 @@ def cases(context: Context) -> list[Case]:
     ]
 
 
-def compare(
+def compare_tiles(
     name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, context: Context
 ) -> dict[str, Any]:
-    found = candidates(family(), context.dry)
+    found = candidates(card_family(), context.dry)
     each = [operands(shape, tokens, states, context) for _ in range(1 if context.dry else COPIES)]
     groups = [[Launch(one.cell, [one.use], found[which]) for one in each] for which in (own, other)]
     try:

@@ -44,7 +44,7 @@ def kept(request):
 
 
 def keeps_its_promises(job):
-    row = kernels.measure(job)
+    row = kernels.measure_kernel(job)
     assert row["problems"] == []
     assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
     if job.kind == tile_configs.PRODUCT and job.operands == "bf16":
@@ -180,11 +180,12 @@ def test_atomics_are_found_in_machine_code():
 def test_spills_are_found(monkeypatch):
     monkeypatch.setattr(tile_configs, "_DENSE", tile_configs.TileConfig(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
     assert any(
-        "spills" in what for what in kernels.measure(KernelJob(90, kind=tile_configs.DENSE, rule="SGD"))["problems"]
+        "spills" in what
+        for what in kernels.measure_kernel(KernelJob(90, kind=tile_configs.DENSE, rule="SGD"))["problems"]
     )
 
 
 def test_lonely_programs_are_found(monkeypatch):
     lonely = tile_configs.TileConfig(128, 128, 64, 4, warps=8, stages=5)
     monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), lonely)
-    assert kernels.measure(KernelJob(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]
+    assert kernels.measure_kernel(KernelJob(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]
