@@ -1,12 +1,12 @@
-"""Logarithmic codes for the numbers of one block, made of a float's own bits.
+"""Logarithmic codes for the numbers of one block, computed from the bits of a float.
 
-The bits of a positive float, read as an integer, are a piecewise linear logarithm: 2^23 per octave, linear within one
-(Mitchell, "Computer multiplication and division using binary logarithms", 1962). Rungs at equal distances in it are
-levels of nearly equal relative distance, and cost an integer subtraction and a multiplication, no logarithm and no
-table, with the same result on every backend (the constants are rounded to fp32 before they are used).
+The bits of a positive float, read as an integer, are a piecewise linear logarithm: 2^23 per octave, and linear within
+an octave (Mitchell, "Computer multiplication and division using binary logarithms", 1962). Levels at equal distances
+in this integer have nearly equal relative distances. Encoding costs an integer subtraction and a multiplication,
+without a logarithm or a table, and gives the same result on every backend (constants are rounded to fp32 before use).
 
-Numbers come divided by their block's largest magnitude, so they lie in [0, 1], and multiplying a block by a constant
-changes its scale only: what all its elements do together (the decay of a moment) is as exact as fp32.
+Numbers are divided by their block's largest magnitude first, so they lie in [0, 1] or [-1, 1]. Multiplying a whole
+block by a constant (the decay of a moment) changes its scale only, and is as exact as fp32.
 """
 
 from __future__ import annotations
@@ -23,26 +23,36 @@ _SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
 
 
 class LogCode(NamedTuple):
-    """Codes for the numbers of a block: ``encode(x, bits) -> int32`` and ``decode(int32) -> fp32``."""
+    """A code for the numbers of a block.
+
+    Attributes:
+        encode: ``encode(x, bits)``: fp32 numbers to int32 codes; ``bits`` None rounds to nearest.
+        decode: ``decode(codes)``: int32 codes to fp32 numbers.
+        signed: Whether codes have a sign.
+    """
 
     encode: Callable[[Tensor, Tensor | None], Tensor]
     decode: Callable[[Tensor], Tensor]
     signed: bool
 
 
-# The constants of a code are defaults of its functions, since torch.compile(dynamic=True) takes those for constants,
-# and every number it finds in an attribute or a closure for an input of the kernel.
+# The constants of a code are default arguments: torch.compile(dynamic=True) treats those as constants. It would turn a
+# number in an attribute or a closure into an input of the kernel.
 
 
 def unsigned_code(levels: int, per_octave: int) -> LogCode:
-    """Codes for numbers in [0, 1]: code 0 is zero, code ``levels`` is 1, and ``per_octave`` of them lie in each octave.
+    """Make a code for numbers in [0, 1]: 0 is zero, ``levels`` is 1, and each octave has ``per_octave`` levels.
 
-    With c the code, ``x = pseudo-exp2(-(levels - c) / per_octave)``. An octave's levels are equally spaced and octaves
-    end on a level, so that a random choice between neighbours keeps the mean. A number below the lowest level is
-    stored as that level: a second moment must not become zero while its first moment is not.
+    With c the code, ``x = pseudo-exp2(-(levels - c) / per_octave)``. The levels of an octave are equally spaced and
+    octaves end on a level, so that a random choice between neighbours keeps the mean. A number below the lowest level
+    is stored as that level: a second moment must not become zero while its first moment is not zero.
 
-    Random bits are added as multiples of 2^-16 code plus 2^-17, so that a number on a level, or a few rounding errors
+    Random bits are added as multiples of 2^-16 of a code, plus 2^-17: a number on a level, or a few rounding errors
     beside it, stays there.
+
+    Args:
+        levels: Largest code.
+        per_octave: Levels per octave.
     """
 
     def encode(x: Tensor, bits: Tensor | None, levels: int = levels, per_octave: int = per_octave) -> Tensor:
@@ -63,10 +73,14 @@ def unsigned_code(levels: int, per_octave: int) -> LogCode:
 
 
 def signed_code(levels: int, octaves: int) -> LogCode:
-    """Codes for numbers in [-1, 1]: logarithmic over the top ``octaves``, linear below.
+    """Make a code for numbers in [-1, 1]: logarithmic over the top ``octaves``, linear below; always to nearest.
 
     With c the code and a = 2^-octaves, ``|x| = pseudo-exp2(|c| / levels * pseudo-log2(1 + 1 / a)) * a - a``: mu-law
-    companding (ITU-T G.711) with mu = 1 / a and Mitchell's logarithm. -1, 0 and 1 are exact. Always to nearest.
+    companding (ITU-T G.711) with mu = 1 / a and Mitchell's logarithm. -1, 0 and 1 are exact.
+
+    Args:
+        levels: Largest code.
+        octaves: Octaves that are coded logarithmically.
     """
 
     def encode(x: Tensor, bits: Tensor | None, levels: int = levels, octaves: int = octaves) -> Tensor:

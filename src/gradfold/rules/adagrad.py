@@ -17,6 +17,8 @@ from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
 class AdagradNumbers(NamedTuple):
+    """Numbers of one Adagrad step, computed once per parameter."""
+
     step: float
     lr: float
     lr_decay: float
@@ -32,9 +34,11 @@ class AdagradRule(Rule):
     kept = frozenset({"sum"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("sum", init=group["initial_accumulator_value"], signed=False),)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         return AdagradNumbers(
             step=next_step(counters),
             lr=number(group["lr"]),
@@ -45,6 +49,7 @@ class AdagradRule(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (total,) = numbers, states
         grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
@@ -54,9 +59,11 @@ class AdagradRule(Rule):
         weight.addcdiv_(grad, denom, value=-n.lr / (1 + (n.step - 1) * n.lr_decay))
 
     def fuses(self, weight):
-        return weight.device.type == "cpu"  # torch has this kernel for the CPU alone
+        """Return whether torch has a fused kernel of this rule for the weight."""
+        return weight.device.type == "cpu"  # torch has this kernel for CPUs only
 
     def fused(self, weight, grad, states, numbers):
+        """Run torch's fused kernel on contiguous tensors."""
         n = numbers
         torch._fused_adagrad_(
             [weight],

@@ -21,6 +21,8 @@ from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
 class AdamNumbers(NamedTuple):
+    """Numbers of one Adam step, computed once per parameter."""
+
     step: float
     lr: float
     beta1: float
@@ -33,17 +35,19 @@ class AdamNumbers(NamedTuple):
 
 
 class AdamRule(Rule):
-    """Adam; the group's ``decoupled_weight_decay`` makes it AdamW."""
+    """Adam; ``decoupled_weight_decay=True`` in the group makes it AdamW."""
 
     name = "adam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})
     optional = frozenset({"max_exp_avg_sq"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         maximum = (State("max_exp_avg_sq", signed=False),) if group["amsgrad"] else ()
         return (State("exp_avg"), State("exp_avg_sq", signed=False), *maximum)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         beta1, beta2 = map(number, group["betas"])
         return AdamNumbers(
             step=next_step(counters),
@@ -58,6 +62,7 @@ class AdamRule(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
         grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
@@ -73,6 +78,7 @@ class AdamRule(Rule):
         weight.addcdiv_(exp_avg, denom, value=-n.lr / (1 - n.beta1**n.step))
 
     def fused(self, weight, grad, states, numbers):
+        """Run torch's fused kernel on contiguous tensors."""
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
         kernel = torch._fused_adamw_ if n.decoupled else torch._fused_adam_
         kernel(

@@ -17,6 +17,8 @@ from .base import Rule, State, descent_gradient, next_step, number
 
 
 class LionNumbers(NamedTuple):
+    """Numbers of one Lion step, computed once per parameter."""
+
     step: float
     lr: float
     beta1: float
@@ -26,21 +28,24 @@ class LionNumbers(NamedTuple):
 
 
 class LionRule(Rule):
-    """Sign of an interpolated momentum, with decoupled weight decay."""
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay."""
 
     name = "lion"
     kept = frozenset({"exp_avg"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("exp_avg"),)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         beta1, beta2 = map(number, group["betas"])
         return LionNumbers(
             next_step(counters), number(group["lr"]), beta1, beta2, number(group["weight_decay"]), group["maximize"]
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg,) = numbers, states
         grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:

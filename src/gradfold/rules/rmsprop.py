@@ -22,6 +22,8 @@ from .base import Rule, State, descent_gradient, next_step, number
 
 
 class RMSpropNumbers(NamedTuple):
+    """Numbers of one RMSprop step, computed once per parameter."""
+
     step: float
     lr: float
     alpha: float
@@ -40,13 +42,15 @@ class RMSpropRule(Rule):
     optional = frozenset({"momentum_buffer", "grad_avg"})
 
     def states(self, group):
-        centered = group["centered"]  # then the variance is a difference of two states
+        """List the optimizer states that the group's options ask for."""
+        centered = group["centered"]  # the variance is then a difference of two states
         states = [State("square_avg", signed=False, exact=centered)]
         states += [State("momentum_buffer")] if group["momentum"] > 0 else []
         states += [State("grad_avg", exact=True)] if centered else []
         return tuple(states)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         return RMSpropNumbers(
             step=next_step(counters),
             lr=number(group["lr"]),
@@ -59,6 +63,7 @@ class RMSpropRule(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, square_avg = numbers, states[0]
         grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
