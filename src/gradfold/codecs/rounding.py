@@ -65,7 +65,7 @@ class Stream(NamedTuple):
         return cls(_word(f"{seed}\0{parameter}"), _word(f"{seed}\0{parameter}\0{stream}"), step)
 
     def key(self, device: torch.device | str | None = None) -> Tensor:
-        """Return the hash key of this step: int32 ``[2]``; the first word is the same for all streams of the parameter."""
+        """Return the hash key of this step: int32 ``[2]``; all streams of the parameter share the first word."""
         keys = [_key(word, int(self.step)) for word in (self.shared, self.own)]
         return torch.tensor(keys, dtype=torch.int32, device=device)
 
