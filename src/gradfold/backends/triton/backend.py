@@ -1,4 +1,4 @@
-"""The Triton backend: what kernels take steps in kernels, everything else as the reference backend does it."""
+"""The Triton backend: steps parameters in kernels, and leaves the rest to the reference backend."""
 
 from __future__ import annotations
 
@@ -39,15 +39,17 @@ from .scalars import Twin, step_scalars, twin_of
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: for tests."""
+    """Return whether kernels run in Triton's interpreter on the CPU (``TRITON_INTERPRET=1``), for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Triton:
-    """Gradients in registers; norms, and what is not finite, stay on the device until somebody asks.
+    """Keeps gradients in registers. Norms and non-finite flags stay on the device until they are read.
 
-    always: in kernels wherever there is one; else long sequences go by row blocks, a library's product and then the
-    rule's kernel, where that is expected to be faster (``tile_configs.py``).
+    Args:
+        scratch: Temporary memory.
+        always: Use the fused kernel wherever there is one. Otherwise long sequences go by row blocks, a library
+            product and then the rule's kernel, if that is expected to be faster (``tile_configs.py``).
     """
 
     name = "triton"
@@ -62,9 +64,11 @@ class Triton:
         self.where = "hopper" if interpreted() else _family()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the temporary tensors that are held."""
         return self.reference.scratch_tensors()
 
     def reserve(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> None:
+        """Allocate the scratch memory that this parameter's step needs."""
         values = weight.values
         if self._prepared([weight, *states], rule) is None:
             self.reference.reserve(weight, states, rule, group)
@@ -82,7 +86,7 @@ class Triton:
         numbers: Any,
         change: Change = UNCHANGED,
     ) -> Power:
-        """As ``Backend.step``. Tiles of a weight whose gradient is not finite do not move, if ``change.guarded``."""
+        """Step one parameter, like ``Backend.step``; with ``change.guarded``, tiles with non-finite gradients stay."""
         job = Job(weight, states, uses, rule, group, numbers, change)
         prepared = self._prepared([weight, *states], rule)
         if prepared is None:
@@ -103,6 +107,7 @@ class Triton:
         return self._by_rows(tensors, uses, prepared.twin, flags, scalars, change)
 
     def step_along(self, job: Job, bias: Job) -> tuple[Power, Power] | None:
+        """Step a weight and its bias in one launch; None if no kernel takes both."""
         prepared = self._prepared([job.weight, *job.states], job.rule)
         other = self._prepared([bias.weight, *bias.states], bias.rule)
         if prepared is None or other is None or type(job.rule) is not type(bias.rule):
@@ -129,7 +134,7 @@ class Triton:
         return powers[0], powers[1]
 
     def _prepared(self, stored: Sequence[Stored], rule: Rule) -> CachedParameter | None:
-        """None: no kernel steps this parameter, and ``why_not`` says why."""
+        """Return the parameter's cache entry; None if no kernel steps it, and ``why_not`` says why."""
         return self.cache.find(stored, rule) if _reachable(stored[0].values) else None
 
     def _by_reference(self, job: Job) -> Power:
@@ -138,7 +143,7 @@ class Triton:
         return self.reference.step(*job)
 
     def _takes(self, use: MatmulUse, weight: Tensor, tensors: Tensors) -> bool:
-        """Whether one product goes to a kernel as it is, and its launch is worth keeping."""
+        """Return whether a single product goes to a kernel as it is, so that its launch is worth caching."""
         same = use.left.dtype == use.right.dtype and use.left.dtype in (weight.dtype, torch.bfloat16, torch.float16)
         within = self.always or use.left.shape[0] <= self._max_tokens(tensors, use.left.dtype)
         return same and within and not interpreted()
@@ -157,7 +162,7 @@ class Triton:
         along = None if bias is None else (id(bias.tensors), bias.flags)
         key = (described, specialization_of(use), flags, tf32, scaled, limited, change.guarded, along)
         launch, tensors = prepared.launches.get(key), prepared.tensors
-        if launch is None:  # the first of its kind: Triton compiles, and launches
+        if launch is None:  # first launch of its kind: Triton compiles it
             source = source_of([use], tensors.rows, tensors.columns, scalars, self.where)
             assert source is not None
             powers, made = self._launch(tensors, source, prepared.twin, flags, scalars, change, bias)
@@ -172,9 +177,11 @@ class Triton:
         return [Pending(part) for part in norms.split(counts)]
 
     def gathers(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        """Return whether the parameter waits for the batched launch at the end of backward."""
         return _reachable(weight) and small(weight, uses)
 
     def step_all(self, jobs: Sequence[Job]) -> list[Power]:
+        """Step many parameters, small ones in batched launches."""
         powers: list[Power] = [0.0] * len(jobs)
         groups, others = by_kind(jobs)
         for (kind, _), members in groups.items():
@@ -187,6 +194,7 @@ class Triton:
         return powers
 
     def power(self, weight: Tensor, uses: Sequence[Use], norm_type: float = 2.0) -> Power:
+        """Return the gradient's sum of squares (for ``norm_type=2``, from the kernel)."""
         plain = Stored.plain(weight)
         tensors = tensors_of([plain]) if norm_type == 2 and why_not([plain]) is None else None
         source = None if tensors is None else source_of(uses, tensors.rows, tensors.columns, weight, self.where)
@@ -196,13 +204,15 @@ class Triton:
         return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0][0]
 
     def finite(self, weight: Tensor, uses: Sequence[Use]) -> bool:
+        """Return whether the gradient is finite."""
         return self.reference.finite(weight, uses)
 
     def gradient(self, weight: Tensor, uses: Sequence[Use], out: Tensor, add: bool) -> None:
+        """Write or add the gradient to ``out``."""
         self.reference.gradient(weight, uses, out, add)
 
     def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
-        """How such a parameter steps, in words."""
+        """Describe how such a parameter is stepped, for ``Fold.report()``."""
         reason = why_not([weight, *states], rule)
         if reason is not None:
             return f"reference ({reason})"
@@ -215,7 +225,7 @@ class Triton:
 
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-            return 0  # without tensor cores a library's product is the faster one
+            return 0  # without tensor cores, a library product is faster
         return tile_configs.max_tokens(tensors.stored_bytes)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
@@ -233,7 +243,7 @@ class Triton:
         scalars: Tensor,
         change: Change,
     ) -> Power:
-        """Some rows of the gradient by a library's product in scratch memory, then the rule's kernel on them."""
+        """Compute the gradient in row blocks with a library product, and run the rule's kernel on each block."""
         rows, columns, device = tensors.rows, tensors.columns, scalars.device
         tile = self._row_tile(rows, columns, device)
         starts = range(0, rows, len(tile))
@@ -269,7 +279,7 @@ class Triton:
         change: Change,
         bias: Bias | None = None,
     ) -> tuple[list[Pending], CompiledLaunch]:
-        """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
+        """Compile if necessary and launch; returns the norms of weight and bias, and the launch to be reused."""
         counts = counts_of(tensors, tile_configs.tile_config(source.kind, source.operand_bytes, self.where), bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
@@ -294,7 +304,7 @@ class Triton:
 
 
 def _numbers(prepared: CachedParameter, job: Job) -> tuple[tuple[int, ...], Tensor]:
-    """What the rule's twin takes for this step: constants, and scalars on the device."""
+    """Return the twin's inputs for this step: constants, and scalars on the device."""
     stream = next((one.stream for one in (job.weight, *job.states) if one.stream is not None), None)
     step = 0 if stream is None else stream.step
     tensors = bool(job.group.get("capturable"))
@@ -302,7 +312,7 @@ def _numbers(prepared: CachedParameter, job: Job) -> tuple[tuple[int, ...], Tens
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:
-    """Why no kernel steps this parameter, in words; None if one does."""
+    """Return why no kernel steps this parameter; None if one does."""
     weight = stored[0].values
     if not weight.numel():
         return "empty"
@@ -322,7 +332,7 @@ def _reachable(weight: Tensor) -> bool:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make the device current, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

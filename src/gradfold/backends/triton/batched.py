@@ -1,4 +1,4 @@
-"""From the steps of many small parameters to launches of ``kernels/batched.py``: one for each kind."""
+"""Steps of many small parameters in few launches of ``kernels/batched.py``, one for each kind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .launch import Tensors, tensors_of
 from .scalars import Twin, as_tensor, flags_of, twin_of
 from .transfer import capturing, to_device
 
-BLOCK_ELEMENTS = 1024  # elements of a program
-MAX_ELEMENTS = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
+BLOCK_ELEMENTS = 1024  # elements per program
+MAX_ELEMENTS = 1 << 16  # larger parameters do not wait for the others, since their gradients would be kept
 PLAIN_FORMATS = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
 
 
 def small(weight: Tensor, uses: Sequence[Use]) -> bool:
-    """Whether a parameter with these uses is one of the many, which are found by a table that no graph can capture."""
+    """Return whether a parameter steps in a batched launch; its table cannot be captured in a CUDA graph."""
     if capturing(weight.device):
         return False
     dense = len(uses) == 1 and isinstance(uses[0], DenseUse)
@@ -37,20 +37,20 @@ def _grad(uses: Sequence[Use]) -> Tensor:
 
 
 class BatchKind(NamedTuple):
-    """What a launch has in common; all but the device are constants of the kernel."""
+    """What the parameters of one launch have in common; everything but the device is a constant of the kernel."""
 
     twin: Twin
     flags: tuple[int, ...]
     formats: tuple[int, ...]
     random: tuple[int, ...]
-    dtype: torch.dtype  # of the gradients
+    dtype: torch.dtype  # dtype of the gradients
     limited: bool
     guarded: bool
     device: torch.device
 
 
 def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
-    """None for a parameter that these kernels do not take."""
+    """Return the kind and the tensors of a parameter; None if the batched kernel does not take it."""
     twin = twin_of(job.rule)
     tensors = tensors_of([job.weight, *job.states]) if twin is not None and small(job.weight.values, job.uses) else None
     if twin is None or tensors is None or not PLAIN_FORMATS.issuperset(tensors.formats) or tensors.large:
@@ -66,7 +66,7 @@ def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
 
 
 def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
-    """Step parameters of one kind; the norms of each one's blocks."""
+    """Step parameters of one kind; returns the norms of each parameter's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
         count = -(-job.weight.values.numel() // BLOCK_ELEMENTS)
@@ -78,7 +78,7 @@ def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors
         lengths.append(count)
     norms = torch.empty(len(blocks), dtype=torch.float32, device=kind.device)
     limits = {job.change.clip_value for job in jobs}
-    assert len(limits) == 1  # of one kind, see ``step_all``
+    assert len(limits) == 1  # the same for all of one kind, see ``by_kind``
     limit = limits.pop()
     kernel: Any = fold_batched
     kernel[(len(blocks),)](
@@ -106,7 +106,7 @@ def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors
 
 
 def _scalars(kind: BatchKind, jobs: Sequence[Job]) -> Tensor:
-    """fp32 ``[P, count + 2]``: the rule's numbers, the step's as an int32, and what the gradient is multiplied by."""
+    """Return fp32 ``[P, count + 2]``: the rule's scalars, the step number as int32 bits, and the gradient's factor."""
     values, steps, scales = [], [], []
     for job in jobs:
         values.append(kind.twin.scalars(job.numbers))
@@ -129,7 +129,7 @@ def _scalars(kind: BatchKind, jobs: Sequence[Job]) -> Tensor:
 
 
 def by_kind(jobs: Sequence[Job]) -> tuple[dict[Any, list[tuple[int, Tensors]]], list[int]]:
-    """Indices of jobs that go together, with their tensors; and of those that no kernel here takes."""
+    """Group the jobs that share a launch, as indices with their tensors; also return the indices of the other jobs."""
     groups: dict[Any, list[tuple[int, Tensors]]] = {}
     others = []
     for index, job in enumerate(jobs):

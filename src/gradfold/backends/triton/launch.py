@@ -1,4 +1,4 @@
-"""From a stored weight and the uses of its gradient to a launch of ``step.fold_step``."""
+"""Arguments of a launch of ``step.fold_step``, from a stored weight and the terms of its gradient."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _FORMATS = {
     "split16": codecs.SPLIT16,
 }
 _PLAIN = {torch.float32: codecs.FP32, torch.bfloat16: codecs.BF16, torch.float16: codecs.FP16}
-_SECOND = ("scales", "residual")  # parts that are a tensor's second pointer
+_SECOND = ("scales", "residual")  # parts that the second pointer of a tensor points to
 
 
 def format_of(codec: Codec | None, values: Tensor | None) -> int | None:
-    """How kernels know this storage; None: they do not. ``values``: where it is kept as torch keeps it."""
+    """Return the kernels' number of a storage format, None if unknown. values: plain storage without a codec."""
     if codec is None or isinstance(codec, Plain):
         dtype = values.dtype if codec is None and values is not None else getattr(codec, "dtype", None)
         found = _PLAIN.get(dtype)  # type: ignore[arg-type]
@@ -46,7 +46,23 @@ def format_of(codec: Codec | None, values: Tensor | None) -> int | None:
 
 
 class Tensors(NamedTuple):
-    """A weight ``[N, K]`` and its states as a kernel takes them."""
+    """A weight ``[N, K]`` and its states, as a kernel takes them.
+
+    Attributes:
+        rows: N.
+        columns: K.
+        formats: Format of each tensor.
+        random: For each tensor, 1 if it is rounded stochastically.
+        firsts: Values or codes of each tensor.
+        seconds: Scales or residuals of each tensor; its values again if there are none.
+        first_strides: Row strides of ``firsts``.
+        second_strides: Row strides of ``seconds``.
+        words: int32 ``[1 + tensors]``: hash words of the random bits, the shared one first.
+        offset: Offset of the first element in the whole parameter.
+        row_stride: Row stride of the whole parameter.
+        large: Whether offsets may need more than 32 bits.
+        stored_bytes: Bytes per element of the weight, in values and codes.
+    """
 
     rows: int
     columns: int
@@ -56,15 +72,15 @@ class Tensors(NamedTuple):
     seconds: tuple[Tensor, ...]
     first_strides: tuple[int, ...]
     second_strides: tuple[int, ...]
-    words: Tensor  # int32 [1 + tensors]: of the random bits, the shared one first
-    offset: int  # of its first element in the whole parameter
-    row_stride: int  # of the whole parameter
-    large: bool  # offsets in it may need more than 32 bits
-    stored_bytes: float  # per element of the weight, in values and codes
+    words: Tensor
+    offset: int
+    row_stride: int
+    large: bool
+    stored_bytes: float
 
 
 def narrowed_tensors(tensors: Tensors, start: int, stop: int) -> Tensors:
-    """Some of its rows."""
+    """Return rows start..stop of the tensors."""
     return tensors._replace(
         rows=stop - start,
         firsts=tuple(first[start:stop] for first in tensors.firsts),
@@ -74,7 +90,7 @@ def narrowed_tensors(tensors: Tensors, start: int, stop: int) -> Tensors:
 
 
 def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
-    """None where no kernel takes them: empty, strided oddly, or stored in a way kernels do not know."""
+    """Return the tensors of a weight and its states; None if no kernel takes them (empty, strided, unknown codec)."""
     weight = stored[0].values
     if not weight.numel():
         return None
@@ -103,7 +119,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         strides.append((first.stride(0), second.stride(0)))
     place = stored[0].place
     offset, row_stride = (0, columns) if place is None else place[1:]
-    if weight.dim() != 2:  # slices of these are contiguous, of rows that may be several of a kernel's
+    if weight.dim() != 2:  # slices of vectors and 3-D weights are contiguous
         row_stride = columns
     numel = weight.numel() if place is None else torch.Size(place.shape).numel()
     element_bytes = sum(first.element_size() * first.numel() for first in firsts) / weight.numel()
@@ -133,36 +149,46 @@ def _words(words: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
 
 
 def _rows_of(part: Tensor, rows: int) -> Tensor | None:
-    """``[rows, width]``, with adjacent columns; None if that needs a copy."""
+    """View a part as ``[rows, width]`` with adjacent columns; None if that needs a copy."""
     if part.dim() == 2 and part.shape[0] == rows and (part.stride(1) == 1 or part.shape[1] == 1):
         return part
     return part.view(rows, -1) if part.is_contiguous() and part.numel() else None
 
 
 class Bias(NamedTuple):
-    """A bias that steps along with its weight."""
+    """A bias that is updated in the launch of its weight."""
 
     tensors: Tensors
     flags: tuple[int, ...]
     scalars: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
+        """Return the kernel's arguments of the bias."""
         return self.tensors.firsts, self.tensors.seconds, self.scalars, self.tensors.words
 
 
 class Source(NamedTuple):
-    """Where a launch takes its gradient from."""
+    """Where a launch takes its gradient from.
 
-    kind: str  # of the table
-    arguments: tuple[Any, ...]  # from ``left`` to ``denses``
+    Attributes:
+        kind: PRODUCT, GATHER or DENSE, for the tile table.
+        arguments: The kernel's arguments ``left`` to ``denses``.
+        constants: Compile-time constants.
+        operand_bytes: Bytes of an element of the operands.
+        tokens: Tokens of all products together.
+        held: Tensors that the tables point to, kept alive until the launch.
+    """
+
+    kind: str
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     operand_bytes: int
     tokens: int
-    held: tuple[Tensor, ...]  # tensors that the tables point to
+    held: tuple[Tensor, ...]
 
 
 def source_of(uses: Sequence[Use], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
-    """None where no kernel takes these uses together: products of several dtypes, say, or a loss head's."""
+    """Return the source of a gradient; None if no kernel takes its terms together (mixed dtypes, a loss head)."""
     if any(isinstance(use, HeadUse) for use in uses):
         return None
     products = [use for use in uses if isinstance(use, MatmulUse)]
@@ -207,7 +233,7 @@ def _adjacent(t: Tensor) -> bool:
 
 
 def describable(use: MatmulUse, where: str) -> bool:
-    """Whether a descriptor is made of its operands, in which everything must begin on a multiple of 16 bytes."""
+    """Return whether tensor descriptors fit the operands: everything must begin on a multiple of 16 bytes."""
     if where not in tile_configs.DESCRIPTORS:
         return False
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (use.left, use.right))
@@ -215,7 +241,7 @@ def describable(use: MatmulUse, where: str) -> bool:
 
 
 def product_arguments(use: MatmulUse, described: bool, tiles: tile_configs.TileConfig) -> tuple[Any, ...]:
-    """``left`` to ``right_stride`` of the kernel."""
+    """Return the kernel's arguments ``left`` to ``right_stride``."""
     left, right, *rest = _product(use)
     if not described:
         return left, right, *rest
@@ -229,7 +255,7 @@ def _product(use: MatmulUse) -> tuple[Any, ...]:
 
 
 def _sorted(use: GatherUse, rows: int, bn: int) -> tuple[Any, ...]:
-    """An embedding's tokens by id, and where those of each tile of rows begin."""
+    """Sort an embedding's tokens by id, and find where those of each tile of rows begin."""
     ids, order = torch.sort(use.ids.to(torch.int64), stable=True)
     edges = torch.arange(0, rows + bn, bn, device=ids.device).clamp_(max=rows) + use.first
     padding = -1 if use.padding_idx is None else use.padding_idx
@@ -237,7 +263,7 @@ def _sorted(use: GatherUse, rows: int, bn: int) -> tuple[Any, ...]:
 
 
 def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:
-    """Pointers and numbers as int64 on the device."""
+    """Copy pointers and numbers to an int64 tensor on the device."""
     if not rows:
         return nothing
     return to_device(
@@ -261,18 +287,22 @@ def arguments(
     interpreted: bool = False,
     bias: Bias | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``fold_step[(counts_of(...)[0],)]`` is called with: positions, and constants with the compiler's options.
+    """Return the arguments of ``fold_step``: positional ones, and constants with compiler options.
 
     Args:
-        twin: None to take the norm only.
-        scalars: fp32 ``[count + 1]``, the last the step's number as an int32.
+        tensors: Weight and states.
+        source: The gradient.
+        twin: The rule's twin; None computes the norm only.
+        flags: Constants of the rule.
+        scalars: fp32 ``[count + 1]``, the last the step number as int32 bits.
         norms: fp32, one per tile.
-        where: of ``tile_configs.family``.
-        scale: what the gradient is multiplied by; a tensor is read on the device.
-        limit: the largest magnitude of an element after that.
-        guarded: leave tiles that are not finite as they are.
-        interpreted: the interpreter's products of 16-bit numbers are wrong; they are widened there.
-        bias: one that steps along, of the same rule; its norms are one more per tile of rows.
+        where: Processor family, from ``tile_configs.family``.
+        scale: Factor of the gradient; a tensor is read on the device.
+        limit: Largest magnitude of an element after scaling.
+        guarded: Leave tiles unchanged whose gradient is not finite.
+        tf32: Use TF32 for fp32 products.
+        interpreted: Widen 16-bit operands, whose products are wrong in Triton's interpreter.
+        bias: A bias with the same rule to update as well; it adds one norm per tile of rows.
     """
     tiles = tile_configs.tile_config(source.kind, source.operand_bytes, where)
     n, k = tensors.rows, tensors.columns
@@ -328,6 +358,6 @@ def arguments(
 
 
 def counts_of(tensors: Tensors, tiles: tile_configs.TileConfig, bias: Bias | None = None) -> list[int]:
-    """How many programs a launch has, and how many parts of a bias; each writes one norm."""
+    """Return the number of programs of a launch, and of parts of the bias; each writes one norm."""
     rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
     return [rows * columns] if bias is None else [rows * columns, rows]

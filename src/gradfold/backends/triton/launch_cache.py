@@ -1,7 +1,7 @@
-"""What a parameter's launches have in common, worked out once: the host has little to do when its gradient is due.
+"""Launches of each parameter, prepared once, so that the host has little to do when a gradient is ready.
 
-Nothing here owns a weight or a state. Their addresses are kept, and are part of the key that finds them again, so that
-a state that is moved or loaded anew finds a new entry, and memory that is given up is given up.
+Nothing here keeps a weight or a state alive. Their addresses are part of the key, so a state that is moved or loaded
+anew gets a new entry, and freed memory is free.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .launch import Bias, Tensors, tensors_of
 from .scalars import Twin, twin_of
 from .transfer import stream_of
 
-MAX_ENTRIES = 1 << 14  # parameters and slices that are remembered
+MAX_ENTRIES = 1 << 14  # parameters and slices in the cache
 
 
-SCALARS_AT = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
-# norms, N, K, and a bias's
+# Position of `scalars`; after it come words, offset, row_stride, scale, scale_there, limit, norms, N, K and the bias's.
+SCALARS_AT = fold_step.arg_names.index("scalars")
 
-PRODUCT_ARGUMENTS = 5  # positions of the product, which come first
+PRODUCT_ARGUMENTS = 5  # the arguments of the product come first
 
 
 class Address:
-    """A tensor's data to a kernel, without keeping it alive."""
+    """The address of a tensor's data, without keeping the tensor alive."""
 
     __slots__ = ("address", "dtype")
 
@@ -39,21 +39,18 @@ class Address:
         self.address = tensor.data_ptr()
 
     def data_ptr(self) -> int:
+        """Return the address, as a kernel asks a tensor for it."""
         return self.address
 
 
 class CompiledLaunch:
-    """A compiled kernel with its arguments, of which those that change are put in before each launch."""
+    """A compiled kernel with its arguments; those that change are filled in before each launch."""
 
     def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
-        for at in (
-            *range(PRODUCT_ARGUMENTS),
-            SCALARS_AT,
-            SCALARS_AT + 5,
-            SCALARS_AT + 7,
-        ):  # tensors of this launch alone are let go
+        # Drop tensors that belong to this launch only.
+        for at in (*range(PRODUCT_ARGUMENTS), SCALARS_AT, SCALARS_AT + 5, SCALARS_AT + 7):
             self.arguments[at] = None
 
     def __call__(
@@ -66,6 +63,7 @@ class CompiledLaunch:
         norms: Tensor,
         bias: Bias | None,
     ) -> None:
+        """Launch ``tiles`` programs with the arguments of this step."""
         arguments = list(self.arguments)
         arguments[: len(product)] = product
         at = SCALARS_AT
@@ -81,7 +79,7 @@ class CompiledLaunch:
 
 
 class CachedParameter:
-    """One weight and its states, and the launches made for them by what Triton sees of the other arguments."""
+    """One weight with its states, and its compiled launches by what Triton specializes on."""
 
     def __init__(self, twin: Twin, tensors: Tensors):
         self.twin = twin
@@ -93,13 +91,13 @@ class CachedParameter:
 
 
 class LaunchCache:
-    """Prepared parameters by where they lie and how they are stored."""
+    """Parameters with prepared launches, by their addresses and how they are stored."""
 
     def __init__(self) -> None:
         self._found: dict[Any, CachedParameter | None] = {}
 
     def find(self, stored: Sequence[Stored], rule: Rule) -> CachedParameter | None:
-        """None: no kernel takes this parameter."""
+        """Return the parameter's entry, made if necessary; None if no kernel takes the parameter."""
         weight = stored[0].values
         parts = tuple(
             (one.codec, one.stream and one.stream[:2], *((p.data_ptr(), p.dtype) for p in one.parts.values()))
@@ -115,5 +113,5 @@ class LaunchCache:
 
 
 def specialization_of(use: MatmulUse) -> tuple[Any, ...]:
-    """What a compiled kernel depends on in a product: dtypes and alignment, but no number of tokens."""
+    """Return what a compiled kernel depends on in a product: dtypes and alignment, but not the number of tokens."""
     return tuple((t.dtype, t.data_ptr() % 16, t.stride(0) % 16, t.stride(0) == 1) for t in (use.left, use.right))
