@@ -1,4 +1,4 @@
-"""Pith open-graph documents: read strictly, verify, merge, sign. Imports `cryptography` and nothing of gradfold."""
+"""Pith open-graph documents: read strictly, verify, merge, sign. Needs ``cryptography`` and nothing of gradfold."""
 
 from .canonical import canonical_bytes, parse, sha256_hex
 from .errors import ChecksFailed, ProvenanceError

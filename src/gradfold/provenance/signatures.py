@@ -1,4 +1,4 @@
-"""Checks of one signature: its form, which digest it says it covers, its key, the signature itself, its time."""
+"""Checks of one signature: form, digest, key, validity and time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def check_signature(
     not_before: Any = None,
     brings_keys: bool = True,
 ) -> None:
-    """Note every check of the signature `block` over `digest` (64 hex digits).
+    """Note every check of a signature.
 
-    `message`: the kind of digest that it must say it signs. `not_before`: a time it may not be earlier than.
-    `brings_keys`: whether it stands in a document that should list its key; a state has no room for keys.
+    Args:
+        block: The signature block.
+        digest: The digest it should cover, 64 hex digits.
+        message: The kind of digest that it must say it signs.
+        keys: The keys to check it with.
+        at: Where checks are noted.
+        prefix: Prefix of the checks' names.
+        not_before: A time it must not be earlier than.
+        brings_keys: Whether its document should list its key; a state has no room for keys.
     """
     at.same(f"{prefix}signature_status", block.get("signature_status"), SIGNED)
     at.same(f"{prefix}algorithm", block.get("algorithm"), ALGORITHM)
