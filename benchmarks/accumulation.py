@@ -38,6 +38,7 @@ from .memory import null_fold
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="of each micro-batch")
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def memory(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers: int) -> dict:
-    """Peaks of the folded step, of the null step, and of torch's."""
+    """Return peaks of the folded step, the null step, and torch's step."""
     config = llama_config(layers)
     batch = random_batch(config, tokens)
     peer = PEERS["adamw"]
@@ -112,7 +113,7 @@ def memory(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers
 
 
 def times(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers: int, pairs: int) -> dict:
-    """Ratios of interleaved steps, folded / torch."""
+    """Return ratios folded / torch of interleaved steps."""
     config = llama_config(layers)
     batch = random_batch(config, tokens)
     peer = PEERS["adamw"]

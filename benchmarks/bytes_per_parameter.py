@@ -38,6 +38,7 @@ MASTERS = (None, "split8", "split16")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/bytes_per_parameter.json)")
@@ -65,11 +66,12 @@ def main() -> None:
 
 
 def count(model: nn.Module) -> int:
+    """Count the bytes of every combination."""
     return sum(p.numel() for p in model.parameters())
 
 
 def measure_storage(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
-    """Live bytes that folding adds."""
+    """Return the live bytes that folding adds."""
     kind, hyper = RULES[rule]
     gc.collect()
     with LiveBytes(timeline=False) as live:
@@ -84,6 +86,7 @@ def measure_storage(model: nn.Module, rule: str, states: str, master: str | None
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     figure = {(row["rule"], row["states"], row["master"]): row["bytes_per_parameter"] for row in rows}
     header = ["rule", "master", *(f"`{states}`" for states in STATES)]
     lines = [

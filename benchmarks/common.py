@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model they run, the optimizers they compare, the machine they ran on."""
+"""Shared by the benchmarks: the model, the optimizers that are compared, timing, the machine, and result files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Peer:
-    """One rule, as gradfold folds it and as torch steps it (with the fastest variant torch has on every device)."""
+    """One rule: gradfold's optimizer, and torch's in its fastest variant that every device has."""
 
     gradfold: Callable[..., Any]
     torch: Callable[..., torch.optim.Optimizer]
     torch_options: dict[str, Any]
 
     def torch_optimizer(self, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """torch's optimizer of this rule, in its fastest variant."""
+        """Return torch's optimizer of this rule."""
         return self.torch(params, lr=lr, **self.torch_options)
 
 
@@ -92,7 +92,7 @@ def llama_config(
 
 
 def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The model in training mode, with random weights."""
+    """Return the model in training mode with random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -100,21 +100,21 @@ def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 
 def fold_plain_head(model: nn.Module, optimizer: Any, **options: Any) -> gradfold.Fold:
-    """``gradfold.fold``, with the loss head left as transformers has it.
+    """Fold a model but leave its loss head as transformers has it.
 
-    Figures compare optimizers, so all of them have the same head; what a folded one saves is `head.py`'s question.
+    Figures compare optimizers, so all models have the same head; ``head.py`` measures what a folded head saves.
     """
     return gradfold.fold(model, optimizer, head="plain", **options)
 
 
 def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
-    """One sequence [1, tokens], which is also its own labels."""
+    """Return one sequence ``[1, tokens]`` that is its own labels."""
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
 def wall_ms(step: Callable[[], Any]) -> float:
-    """One call by the wall clock."""
+    """Return the wall-clock time of one call in milliseconds."""
     start = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - start)
@@ -126,10 +126,18 @@ def interleaved_ms(
     warm_up: int = 2,
     timed: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> list[list[float]]:
-    """Times of every step, one after the other in each round, the order turned from round to round.
+    """Time every step once per round, in alternating order.
 
-    What the machine does meanwhile then hits all of them; ratios are taken within a round. timed: runs a step and says
-    how many milliseconds it took.
+    Disturbances of the machine then hit all of them alike; take ratios within a round.
+
+    Args:
+        steps: The functions to time.
+        rounds: Timed rounds.
+        warm_up: Untimed rounds before.
+        timed: Runs a step and returns its milliseconds.
+
+    Returns:
+        For each step, its times in milliseconds, one per round.
     """
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
@@ -147,7 +155,7 @@ def interleaved_ms(
 
 
 def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dict[str, Any]:
-    """Medians of both, and the median and quartiles of the ratios folded / torch, pair by pair."""
+    """Return both medians, and median and quartiles of the ratios folded / torch, pair by pair."""
     ratios = [f / t for f, t in zip(folded_ms, torch_ms, strict=True)]
     first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -161,7 +169,7 @@ def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dic
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Return processor, threads and versions."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -175,7 +183,7 @@ def machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """How to run this again, from the root of the repository."""
+    """Return the command that repeats this run from the root of the repository."""
     threads = os.environ.get("OMP_NUM_THREADS")
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
     module = spec.name.removesuffix(".__main__") if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
@@ -184,7 +192,7 @@ def command_line() -> str:
 
 
 def revision() -> str | None:
-    """The commit that is checked out, with `-dirty` behind it if files differ from it; None outside git."""
+    """Return the checked-out commit, followed by ``-dirty`` if files differ from it; None outside git."""
     words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -194,7 +202,14 @@ def revision() -> str | None:
 
 
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:
-    """Write rows, machine, command, revision and whatever else to benchmarks/results/NAME.json."""
+    """Write rows with machine, command and revision to benchmarks/results/NAME.json.
+
+    Args:
+        name: Name of the benchmark.
+        rows: Flat dicts with units in their keys.
+        path: Another file to write to.
+        **more: Further top-level entries.
+    """
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -211,12 +226,12 @@ def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a result file; none where there is no such file."""
+    """Return the rows of a result file; empty if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain table; the first column is text, the others are figures."""
+    """Print a plain table; the first column is text, the others are figures."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     for n, line in enumerate([header, *rows]):
         cells = [
@@ -228,7 +243,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) -> None:
-    """Put a Markdown table between `<!-- NAME -->` and `<!-- end of NAME -->` of a page."""
+    """Replace the Markdown table between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
     old = page.read_text(encoding="utf-8")
     between = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"

@@ -46,11 +46,13 @@ SPIKE = 3  # while clipping, every third step's loss is 20 times larger
 
 
 class BadScene(Exception):
-    """The judge's own mistake: its scene does not ask what the column asks."""
+    """The judge's scene does not test what the column asks; an error of the judge."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+    """One cell: a distance, and what it means."""
+
     verdict: str  # yes, no, refused, not offered; for a row that could not run: why
     distance: float | None = None
     note: str = ""
@@ -63,7 +65,7 @@ class Verdict:
 
 
 class TinyLayer(nn.Module):
-    """A Linear with bias, a norm, a Linear without."""
+    """A Linear with bias, a norm, and a Linear without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +74,12 @@ class TinyLayer(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the layer."""
         return x + self.down(torch.tanh(self.norm(self.up(x))))
 
 
 class TinyNet(nn.Module):
-    """Embedding, two layers, head, named as in a language model; tied: one matrix for both ends, layer 0 used twice."""
+    """Embedding, two layers and a head; tied: one matrix for both ends, and layer 0 is used twice."""
 
     def __init__(self, tied: bool):
         super().__init__()
@@ -88,6 +91,7 @@ class TinyNet(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def loss(self, ids: Tensor) -> Tensor:
+        """Return the loss of a batch."""
         x = self.embed(ids)  # [B, T, WIDTH]
         for index in self.path:
             x = self.layers[index](x)
@@ -95,12 +99,13 @@ class TinyNet(nn.Module):
 
 
 def batches(count: int) -> list[Tensor]:
+    """Return random batches."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, VOCABULARY, (2, TOKENS), generator=generator) for _ in range(count)]
 
 
 def schedule(step: int) -> float:
-    """The learning rate's factor: it halves with every step, so that a rate that stays shows."""
+    """Return the factor of the learning rate, which halves every step, so that a rate that does not change shows."""
     return 0.5**step
 
 
@@ -117,22 +122,24 @@ class Outcome:
     norms: list[tuple[float | None, float]]  # reported, true
 
     def distance(self) -> float:
+        """Relative distance of the two total updates."""
         return distance(self.start, self.theirs, self.right)
 
     def norm_error(self) -> float | None:
-        """The worst relative error of the reported norms; None if one step had none."""
+        """Worst relative error of the reported norms; None if a step reported none."""
         if any(reported is None for reported, _ in self.norms):
             return None
         return max(abs(reported - true) / true for reported, true in self.norms)
 
 
 def make_net(kind: type[Contestant], tied: bool) -> nn.Module:
+    """Return the model a contestant trains."""
     torch.manual_seed(0)
     return TinyNet(tied).to(kind.dtype)
 
 
 def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
-    """|theirs - right| / |right - start| over all parameters together, in fp64."""
+    """Return |theirs - right| / |right - start| over all parameters together, in fp64."""
     gap = total = 0.0
     for w0, w1, w2 in zip(start.parameters(), theirs.parameters(), right.parameters(), strict=True):
         w0, w1, w2 = (w.detach().double() for w in (w0, w1, w2))
@@ -144,7 +151,7 @@ def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
 def compare_runs(
     kind: type[Contestant], tied: bool = False, micro: int = 1, clip_norm: float | None = None, scheduled: bool = False
 ) -> Outcome:
-    """Train both for STEPS optimizer steps of ``micro`` micro-batches."""
+    """Train contestant and copy for STEPS optimizer steps of ``micro`` micro-batches."""
     start = make_net(kind, tied)
     theirs, right = copy.deepcopy(start), copy.deepcopy(start)
     contestant, definition = kind(theirs, accumulate=micro, clip_norm=clip_norm), kind.define(right)
@@ -167,7 +174,7 @@ def compare_runs(
 def store_gradients(
     model: nn.Module, ids: Sequence[Tensor], trained: set[str], clip_norm: float | None, scale: float
 ) -> float:
-    """Fill ``.grad`` with the sum over micro-batches, clipped; returns the norm before that. Plain autograd only."""
+    """Fill ``.grad`` with the clipped sum over micro-batches; returns the norm before clipping. Plain autograd only."""
     named = {name: param for name, param in model.named_parameters() if name in trained}
     grads = torch.autograd.grad(sum(model.loss(part) * scale for part in ids), list(named.values()))
     norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads))
@@ -180,10 +187,10 @@ def store_gradients(
 
 
 def resume(kind: type[Contestant], order: str = "", factor: Callable[[int], float] = schedule) -> float:
-    """Half of the steps, then new objects from what was saved: the distance to not stopping. Zero means the same bits.
+    """Train half of the steps, restore new objects from what was saved, and return the distance to not stopping.
 
-    A scheduler is attached, as in any training, and its state is saved too. It is made before the optimizer's state is
-    loaded, as torch's documentation asks.
+    Zero means the same bits. A scheduler is attached, and its state is saved too. It is created before the optimizer's
+    state is loaded, as torch's documentation asks.
     """
     data, weights, saved = batches(STEPS), [], io.BytesIO()
     half = STEPS // 2
@@ -214,7 +221,10 @@ def resume(kind: type[Contestant], order: str = "", factor: Callable[[int], floa
 
 
 def judge_resume(kind: type[Contestant]) -> Verdict:
-    """The best of the ways in which a user may write it; the note has the others, and what a constant rate does."""
+    """Return the best result over the ways in which a user may write it.
+
+    The note lists the others, and the effect of a constant learning rate.
+    """
     figures, refusal = {}, ""
     for order in kind.orders:
         try:
@@ -232,7 +242,7 @@ def judge_resume(kind: type[Contestant]) -> Verdict:
 
 
 def judge(kind: type[Contestant], column: str) -> Verdict:
-    """One cell, from a run."""
+    """Return one cell."""
     note = kind.notes.get(column, "")
     missing = kind.missing(column)
     try:
@@ -253,6 +263,7 @@ def judge(kind: type[Contestant], column: str) -> Verdict:
 
 
 def message(error: Exception) -> str:
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -266,7 +277,7 @@ MEASURES: dict[str, Callable[[type[Contestant]], float | None]] = {
 
 
 def judge_all(kind: type[Contestant]) -> dict[str, Any]:
-    """A contestant's cells, version and definition, flat, for the JSON file."""
+    """Return a contestant's cells, version and definition as a flat row."""
     result: dict[str, Any] = {"contestant": kind.name, "package": kind.package, "dtype": str(kind.dtype)[6:]}
     try:
         if kind.module is not None:
@@ -290,6 +301,7 @@ def judge_all(kind: type[Contestant]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     lines = []
     for each in rows:
         name = " ".join(filter(None, [each["contestant"], each.get("version") if each["package"] else None]))
@@ -301,7 +313,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """What the page says about cells: [contestant, column, note]."""
+    """Return the notes of the cells as [contestant, column, note]."""
     lines = []
     for each in rows:
         if "defined_by" in each:
@@ -314,6 +326,7 @@ def notes(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CONTESTANTS), help=", ".join(CONTESTANTS))
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/correctness.json)")

@@ -1,4 +1,4 @@
-"""Models with their data, for the benchmarks that train: the same batches for whoever trains on one."""
+"""Models with their data, for the benchmarks that train: every method gets the same batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .common import llama_config
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model with its data: what a contestant trains on."""
+    """A model with its data."""
 
     build: Callable[[str, int], nn.Module]  # dtype, seed
     batch: Callable[[int], dict[str, Tensor]]
@@ -34,7 +34,7 @@ class Task:
 
 
 def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
-    """SmolLM2-135M on the default data, as `gradfold train` prepares them; one sequence of ``length`` tokens a step."""
+    """SmolLM2-135M on the default data of ``gradfold train``; one sequence of ``length`` tokens per step."""
     recipe = Recipe(
         steps=1,
         batch_size=1,
@@ -61,7 +61,7 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
 
 
 def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4) -> Task:
-    """A Llama of 6.2 M parameters with a BPE tokenizer of 2,048 words trained on the texts of a folder."""
+    """A Llama of 6.2 M parameters, with a BPE tokenizer of 2,048 tokens trained on the texts of a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM
 

@@ -32,7 +32,7 @@ LR = 1e-4
 
 
 class Head(nn.Module):
-    """A head; ``tied``, with the embedding that shares its weight, which its input comes from."""
+    """A loss head; if ``tied``, with the embedding that shares its weight and gives its input."""
 
     def __init__(self, vocabulary: int, width: int, tied: bool, dtype: torch.dtype):
         super().__init__()
@@ -44,6 +44,7 @@ class Head(nn.Module):
             self.embed.weight = self.head.weight
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the hidden states of a batch."""
         return self.embed(batch["ids"]) if self.tied else batch["x"].detach().requires_grad_()
 
 
@@ -51,10 +52,13 @@ HeadLoss = Callable[[Head, dict[str, Tensor]], Tensor]
 
 
 def in_memory(model: Head, batch: dict[str, Tensor]) -> Tensor:
+    """Return transformers' loss over logits in memory."""
     return ForCausalLMLoss(model.head(model.hidden(batch)), batch["ids"], model.head.out_features)
 
 
 def in_blocks(keep_bytes: int | None) -> HeadLoss:
+    """Return a loss function over ``linear_cross_entropy``."""
+
     def loss(model: Head, batch: dict[str, Tensor]) -> Tensor:
         x = model.hidden(batch)
         return gradfold.linear_cross_entropy(x, model.head.weight, batch["ids"], shift=True, keep_bytes=keep_bytes)
@@ -64,11 +68,14 @@ def in_blocks(keep_bytes: int | None) -> HeadLoss:
 
 @dataclass(frozen=True)
 class HeadVariant:
+    """One way to train the head."""
+
     name: str
     loss: HeadLoss
     fold: bool
 
     def optimizer(self, params: Any) -> Any:
+        """Return the optimizer."""
         return gradfold.AdamW(params, lr=LR) if self.fold else torch.optim.AdamW(params, lr=LR, fused=True)
 
 
@@ -80,6 +87,7 @@ HEAD_VARIANTS = [
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128_256)
@@ -135,11 +143,12 @@ def main() -> None:
 
 
 def make_head(args: argparse.Namespace) -> Callable[[], Head]:
+    """Return a function that makes the head."""
     return lambda: Head(args.vocabulary, args.width, args.tied, DTYPES[args.dtype])
 
 
 def hidden_batch(args: argparse.Namespace) -> dict[str, Tensor]:
-    """One sequence, which is also its own labels, and the hidden states of an untied head."""
+    """Return one sequence that is its own labels, and hidden states for an untied head."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, args.vocabulary, (1, args.tokens), generator=generator)
     x = torch.randn(1, args.tokens, args.width, generator=generator).to(DTYPES[args.dtype])
@@ -147,12 +156,13 @@ def hidden_batch(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def peak_bytes(make: Callable[[], Head], batch: dict[str, Tensor]) -> list[int]:
-    """Of each variant: the peak, beyond what rests between the plain one's steps (weights, states, batch)."""
+    """Return each variant's peak above what the plain variant keeps between steps (weights, states, batch)."""
     steps = [step_memory(make, one.optimizer, batch, fold=one.fold, loss=one.loss) for one in HEAD_VARIANTS]
     return [step.peak_bytes - steps[0].resting_bytes for step in steps]
 
 
 def make_step(one: HeadVariant, model: Head, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Return a function that takes one training step."""
     optimizer = one.optimizer(model.parameters())
     if one.fold:
         gradfold.fold(model, optimizer)

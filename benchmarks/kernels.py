@@ -38,7 +38,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
 
 class Processor(NamedTuple):
-    """What a multiprocessor has (CUDA programming guide, technical specifications per compute capability)."""
+    """Resources of a multiprocessor (CUDA programming guide, technical specifications per compute capability)."""
 
     shared_bytes: int
     program_shared_bytes: int  # at most, of one program
@@ -78,7 +78,7 @@ DEFAULT = KernelJob(90)
 
 
 def quick() -> Iterator[KernelJob]:
-    """The default kernel on every generation, and what bends it most."""
+    """Yield the default kernel on every generation, and the most demanding ones."""
     yield DEFAULT
     yield replace(DEFAULT, states="int8")
     yield replace(DEFAULT, norm_only=True)
@@ -87,7 +87,7 @@ def quick() -> Iterator[KernelJob]:
 
 
 def usual() -> Iterator[KernelJob]:
-    """Everything on Hopper; elsewhere what bends registers most."""
+    """Yield all kernels on Hopper, and the most demanding ones elsewhere."""
     yield from on(90)
     for arch in PROCESSORS:
         if arch != 90:
@@ -96,12 +96,13 @@ def usual() -> Iterator[KernelJob]:
 
 
 def every() -> Iterator[KernelJob]:
+    """Yield every combination."""
     for arch in PROCESSORS:
         yield from on(arch)
 
 
 def on(arch: int) -> Iterator[KernelJob]:
-    """All of one processor's."""
+    """Yield all kernels of one processor."""
     yield from (KernelJob(arch, **storage) for storage in STORAGES)
     yield from (KernelJob(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
     yield from (KernelJob(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
@@ -113,6 +114,7 @@ def on(arch: int) -> Iterator[KernelJob]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="five kernels; writes nothing")
@@ -143,6 +145,7 @@ def main() -> None:
 
 
 def measure_all(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per job, compiled in several processes."""
     if jobs == 1:
         yield from map(measure_kernel, wanted)
         return
@@ -151,7 +154,7 @@ def measure_all(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def measure_kernel(job: KernelJob) -> dict[str, Any]:
-    """One row: compile, read, judge."""
+    """Compile, inspect and judge one kernel."""
     kernel = compile_kernel(job)
     found = inspect_ptx.stores(kernel.asm["ttir"])
     code, usage = inspect_ptx.read_cubin(kernel.asm["cubin"])
@@ -188,7 +191,7 @@ def measure_kernel(job: KernelJob) -> dict[str, Any]:
 
 
 def programs(job: KernelJob, registers: int, metadata: Any) -> int:
-    """How many a multiprocessor holds at a time."""
+    """Return how many programs a multiprocessor holds."""
     has, warps = PROCESSORS[job.arch], job.tiles.warps
     of_warp = -(-registers * 32 // 256) * 256  # registers are handed out to a warp, 256 at a time
     limits = [
@@ -209,7 +212,7 @@ def problems(
     found: list[inspect_ptx.KernelStore],
     code: inspect_ptx.Code,
 ) -> Iterator[str]:
-    """What breaks a promise."""
+    """Yield broken promises."""
     if row["spill_instructions"] or (
         row["stack_bytes"] + row["local_bytes"] and not row["slow_path_spill_instructions"]
     ):
@@ -223,7 +226,7 @@ def problems(
 
 
 def stray_stores(kernel: CompiledKernel, found: list[inspect_ptx.KernelStore], code: inspect_ptx.Code) -> Iterator[str]:
-    """What a kernel writes to global memory beyond weight, states, scales and a norm: a gradient, say."""
+    """Yield global stores beyond weight, states, scales and a norm, such as a gradient."""
     stored = inspect_ptx.bytes_by_argument(found)
     if stored != kernel.store_bytes:
         yield f"a program stores {stored}, not {kernel.store_bytes}"
@@ -244,11 +247,13 @@ def stray_stores(kernel: CompiledKernel, found: list[inspect_ptx.KernelStore], c
 
 
 def tool_versions() -> dict[str, str]:
+    """Return the versions of the CUDA tools."""
     found = {name: re.search(r"V[\d.]+", inspect_ptx.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
     return {"triton": triton.__version__, **{name: match[0] if match else "?" for name, match in found.items()}}
 
 
 def kernel_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     header = [
         "kernel", "tile", "sub-tiles", "warps", "registers", "spilled bytes", "shared KiB", "programs / SM",
         "instructions / element", "products", "stored bytes / element",
@@ -273,6 +278,7 @@ def kernel_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def spilled(row: dict[str, Any]) -> str:
+    """Describe the spills of a row."""
     count = row["stack_bytes"] + row["local_bytes"]
     return f"0 ({count})" if count and not row["spill_instructions"] else str(count)
 

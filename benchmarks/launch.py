@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.launch
 
-The driver only listens (``compiled.Listening``), so that no GPU is needed and none is in the figures: what is timed is
-Python's work up to the call of Triton's launcher. ``dispatch`` is what Triton's own way costs when nothing is prepared.
+The driver only listens (``compile_kernels.Listening``), so that no GPU is needed and none is in the figures: what is
+timed is Python's work up to the call of Triton's launcher. ``dispatch`` is what Triton's own way costs when nothing is
+prepared.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROUNDS, CALLS = 15, 200
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """The median over rounds of the mean of some calls."""
+    """Return the median over rounds of the mean time of some calls."""
     call()
     times = []
     for _ in range(ROUNDS):
@@ -38,6 +39,7 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     before = driver._active
     driver.set_active(Listening(90))  # type: ignore[arg-type]
     backend._reachable = lambda weight: True  # a CPU's tensors, which nothing reads

@@ -55,6 +55,7 @@ class NullBackend(Backend):
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="tokens per step (default 256)")
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def compare_steps(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: bool) -> dict[str, StepMemory]:
-    """The four kinds of step, each on a model of its own."""
+    """Measure the four kinds of step, each on a model of its own."""
     config = llama_config(layers, tied)
     batch = random_batch(config, tokens)
     peer = PEERS[rule]
@@ -126,11 +127,12 @@ def compare_steps(rule: str, dtype: str, tokens: int, layers: int, tied: bool, r
 
 
 def null_fold(model: torch.nn.Module, optimizer: Any) -> gradfold.Fold:
+    """Fold a model with a backend that does nothing."""
     return fold_plain_head(model, optimizer, backend=NullBackend())
 
 
 def row_of(rule: str, dtype: str, tokens: int, layers: int, tied: bool, steps: dict[str, StepMemory]) -> dict:
-    """The figures of one row; `largest_hooked_gradient_bytes` is of the parameters that no folded module owns."""
+    """Return the figures of one row; ``largest_hooked_gradient_bytes`` is of parameters outside folded modules."""
     with torch.device("meta"):
         model = llama(llama_config(layers, tied), DTYPES[dtype])
     folded_kinds = (torch.nn.Linear, torch.nn.Embedding)

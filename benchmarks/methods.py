@@ -1,4 +1,4 @@
-"""The contestants of quality_workset.py: each makes its optimizer on a model, as its documentation has it."""
+"""The methods of quality_workset.py: each makes its optimizer as its documentation says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNKS, INTERVAL = 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method with its optimizer on a model; ``awake()``: how many parameters the next step trains."""
+    """A model with its optimizer; ``awake()`` returns how many parameters the next step trains."""
 
     model: nn.Module
     optimizer: Any
@@ -30,15 +30,18 @@ class Method:
 
 
 def trainable_count(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def full(model: nn.Module, lr: float) -> Method:
+    """Train everything with folded AdamW."""
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
     return Method(model, optimizer, lambda: trainable_count(model), fold_plain_head(model, optimizer))
 
 
 def working_set(model: nn.Module, lr: float) -> Method:
+    """Train a working set with folded AdamW."""
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
     fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
     named = dict(model.named_parameters())
@@ -47,7 +50,7 @@ def working_set(model: nn.Module, lr: float) -> Method:
 
 
 def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:
-    """As its README has it, with the AdamW it wraps; blocks are the layers, in a new random order each round."""
+    """Train with BAdam as its README says; blocks are layers, in a new random order each round."""
     from badam import BlockOptimizer
 
     with warnings.catch_warnings():
@@ -64,7 +67,7 @@ def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:
 
 
 def lora(model: nn.Module, lr: float) -> Method:
-    """Adapters on every linear layer but the head; embedding, head and norms stay as they are."""
+    """Train adapters on every Linear but the head; embedding, head and norms are frozen."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -74,9 +77,9 @@ def lora(model: nn.Module, lr: float) -> Method:
 
 
 def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
-    """In fp64, over a cycle and a turn more: ours beside plain torch's whole gradients and one torch AdamW per slice.
+    """Return how far a working set ends from AdamW masked to the same slices, relative to the distance covered.
 
-    How far apart they end, of the way they came.
+    In fp64, over one cycle and one turn more; the masked run uses plain gradients and one torch AdamW per slice.
     """
     mine, plain = task.build("float64", 0), task.build("float64", 0)
     before = [p.detach().clone() for p in plain.parameters()]
@@ -104,4 +107,5 @@ def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
 
 
 def part(tensor: Tensor, slice_: Any) -> Tensor:
+    """Return a view of a slice."""
     return tensor.narrow(slice_.dim, slice_.start, slice_.stop - slice_.start)

@@ -52,6 +52,7 @@ REFERENCE = "torch fused AdamW, bf16"
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--compile-only", action="store_true", help="print the seconds each kernel takes to make")
@@ -116,14 +117,14 @@ def main() -> None:
 
 
 def compile_seconds() -> dict[str, float]:
-    """Seconds to make each kernel in a new process, with the cache as it is."""
+    """Return the seconds to make each kernel in a new process, with the cache as it is."""
     command = [sys.executable, __file__, "--compile-only"]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
     return dict(zip(STORED_AS, map(float, done.stdout.split()), strict=True))
 
 
 def prepare(name: str) -> Callable[[], None]:
-    """A function that steps one block."""
+    """Return a function that steps one block."""
     rule, group, dtype, master, states = STORED_AS[name]
     numbers = rule.advance({"step": torch.tensor(3.0)}, group, False)
     specs = rule.states(group)
@@ -148,6 +149,7 @@ def prepare(name: str) -> Callable[[], None]:
 
 
 def fused(dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that steps one block with torch's fused AdamW."""
     weight, grad, exp_avg, exp_avg_sq = (torch.zeros(ROWS, COLUMNS, dtype=dtype) for _ in range(4))
     for t in (weight, grad):
         t.normal_(std=0.02, generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,7 @@ def small_llama(tied: bool = False) -> Any:
 
 
 def gemma2() -> Any:
+    """A small Gemma 2."""
     from transformers import Gemma2Config
 
     return Gemma2Config(
@@ -55,6 +56,7 @@ def gemma2() -> Any:
 
 
 def qwen3() -> Any:
+    """A small Qwen3."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -70,6 +72,7 @@ def qwen3() -> Any:
 
 
 def gpt2() -> Any:
+    """A small GPT-2."""
     from transformers import GPT2Config
 
     return GPT2Config(vocab_size=16_000, n_embd=512, n_layer=6, n_head=8, n_positions=1024, use_cache=False)
@@ -77,10 +80,13 @@ def gpt2() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
+    """One configuration to predict and to train."""
+
     model: str
     settings: Settings
 
     def subject(self) -> Subject:
+        """The model to plan."""
         makers = {
             "llama": small_llama,
             "llama, tied": lambda: small_llama(tied=True),
@@ -92,6 +98,7 @@ class Configuration:
 
 
 def configuration(model: str, **settings: Any) -> Configuration:
+    """Add a configuration."""
     return Configuration(model, Settings(**({"tokens": 256, "batch": 2, "dtype": "float32"} | settings)))
 
 
@@ -112,6 +119,7 @@ CONFIGURATIONS = (
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases to run")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/plan_error.json)")
@@ -153,7 +161,7 @@ def main() -> None:
 
 
 def allocator_peak_bytes(number: int) -> int:
-    """Train one case for real; the peak of what the allocator handed out, the model's weights included."""
+    """Train one configuration for real; return the allocator's peak, weights included."""
     torch.set_num_threads(1)
     one = CONFIGURATIONS[number]
     scene, settings = Scene(one.subject(), one.settings, "cpu"), one.settings

@@ -45,6 +45,7 @@ TIME = "2026-07-01T00:00:00Z"
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--signers", type=int, default=5)
@@ -92,7 +93,7 @@ def main() -> None:
 
 
 def make_document(signers: list[Signer], events: int, payload_bytes: int) -> dict[str, Any]:
-    """A signed bundle of `events` events in one chain per signer."""
+    """Return a signed bundle of ``events`` events in one chain per signer."""
     number = pith_number(RECORD, 2026)
     chain: dict[str, str] = {}
     made = []

@@ -46,6 +46,8 @@ WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" no
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
+    """One training setup."""
+
     lr: float
     steps: int
     schedule: ScheduleRecipe
@@ -55,6 +57,7 @@ class Experiment:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=["finetune", "tiny_lr"])
     parser.add_argument("--seeds", type=int, default=3)
@@ -77,7 +80,7 @@ def main() -> None:
 
 
 def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
-    """All variants of one suite with one seed; those with a result are left out."""
+    """Run all variants of one suite with one seed, except those that have a result."""
     suite = EXPERIMENTS[name]
     steps = args.steps or suite.steps
     done = {(row["suite"], row["seed"], row["variant"]) for row in read_rows(args.out)}
@@ -117,7 +120,7 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
 def train_variant(
     model: nn.Module, variant: str, suite: Experiment, steps: int, seed: int, task: Task
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Training loss of every step, and the fp32 masters at the end."""
+    """Return the training loss of every step, and the fp32 masters at the end."""
     options = {key: value for key, value in VARIANTS[variant].items() if key != "dtype"}
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": suite.weight_decay},
@@ -139,10 +142,12 @@ def train_variant(
 
 
 def finetune(_: argparse.Namespace, seed: int) -> Task:
+    """Return the fine-tuning task."""
     return smollm2(seed)
 
 
 def scratch(args: argparse.Namespace, seed: int) -> Task:
+    """Return the task of training from scratch."""
     return shakespeare(args.texts, seed)
 
 
@@ -157,13 +162,14 @@ EXPERIMENTS = {
 
 
 def differences(rows: list[dict[str, Any]], suite: str, variant: str) -> list[float]:
-    """Held-out loss above the fp32 run of the same seed."""
+    """Return held-out losses above the fp32 run of the same seed."""
     reference = {r["seed"]: r["held_out_loss"] for r in rows if r["suite"] == suite and r["variant"] == REFERENCE}
     mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant and r["seed"] in reference]
     return [r["held_out_loss"] - reference[r["seed"]] for r in mine]
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     header = ["suite, variant", "seeds", "before", "after", "above fp32: mean", "worst seed"]
     lines = []
     for suite in EXPERIMENTS:
@@ -188,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each suite: how much each storage's training improved the held-out loss, a dot per seed, fp32 beside it."""
+    """Plot how much each storage improved the held-out loss in each suite: a dot per seed, fp32 beside it."""
     import matplotlib
 
     matplotlib.use("Agg")

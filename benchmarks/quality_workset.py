@@ -44,10 +44,12 @@ Tasks = dict[int, tuple[Task, float]]  # by seed, with the held-out loss they be
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
+    """One training setup."""
+
     title: str
     steps: int
     tokens: int  # a step
-    start: float  # the rung of RATES where tuning begins
+    start: float  # the entry of RATES where tuning begins
     task: Callable[[argparse.Namespace, int], Task]
     badam: dict[str, Any]  # which blocks
 
@@ -81,6 +83,7 @@ EXPERIMENTS = {
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -102,7 +105,7 @@ def main() -> None:
 
 
 def compare_methods(args: argparse.Namespace, name: str) -> None:
-    """One suite: tune every method with seed 0, then run all of them with each further seed."""
+    """Tune every method with seed 0, then run all of them with each further seed."""
     tasks: Tasks = {}
     tried: dict[str, dict[float, float]] = {method: {} for method in METHODS}
     going = True
@@ -119,7 +122,7 @@ def compare_methods(args: argparse.Namespace, name: str) -> None:
 
 
 def check_exactness(args: argparse.Namespace) -> None:
-    """That ours is AdamW masked to the same slices, on the small model."""
+    """Check that a working set is AdamW masked to the same slices, on the small model."""
     if any(row["method"] == "check" for row in read_rows(args.out)):
         return
     distance = distance_from_masked(EXPERIMENTS["scratch"].task(args, 0))
@@ -130,7 +133,7 @@ def check_exactness(args: argparse.Namespace) -> None:
 
 
 def next_rate(known: dict[float, float], start: float) -> float | None:
-    """What to try next: the neighbours of the best rate so far, first the one above. None: both have been tried."""
+    """Return the next learning rate to try, a neighbour of the best so far, higher first; None if both were tried."""
     if not known:
         return start
     place = RATES.index(min(known, key=known.__getitem__))
@@ -139,7 +142,7 @@ def next_rate(known: dict[float, float], start: float) -> float | None:
 
 
 def run_once(args: argparse.Namespace, name: str, method: str, seed: int, lr: float, tasks: Tasks) -> float:
-    """The held-out loss of a run; kept in the file."""
+    """Return the held-out loss of a run, and keep it in the file."""
     suite = EXPERIMENTS[name]
     for row in read_rows(args.out):
         if (row["suite"], row["method"], row["seed"], row["lr"]) == (name, method, seed, lr):
@@ -179,7 +182,7 @@ def run_once(args: argparse.Namespace, name: str, method: str, seed: int, lr: fl
 
 
 def train_method(one: Method, steps: int, task: Task) -> tuple[list[float], list[int]]:
-    """Training loss of every step, and how many parameters it trained."""
+    """Return the training loss of every step, and how many parameters it trained."""
     schedule = make_schedule(SCHEDULE, one.optimizer, steps)
     losses, awake = [], []
     for step in range(steps):
@@ -203,21 +206,24 @@ def train_method(one: Method, steps: int, task: Task) -> tuple[list[float], list
 
 
 def loss_of(row: dict[str, Any]) -> float:
+    """Return the held-out loss of a row."""
     return math.inf if row["held_out_loss"] is None else row["held_out_loss"]
 
 
 def best_rate(rows: list[dict[str, Any]], suite: str, method: str) -> float:
+    """Return the best learning rate of a method."""
     tried = [r for r in rows if (r["suite"], r["method"], r["seed"]) == (suite, method, 0)]
     return min(tried, key=loss_of)["lr"]
 
 
 def rows_of(rows: list[dict[str, Any]], suite: str, method: str) -> list[dict[str, Any]]:
-    """A method's runs at its best rate, one for each seed."""
+    """Return a method's rows at its best learning rate, one per seed."""
     mine = [r for r in rows if (r["suite"], r["method"]) == (suite, method)]
     return [r for r in mine if r["lr"] == best_rate(rows, suite, method)] if mine else []
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     header = ["suite, method", "trained per step", "best rate", "tried", "seeds", "before", "after", "above AdamW"]
     lines = []
     for suite in EXPERIMENTS:
@@ -242,7 +248,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each suite the held-out loss by method: a dot per seed, a bar at their mean, a line where training began."""
+    """Plot the held-out loss by method: a dot per seed, a bar at the mean, a line at the start."""
     import matplotlib
 
     matplotlib.use("Agg")

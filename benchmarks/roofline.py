@@ -29,7 +29,7 @@ TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Gpu(NamedTuple):
-    """Rates that were measured on such cards, not those of a data sheet."""
+    """Rates measured on such GPUs, not those of the data sheet."""
 
     bytes_per_s: float
     flops_per_s: float  # bf16, dense
@@ -58,11 +58,12 @@ class StorageKind(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Name in tables."""
         return self.states + (f" + {self.master}" if self.master else "")
 
     @property
     def stored_bytes(self) -> float:
-        """Per element, weight included."""
+        """Bytes per element, weight included."""
         codecs = [weight_codec(torch.bfloat16, self.master), *(state_codec(self.states, signed) for signed in (1, 0))]
         return sum(codec.bytes_per_element((1024, 4096)) for codec in codecs)
 
@@ -78,7 +79,7 @@ GRADIENT_BYTES = 2  # bf16
 
 
 class WeightShape(NamedTuple):
-    """Weights of one shape and one step: seconds, bytes and operations of all of them."""
+    """All weights of one shape in one step: seconds, bytes and operations."""
 
     rows: int
     columns: int
@@ -89,27 +90,31 @@ class WeightShape(NamedTuple):
 
     @property
     def elements(self) -> int:
+        """Elements of all weights."""
         return self.rows * self.columns * self.count
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of the products."""
         return 2 * self.tokens * self.elements
 
     @property
     def operand_bytes(self) -> float:
-        """dY ``[T, N]`` and X ``[T, K]``, bf16, read once."""
+        """Bytes of dY ``[T, N]`` and X ``[T, K]`` in bf16, read once."""
         return 2 * self.tokens * (self.rows + self.columns) * self.count
 
     @property
     def folded_bytes(self) -> float:
+        """Bytes that a folded step moves."""
         return self.operand_bytes + 2 * self.kind.stored_bytes * self.elements
 
     @property
     def separate_bytes(self) -> float:
+        """Bytes that product and optimizer move as two kernels."""
         return self.folded_bytes + 2 * GRADIENT_BYTES * self.elements
 
     def separate_s(self, device: Gpu) -> float:
-        """The library's product, then the optimizer, which runs the same rule."""
+        """Return the seconds of a library product followed by the optimizer with the same rule."""
         written = self.operand_bytes + GRADIENT_BYTES * self.elements
         product = max(self.flops / device.flops_per_s, written / device.bytes_per_s)
         moved = (2 * self.kind.stored_bytes + GRADIENT_BYTES) * self.elements
@@ -117,7 +122,10 @@ class WeightShape(NamedTuple):
         return product + max(moved / device.bytes_per_s, issued / device.instructions_per_s)
 
     def folded_s(self, device: Gpu, overlapped: bool, efficiency: float) -> float:
-        """``overlapped``: one program steps while another multiplies; else first all products, then all steps."""
+        """Return the seconds of the folded kernel.
+
+        overlapped: One program steps while another multiplies; otherwise all products come first, then all steps.
+        """
         product = self.flops / (device.flops_per_s * efficiency)
         issued = self.instructions * self.elements / device.instructions_per_s
         if overlapped:
@@ -127,6 +135,7 @@ class WeightShape(NamedTuple):
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/roofline.json)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose tables are replaced")
@@ -152,7 +161,7 @@ def main() -> None:
 
 
 def instructions(path: Path) -> dict[StorageKind, float]:
-    """Per element of the default kernel on Hopper."""
+    """Return instructions per element of the default kernel on Hopper."""
     found = {}
     for kernel in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         wanted = {"arch": "sm_90", "gradient_from": tile_configs.PRODUCT, "operands": "bf16"}
@@ -163,6 +172,7 @@ def instructions(path: Path) -> dict[StorageKind, float]:
 
 
 def model(tokens: int, kind: StorageKind, counted: dict[StorageKind, float]) -> list[WeightShape]:
+    """Return the linear layers of Llama-3-8B."""
     return [WeightShape(*shape, tokens, kind, counted[kind]) for shape in SHAPES.values()]
 
 
@@ -174,7 +184,7 @@ def ratio(
     overlapped: bool,
     efficiency: float = EFFICIENCY,
 ) -> float:
-    """Folded over separate, of the whole model's linear layers."""
+    """Return time folded / separate of the whole model's linear layers."""
     layers = model(tokens, kind, counted)
     folded = sum(layer.folded_s(device, overlapped, efficiency) for layer in layers)
     return folded / sum(layer.separate_s(device) for layer in layers)
@@ -183,7 +193,7 @@ def ratio(
 def crossing(
     device: Gpu, kind: StorageKind, counted: dict[StorageKind, float], overlapped: bool, efficiency: float
 ) -> int:
-    """The number of tokens from which on folding no longer pays; a multiple of 64."""
+    """Return the tokens from which folding no longer pays; a multiple of 64."""
     tokens = 64
     while tokens < 2**17 and ratio(device, tokens, kind, counted, overlapped, efficiency) <= 1:
         tokens += 64
@@ -193,6 +203,7 @@ def crossing(
 def shape_row(
     name: str, shape: Sequence[int], tokens: int, kind: StorageKind, counted: dict[StorageKind, float]
 ) -> dict[str, Any]:
+    """Return the row of one shape."""
     layer = WeightShape(shape[0], shape[1], 1, tokens, kind, counted[kind])
     result: dict[str, Any] = {
         "layer": name,
@@ -213,6 +224,7 @@ def shape_row(
 
 
 def crossing_row(kind: StorageKind, counted: dict[StorageKind, float]) -> dict[str, Any]:
+    """Return the row of one storage."""
     result: dict[str, Any] = {
         "states": kind.states,
         "master": kind.master,
@@ -230,6 +242,7 @@ def crossing_row(kind: StorageKind, counted: dict[StorageKind, float]) -> dict[s
 
 
 def crossing_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of crossings."""
     header = ["states", "bytes folded", "separate", "instructions"]
     header += [f"{label} {how}" for label in GPUS for how in ("overlapped", "in turn")] + ["`MAX_TOKENS`"]
     lines = []
@@ -244,6 +257,7 @@ def crossing_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 
 def ratio_table(counted: dict[StorageKind, float]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of ratios."""
     header = ["states, on H100", *(f"T = {tokens:,}" for tokens in TOKENS)]
     lines = [
         [
@@ -257,7 +271,7 @@ def ratio_table(counted: dict[StorageKind, float]) -> tuple[list[str], list[list
 
 
 def draw(counted: dict[StorageKind, float], path: Path) -> None:
-    """Ratios over tokens, a panel per device."""
+    """Plot ratios over tokens, one panel per GPU."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -30,11 +30,12 @@ GIB = 2**30
 
 
 def llama_2_7b() -> Any:
-    """Llama-2-7B's shape."""
+    """Return the config of Llama-2-7B's shape."""
     return llama_config(32, hidden=4096, intermediate=11_008, vocabulary=32_000, heads=32, max_positions=4096)
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5, help="sampled of one round")
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def measure_round(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
-    """One row: peaks over the sampled turns."""
+    """Return one row: peaks over the sampled turns."""
     from transformers import AutoModelForCausalLM
 
     config = llama_2_7b()
@@ -121,6 +122,7 @@ def measure_round(args: argparse.Namespace, batch: int, prefetch: int) -> dict[s
 
 
 def step(model: torch.nn.Module, optimizer: Any, ids: Tensor) -> None:
+    """Take one training step."""
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -34,6 +34,7 @@ from .common import (
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
@@ -106,6 +107,8 @@ def main() -> None:
 
 
 def make_step(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
+    """Return a function that takes one training step."""
+
     def step() -> None:
         model(**batch).loss.backward()
         optimizer.step()
@@ -115,7 +118,7 @@ def make_step(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[
 
 
 def badam_step(config: Any, dtype: str, batch: dict) -> tuple[Callable[[], None], int]:
-    """BAdam with a block for each layer, and for embedding and head, in order; how many blocks it has."""
+    """Return BAdam's step with a block per layer, and for embedding and head, in order; and the number of blocks."""
     from badam import BlockOptimizer
 
     model = llama(config, DTYPES[dtype])

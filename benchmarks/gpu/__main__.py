@@ -30,6 +30,7 @@ MOST_STARTS = 40  # of one process of a suite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run the suites; returns the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/run.sh", description="Everything that only a GPU can settle.")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes in Triton's interpreter; figures mean nothing"
@@ -58,7 +59,11 @@ def run(
     fresh: bool = False,
     command: str = "",
 ) -> int:
-    """1 if a check said no, 2 if nothing could be started, else 0."""
+    """Run the suites within the time budget, and write the report after each.
+
+    Returns:
+        Exit status: 0 if all checks passed, 1 if one failed or could not be made, 2 if there is no GPU.
+    """
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     machine = ask_machine(dry)
@@ -89,7 +94,7 @@ def run(
 
 
 def ask_machine(dry: bool) -> dict[str, Any]:
-    """The machine, by a process that is gone before anything is measured."""
+    """Describe the machine, by a process that ends before anything is measured."""
     try:
         words = [sys.executable, "-m", "benchmarks.gpu.machine"]
         done = subprocess.run(
@@ -115,7 +120,7 @@ def _environment(dry: bool, processes: int = 1) -> dict[str, str]:
 
 
 class Process:
-    """One process of a suite, started again as long as it asks to be or dies of a single row."""
+    """One process of a suite; it is started again as long as it asks for it or dies of a single row."""
 
     def __init__(self, suite: Suite, index: int, shards: int, folder: Path, dry: bool, end: float):
         self.suite, self.dry, self.end = suite, dry, end
@@ -126,6 +131,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
+        """Start the process with the time that is left."""
         self.starts += 1
         seconds = max(0.0, self.end - time.monotonic())
         words = [sys.executable, "-m", "benchmarks.gpu.worker", self.suite.module, str(self.results)]
@@ -142,7 +148,7 @@ class Process:
             )
 
     def poll(self) -> bool:
-        """Whether it is over, for good."""
+        """Return whether it has ended for good; start it again if it should."""
         code = self.child.poll()
         if code is None:
             if time.monotonic() < self.end + GRACE_SECONDS:
@@ -167,7 +173,7 @@ class Process:
         return True
 
     def kill(self) -> None:
-        """It, and what it has started."""
+        """Kill the process and everything it has started."""
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -176,7 +182,7 @@ class Process:
 
 
 def run_suite(suite: Suite, folder: Path, dry: bool, limit: float) -> SuiteRun:
-    """All of a suite's processes, until they are done or the time is up."""
+    """Run all processes of a suite until they have ended or the time is up."""
     start = time.monotonic()
     shards = 1 if dry else max(1, min(suite.shards, (os.cpu_count() or 2) - 2))
     processes: list[Process] = []

@@ -1,6 +1,6 @@
-"""Single launches: a weight with states, its fp64 truth, the reference's bits, and the kernel on the very same.
+"""Single launches: a weight with states, its fp64 result, the reference backend's bits, and the kernel's.
 
-The only file here that knows how ``gradfold.backends.triton`` makes a launch.
+This is the only file here that knows how ``gradfold.backends.triton`` makes a launch.
 """
 
 from __future__ import annotations
@@ -67,11 +67,13 @@ class Cell:
 
     @property
     def param(self) -> Tensor:
+        """The parameter, or its slice."""
         whole = self.whole.detach()
         return whole if self.region is None else self.region.of(whole)
 
     @property
     def place(self) -> Place | None:
+        """Where the slice lies in the whole parameter."""
         return None if self.region is None else self.region.place(self.whole.shape)
 
     def _fill(self) -> None:
@@ -98,12 +100,12 @@ class Cell:
         return rows
 
     def stored(self) -> list[Stored]:
-        """The weight and its states, as a backend takes them."""
+        """Return weight and states as a backend takes them."""
         weight, states = bind(self.param, self.storage, self.state, NAME, self.group, self.place)
         return [weight, *states]
 
     def to(self, device: torch.device | str) -> Cell:
-        """A copy, there."""
+        """Return a copy on the device."""
         made = copy.copy(self)
         made.whole = Parameter(self.whole.detach().to(device, copy=True))
         made.state = {
@@ -112,12 +114,12 @@ class Cell:
         return made
 
     def bits(self) -> dict[str, Tensor]:
-        """Everything the step may change, the rest of the whole parameter included; on the CPU."""
+        """Return everything the step may change, and the rest of the whole parameter, on the CPU."""
         found = {"weight": self.whole.detach(), **{name: value for name, value in self.state.items() if value.dim()}}
         return {name: value.cpu().clone() for name, value in found.items()}
 
     def decoded(self) -> list[Tensor]:
-        """Weight and states in fp64, on the CPU."""
+        """Return weight and states in fp64 on the CPU."""
         shape, found = self.param.shape, []
         for one in self.stored():
             parts = {name: part.cpu().contiguous() for name, part in one.parts.items()}
@@ -129,14 +131,14 @@ class Cell:
         return found
 
     def truth(self, grad: Tensor) -> list[Tensor]:
-        """Weight and states after the step, in fp64, from what is stored now. grad: fp64."""
+        """Return weight and states after a step in fp64, for an fp64 gradient."""
         weight, *states = self.decoded()
         scratch = [torch.empty_like(weight) for _ in range(self.rule.scratch_tiles(self.group))]
         self.rule.update(weight, grad.clone().view(weight.shape), states, self.numbers, scratch)
         return [weight, *states]
 
     def by_reference(self, uses: Sequence[Use], change: Change = UNCHANGED) -> None:
-        """The reference backend's step."""
+        """Take the step with the reference backend."""
         weight, *states = self.stored()
         with torch.no_grad():
             backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
@@ -144,18 +146,18 @@ class Cell:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the weight and its states."""
+        """Bytes of the weight and its states."""
         return sum(part.numel() * part.element_size() for one in self.stored() for part in one.parts.values())
 
 
 def card_family() -> str:
-    """Which rows of the launch table are this card's."""
+    """Return this GPU's family in the tile table."""
     return Triton(Scratch(1)).where
 
 
 @contextlib.contextmanager
 def using(config: tile_configs.TileConfig | None) -> Iterator[None]:
-    """Launches made inside take these tiles where the table would be asked for a product's. None: the table's."""
+    """Use these tiles for products launched inside; None uses the tile table."""
     config = DRY_TILES if config is None and interpreted() else config
     if config is None:
         yield
@@ -170,7 +172,7 @@ def using(config: tile_configs.TileConfig | None) -> Iterator[None]:
 
 
 class Launch:
-    """One launch of ``fold_step``, prepared: calling it steps the cell in place and returns the compiled kernel."""
+    """One prepared launch of ``fold_step``; calling it steps the cell in place and returns the compiled kernel."""
 
     def __init__(
         self,
@@ -212,6 +214,7 @@ class Launch:
         self.held = (cell, list(uses), source)  # tensors the launch only has pointers to
 
     def __call__(self) -> Any:
+        """Launch the kernel."""
         return fold_step[(self.tiles,)](*self.positions, **self.constants)
 
 
@@ -221,7 +224,7 @@ def _fma(out, a, b, c):
 
 
 def rounds_once(device: torch.device | str) -> bool:
-    """Whether ``tl.fma`` rounds once, as on every card: older interpreters multiply and then add."""
+    """Return whether ``tl.fma`` rounds once, as on every GPU; older interpreters round twice."""
     near = torch.tensor([1 + 2.0**-12], device=device)
     out = torch.zeros_like(near)
     _fma[(1,)](out, near, near, torch.tensor([-1 - 2.0**-11], device=device))
@@ -229,7 +232,7 @@ def rounds_once(device: torch.device | str) -> bool:
 
 
 def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    """The fp32 gradient as the kernel sums it in registers, on the CPU: a step of SGD from zero, with rate 1."""
+    """Return the fp32 gradient as the kernel sums it: a step of SGD from zero with learning rate 1."""
     cell = Cell(gradfold.SGD, shape, torch.float32, {"lr": 1.0}, device=device, std=0.0)
     Launch(cell, uses, change=UNCHANGED)()
     grad = -cell.param.cpu()
@@ -237,7 +240,7 @@ def gradient_by_kernel(uses: Sequence[Use], shape: tuple[int, ...], device: torc
 
 
 def by_backend(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
-    """The step as the Triton backend takes it: Python's work and its choice of a route included."""
+    """Return a function that steps with the Triton backend, including Python's work and its choice of a route."""
     backend = Triton(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = cell.stored()
 
@@ -249,7 +252,7 @@ def by_backend(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
 
 
 def row_blocks(cell: Cell, uses: Sequence[Use]) -> Callable[[], Any]:
-    """A library's products into scratch and the rule after each: the reference backend's way, on this device."""
+    """Return a function that steps like the reference backend: library products in row blocks, the rule on each."""
     backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = [one._replace(codec=None, stream=None) for one in cell.stored()]
 

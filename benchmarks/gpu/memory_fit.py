@@ -1,4 +1,4 @@
-"""What fits: how many layers of a model, and which trainers, by the bytes each keeps per parameter."""
+"""Memory estimates: how many layers of a model fit, by the bytes per parameter that each trainer keeps."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PER_PARAMETER = {
 
 
 def parameters(layers: int, hidden: int, intermediate: int, vocabulary: int, kv: int) -> int:
-    """Of an untied Llama; kv: columns of its keys."""
+    """Return the number of parameters of an untied Llama; kv: columns of the keys."""
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate + 2 * hidden
     return layers * layer + 2 * vocabulary * hidden + hidden
 
 
 def activation_bytes(layers: int, hidden: int, intermediate: int, vocabulary: int, tokens: int) -> int:
-    """Roughly what forward keeps and a backward adds at its highest: bf16 layers, and a few fp32 copies of logits."""
+    """Estimate activations: what forward keeps plus the peak of backward, bf16 layers and fp32 copies of logits."""
     layer = tokens * (16 * hidden + 5 * intermediate) * BF16_BYTES
     return layers * layer + 4 * tokens * vocabulary * 4
 
 
 def needed_bytes(trainers: Iterable[str], shape: dict[str, int], layers: int, tokens: int) -> int:
-    """At the peak, with models of all of these alive, and one of them stepping."""
+    """Return the bytes at the peak with models of all these trainers allocated and one of them stepping."""
     count = parameters(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], shape["kv"])
     kept = sum(PER_PARAMETER[name] for name in trainers)
     forward = activation_bytes(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], tokens)
@@ -44,7 +44,7 @@ def needed_bytes(trainers: Iterable[str], shape: dict[str, int], layers: int, to
 
 
 def layers_that_fit(trainers: Iterable[str], shape: dict[str, int], most: int, tokens: int, free_bytes: int) -> int:
-    """The most layers, up to ``most``, with which models of all of these fit at once; 0 if none does."""
+    """Return the most layers, up to ``most``, with which models of all these trainers fit together; 0 if none."""
     names = list(trainers)
     for layers in range(most, 0, -1):
         if needed_bytes(names, shape, layers, tokens) <= INSIDE * free_bytes:

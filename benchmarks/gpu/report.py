@@ -1,4 +1,4 @@
-"""report.json and report.md: what was run on what, every row, and tables of the figures that matter."""
+"""Write report.json and report.md: the machine, every row, and tables of the main figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SuiteRun(NamedTuple):
 
 
 def is_broken(run: SuiteRun, rows: Sequence[ResultRow]) -> bool:
-    """Whether a check said no, or could not say yes: a kernel that crashes is not correct. No time: neither."""
+    """Return whether a check failed, or could not be made for another reason than time: a crash is not correct."""
     if not run.suite.judged:
         return False
     return run.status == DIED or any(row["status"] not in (OK, LEFT_OUT, TIME) for row in rows)
@@ -42,7 +42,7 @@ def write_report(
     budget_seconds: float,
     seconds: float,
 ) -> None:
-    """Both files, anew."""
+    """Write both files anew."""
     result = {
         "benchmark": "gpu",
         "dry_run": dry,

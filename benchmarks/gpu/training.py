@@ -1,4 +1,4 @@
-"""Whole training steps: the Llama, and everybody who steps it."""
+"""Whole training steps: the Llama model, and the ways to train it."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ TOKENS, DRY_TOKENS = 512, 7
 
 
 def shape_of(context: Context) -> dict[str, int]:
+    """Return the model's shape."""
     return TINY if context.dry else LLAMA_8B
 
 
 def tokens_of(context: Context) -> int:
+    """Return the tokens of a step."""
     return DRY_TOKENS if context.dry else TOKENS
 
 
 def config_of(shape: dict[str, int], layers: int) -> Any:
-    """Llama-3.1-8B's, or of its proportions."""
+    """Return the config of Llama-3.1-8B, or of a smaller shape."""
     sizes = {name: shape[name] for name in ("hidden", "intermediate", "vocabulary", "heads")}
     return llama_config(layers, kv_heads=shape["kv"] * shape["heads"] // shape["hidden"], **sizes)
 
 
 def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
-    """Random bf16 weights, the same for every trainer, made where they are used."""
+    """Return a model with random bf16 weights on the device, the same for every trainer."""
     with device:
         return llama(config_of(shape, layers), torch.bfloat16)
 
 
 def batch_of(shape: dict[str, int], tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """One sequence [1, tokens], which is also its own labels."""
+    """Return one sequence ``[1, tokens]`` that is its own labels."""
     ids = torch.randint(0, shape["vocabulary"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
 class Trainer(NamedTuple):
-    """A model and who steps it."""
+    """A model with its optimizer."""
 
     model: nn.Module
     optimizer: Any
@@ -60,34 +62,37 @@ class Trainer(NamedTuple):
 
 
 def fused_adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's fused AdamW."""
+    """Return torch's fused AdamW."""
     return torch.optim.AdamW(params, lr=LR, fused=True)
 
 
 def torch_fused(model: nn.Module) -> Trainer:
-    """torch's fused AdamW on stored gradients."""
+    """Train with stored gradients and torch's fused AdamW."""
     return Trainer(model, fused_adamw(model.parameters()))
 
 
 def torch_foreach(model: nn.Module) -> Trainer:
+    """Train with stored gradients and torch's foreach AdamW."""
     return Trainer(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
 
 
 def torch_hooks(model: nn.Module) -> Trainer:
-    """Post-accumulate hooks, each with a fused AdamW of its own."""
+    """Train with post-accumulate-grad hooks, each with a fused AdamW of its own."""
     return Trainer(model, SteppedInHooks(model.parameters(), fused_adamw))
 
 
 def bitsandbytes(model: nn.Module) -> Trainer:
+    """Train with the 8-bit AdamW of bitsandbytes."""
     return Trainer(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
 
 
 def torchao(model: nn.Module) -> Trainer:
+    """Train with the 8-bit AdamW of torchao."""
     return Trainer(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
 
 
 def flashoptim(model: nn.Module) -> Trainer:
-    """8-bit states, an 8-bit correction of the weights, and gradient release."""
+    """Train with FlashAdamW: 8-bit states, an 8-bit correction of the weights, and gradient release."""
     package = _load("flashoptim")
     optimizer = package.FlashAdamW(model.parameters(), lr=LR)
     handle = package.enable_gradient_release(model, optimizer)
@@ -102,7 +107,12 @@ def _load(name: str) -> Any:
 
 
 def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Trainer]:
-    """Vectors have fp32 states, matrices ``states``, even tiny ones. capturable: as torch's groups say it."""
+    """Return a function that folds a model.
+
+    Args:
+        states: States of matrices, even tiny ones; vectors keep fp32 states.
+        capturable: As in torch.
+    """
 
     def make(model: nn.Module) -> Trainer:
         optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
@@ -128,7 +138,7 @@ TRAINERS: dict[str, Callable[[nn.Module], Trainer]] = {
 
 
 def step_of(trainer: Trainer, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
-    """One training step; its loss, still on the device, goes to ``losses``."""
+    """Return a function that takes one training step; its loss, still on the device, goes to ``losses``."""
 
     def step() -> None:
         with using(None):
@@ -143,7 +153,7 @@ def step_of(trainer: Trainer, batch: dict[str, torch.Tensor], losses: list[torch
 
 @contextlib.contextmanager
 def training(name: str, shape: dict[str, int], layers: int, context: Context) -> Iterator[Trainer]:
-    """A trainer with a model of its own, which is gone afterwards."""
+    """Make a trainer with a model of its own, and free it afterwards."""
     made = TRAINERS[name](model_of(shape, layers, context.device))
     try:
         yield made

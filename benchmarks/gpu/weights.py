@@ -26,20 +26,20 @@ DRY_TOKENS = (1, 7, 16)
 
 
 class Operands(NamedTuple):
-    """A bf16 weight with states, and one product's worth of gradient for it."""
+    """A bf16 weight with states, and the operands of its gradient: one product."""
 
     cell: Cell
     use: MatmulUse
 
     @property
     def moved_bytes(self) -> int:
-        """What a folded step has to move: weight and states in and out, the operands in."""
+        """Bytes a folded step must move: weight and states in and out, operands in."""
         operands = (self.use.left, self.use.right)
         return 2 * self.cell.stored_bytes + sum(t.numel() * t.element_size() for t in operands)
 
 
 def operands(shape: tuple[int, int], tokens: int, states: str, context: Context) -> Operands:
-    """On scratch copies: nothing here belongs to a model."""
+    """Return random operands that belong to no model."""
     device = context.device
     options = {"lr": 1e-5, "states": states, "small_size": 0}
     cell = Cell(gradfold.AdamW, shape, torch.bfloat16, options, device=device)

@@ -1,8 +1,8 @@
-"""One process of one suite: measures its cases in turn and writes each down at once.
+"""One process of one suite: measures its cases one after the other and writes each row at once.
 
-    python -m benchmarks.gpu.worker MODULE BOOK --shard 0/1 --seconds 60
+    python -m benchmarks.gpu.worker MODULE RESULTS --shard 0/1 --seconds 60
 
-Started by ``__main__.py``. Exit status: 0 all done, 3 the time was up, 75 start me again (the card's context is lost).
+``__main__.py`` starts it. Exit status: 0 all done, 3 the time is up, 75 start me again (the GPU context is lost).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Case(NamedTuple):
 
 
 class LeftOut(Exception):
-    """There is a reason not to measure this here."""
+    """There is a reason not to measure this row here."""
 
 
 class Failed(Exception):
-    """A check said no. Its figures go into the row."""
+    """A check failed; its figures go into the row."""
 
     def __init__(self, message: str, **figures: Any):
         super().__init__(message)
@@ -46,6 +46,7 @@ class Failed(Exception):
 
 
 def main() -> int:
+    """Measure the cases of this process; returns the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("module")
     parser.add_argument("results", type=Path)
@@ -75,7 +76,7 @@ def main() -> int:
 
 
 def measure_case(case: Case) -> tuple[dict[str, Any], bool]:
-    """The case's row, and whether nothing more can be measured in this process."""
+    """Return the row of a case, and whether nothing more can be measured in this process."""
     start = time.monotonic()
     lost = False
     try:

@@ -1,7 +1,7 @@
 """torch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
 
-One optimizer per parameter, stepped by a post-accumulate-grad hook. The tutorial stops there; a scheduler and a saved
-state for each of the optimizers is what a reader would add, and is given to it here.
+One optimizer per parameter, stepped by a post-accumulate-grad hook. The tutorial ends there; the adapter adds one
+scheduler and one saved state per optimizer, as a reader would.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class SteppedInHooks:
 
 
 class Hooks(Contestant):
+    """Adapter of the tutorial."""
+
     name = "torch hooks"
     module = package = "torch"
     notes: ClassVar = {
@@ -64,16 +66,20 @@ class Hooks(Contestant):
         self.optimizers = {name: stepped[param] for name, param in model.named_parameters()}
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             loss().backward()
         self.norm = clip_as_torch(self.model, self.clip_norm)
 
     def attach(self, schedule: Callable[[int], float]) -> list[torch.optim.lr_scheduler.LRScheduler]:
+        """Return one scheduler per optimizer."""
         return [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in self.optimizers.values()]
 
     def state_dict(self) -> Any:
+        """Return what a user would save."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, saved: Any) -> None:
+        """Restore a saved state."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved[name])

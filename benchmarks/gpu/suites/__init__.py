@@ -6,16 +6,27 @@ from typing import NamedTuple
 
 
 class Suite(NamedTuple):
-    """A module with ``cases(context)``: what it measures, most important first."""
+    """One suite: a module with ``cases(context)``.
+
+    Attributes:
+        name: Name on the command line.
+        module: The module.
+        title: Title in the report.
+        columns: Columns of its table in the report.
+        share: Share of the time that is left, relative to the suites still to come.
+        shards: Number of processes at once; 1 if times are taken.
+        judged: Whether a failed row, or one that cannot be measured, fails the run.
+        best: (column, figure): also list the row with the smallest figure for each value of the column.
+    """
 
     name: str
     module: str
     title: str
-    columns: tuple[str, ...]  # of a row, in the report
-    share: float = 1.0  # of the time that is left, beside those of the suites still to come
-    shards: int = 1  # processes at once: one wherever times are taken
-    judged: bool = False  # a row that fails, or that cannot be measured, fails the run
-    best: tuple[str, str] | None = None  # also list the row of the smallest second figure for each of the first
+    columns: tuple[str, ...]
+    share: float = 1.0
+    shards: int = 1
+    judged: bool = False
+    best: tuple[str, str] | None = None
 
 
 _HERE = "benchmarks.gpu.suites"

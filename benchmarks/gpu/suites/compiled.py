@@ -1,8 +1,7 @@
-"""Compile what the suites after this one run, several at a time, into Triton's cache; and count what it costs.
+"""Compile what later suites run, several kernels at a time, into Triton's cache, and record registers and spills.
 
-``tiles``: one launch per candidate of the tuning and storage of the states. ``step``: one training step of a single
-layer of the real widths. Arguments are divisible by 16 or not as they are there, so that the very same binaries are
-found again.
+``tiles``: one launch per tuning candidate and storage of the states. ``step``: one training step of a single layer
+with the real widths. Arguments are divisible by 16 in the same way as there, so that the same binaries are found again.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ NARROW = {**training.LLAMA_8B, "vocabulary": 1024}
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     own, *others = candidates(card_family(), context.dry)
     kinds = ("bf16", "int8", "fp32", "int4")
     order = [(own, states) for states in (kinds[:1] if context.dry else kinds)]
@@ -36,7 +36,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def compile_tiles(name: str, states: str, context: Context) -> dict[str, Any]:
-    """Registers and spills of one variant, from the driver."""
+    """Return registers and spills of one variant, as the driver reports them."""
     shape = (32, 128) if context.dry else SHAPE
     one = operands(shape, 7 if context.dry else TOKENS, states, context)
     launch = Launch(one.cell, [one.use], candidates(card_family(), context.dry)[name])
@@ -60,7 +60,7 @@ def compile_tiles(name: str, states: str, context: Context) -> dict[str, Any]:
 
 
 def compile_step(states: str, context: Context) -> dict[str, Any]:
-    """One training step, for what it compiles."""
+    """Take one training step, to compile its kernels."""
     batch = training.batch_of(NARROW, training.tokens_of(context), context.device)
     with training.training(f"ours {states}", NARROW, 1, context) as trainer:
         losses: list[torch.Tensor] = []

@@ -54,6 +54,8 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Example:
+    """One case: rule, storage, shape and gradient source."""
+
     rule: str = "adamw"
     dtype: str = "bf16"
     states: str | None = "fp32"
@@ -68,6 +70,7 @@ class Example:
 
     @property
     def key(self) -> str:
+        """Name of the row."""
         storage = [self.dtype, self.states or "as torch", self.master, self.rounding]
         where = "x".join(map(str, self.shape)) + ("" if self.region is None else f" {self.region}")
         words = [self.rule, *filter(None, storage), where, f"{self.source} of {self.operand}", f"T={self.tokens}"]
@@ -75,7 +78,7 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """A compact matrix, what training uses most first."""
+    """Return a compact set of cases, the most common in training first."""
     found = [Example(states=states, shape=ROUND, tokens=512) for states in ("bf16", "int8", "fp32", "int4")]
     found += [Example(states=states, rounding="stochastic") for states in ("bf16", "int8", "fp32", "int4")]
     found += [Example(states="int8", master=master) for master in ("split8", "split16")]
@@ -95,7 +98,7 @@ def examples() -> list[Example]:
 
 
 def dry_examples() -> list[Example]:
-    """One of each kind, small."""
+    """Return one small case of each kind."""
     return [
         Example(states="int8", shape=(34, 140), tokens=16),
         Example(states="bf16", rounding="stochastic", shape=(34, 140), tokens=7),
@@ -106,13 +109,14 @@ def dry_examples() -> list[Example]:
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     chosen = dry_examples() if context.dry else examples()
     seconds = 0.0 if context.dry else 8.0  # to compile two kernels
     return [Case(example.key, lambda example=example: check_example(example, context), seconds) for example in chosen]
 
 
 def check_example(example: Example, context: Context) -> dict[str, Any]:
-    """All checks of one example; raises Failed with the first that says no."""
+    """Run all checks of one example; raises Failed with the first that fails."""
     seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)
     made, options = RULES[example.rule]
@@ -162,7 +166,7 @@ def check_example(example: Example, context: Context) -> dict[str, Any]:
 
 
 def uses_of(example: Example, shape: tuple[int, ...]) -> list[Use]:
-    """The gradient's sources, on the CPU."""
+    """Return the terms of the gradient, on the CPU."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape
     dtype, tokens = DTYPES[example.operand], example.tokens
 
@@ -213,7 +217,7 @@ def _fresh(use: Use) -> Use:
 
 
 def truth_of(uses: list[Use], shape: torch.Size) -> Tensor:
-    """The gradient in fp64."""
+    """Return the gradient in fp64."""
     total = torch.zeros(shape, dtype=torch.float64)
     for use in uses:
         if isinstance(use, MatmulUse):
@@ -267,7 +271,7 @@ def _ints(t: Tensor) -> Tensor:
 
 
 def masks(before: Cell, uses: list[Use], clean: dict[str, Tensor], launch: Launch, context: Context) -> str:
-    """What is wrong after a step in which one row's gradient is not finite; of two-dimensional weights."""
+    """Return what is wrong after a step of a matrix with one non-finite gradient row; empty if nothing."""
     shape = before.param.shape
     if len(shape) != 2:
         return ""

@@ -1,6 +1,6 @@
-"""Small models folded with the Triton backend, several steps of training: biases, embeddings, ties, norms, tapes.
+"""Small models folded with the Triton backend over several steps: biases, embeddings, ties, norms, deferred gradients.
 
-The same training in fp64 by torch's own AdamW is the truth; the reference backend's distance from it is the measure.
+The same training in fp64 with torch's AdamW is the truth; the reference backend's distance from it is the yardstick.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class FoldedNet(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the loss."""
         x = self.embed(ids)
         for _ in range(2):
             x = x + self.down(torch.tanh(self.up(self.norm(x))))
@@ -41,6 +42,7 @@ class FoldedNet(nn.Module):
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     size = (24, 40, 36) if context.dry else (132, 260, 516)
     options: list[tuple[torch.dtype, dict[str, Any], bool, dict[str, Any]]] = [
         (torch.float32, {}, True, {"clip_norm": 0.5}),
@@ -68,6 +70,7 @@ def cases(context: Context) -> list[Case]:
 def check_fold(
     dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, context: Context
 ) -> dict[str, Any]:
+    """Train one case on the GPU and compare it with fp64."""
     torch.manual_seed(0)
     start = FoldedNet(*size, tied).to(dtype)
     micro_batches, steps = how.get("accumulate", 1), 2 if context.dry else STEPS

@@ -1,9 +1,9 @@
-"""Peak memory of a training step: predicted by ``gradfold.plan.step_memory`` on fake tensors, and as it was measured.
+"""Peak memory of a training step: predicted by ``gradfold.plan.step_memory`` on fake tensors, and measured.
 
-Predictions run here, on the processor; what was measured is read from the rows of ``step.py``, of the same run or of
-one before it. Ours are predicted with a backend that steps nothing and holds nothing, as the kernels hold no gradient:
-stepping fake tensors block by block takes minutes at this size. The prediction counts live bytes exactly, but not what
-the allocator rounds up or what libraries take.
+Predictions run on the CPU; measured peaks are read from the rows of ``step.py``, of this run or an earlier one. Folded
+steps are predicted with a backend that computes and holds nothing, because the kernels hold no gradient: stepping fake
+tensors block by block takes minutes at this size. Predictions count live bytes exactly, but not what the allocator
+rounds up or cannot reuse.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "o
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     names = NAMES[:2] if context.dry else NAMES
     return [Case(name, lambda name=name: compare_peak(name, context)) for name in names]
 
 
 def compare_peak(name: str, context: Context) -> dict[str, Any]:
+    """Compare predicted and measured peak of one trainer."""
     measured = {row["key"]: row for row in rows_in(context.folder, "step") if row["status"] == OK}
     row = measured.get(f"alone: {name}")
     if row is None:
@@ -71,7 +73,7 @@ class InRegisters:
 
 
 def predict_peak(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
-    """On fake tensors of the card where torch can make them, else of the CPU."""
+    """Predict a peak on fake tensors of the GPU if torch can make them, else of the CPU."""
     shape, tokens = training.shape_of(context), training.tokens_of(context)
     refused = []
     for device in dict.fromkeys((context.device, torch.device("cpu"))):

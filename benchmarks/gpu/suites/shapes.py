@@ -31,6 +31,7 @@ LARGE = 2**28  # elements: of such weights two copies, else four
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     linears, tokens = (DRY_LINEARS, DRY_TOKENS) if context.dry else (LINEARS, TOKENS)
     order = [
         (name, t, states)
@@ -50,6 +51,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def timed(shape: tuple[int, int], tokens: int, states: str, context: Context) -> dict[str, Any]:
+    """Time one weight's step in all ways."""
     copies = 1 if context.dry else 2 if shape[0] * shape[1] > LARGE else 4
     each = [operands(shape, tokens, states, context) for _ in range(copies)]
     launches = [Launch(one.cell, [one.use]) for one in each]
@@ -81,7 +83,7 @@ def timed(shape: tuple[int, int], tokens: int, states: str, context: Context) ->
 
 
 def separate(each: list[Operands], shape: tuple[int, int], context: Context) -> dict[str, Callable[[], Any]]:
-    """The library's product into a gradient, with and without torch's fused AdamW behind it."""
+    """Return functions for the library product alone, and followed by torch's fused AdamW."""
     weights = [one.cell.param.clone() for one in each]
     moments = [[torch.zeros_like(w), torch.zeros_like(w)] for w in weights]
     grads = [torch.empty_like(w) for w in weights]
@@ -135,7 +137,7 @@ def separate(each: list[Operands], shape: tuple[int, int], context: Context) -> 
 
 
 def copied(each: list[Operands], context: Context) -> Callable[[], Any]:
-    """Reads half of what ours moves, and writes the other half."""
+    """Return a function that reads half of the bytes a folded step moves, and writes the other half."""
     buffers = [torch.empty((2, one.moved_bytes // 2), dtype=torch.uint8, device=context.device).zero_() for one in each]
 
     def copy() -> None:

@@ -1,8 +1,8 @@
-"""Whole training steps: peak memory and median time, each trainer alone, then side by side with torch's fused AdamW.
+"""Whole training steps: peak memory and median time, each trainer alone, then beside torch's fused AdamW.
 
-Alone, the model has all of its layers where they fit, else as many as do. Side by side it has as many as leave room for
-two models; only those times are divided, step by step in turned order. The folded step as a CUDA graph comes last: what
-fails in a capture can leave the process unfit for more.
+Alone, the model has all of its layers if they fit, else as many as fit. Beside AdamW it has as many as leave room for
+two models; only those times give ratios, step by step with alternating order. The folded step as a CUDA graph comes
+last: a failed capture can leave the process unusable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRAPH = "ours bf16 graph"
 
 
 def cases(context: Context) -> list[Case]:
-    """First what the question is about: torch's fused AdamW, ours in bf16 and int8, alone and side by side."""
+    """Return the cases, most important first."""
     seconds = 0.0 if context.dry else 8.0
     made = []
     groups = ((ALONE[:3], BESIDE[:2]), (ALONE[3:], BESIDE[2:]), (PEERS, PEERS))
@@ -43,6 +43,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def layers_for(names: list[str], context: Context) -> int:
+    """Return how many layers fit for these trainers."""
     shape = training.shape_of(context)
     layers = layers_that_fit(names, shape, shape["layers"], training.tokens_of(context), context.free_bytes())
     if not layers:
@@ -51,7 +52,7 @@ def layers_for(names: list[str], context: Context) -> int:
 
 
 def said_of(names: list[str], layers: int, context: Context) -> dict[str, Any]:
-    """Figures of the model, and why it is not whole, if it is not."""
+    """Return figures of the model, and why it is not complete, if so."""
     shape, tokens = training.shape_of(context), training.tokens_of(context)
     figures: dict[str, Any] = {"layers": layers, "tokens": tokens}
     if layers < shape["layers"]:
@@ -63,7 +64,7 @@ def said_of(names: list[str], layers: int, context: Context) -> dict[str, Any]:
 
 
 def alone(name: str, context: Context) -> dict[str, Any]:
-    """One trainer's peak and step time."""
+    """Measure one trainer's peak memory and step time."""
     layers = layers_for([name], context)
     figures = said_of([name], layers, context)
     shape = training.shape_of(context)
@@ -81,6 +82,7 @@ def measure_steps(
     batch: dict[str, torch.Tensor],
     context: Context,
 ) -> dict[str, Any]:
+    """Measure peak memory and step times."""
     figures: dict[str, Any] = {
         "backend": trainer.backend,
         "parameters_b": sum(p.numel() for p in trainer.model.parameters()) / 1e9,
@@ -109,6 +111,7 @@ def measure_steps(
 
 
 def finite(losses: list[torch.Tensor]) -> dict[str, Any]:
+    """Return whether the loss is finite."""
     loss = float(losses[0])
     if not math.isfinite(loss):
         raise Failed(f"the loss is {loss} after a few steps")
@@ -116,7 +119,7 @@ def finite(losses: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def beside(name: str, context: Context) -> dict[str, Any]:
-    """Ratio of step times, two models alive, one step of each in turn."""
+    """Measure the ratio of step times with two models, one step of each in turn."""
     if name in PEERS:
         training.TRAINERS[name](torch.nn.Linear(8, 8, device=context.device, dtype=torch.bfloat16))
     layers = layers_for([name, BASE], context)
@@ -146,7 +149,7 @@ def beside(name: str, context: Context) -> dict[str, Any]:
 
 
 def graph(context: Context) -> dict[str, Any]:
-    """The folded step, forward to zero_grad, captured once and replayed."""
+    """Capture a folded step, forward to zero_grad, in a CUDA graph and replay it."""
     if context.dry:
         raise LeftOut("there is nothing to capture on a CPU")
     layers = layers_for([GRAPH], context)

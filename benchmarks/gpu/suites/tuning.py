@@ -1,6 +1,6 @@
-"""Which tiles are fastest: each candidate against the table's own, on weights and states made for it alone.
+"""Find the fastest tiles: each candidate against the shipped ones, on weights and states made for it.
 
-Nothing is tuned in place: edit `src/gradfold/backends/triton/tile_configs.py` by hand from what this prints.
+Nothing is tuned in place: edit ``src/gradfold/backends/triton/tile_configs.py`` by hand from what this prints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATES = ("bf16", "int8")
 
 
 def candidates(where: str, dry: bool = False) -> dict[str, tile_configs.TileConfig]:
-    """The table's own, first, and its neighbours; without those that are the same."""
+    """Return the shipped tiles first, then their neighbours without duplicates."""
     own = DRY_TILES if dry else tile_configs.tile_config(tile_configs.PRODUCT, 2, where)
     changes: list[dict[str, Any]] = [
         {},
@@ -50,7 +50,7 @@ def candidates(where: str, dry: bool = False) -> dict[str, tile_configs.TileConf
 
 
 def label(config: tile_configs.TileConfig) -> str:
-    """``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
+    """Return a name such as ``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
     registers = "" if config.maxnreg is None else f", {config.maxnreg} registers"
     return (
         f"({config.bn}, {config.bk}, {config.bt}) levels {config.levels}, {config.warps} warps, "
@@ -59,6 +59,7 @@ def label(config: tile_configs.TileConfig) -> str:
 
 
 def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
     linears, tokens = (DRY_LINEARS, (7,)) if context.dry else (LINEARS, TOKENS)
     shapes, states = (tuple(linears), STATES[1:]) if context.dry else (SHAPES, STATES)
     own, *others = candidates(card_family(), context.dry)
@@ -80,6 +81,7 @@ def cases(context: Context) -> list[Case]:
 def compare_tiles(
     name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, context: Context
 ) -> dict[str, Any]:
+    """Time one candidate against the shipped tiles."""
     found = candidates(card_family(), context.dry)
     each = [operands(shape, tokens, states, context) for _ in range(1 if context.dry else COPIES)]
     groups = [[Launch(one.cell, [one.use], found[which]) for one in each] for which in (own, other)]
