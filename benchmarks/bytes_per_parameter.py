@@ -1,7 +1,7 @@
-"""Bytes per parameter that an optimizer keeps beside the weights: every rule, `states=` and `master=`, counted.
+"""Bytes per parameter that an optimizer keeps beside the weights, for every rule, ``states=`` and ``master=``.
 
-Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors). Counted are the storages that
-`gradfold.fold` leaves alive, less the scratch, which does not grow with the model. The table goes into
+Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors). Counts the storages that
+``gradfold.fold`` leaves allocated, without the scratch buffer, which does not grow with the model. Fills
 docs/bytes_per_parameter.md.
 
     python -m benchmarks.bytes_per_parameter

@@ -1,12 +1,12 @@
-"""What does each method of stepping in backward compute, beside its own definition with stored gradients?
+"""What does each method of stepping in backward compute, compared with its own definition on stored gradients?
 
-Every contestant (``peers/``) trains a small model on the CPU as its documentation says. The judge trains a copy: plain
-autograd, gradients stored and summed, clipped by torch's formula, then the method's own unfused rule. The figure in a
-cell is the relative L2 distance of the two total updates of all weights after a few steps; a cell is never written by
-hand. Fills docs/correctness.md.
+Every method (``peers/``) trains a small model on the CPU as its documentation says. The judge trains a copy: plain
+autograd, gradients stored and summed, clipped with torch's formula, then the method's own unfused rule. A cell shows
+the relative L2 distance of the two total updates of all weights after a few steps. No cell is written by hand. Fills
+docs/correctness.md.
 
     OMP_NUM_THREADS=1 python -m benchmarks.correctness
-    OMP_NUM_THREADS=1 python -m benchmarks.correctness --only optimi LOMO        # a look, nothing is written
+    OMP_NUM_THREADS=1 python -m benchmarks.correctness --only optimi LOMO        # a quick look, writes nothing
 """
 
 from __future__ import annotations

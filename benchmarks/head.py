@@ -1,13 +1,13 @@
-"""What a loss head's training step takes in time and memory: transformers' loss over logits in memory, or folded.
+"""Time and peak memory of a loss head's training step: transformers' loss over logits in memory, or folded.
 
 Three heads of one shape on one thread. plain: nn.Linear, transformers' ForCausalLMLoss, torch's fused AdamW. folded:
-gradfold.linear_cross_entropy, whose weight steps in backward, keeping as much of the softmax as it does by default; and
-again with keep_bytes=0. A step is forward, backward to the hidden states and the weight, optimizer.step(). Times are
-ratios to the plain head within a round, the order turned from round to round. Bytes are those alive at the peak, beyond
-weights, states and batch, on fake tensors: the fold's scratch is among them.
+gradfold.linear_cross_entropy, whose weight steps in backward, with the default keep_bytes; and again with
+keep_bytes=0. A step is forward, backward to the hidden states and the weight, and optimizer.step(). Times are ratios
+to the plain head within a round, in alternating order. Bytes are live bytes at the peak, beyond weights, states and
+batch, on fake tensors; they include the fold's scratch buffer.
 
     OMP_NUM_THREADS=1 python -m benchmarks.head
-    OMP_NUM_THREADS=1 python -m benchmarks.head --tokens 64 --vocabulary 4096 --width 128       # a look
+    OMP_NUM_THREADS=1 python -m benchmarks.head --tokens 64 --vocabulary 4096 --width 128       # a quick look
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--pairs", type=int, default=3, help="interleaved rounds of all three (default 3)")
+    parser.add_argument("--pairs", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--warm-up", type=int, default=1, help="untimed rounds (default 1)")
-    parser.add_argument("--tied", action="store_true", help="an embedding shares the weight")
+    parser.add_argument("--tied", action="store_true", help="tie the head to an embedding")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/head.json)")
     args = parser.parse_args()

@@ -117,11 +117,11 @@ def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="five kernels; writes nothing")
-    size.add_argument("--all", action="store_true", help="every storage and rule for every processor")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="kernels compiled at a time")
+    size.add_argument("--quick", action="store_true", help="compile five kernels and write nothing")
+    size.add_argument("--all", action="store_true", help="compile every storage and rule for every processor")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel compilations")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/kernels.json)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose table is replaced")
     args = parser.parse_args()
 
     start = time.monotonic()

@@ -1,10 +1,9 @@
-"""What the host does for one weight's step in a Triton kernel, in microseconds.
+"""Host time for one weight's step in a Triton kernel, in microseconds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.launch
 
-The driver only listens (``compile_kernels.Listening``), so that no GPU is needed and none is in the figures: what is
-timed is Python's work up to the call of Triton's launcher. ``dispatch`` is what Triton's own way costs when nothing is
-prepared.
+The driver only records launches (``compile_kernels.Listening``), so no GPU is needed and no GPU time is included: this
+is Python's work up to the call of Triton's launcher. ``dispatch`` is Triton's own dispatch, without prepared launches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Peak live bytes of one training step: plain, stepped in hooks, folded, and folded with a step that does nothing.
+"""Peak live bytes of one training step: plain, stepped in hooks, folded, and folded with a backend that does nothing.
 
-The last one takes each gradient as the fold does and drops it, so folded minus null is what folding itself needs. Runs
-the real step code on fake tensors (`--real`: on real ones; the figures are the same, but the model is then allocated).
+The last one receives each gradient as the fold does and drops it, so folded minus null is what folding itself needs.
+Runs the real step code on fake tensors. With ``--real`` on real tensors: the figures are the same, but the model is
+allocated.
 
     python -m benchmarks.memory
 """
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--rule", choices=PEERS, default="adamw")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--real", action="store_true", help="allocate and train for real")
-    parser.add_argument("--plot", type=Path, help="also draw plain and folded of the last row")
+    parser.add_argument("--real", action="store_true", help="use real tensors instead of fake ones")
+    parser.add_argument("--plot", type=Path, help="draw plain and folded step of the last row to this file")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/memory.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""What decode, rule and encode of coded states cost on a CPU, beside torch's fused AdamW on the same block.
+"""Time of decode, rule and encode of quantized states on a CPU, compared with torch's fused AdamW on the same block.
 
-One block [512, 2048], one thread, all cases in turn, so that what the machine does meanwhile hits all of them: reported
-are the medians of the ratios to torch's fused AdamW in bf16 within each round. Compiling is timed with its own cache:
-once empty, once as the first run left it.
+One block [512, 2048] on one thread, all cases in turn, so that disturbances hit all of them. Reports medians of the
+ratios to torch's fused AdamW in bf16 within each round. Compile times use a cache of their own: empty at first, then
+as the first run left it.
 
     OMP_NUM_THREADS=1 python -m benchmarks.native
 """
@@ -55,7 +55,7 @@ def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--compile-only", action="store_true", help="print the seconds each kernel takes to make")
+    parser.add_argument("--compile-only", action="store_true", help="print the seconds to compile each kernel")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/native.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,9 @@
-"""How far a plan's peak is from what the CPU's allocator hands out while the step is really taken.
+"""How far is the peak of a plan from what the CPU's allocator really hands out?
 
-Each configuration is predicted on fake tensors, for this processor. Then it is trained for real, in a process of its
-own, under torch's profiler with `profile_memory=True`: the peak is the largest sum of the allocator's own events (every
-allocation and release, inside operators too), from before the model is built. Nothing of gradfold's meter is involved.
+Each configuration is predicted on fake tensors for this processor. It is then trained for real in a process of its
+own, under torch's profiler with ``profile_memory=True``. The measured peak is the largest sum of the allocator's
+events (every allocation and release, also inside operators), starting before the model is built. gradfold's own meter
+is not involved.
 
     OMP_NUM_THREADS=1 python -m benchmarks.plan_error            # about 3 minutes
     OMP_NUM_THREADS=1 python -m benchmarks.plan_error --only 0 4
@@ -121,7 +122,7 @@ CONFIGURATIONS = (
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases to run")
+    parser.add_argument("--only", type=int, nargs="+", help="indices of the configurations to run")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/plan_error.json)")
     args = parser.parse_args()
     rows = []

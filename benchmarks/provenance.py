@@ -1,8 +1,8 @@
-"""How long 10,000 signed events take to verify and to merge, on one core.
+"""Time to verify and to merge 10,000 signed events on one core.
 
-A bundle of events in chains by a few signers is written to a file. Timed, in one process on one core: reading it,
-verifying it (every digest and signature, and the state made again), and merging two bundles of half the events each,
-which examines all of them again (their signatures are remembered by then).
+Writes a bundle with chains of events by a few signers to a file. Times, in one process: reading it, verifying it
+(every digest and signature, and the state recomputed), and merging two bundles with half of the events each. Merging
+checks all events again; their signatures are cached by then.
 
     python -m benchmarks.provenance
 """

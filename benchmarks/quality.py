@@ -4,9 +4,9 @@
     tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
     scratch    a Llama of 6.2 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
 
-Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured
-in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
-kept in results/quality.json as they finish; those that are there are not run again.
+All variants of one suite and seed see the same batches. The final weights are widened to fp32 and evaluated in fp32,
+so that only training differs; with a master, both weights and master are evaluated. Runs are kept in
+results/quality.json as they finish, and those that are there are not repeated.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality --suite finetune tiny_lr
     OMP_NUM_THREADS=1 python -m benchmarks.quality --suite scratch --texts TEXTS
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=["finetune", "tiny_lr"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="instead of the suite's own")
+    parser.add_argument("--steps", type=int, help="number of steps (default: that of the suite)")
     parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")

@@ -3,11 +3,11 @@
     scratch    a Llama of 6.2 M parameters from random weights on Shakespeare (--texts: a folder of .txt files)
     finetune   SmolLM2-135M on Python's documentation
 
-Contestants: AdamW on everything, a working set (8 chunks, 4 steps each), BAdam (a layer at a time, 4 steps each) and
-LoRA (peft, r = 16), as `contests.py` has them. Of one suite and seed all see the same batches. Learning rates are tuned
-alike: with seed 0 every contestant walks the same ladder of rates from the same rung, until both neighbours of its best
-rate have been tried and are worse; the best rate then runs with the other seeds. Runs are kept in
-results/quality_workset.json as they finish; those that are there are not run again. Needs badam and peft.
+Methods (``methods.py``): AdamW on everything, a working set (8 chunks, 4 steps each), BAdam (a layer at a time, 4
+steps each) and LoRA (peft, r = 16). All of them see the same batches for one suite and seed. Learning rates are tuned
+alike: with seed 0 every method walks the same list of rates from the same start, until both neighbours of its best
+rate have been tried and are worse. The best rate then runs with the other seeds. Runs are kept in
+results/quality_workset.json as they finish, and those that are there are not repeated. Needs badam and peft.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality_workset --texts TEXTS
 """

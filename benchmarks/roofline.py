@@ -1,8 +1,8 @@
-"""What a folded step could gain, by bytes, operations and instructions alone: nothing here is timed.
+"""What could a folded step gain by bytes, operations and instructions alone? Nothing here is timed.
 
-For the linear layers of Llama-3-8B: the gradient's product and the optimizer's step as one kernel, and as two (a bf16
-gradient is written, and read again by a fused optimizer). A kernel takes as long as the most loaded of three: memory,
-tensor cores, instruction issue. Bytes come from the codecs, instructions from results/kernels.json. Fills
+For the linear layers of Llama-3-8B: weight-gradient product and optimizer step as one kernel, and as two (a bf16
+gradient is written, and read again by a fused optimizer). A kernel takes as long as its most loaded resource: memory,
+tensor cores or instruction issue. Bytes come from the codecs, instructions from results/kernels.json. Fills
 docs/roofline.md and draws docs/images/roofline.png.
 
     python -m benchmarks.kernels && python -m benchmarks.roofline

@@ -1,8 +1,9 @@
-"""Peak of live bytes on the device while a working set goes round, by running the real steps on fake tensors.
+"""Peak live bytes on the device over a round of a working set, from the real steps on fake tensors.
 
-Llama-2-7B's shape, bf16, checkpointed layers, AdamW with fp32 states that are in host memory while their slices sleep.
-Some turns of one round are sampled, first and last included; of each the last step, in which the next chunk's states
-are fetched, and the change of chunks after it. What sleeps in host memory is not counted, what is on its way back is.
+Llama-2-7B's shape in bf16, gradient checkpointing, and AdamW with fp32 states that are in host memory while their
+slices are inactive. Samples some turns of one round, the first and the last included: of each its last step, in which
+the next chunk's states are fetched, and the change of chunks after it. States in host memory are not counted; those on
+their way back are.
 
     python -m benchmarks.workset_memory                      # about 10 minutes
     python -m benchmarks.workset_memory --turns 3 --batch 1
@@ -38,7 +39,7 @@ def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5, help="sampled of one round")
+    parser.add_argument("--turns", type=int, default=5, help="number of turns that are sampled from one round")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefetch", type=int, choices=[0, 1], nargs="+", default=[1])

@@ -1,10 +1,10 @@
-"""Time of training steps with a working set, beside torch's fused AdamW on all weights, and BAdam.
+"""Step time with a working set, compared with torch's fused AdamW on all weights, and with BAdam.
 
-The three take one step each, in turn; the working set's chunk (and BAdam's block) changes with every step, so that
-the mean over a round weighs every depth of backward alike. Reported: each method's mean over whole rounds of its own,
-as a part of torch's mean over the same steps.
+The three take one step each in turn. The working set's chunk (and BAdam's block) changes with every step, so that the
+mean over a round covers every depth of backward. Reports each method's mean over whole rounds as a fraction of torch's
+mean over the same steps.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # needs `pip install badam`, else without it; quiet machine
+    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # on a quiet machine; BAdam only if `badam` is installed
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="of the working set's; BAdam's have as many steps as blocks"
+        "--rounds", type=int, default=2, help="rounds of the working set; a round of BAdam has as many steps as blocks"
     )
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -1,4 +1,4 @@
-"""Run the suites, each in processes of its own, within a budget of time; then the report.
+"""Run the suites, each in processes of its own and within a time budget, and write the report.
 
 bash benchmarks/gpu/run.sh [--dry-run] [--only SUITE] [--out DIR] [--budget-seconds 520] [--fresh]
 """
@@ -23,23 +23,32 @@ from .result_files import DIED, TIME, ResultFile, rows_in
 from .suites import SUITES, Suite
 
 OUT, DRY_OUT = ROOT / "benchmarks" / "results" / "gpu", ROOT / "build" / "gpu-dry-run"
-REPORT_SECONDS = 10.0  # kept back
-GRACE_SECONDS = 5.0  # for a process to finish the row it is at
-TIME_UP, AGAIN = 3, 75  # of worker.py
-MOST_STARTS = 40  # of one process of a suite
+REPORT_SECONDS = 10.0  # reserved for the report
+GRACE_SECONDS = 5.0  # for a process to finish its current row
+TIME_UP, AGAIN = 3, 75  # exit status of worker.py
+MOST_STARTS = 40  # of each process of a suite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the suites; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu/run.sh", description="Everything that only a GPU can settle.")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tiny shapes in Triton's interpreter; figures mean nothing"
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu/run.sh",
+        description="Check and measure on a GPU: correctness, step times, tile sizes, memory.",
     )
-    parser.add_argument("--only", action="append", choices=[suite.name for suite in SUITES], help="these suites alone")
-    parser.add_argument("--out", type=Path, help="folder of the report and its rows")
-    parser.add_argument("--budget-seconds", type=float, default=520.0, help="for everything (default 520)")
-    parser.add_argument("--suite-seconds", type=float, help="the most for one suite (default: its share of the budget)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run tiny shapes in Triton's interpreter, without a GPU; figures mean nothing",
+    )
+    parser.add_argument(
+        "--only", action="append", choices=[suite.name for suite in SUITES], help="run only this suite; repeatable"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the report and its rows")
+    parser.add_argument("--budget-seconds", type=float, default=520.0, help="time limit of the whole run (default 520)")
+    parser.add_argument(
+        "--suite-seconds", type=float, help="time limit of each suite (default: its share of the budget)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="discard earlier rows and measure everything again")
     args = parser.parse_args(argv)
     suites = [suite for suite in SUITES if not args.only or suite.name in args.only]
     words = ["bash", "benchmarks/gpu/run.sh", *(["--dry-run"] if args.dry_run else [])]
@@ -65,7 +74,7 @@ def run(
         Exit status: 0 if all checks passed, 1 if one failed or could not be made, 2 if there is no GPU.
     """
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes are killed
     machine = ask_machine(dry)
     if "error" in machine:
         print(machine["error"], file=sys.stderr)
