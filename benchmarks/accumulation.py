@@ -1,13 +1,13 @@
-"""Exact accumulation and clipping: the memory they add to a folded step, and the time beside torch's own.
+"""Memory and time of exact gradient accumulation and clipping, compared with torch.
 
-Memory: the peak of live bytes of a step of some micro-batches, above the peak of the same fold with a step that does
-nothing (it drops each use at once, so neither tape nor gradient is kept), as a part of the gradient buffer that torch
-would keep, in the dtype the tape sums in (fp32). On fake tensors.
+Memory: peak of live bytes of a step with several micro-batches, minus the peak of the same fold with a backend that
+does nothing (it drops every gradient term, so nothing is deferred), as a fraction of the fp32 gradient buffer that
+torch would keep. On fake tensors.
 
-Time: steps of the same micro-batches by torch (`clip_grad_norm_`, fused AdamW), interleaved pair by pair.
+Time: the same step by torch (``clip_grad_norm_``, fused AdamW), in interleaved pairs.
 
-    OMP_NUM_THREADS=1 python benchmarks/accumulation.py
-    OMP_NUM_THREADS=1 python benchmarks/accumulation.py --skip time          # memory alone, a minute or two
+    OMP_NUM_THREADS=1 python -m benchmarks.accumulation
+    OMP_NUM_THREADS=1 python -m benchmarks.accumulation --skip time          # memory only, a minute or two
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 
 import gradfold
-from common import (
+from gradfold.backends import accumulation_dtype
+from gradfold.plan.step import step_memory
+
+from .common import (
     DTYPES,
     PEERS,
     fold_plain_head,
@@ -31,15 +34,14 @@ from common import (
     random_batch,
     write_result,
 )
-from gradfold.backends import accumulation_dtype
-from gradfold.planner.step import step_memory
-from memory import null_fold
+from .memory import null_fold
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="of each micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="tokens per micro-batch")
     parser.add_argument("--clip-norm", type=float, default=1.0)
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def memory(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers: int) -> dict:
-    """Peaks of the folded step, of the null step, and of torch's."""
+    """Return peaks of the folded step, the null step, and torch's step."""
     config = llama_config(layers)
     batch = random_batch(config, tokens)
     peer = PEERS["adamw"]
@@ -111,7 +113,7 @@ def memory(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers
 
 
 def times(dtype: str, micro_batches: int, tokens: int, clip_norm: float, layers: int, pairs: int) -> dict:
-    """Ratios of interleaved steps, folded / torch."""
+    """Return ratios folded / torch of interleaved steps."""
     config = llama_config(layers)
     batch = random_batch(config, tokens)
     peer = PEERS["adamw"]

@@ -1,10 +1,10 @@
-"""Bytes per parameter that an optimizer keeps beside the weights: every rule, `states=` and `master=`, counted.
+"""Bytes per parameter that an optimizer keeps beside the weights, for every rule, ``states=`` and ``master=``.
 
-Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors). Counted are the storages that
-`gradfold.fold` leaves alive, less the scratch, which does not grow with the model. The table goes into
+Each combination is folded into a bf16 Llama of 100.7 M parameters (real tensors). Counts the storages that
+``gradfold.fold`` leaves allocated, without the scratch buffer, which does not grow with the model. Fills
 docs/bytes_per_parameter.md.
 
-    python benchmarks/bytes_per_parameter.py
+    python -m benchmarks.bytes_per_parameter
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import gradfold
-from common import fill_table, llama, llama_config, print_table, write_result
 from gradfold.planner.trace import LiveBytes
+
+from .common import fill_table, llama, llama_config, print_table, write_result
 
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -37,6 +38,7 @@ MASTERS = (None, "split8", "split16")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/bytes_per_parameter.json)")
@@ -51,7 +53,7 @@ def main() -> None:
             "states": states,
             "master": master,
             "parameters": count(model),
-            **measure(model, rule, states, master),
+            **measure_storage(model, rule, states, master),
         }
         for rule in RULES
         for states in STATES
@@ -64,11 +66,12 @@ def main() -> None:
 
 
 def count(model: nn.Module) -> int:
+    """Count the bytes of every combination."""
     return sum(p.numel() for p in model.parameters())
 
 
-def measure(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
-    """Live bytes that folding adds."""
+def measure_storage(model: nn.Module, rule: str, states: str, master: str | None) -> dict[str, float]:
+    """Return the live bytes that folding adds."""
     kind, hyper = RULES[rule]
     gc.collect()
     with LiveBytes(timeline=False) as live:
@@ -83,6 +86,7 @@ def measure(model: nn.Module, rule: str, states: str, master: str | None) -> dic
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     figure = {(row["rule"], row["states"], row["master"]): row["bytes_per_parameter"] for row in rows}
     header = ["rule", "master", *(f"`{states}`" for states in STATES)]
     lines = [

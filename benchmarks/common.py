@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model they run, the optimizers they compare, the machine they ran on."""
+"""Shared by the benchmarks: the model, the optimizers that are compared, timing, the machine, and result files."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from torch import nn
 
 import gradfold
 
-# A script's folder is where Python looks first, and transformers looks for a package of this name: it is not our file.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One rule, as gradfold folds it and as torch steps it (with the fastest variant torch has on every device)."""
+    """One rule: gradfold's optimizer, and torch's in its fastest variant that every device has."""
 
     gradfold: Callable[..., Any]
     torch: Callable[..., torch.optim.Optimizer]
     torch_options: dict[str, Any]
+
+    def torch_optimizer(self, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Return torch's optimizer of this rule."""
+        return self.torch(params, lr=lr, **self.torch_options)
 
 
 PEERS = {
@@ -50,45 +51,48 @@ PEERS = {
 }
 
 
-class SteppedInHooks:
-    """The common way to free gradients early: an optimizer per parameter, stepped as soon as its gradient arrives."""
+def llama_config(
+    layers: int = 12,
+    tied: bool = False,
+    *,
+    hidden: int = 768,
+    intermediate: int = 2048,
+    vocabulary: int = 10_240,
+    heads: int = 12,
+    kv_heads: int | None = None,
+    max_positions: int = 2048,
+) -> Any:
+    """The `LlamaConfig` of every benchmark; by default 100.7 M parameters.
 
-    def __init__(self, params: Iterable[nn.Parameter], rule: str, lr: float):
-        peer = PEERS[rule]
-        self.param_groups: list[dict[str, Any]] = []
-        self.state: dict[nn.Parameter, Any] = {}
-        for param in params:
-            optimizer = peer.torch([param], lr=lr, **peer.torch_options)
-            self.state[param] = optimizer.state  # filled by its first step
-            param.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: self._consume(p, optimizer))
+    Those are 12 untied layers: 84.9 M in the layers, 7.9 M each in embedding and head.
 
-    def _consume(self, param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-        param.grad = None
-
-    def step(self) -> None: ...
-
-    def zero_grad(self) -> None: ...
-
-
-def llama_config(layers: int = 12, tied: bool = False) -> Any:
-    """A Llama of 100.7 M parameters (12 layers, untied): 84.9 M in the layers, 7.9 M each in embedding and head."""
+    Args:
+        layers: Decoder layers.
+        tied: Whether the head shares the embedding's weight.
+        hidden: Width of the model.
+        intermediate: Width of the MLP.
+        vocabulary: Rows of embedding and head.
+        heads: Attention heads.
+        kv_heads: Key and value heads; None for as many as ``heads``.
+        max_positions: Longest sequence.
+    """
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=10_240,
-        hidden_size=768,
-        intermediate_size=2048,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=tied,
         use_cache=False,
     )
 
 
 def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The model in training mode, with random weights."""
+    """Return the model in training mode with random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -96,21 +100,21 @@ def llama(config: Any, dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 
 def fold_plain_head(model: nn.Module, optimizer: Any, **options: Any) -> gradfold.Fold:
-    """``gradfold.fold``, with the loss head left as transformers has it.
+    """Fold a model but leave its loss head as transformers has it.
 
-    Figures compare optimizers, so all of them have the same head; what a folded one saves is `head.py`'s question.
+    Figures compare optimizers, so all models have the same head; ``head.py`` measures what a folded head saves.
     """
     return gradfold.fold(model, optimizer, head="plain", **options)
 
 
 def random_batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
-    """One sequence [1, tokens], which is also its own labels."""
+    """Return one sequence ``[1, tokens]`` that is its own labels."""
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
 def wall_ms(step: Callable[[], Any]) -> float:
-    """One call by the wall clock."""
+    """Return the wall-clock time of one call in milliseconds."""
     start = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - start)
@@ -122,10 +126,18 @@ def interleaved_ms(
     warm_up: int = 2,
     timed: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> list[list[float]]:
-    """Times of every step, one after the other in each round, the order turned from round to round.
+    """Time every step once per round, in alternating order.
 
-    What the machine does meanwhile then hits all of them; ratios are taken within a round. timed: runs a step and says
-    how many milliseconds it took.
+    Disturbances of the machine then hit all of them alike; take ratios within a round.
+
+    Args:
+        steps: The functions to time.
+        rounds: Timed rounds.
+        warm_up: Untimed rounds before.
+        timed: Runs a step and returns its milliseconds.
+
+    Returns:
+        For each step, its times in milliseconds, one per round.
     """
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
@@ -143,7 +155,7 @@ def interleaved_ms(
 
 
 def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dict[str, Any]:
-    """Medians of both, and the median and quartiles of the ratios folded / torch, pair by pair."""
+    """Return both medians, and median and quartiles of the ratios folded / torch, pair by pair."""
     ratios = [f / t for f, t in zip(folded_ms, torch_ms, strict=True)]
     first, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -157,7 +169,7 @@ def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dic
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Return processor, threads and versions."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -171,17 +183,16 @@ def machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """How to run this again, from the root of the repository."""
+    """Return the command that repeats this run from the root of the repository."""
     threads = os.environ.get("OMP_NUM_THREADS")
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
-    script = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
-    return " ".join(
-        [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", script, *map(shlex.quote, sys.argv[1:])]
-    )
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
+    module = spec.name.removesuffix(".__main__") if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
+    words = [f"OMP_NUM_THREADS={threads}"] if threads else []
+    return " ".join([*words, "python", "-m", module, *map(shlex.quote, sys.argv[1:])])
 
 
 def revision() -> str | None:
-    """The commit that is checked out, with `-dirty` behind it if files differ from it; None outside git."""
+    """Return the checked-out commit, followed by ``-dirty`` if files differ from it; None outside git."""
     words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -191,7 +202,14 @@ def revision() -> str | None:
 
 
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:
-    """Write rows, machine, command, revision and whatever else to benchmarks/results/NAME.json."""
+    """Write rows with machine, command and revision to benchmarks/results/NAME.json.
+
+    Args:
+        name: Name of the benchmark.
+        rows: Flat dicts with units in their keys.
+        path: Another file to write to.
+        **more: Further top-level entries.
+    """
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -207,8 +225,13 @@ def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None
     return path
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a result file; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain table; the first column is text, the others are figures."""
+    """Print a plain table; the first column is text, the others are figures."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     for n, line in enumerate([header, *rows]):
         cells = [
@@ -220,7 +243,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) -> None:
-    """Put a Markdown table between `<!-- NAME -->` and `<!-- end of NAME -->` of a page."""
+    """Replace the Markdown table between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
     old = page.read_text(encoding="utf-8")
     between = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"

@@ -1,12 +1,12 @@
-"""What does each method of stepping in backward compute, beside its own definition with stored gradients?
+"""What does each method of stepping in backward compute, compared with its own definition on stored gradients?
 
-Every contestant (``peers/``) trains a small model on the CPU as its documentation says. The judge trains a copy: plain
-autograd, gradients stored and summed, clipped by torch's formula, then the method's own unfused rule. The figure in a
-cell is the relative L2 distance of the two total updates of all weights after a few steps; a cell is never written by
-hand. Fills docs/correctness.md.
+Every method (``peers/``) trains a small model on the CPU as its documentation says. The judge trains a copy: plain
+autograd, gradients stored and summed, clipped with torch's formula, then the method's own unfused rule. A cell shows
+the relative L2 distance of the two total updates of all weights after a few steps. No cell is written by hand. Fills
+docs/correctness.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/correctness.py
-    OMP_NUM_THREADS=1 python benchmarks/correctness.py --only optimi LOMO        # a look, nothing is written
+    OMP_NUM_THREADS=1 python -m benchmarks.correctness
+    OMP_NUM_THREADS=1 python -m benchmarks.correctness --only optimi LOMO        # a quick look, writes nothing
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import fill_table, print_table, write_result
-from peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
-from peers.base import LR
+from .common import fill_table, print_table, write_result
+from .peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
+from .peers.base import LR
 
 PAGE = Path(__file__).parent.parent / "docs" / "correctness.md"
 COLUMNS = {
@@ -46,11 +46,13 @@ SPIKE = 3  # while clipping, every third step's loss is 20 times larger
 
 
 class BadScene(Exception):
-    """The judge's own mistake: its scene does not ask what the column asks."""
+    """The judge's scene does not test what the column asks; an error of the judge."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Verdict:
+    """One cell: a distance, and what it means."""
+
     verdict: str  # yes, no, refused, not offered; for a row that could not run: why
     distance: float | None = None
     note: str = ""
@@ -62,8 +64,8 @@ class Cell:
 # the scene ------------------------------------------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
-    """A Linear with bias, a norm, a Linear without."""
+class TinyLayer(nn.Module):
+    """A Linear with bias, a norm, and a Linear without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,22 +74,24 @@ class Layer(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the layer."""
         return x + self.down(torch.tanh(self.norm(self.up(x))))
 
 
-class Net(nn.Module):
-    """Embedding, two layers, head, named as in a language model; tied: one matrix for both ends, layer 0 used twice."""
+class TinyNet(nn.Module):
+    """Embedding, two layers and a head; tied: one matrix for both ends, and layer 0 is used twice."""
 
     def __init__(self, tied: bool):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = nn.ModuleList([TinyLayer(), TinyLayer()])
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.path = (0, 1, 0) if tied else (0, 1)
         if tied:
             self.lm_head.weight = self.embed.weight
 
     def loss(self, ids: Tensor) -> Tensor:
+        """Return the loss of a batch."""
         x = self.embed(ids)  # [B, T, WIDTH]
         for index in self.path:
             x = self.layers[index](x)
@@ -95,12 +99,13 @@ class Net(nn.Module):
 
 
 def batches(count: int) -> list[Tensor]:
+    """Return random batches."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, VOCABULARY, (2, TOKENS), generator=generator) for _ in range(count)]
 
 
 def schedule(step: int) -> float:
-    """The learning rate's factor: it halves with every step, so that a rate that stays shows."""
+    """Return the factor of the learning rate, which halves every step, so that a rate that does not change shows."""
     return 0.5**step
 
 
@@ -108,7 +113,7 @@ def schedule(step: int) -> float:
 
 
 @dataclasses.dataclass
-class Run:
+class Outcome:
     """A contestant and the judge's copy after some steps."""
 
     start: nn.Module
@@ -117,22 +122,24 @@ class Run:
     norms: list[tuple[float | None, float]]  # reported, true
 
     def distance(self) -> float:
+        """Relative distance of the two total updates."""
         return distance(self.start, self.theirs, self.right)
 
     def norm_error(self) -> float | None:
-        """The worst relative error of the reported norms; None if one step had none."""
+        """Worst relative error of the reported norms; None if a step reported none."""
         if any(reported is None for reported, _ in self.norms):
             return None
         return max(abs(reported - true) / true for reported, true in self.norms)
 
 
 def make_net(kind: type[Contestant], tied: bool) -> nn.Module:
+    """Return the model a contestant trains."""
     torch.manual_seed(0)
-    return Net(tied).to(kind.dtype)
+    return TinyNet(tied).to(kind.dtype)
 
 
 def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
-    """|theirs - right| / |right - start| over all parameters together, in fp64."""
+    """Return |theirs - right| / |right - start| over all parameters together, in fp64."""
     gap = total = 0.0
     for w0, w1, w2 in zip(start.parameters(), theirs.parameters(), right.parameters(), strict=True):
         w0, w1, w2 = (w.detach().double() for w in (w0, w1, w2))
@@ -141,10 +148,10 @@ def distance(start: nn.Module, theirs: nn.Module, right: nn.Module) -> float:
     return math.sqrt(gap / total) if math.isfinite(gap) else math.inf
 
 
-def compare(
+def compare_runs(
     kind: type[Contestant], tied: bool = False, micro: int = 1, clip_norm: float | None = None, scheduled: bool = False
-) -> Run:
-    """Train both for STEPS optimizer steps of ``micro`` micro-batches."""
+) -> Outcome:
+    """Train contestant and copy for STEPS optimizer steps of ``micro`` micro-batches."""
     start = make_net(kind, tied)
     theirs, right = copy.deepcopy(start), copy.deepcopy(start)
     contestant, definition = kind(theirs, accumulate=micro, clip_norm=clip_norm), kind.define(right)
@@ -161,13 +168,13 @@ def compare(
         norms.append((contestant.norm, true))
         for scheduler in schedulers:
             scheduler.step()
-    return Run(start, theirs, right, norms)
+    return Outcome(start, theirs, right, norms)
 
 
 def store_gradients(
     model: nn.Module, ids: Sequence[Tensor], trained: set[str], clip_norm: float | None, scale: float
 ) -> float:
-    """Fill ``.grad`` with the sum over micro-batches, clipped; returns the norm before that. Plain autograd only."""
+    """Fill ``.grad`` with the clipped sum over micro-batches; returns the norm before clipping. Plain autograd only."""
     named = {name: param for name, param in model.named_parameters() if name in trained}
     grads = torch.autograd.grad(sum(model.loss(part) * scale for part in ids), list(named.values()))
     norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads))
@@ -180,10 +187,10 @@ def store_gradients(
 
 
 def resume(kind: type[Contestant], order: str = "", factor: Callable[[int], float] = schedule) -> float:
-    """Half of the steps, then new objects from what was saved: the distance to not stopping. Zero means the same bits.
+    """Train half of the steps, restore new objects from what was saved, and return the distance to not stopping.
 
-    A scheduler is attached, as in any training, and its state is saved too. It is made before the optimizer's state is
-    loaded, as torch's documentation asks.
+    Zero means the same bits. A scheduler is attached, and its state is saved too. It is created before the optimizer's
+    state is loaded, as torch's documentation asks.
     """
     data, weights, saved = batches(STEPS), [], io.BytesIO()
     half = STEPS // 2
@@ -213,8 +220,11 @@ def resume(kind: type[Contestant], order: str = "", factor: Callable[[int], floa
     return distance(start, weights[1], weights[0])
 
 
-def judge_resume(kind: type[Contestant]) -> Cell:
-    """The best of the ways in which a user may write it; the note has the others, and what a constant rate does."""
+def judge_resume(kind: type[Contestant]) -> Verdict:
+    """Return the best result over the ways in which a user may write it.
+
+    The note lists the others, and the effect of a constant learning rate.
+    """
     figures, refusal = {}, ""
     for order in kind.orders:
         try:
@@ -223,16 +233,16 @@ def judge_resume(kind: type[Contestant]) -> Cell:
             refusal = refusal or message(error)
     ways = [f"{order}: {figure:.1g}" for order, figure in figures.items() if len(kind.orders) > 1]
     if not refusal and min(figures.values()) == 0.0:
-        return Cell("yes", 0.0, "; ".join(ways) if any(figures.values()) else kind.notes.get("resume", ""))
+        return Verdict("yes", 0.0, "; ".join(ways) if any(figures.values()) else kind.notes.get("resume", ""))
     if figures:
         best = min(figures, key=lambda order: figures[order])
         ways.append(f"with a constant learning rate: {resume(kind, best, lambda step: 1.0):.1g}")
     note = "; ".join(filter(None, [refusal, kind.notes.get("resume"), *ways]))
-    return Cell("refused", None, note) if refusal else Cell("no", figures[best], note)
+    return Verdict("refused", None, note) if refusal else Verdict("no", figures[best], note)
 
 
-def judge(kind: type[Contestant], column: str) -> Cell:
-    """One cell, from a run."""
+def judge(kind: type[Contestant], column: str) -> Verdict:
+    """Return one cell."""
     note = kind.notes.get(column, "")
     missing = kind.missing(column)
     try:
@@ -242,31 +252,32 @@ def judge(kind: type[Contestant], column: str) -> Cell:
     except (OutOfDate, BadScene):
         raise
     except Exception as error:  # whatever a peer raises is its answer
-        return Cell("refused", None, "; ".join(filter(None, [message(error), note])))
+        return Verdict("refused", None, "; ".join(filter(None, [message(error), note])))
     if figure is None:
-        return Cell("not offered", None, missing or "nothing is reported")
+        return Verdict("not offered", None, missing or "nothing is reported")
     if figure <= TOLERANCE[kind.dtype]:
-        return Cell("yes", figure, note)
+        return Verdict("yes", figure, note)
     if missing is not None:
-        return Cell("not offered", figure, f"{missing}; the figure is what comes of doing without")
-    return Cell("no", figure, note)
+        return Verdict("not offered", figure, f"{missing}; the figure is what comes of doing without")
+    return Verdict("no", figure, note)
 
 
 def message(error: Exception) -> str:
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 MEASURES: dict[str, Callable[[type[Contestant]], float | None]] = {
-    "accumulation": lambda kind: compare(kind, micro=MICRO).distance(),
-    "clipping": lambda kind: compare(kind, clip_norm=CLIP_NORM).distance(),
-    "norm": lambda kind: compare(kind, clip_norm=CLIP_NORM).norm_error(),
-    "ties": lambda kind: compare(kind, tied=True).distance(),
-    "scheduler": lambda kind: compare(kind, scheduled=True).distance(),
+    "accumulation": lambda kind: compare_runs(kind, micro=MICRO).distance(),
+    "clipping": lambda kind: compare_runs(kind, clip_norm=CLIP_NORM).distance(),
+    "norm": lambda kind: compare_runs(kind, clip_norm=CLIP_NORM).norm_error(),
+    "ties": lambda kind: compare_runs(kind, tied=True).distance(),
+    "scheduler": lambda kind: compare_runs(kind, scheduled=True).distance(),
 }
 
 
-def row(kind: type[Contestant]) -> dict[str, Any]:
-    """A contestant's cells, version and definition, flat, for the JSON file."""
+def judge_all(kind: type[Contestant]) -> dict[str, Any]:
+    """Return a contestant's cells, version and definition as a flat row."""
     result: dict[str, Any] = {"contestant": kind.name, "package": kind.package, "dtype": str(kind.dtype)[6:]}
     try:
         if kind.module is not None:
@@ -290,18 +301,19 @@ def row(kind: type[Contestant]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     lines = []
     for each in rows:
         name = " ".join(filter(None, [each["contestant"], each.get("version") if each["package"] else None]))
         if "unavailable" in each:
             lines.append([name, each["unavailable"], *["-"] * (len(COLUMNS) - 1)])
         else:
-            lines.append([name, *(str(Cell(each[key], each[f"{key}_distance_ratio"])) for key in COLUMNS)])
+            lines.append([name, *(str(Verdict(each[key], each[f"{key}_distance_ratio"])) for key in COLUMNS)])
     return ["", *COLUMNS.values()], lines
 
 
 def notes(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """What the page says about cells: [contestant, column, note]."""
+    """Return the notes of the cells as [contestant, column, note]."""
     lines = []
     for each in rows:
         if "defined_by" in each:
@@ -314,6 +326,7 @@ def notes(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CONTESTANTS), help=", ".join(CONTESTANTS))
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/correctness.json)")
@@ -322,7 +335,7 @@ def main() -> None:
 
     rows = []
     for name in args.only or CONTESTANTS:
-        rows.append(row(CONTESTANTS[name]))
+        rows.append(judge_all(CONTESTANTS[name]))
     header, lines = table(rows)
     print_table(header, lines)
     print()

@@ -1,8 +1,8 @@
 """What a folded step costs the host: CPU time per weight and step, where the arithmetic is next to nothing.
 
-24 Linears in a row, 16 x 16 and 128 x 128, four tokens: forward, backward, step, zero_grad. All ways run in one process,
-one after the other in each round, the order turned round from round to round, so that what the machine does meanwhile
-hits all of them. Reported: the median over rounds, and the median of the ratios to hooks within a round.
+24 Linears in a row, 16 x 16 and 128 x 128, four tokens: forward, backward, step, zero_grad. All ways run in one
+process, one after the other in each round, the order turned round from round to round, so that what the machine does
+meanwhile hits all of them. Reported: the median over rounds, and the median of the ratios to hooks within a round.
 
     torch      torch.optim.AdamW(fused=True), one optimizer
     hooks      one such optimizer for each weight, stepped in a post-accumulate-grad hook

@@ -1,9 +1,9 @@
 """What the Triton kernels cost, compiled for processors that need not be there: registers, spills, stores, occupancy.
 
-Every row of the launch table (``backends/triton/table.py``) is compiled as training launches it, with several ways to
-store weight and states. The table goes into docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything
-but weight, states, scales and one norm per tile, does not fit its processor, or if two programs of a default one (bf16
-products) do not fit a Hopper multiprocessor.
+Compiles every row of `backends/triton/tile_configs.py` as training launches it, with several ways to store weight and
+states, and writes the table of docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything but weight,
+states, scales and one norm per tile, does not fit its processor, or if two programs of a default kernel (bf16 products)
+do not fit a Hopper multiprocessor.
 
     python -m benchmarks.kernels            # some minutes; what is compiled is kept in Triton's cache
     python -m benchmarks.kernels --quick    # a look, under a minute
@@ -28,16 +28,17 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # not code; it only make
 
 import triton
 
-from benchmarks import listing
-from benchmarks.common import fill_table, print_table, write_result
-from benchmarks.compiled import Compiled, Job, build
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
+
+from . import inspect_ptx
+from .common import fill_table, print_table, write_result
+from .compile_kernels import CompiledKernel, KernelJob, compile_kernel
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
 
 class Processor(NamedTuple):
-    """What a multiprocessor has (CUDA programming guide, technical specifications per compute capability)."""
+    """Resources of a multiprocessor (CUDA programming guide, technical specifications per compute capability)."""
 
     shared_bytes: int
     program_shared_bytes: int  # at most, of one program
@@ -73,62 +74,66 @@ RULES: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("NAdam", ()),
     ("RAdam", ()),
 )
-DEFAULT = Job(90)
+DEFAULT = KernelJob(90)
 
 
-def quick() -> Iterator[Job]:
-    """The default kernel on every generation, and what bends it most."""
+def quick() -> Iterator[KernelJob]:
+    """Yield the default kernel on every generation, and the most demanding ones."""
     yield DEFAULT
     yield replace(DEFAULT, states="int8")
     yield replace(DEFAULT, norm_only=True)
-    yield Job(80)
-    yield Job(100)
+    yield KernelJob(80)
+    yield KernelJob(100)
 
 
-def usual() -> Iterator[Job]:
-    """Everything on Hopper; elsewhere what bends registers most."""
+def usual() -> Iterator[KernelJob]:
+    """Yield all kernels on Hopper, and the most demanding ones elsewhere."""
     yield from on(90)
     for arch in PROCESSORS:
         if arch != 90:
-            yield from (Job(arch, **STORAGES[i]) for i in (1, 4))
-            yield Job(arch, operands="fp32", **STORAGES[0])
+            yield from (KernelJob(arch, **STORAGES[i]) for i in (1, 4))
+            yield KernelJob(arch, operands="fp32", **STORAGES[0])
 
 
-def every() -> Iterator[Job]:
+def every() -> Iterator[KernelJob]:
+    """Yield every combination."""
     for arch in PROCESSORS:
         yield from on(arch)
 
 
-def on(arch: int) -> Iterator[Job]:
-    """All of one processor's."""
-    yield from (Job(arch, **storage) for storage in STORAGES)
-    yield from (Job(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
-    yield from (Job(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
-    yield from (Job(arch, kind=kind, **STORAGES[i]) for kind in (table.GATHER, table.DENSE) for i in (0, 4))
-    yield from (Job(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
-    yield from (Job(arch, biased=True, **STORAGES[i]) for i in (1, 3))
+def on(arch: int) -> Iterator[KernelJob]:
+    """Yield all kernels of one processor."""
+    yield from (KernelJob(arch, **storage) for storage in STORAGES)
+    yield from (KernelJob(arch, rule=rule, hyper=hyper) for rule, hyper in RULES)
+    yield from (KernelJob(arch, operands="fp32", **STORAGES[i]) for i in (0, 4))
+    yield from (
+        KernelJob(arch, kind=kind, **STORAGES[i]) for kind in (tile_configs.GATHER, tile_configs.DENSE) for i in (0, 4)
+    )
+    yield from (KernelJob(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
+    yield from (KernelJob(arch, biased=True, **STORAGES[i]) for i in (1, 3))
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="five kernels; writes nothing")
-    size.add_argument("--all", action="store_true", help="every storage and rule for every processor")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="kernels compiled at a time")
+    size.add_argument("--quick", action="store_true", help="compile five kernels and write nothing")
+    size.add_argument("--all", action="store_true", help="compile every storage and rule for every processor")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel compilations")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/kernels.json)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose table is replaced")
     args = parser.parse_args()
 
     start = time.monotonic()
     wanted = list(quick() if args.quick else every() if args.all else usual())
     rows = []
-    for row in measured(wanted, args.jobs):
+    for row in measure_all(wanted, args.jobs):
         rows.append(row)
         print(f"[{len(rows)}/{len(wanted)}] {row['kernel']}, {time.monotonic() - start:.0f} s", file=sys.stderr)
-    header, lines = shown(rows)
+    header, lines = kernel_table(rows)
     print_table(header, lines)
     if not args.quick:
-        out = write_result("kernels", rows, args.out, versions=versions())
+        out = write_result("kernels", rows, args.out, versions=tool_versions())
         fill_table(args.page, "table", header, lines)
         print(f"\nwritten to {out} and {args.page.name}")
     problems = [f"{row['kernel']}: {what}" for row in rows for what in row["problems"]]
@@ -139,19 +144,20 @@ def main() -> None:
     sys.exit("\n".join(problems) if problems else 0)
 
 
-def measured(wanted: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
+def measure_all(wanted: list[KernelJob], jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per job, compiled in several processes."""
     if jobs == 1:
-        yield from map(measure, wanted)
+        yield from map(measure_kernel, wanted)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(measure, wanted)
+        yield from pool.map(measure_kernel, wanted)
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """One row: compile, read, judge."""
-    kernel = build(job)
-    found = listing.stores(kernel.asm["ttir"])
-    code, usage = listing.read(kernel.asm["cubin"])
+def measure_kernel(job: KernelJob) -> dict[str, Any]:
+    """Compile, inspect and judge one kernel."""
+    kernel = compile_kernel(job)
+    found = inspect_ptx.stores(kernel.asm["ttir"])
+    code, usage = inspect_ptx.read_cubin(kernel.asm["cubin"])
     tiles, metadata = job.tiles, kernel.metadata
     threads = 32 * tiles.warps
     row = {
@@ -184,8 +190,8 @@ def measure(job: Job) -> dict[str, Any]:
     return row | {"problems": list(problems(job, row, kernel, found, code))}
 
 
-def programs(job: Job, registers: int, metadata: Any) -> int:
-    """How many a multiprocessor holds at a time."""
+def programs(job: KernelJob, registers: int, metadata: Any) -> int:
+    """Return how many programs a multiprocessor holds."""
     has, warps = PROCESSORS[job.arch], job.tiles.warps
     of_warp = -(-registers * 32 // 256) * 256  # registers are handed out to a warp, 256 at a time
     limits = [
@@ -200,24 +206,28 @@ def programs(job: Job, registers: int, metadata: Any) -> int:
 
 
 def problems(
-    job: Job, row: dict[str, Any], kernel: Compiled, found: list[listing.Store], code: listing.Code
+    job: KernelJob,
+    row: dict[str, Any],
+    kernel: CompiledKernel,
+    found: list[inspect_ptx.KernelStore],
+    code: inspect_ptx.Code,
 ) -> Iterator[str]:
-    """What breaks a promise."""
+    """Yield broken promises."""
     if row["spill_instructions"] or (
         row["stack_bytes"] + row["local_bytes"] and not row["slow_path_spill_instructions"]
     ):
         yield f"spills {row['stack_bytes']} bytes ({row['spill_instructions']} instructions)"
     if row["shared_bytes"] > PROCESSORS[job.arch].program_shared_bytes:
         yield f"{row['shared_bytes']} bytes of shared memory do not fit"
-    if job.arch == 90 and (job.kind, job.operands) == (table.PRODUCT, "bf16"):
+    if job.arch == 90 and (job.kind, job.operands) == (tile_configs.PRODUCT, "bf16"):
         if row["programs_per_multiprocessor"] < 2:
             yield f"{row['programs_per_multiprocessor']} program per multiprocessor"
     yield from stray_stores(kernel, found, code)
 
 
-def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Code) -> Iterator[str]:
-    """What a kernel writes to global memory beyond weight, states, scales and a norm: a gradient, say."""
-    stored = listing.bytes_by_argument(found)
+def stray_stores(kernel: CompiledKernel, found: list[inspect_ptx.KernelStore], code: inspect_ptx.Code) -> Iterator[str]:
+    """Yield global stores beyond weight, states, scales and a norm, such as a gradient."""
+    stored = inspect_ptx.bytes_by_argument(found)
     if stored != kernel.store_bytes:
         yield f"a program stores {stored}, not {kernel.store_bytes}"
     if code.other_writes:
@@ -236,12 +246,14 @@ def stray_stores(kernel: Compiled, found: list[listing.Store], code: listing.Cod
         yield f"machine code stores {code.stg_bytes * threads} bytes, masked ones included, not {expected}"
 
 
-def versions() -> dict[str, str]:
-    found = {name: re.search(r"V[\d.]+", listing.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
+def tool_versions() -> dict[str, str]:
+    """Return the versions of the CUDA tools."""
+    found = {name: re.search(r"V[\d.]+", inspect_ptx.tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")}
     return {"triton": triton.__version__, **{name: match[0] if match else "?" for name, match in found.items()}}
 
 
-def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def kernel_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     header = [
         "kernel", "tile", "sub-tiles", "warps", "registers", "spilled bytes", "shared KiB", "programs / SM",
         "instructions / element", "products", "stored bytes / element",
@@ -266,6 +278,7 @@ def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def spilled(row: dict[str, Any]) -> str:
+    """Describe the spills of a row."""
     count = row["stack_bytes"] + row["local_bytes"]
     return f"0 ({count})" if count and not row["spill_instructions"] else str(count)
 

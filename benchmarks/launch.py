@@ -1,9 +1,9 @@
-"""What the host does for one weight's step in a Triton kernel, in microseconds.
+"""Host time for one weight's step in a Triton kernel, in microseconds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.launch
 
-The driver only listens (``compiled.Listening``), so that no GPU is needed and none is in the figures: what is timed is
-Python's work up to the call of Triton's launcher. ``dispatch`` is what Triton's own way costs when nothing is prepared.
+The driver only records launches (``compile_kernels.Listening``), so no GPU is needed and no GPU time is included: this
+is Python's work up to the call of Triton's launcher. ``dispatch`` is Triton's own dispatch, without prepared launches.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from triton.runtime.driver import driver
 
-from benchmarks.common import print_table, write_result
-from benchmarks.compiled import Job, Listening, stored_by
-from gradfold.backends import MatmulTerm, Scratch
+from gradfold.backends import MatmulTerm, Scratch, StepNumbers
 from gradfold.backends.triton import Triton, backend
+
+from .common import print_table, write_result
+from .compile_kernels import KernelJob, Listening, stored_by
 
 ROUNDS, CALLS = 15, 200
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """The median over rounds of the mean of some calls."""
+    """Return the median over rounds of the mean time of some calls."""
     call()
     times = []
     for _ in range(ROUNDS):
@@ -37,22 +38,21 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     before = driver._active
     driver.set_active(Listening(90))  # type: ignore[arg-type]
     backend._reachable = lambda weight: True  # a CPU's tensors, which nothing reads
     rows = []
     for states in ("fp32", "int8"):
-        weight, found, rule, numbers = stored_by(Job(90, states=states))
+        weight, found, rule, numbers = stored_by(KernelJob(90, states=states))
         n, k = weight.values.shape
         use = MatmulTerm(torch.zeros(64, n, dtype=torch.bfloat16), torch.zeros(64, k, dtype=torch.bfloat16))
-        ours, arguments = Triton(Scratch()), (weight, found, [use], rule, {}, numbers)
-        prepared = ours.shelf.find([weight, *found], rule)
-        assert prepared is not None
-        step_us = microseconds(lambda ours=ours, arguments=arguments: ours.step(*arguments))
+        stepper, numbers = Triton(Scratch()).prepare(weight, found, rule, {}), StepNumbers(numbers)
+        step_us = microseconds(lambda stepper=stepper, use=use, numbers=numbers: stepper([use], numbers))
 
-        def dispatch(ours=ours, arguments=arguments, prepared=prepared) -> None:
-            prepared.launches.clear()
-            ours.step(*arguments)
+        def dispatch(stepper=stepper, use=use, numbers=numbers) -> None:
+            stepper.launches().clear()
+            stepper([use], numbers)
 
         rows.append({"states": states, "prepared_us": step_us, "dispatch_us": microseconds(dispatch)})
     driver._active = before

@@ -1,9 +1,10 @@
-"""Peak live bytes of one training step: plain, stepped in hooks, folded, and folded with a step that does nothing.
+"""Peak live bytes of one training step: plain, stepped in hooks, folded, and folded with a backend that does nothing.
 
-The last one takes each gradient as the fold does and drops it, so folded minus null is what folding itself needs. Runs
-the real step code on fake tensors (`--real`: on real ones; the figures are the same, but the model is then allocated).
+The last one receives each gradient as the fold does and drops it, so folded minus null is what folding itself needs.
+Runs the real step code on fake tensors. With ``--real`` on real tensors: the figures are the same, but the model is
+allocated.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 
 import gradfold
-from common import (
+from gradfold.backends import Backend
+from gradfold.plan.plot import draw_step_memory
+from gradfold.plan.step import StepMemory, measure_step, step_memory
+from gradfold.plan.units import format_bytes
+
+from .common import (
     DTYPES,
     PEERS,
-    SteppedInHooks,
     fold_plain_head,
     llama,
     llama_config,
@@ -26,10 +31,7 @@ from common import (
     random_batch,
     write_result,
 )
-from gradfold.backends import Backend
-from gradfold.planner.plot import draw_step_memory
-from gradfold.planner.step import StepMemory, measure_step, step_memory
-from gradfold.planner.units import format_bytes
+from .peers.hooks import SteppedInHooks
 
 
 class NullBackend(Backend):
@@ -42,13 +44,14 @@ class NullBackend(Backend):
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="tokens per step (default 256)")
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--rule", choices=PEERS, default="adamw")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--real", action="store_true", help="allocate and train for real")
-    parser.add_argument("--plot", type=Path, help="also draw plain and folded of the last row")
+    parser.add_argument("--real", action="store_true", help="use real tensors instead of fake ones")
+    parser.add_argument("--plot", type=Path, help="draw plain and folded step of the last row to this file")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/memory.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -57,7 +60,7 @@ def main() -> None:
     for dtype in args.dtype:
         for tied in (False, True):
             for tokens in args.tokens:
-                steps = compare(args.rule, dtype, tokens, args.layers, tied, args.real)
+                steps = compare_steps(args.rule, dtype, tokens, args.layers, tied, args.real)
                 rows.append(row_of(args.rule, dtype, tokens, args.layers, tied, steps))
     table = [
         [
@@ -88,15 +91,15 @@ def main() -> None:
         print(f"drawn to {args.plot}")
 
 
-def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: bool) -> dict[str, StepMemory]:
-    """The four kinds of step, each on a model of its own."""
+def compare_steps(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: bool) -> dict[str, StepMemory]:
+    """Measure the four kinds of step, each on a model of its own."""
     config = llama_config(layers, tied)
     batch = random_batch(config, tokens)
     peer = PEERS[rule]
     lr = 1e-4
     kinds = {
-        "plain": (lambda params: peer.torch(params, lr=lr, **peer.torch_options), False),
-        "hooks": (lambda params: SteppedInHooks(params, rule, lr), False),
+        "plain": (lambda params: peer.torch_optimizer(params, lr), False),
+        "hooks": (lambda params: SteppedInHooks(params, lambda one: peer.torch_optimizer(one, lr)), False),
         "folded": (lambda params: peer.gradfold(params, lr=lr), fold_plain_head),
         "null": (lambda params: peer.gradfold(params, lr=lr), null_fold),
     }
@@ -113,11 +116,12 @@ def compare(rule: str, dtype: str, tokens: int, layers: int, tied: bool, real: b
 
 
 def null_fold(model: torch.nn.Module, optimizer: Any) -> gradfold.Fold:
+    """Fold a model with a backend that does nothing."""
     return fold_plain_head(model, optimizer, backend=NullBackend())
 
 
 def row_of(rule: str, dtype: str, tokens: int, layers: int, tied: bool, steps: dict[str, StepMemory]) -> dict:
-    """The figures of one row; `largest_hooked_gradient_bytes` is of the parameters that no folded module owns."""
+    """Return the figures of one row; ``largest_hooked_gradient_bytes`` is of parameters outside folded modules."""
     with torch.device("meta"):
         model = llama(llama_config(layers, tied), DTYPES[dtype])
     folded_kinds = (torch.nn.Linear, torch.nn.Embedding)

@@ -1,10 +1,10 @@
-"""What decode, rule and encode of coded states cost on a CPU, beside torch's fused AdamW on the same block.
+"""Time of decode, rule and encode of quantized states on a CPU, compared with torch's fused AdamW on the same block.
 
-One block [512, 2048], one thread, all cases in turn, so that what the machine does meanwhile hits all of them: reported
-are the medians of the ratios to torch's fused AdamW in bf16 within each round. Compiling is timed with its own cache:
-once empty, once as the first run left it.
+One block [512, 2048] on one thread, all cases in turn, so that disturbances hit all of them. Reports medians of the
+ratios to torch's fused AdamW in bf16 within each round. Compile times use a cache of their own: empty at first, then
+as the first run left it.
 
-    OMP_NUM_THREADS=1 python benchmarks/native.py
+    OMP_NUM_THREADS=1 python -m benchmarks.native
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from common import print_table, write_result
 from gradfold import rules
 from gradfold.backends import native
 from gradfold.codecs import state_codec, stream_key, weight_codec
+
+from .common import print_table, write_result
 
 ROWS, COLUMNS = 512, 2048
 ADAMW = {
@@ -39,26 +40,27 @@ ADAMW = {
 }
 LION = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01, "maximize": False}
 BF16, FP32 = torch.bfloat16, torch.float32
-CASES: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, str]] = {
-    "AdamW bf16 stochastic, int8": (rules.Adam(), ADAMW, BF16, None, "int8"),
-    "AdamW bf16 stochastic, int4": (rules.Adam(), ADAMW, BF16, None, "int4"),
-    "AdamW bf16 stochastic, bf16": (rules.Adam(), ADAMW, BF16, None, "bf16"),
-    "AdamW bf16 + split8, int8": (rules.Adam(), ADAMW, BF16, "split8", "int8"),
-    "AdamW fp32, int8": (rules.Adam(), ADAMW, FP32, None, "int8"),
-    "Lion bf16 stochastic, int8": (rules.Lion(), LION, BF16, None, "int8"),
+STORED_AS: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, str]] = {
+    "AdamW bf16 stochastic, int8": (rules.AdamRule(), ADAMW, BF16, None, "int8"),
+    "AdamW bf16 stochastic, int4": (rules.AdamRule(), ADAMW, BF16, None, "int4"),
+    "AdamW bf16 stochastic, bf16": (rules.AdamRule(), ADAMW, BF16, None, "bf16"),
+    "AdamW bf16 + split8, int8": (rules.AdamRule(), ADAMW, BF16, "split8", "int8"),
+    "AdamW fp32, int8": (rules.AdamRule(), ADAMW, FP32, None, "int8"),
+    "Lion bf16 stochastic, int8": (rules.LionRule(), LION, BF16, None, "int8"),
 }
 REFERENCE = "torch fused AdamW, bf16"
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--compile-only", action="store_true", help="print the seconds each kernel takes to make")
+    parser.add_argument("--compile-only", action="store_true", help="print the seconds to compile each kernel")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/native.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile_only:
-        for name in CASES:
+        for name in STORED_AS:
             started = time.perf_counter()
             prepare(name)
             print(f"{time.perf_counter() - started:.4f}")
@@ -68,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["GRADFOLD_CACHE"] = cache
         cold, cached = compile_seconds(), compile_seconds()
-        steps = {name: prepare(name) for name in CASES}
+        steps = {name: prepare(name) for name in STORED_AS}
     steps |= {REFERENCE: fused(BF16), "torch fused AdamW, fp32": fused(FP32)}
 
     times_ms: dict[str, list[float]] = {name: [] for name in steps}
@@ -115,15 +117,15 @@ def main() -> None:
 
 
 def compile_seconds() -> dict[str, float]:
-    """Seconds to make each kernel in a new process, with the cache as it is."""
+    """Return the seconds to make each kernel in a new process, with the cache as it is."""
     command = [sys.executable, __file__, "--compile-only"]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
-    return dict(zip(CASES, map(float, done.stdout.split()), strict=True))
+    return dict(zip(STORED_AS, map(float, done.stdout.split()), strict=True))
 
 
 def prepare(name: str) -> Callable[[], None]:
-    """A function that steps one block."""
-    rule, group, dtype, master, states = CASES[name]
+    """Return a function that steps one block."""
+    rule, group, dtype, master, states = STORED_AS[name]
     numbers = rule.advance({"step": torch.tensor(3.0)}, group, False)
     specs = rule.states(group)
     codecs = [weight_codec(dtype, master), *(state_codec(states, spec.signed) for spec in specs)]
@@ -147,10 +149,11 @@ def prepare(name: str) -> Callable[[], None]:
 
 
 def fused(dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that steps one block with torch's fused AdamW."""
     weight, grad, exp_avg, exp_avg_sq = (torch.zeros(ROWS, COLUMNS, dtype=dtype) for _ in range(4))
     for t in (weight, grad):
         t.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    rule = rules.Adam()
+    rule = rules.AdamRule()
     numbers = rule.advance({"step": torch.tensor(3.0)}, ADAMW, False)
     return lambda: rule.fused(weight, grad, [exp_avg, exp_avg_sq], numbers)
 

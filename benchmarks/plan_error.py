@@ -1,11 +1,12 @@
-"""How far a plan's peak is from what the CPU's allocator hands out while the step is really taken.
+"""How far is the peak of a plan from what the CPU's allocator really hands out?
 
-Each configuration is predicted on fake tensors, for this processor. Then it is trained for real, in a process of its
-own, under torch's profiler with `profile_memory=True`: the peak is the largest sum of the allocator's own events (every
-allocation and release, inside operators too), from before the model is built. Nothing of gradfold's meter is involved.
+Each configuration is predicted on fake tensors for this processor. It is then trained for real in a process of its
+own, under torch's profiler with ``profile_memory=True``. The measured peak is the largest sum of the allocator's
+events (every allocation and release, also inside operators), starting before the model is built. gradfold's own meter
+is not involved.
 
-    OMP_NUM_THREADS=1 python benchmarks/plan_error.py            # about 3 minutes
-    OMP_NUM_THREADS=1 python benchmarks/plan_error.py --only 0 4
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_error            # about 3 minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_error --only 0 4
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import print_table, write_result
 from gradfold import WorkingSet
 from gradfold.planner.models import Subject
 from gradfold.planner.predict import predict
@@ -30,19 +30,18 @@ from gradfold.planner.settings import Settings
 from gradfold.planner.step import run_step
 from gradfold.planner.units import format_bytes
 
+from .common import llama_config, print_table, write_result
+
 MIB = 2**20
 
 
-def llama(**changes: Any) -> Any:
+def small_llama(tied: bool = False) -> Any:
     """17 M parameters in 6 layers, 8 M in embedding and head each."""
-    from transformers import LlamaConfig
-
-    sizes = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaConfig(**(sizes | heads | changes), use_cache=False)
+    return llama_config(6, tied, hidden=512, intermediate=1408, vocabulary=16_000, heads=8, kv_heads=4)
 
 
 def gemma2() -> Any:
+    """A small Gemma 2."""
     from transformers import Gemma2Config
 
     return Gemma2Config(
@@ -58,6 +57,7 @@ def gemma2() -> Any:
 
 
 def qwen3() -> Any:
+    """A small Qwen3."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -73,20 +73,24 @@ def qwen3() -> Any:
 
 
 def gpt2() -> Any:
+    """A small GPT-2."""
     from transformers import GPT2Config
 
     return GPT2Config(vocab_size=16_000, n_embd=512, n_layer=6, n_head=8, n_positions=1024, use_cache=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Configuration:
+    """One configuration to predict and to train."""
+
     model: str
     settings: Settings
 
     def subject(self) -> Subject:
+        """The model to plan."""
         makers = {
-            "llama": llama,
-            "llama, tied": lambda: llama(tie_word_embeddings=True),
+            "llama": small_llama,
+            "llama, tied": lambda: small_llama(tied=True),
             "gemma2": gemma2,
             "qwen3": qwen3,
             "gpt2": gpt2,
@@ -94,34 +98,36 @@ class Case:
         return Subject(self.model, config=makers[self.model]())
 
 
-def case(model: str, **settings: Any) -> Case:
-    return Case(model, Settings(**({"tokens": 256, "batch": 2, "dtype": "float32"} | settings)))
+def configuration(model: str, **settings: Any) -> Configuration:
+    """Add a configuration."""
+    return Configuration(model, Settings(**({"tokens": 256, "batch": 2, "dtype": "float32"} | settings)))
 
 
-CASES = (
-    case("llama"),
-    case("llama", checkpointing=True),
-    case("llama", states="int8"),
-    case("llama", head="plain"),
-    case("llama, tied", checkpointing=True, states="int8", dtype="bfloat16"),
-    case("llama", working_set=WorkingSet(interval=1, chunks=6), checkpointing=True),
-    case("llama", working_set=WorkingSet(interval=1, chunks=4), states="int8", head="plain"),
-    case("gemma2", checkpointing=True),
-    case("qwen3", states="int4", dtype="bfloat16", master="split8"),
-    case("qwen3", accumulate=3, head="plain"),
-    case("gpt2", clip_norm=1.0),
-    case("gpt2", fold=False, head="plain"),
+CONFIGURATIONS = (
+    configuration("llama"),
+    configuration("llama", checkpointing=True),
+    configuration("llama", states="int8"),
+    configuration("llama", head="plain"),
+    configuration("llama, tied", checkpointing=True, states="int8", dtype="bfloat16"),
+    configuration("llama", working_set=WorkingSet(chunks=6), checkpointing=True),
+    configuration("llama", working_set=WorkingSet(chunks=4), states="int8", head="plain"),
+    configuration("gemma2", checkpointing=True),
+    configuration("qwen3", states="int4", dtype="bfloat16", master="split8"),
+    configuration("qwen3", accumulate=3, head="plain"),
+    configuration("gpt2", clip_norm=1.0),
+    configuration("gpt2", fold=False, head="plain"),
 )
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases to run")
+    parser.add_argument("--only", type=int, nargs="+", help="indices of the configurations to run")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/plan_error.json)")
     args = parser.parse_args()
     rows = []
-    for number in args.only or range(len(CASES)):
-        one = CASES[number]
+    for number in args.only or range(len(CONFIGURATIONS)):
+        one = CONFIGURATIONS[number]
         predicted = predict(one.subject(), one.settings, "cpu").memory.peak_bytes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(allocator_peak_bytes, number).result()
@@ -156,9 +162,9 @@ def main() -> None:
 
 
 def allocator_peak_bytes(number: int) -> int:
-    """Train one case for real; the peak of what the allocator handed out, the model's weights included."""
+    """Train one configuration for real; return the allocator's peak, weights included."""
     torch.set_num_threads(1)
-    one = CASES[number]
+    one = CONFIGURATIONS[number]
     scene, settings = Scene(one.subject(), one.settings, "cpu"), one.settings
     batch = scene.batch()
     batch = {name: torch.randint(0, 1000, ids.shape) for name, ids in batch.items()}

@@ -1,10 +1,10 @@
-"""How long 10,000 signed events take to verify and to merge, on one core.
+"""Time to verify and to merge 10,000 signed events on one core.
 
-A bundle of events in chains by a few signers is written to a file. Timed, in one process on one core: reading it,
-verifying it (every digest and signature, and the state made again), and merging two bundles of half the events each,
-which examines all of them again (their signatures are remembered by then).
+Writes a bundle with chains of events by a few signers to a file. Times, in one process: reading it, verifying it
+(every digest and signature, and the state recomputed), and merging two bundles with half of the events each. Merging
+checks all events again; their signatures are cached by then.
 
-    python benchmarks/provenance.py
+    python -m benchmarks.provenance
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import print_table, write_result
 from gradfold.provenance import (
     Signer,
     TrustStore,
@@ -35,6 +34,8 @@ from gradfold.provenance import (
     write_document,
 )
 
+from .common import print_table, write_result
+
 RECORD = {
     "metadata": {"submitted_at": "2026-01-01T00:00:00Z", "title_canon_sha256": "0" * 64},
     "schema_version": "1.0",
@@ -44,6 +45,7 @@ TIME = "2026-07-01T00:00:00Z"
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--signers", type=int, default=5)
@@ -59,7 +61,7 @@ def main() -> None:
     store = TrustStore([signer.public for signer in signers])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle.json"
-        write_document(path, build(signers, args.events, args.payload_bytes))
+        write_document(path, make_document(signers, args.events, args.payload_bytes))
         file_bytes = path.stat().st_size
         start = time.perf_counter()
         bundle = read_document(path)
@@ -90,8 +92,8 @@ def main() -> None:
     print(f"written to {write_result('provenance', [row], args.out)}")
 
 
-def build(signers: list[Signer], events: int, payload_bytes: int) -> dict[str, Any]:
-    """A signed bundle of `events` events in one chain per signer."""
+def make_document(signers: list[Signer], events: int, payload_bytes: int) -> dict[str, Any]:
+    """Return a signed bundle of ``events`` events in one chain per signer."""
     number = pith_number(RECORD, 2026)
     chain: dict[str, str] = {}
     made = []

@@ -4,19 +4,18 @@
     tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
     scratch    a Llama of 6.2 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
 
-Every variant of one suite and seed sees the same batches. The weights a run ends with are widened to fp32 and measured
-in fp32, so that what differs is training alone; of a master, both the weights and the master are measured. Runs are
-kept in results/quality.json as they finish; those that are there are not run again.
+All variants of one suite and seed see the same batches. The final weights are widened to fp32 and evaluated in fp32,
+so that only training differs; with a master, both weights and master are evaluated. Runs are kept in
+results/quality.json as they finish, and those that are there are not repeated.
 
-    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite finetune tiny_lr
-    OMP_NUM_THREADS=1 python benchmarks/quality.py --suite scratch --texts TEXTS
+    OMP_NUM_THREADS=1 python -m benchmarks.quality --suite finetune tiny_lr
+    OMP_NUM_THREADS=1 python -m benchmarks.quality --suite scratch --texts TEXTS
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradfold
-from common import RESULTS, fill_table, fold_plain_head, print_table, write_result
 from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
-from tasks import Task, shakespeare, smollm2
+
+from .common import RESULTS, fill_table, fold_plain_head, print_table, read_rows, write_result
+from .datasets import Task, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
@@ -45,7 +45,9 @@ WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" no
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Experiment:
+    """One training setup."""
+
     lr: float
     steps: int
     schedule: ScheduleRecipe
@@ -55,10 +57,11 @@ class Suite:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, nargs="+", default=["finetune", "tiny_lr"])
+    parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=["finetune", "tiny_lr"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="instead of the suite's own")
+    parser.add_argument("--steps", type=int, help="number of steps (default: that of the suite)")
     parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose table is replaced")
@@ -69,7 +72,7 @@ def main() -> None:
     for name in args.suite:
         for seed in range(args.seeds):
             run_seed(args, name, seed)
-    rows = read(args.out)
+    rows = read_rows(args.out)
     print_table(*table(rows))
     fill_table(args.page, "quality", *table(rows))
     picture(rows, args.picture)
@@ -77,10 +80,10 @@ def main() -> None:
 
 
 def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
-    """All variants of one suite with one seed; those with a result are left out."""
-    suite = SUITES[name]
+    """Run all variants of one suite with one seed, except those that have a result."""
+    suite = EXPERIMENTS[name]
     steps = args.steps or suite.steps
-    done = {(row["suite"], row["seed"], row["variant"]) for row in read(args.out)}
+    done = {(row["suite"], row["seed"], row["variant"]) for row in read_rows(args.out)}
     missing = [variant for variant in suite.variants if (name, seed, variant) not in done]
     if not missing:
         return
@@ -90,7 +93,7 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
     for variant in missing:
         started = time.perf_counter()
         model = task.build(VARIANTS[variant]["dtype"], seed)
-        losses, masters = train(model, variant, suite, steps, seed, task)
+        losses, masters = train_variant(model, variant, suite, steps, seed, task)
         judge.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
         of_weights = task.held_out(judge)
         judge.load_state_dict(masters, strict=False)  # tied weights have one name here, two there
@@ -108,16 +111,16 @@ def run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
             "training_loss": losses,
             "seconds": round(time.perf_counter() - started, 1),
         }
-        rows = [*read(args.out), row]
+        rows = [*read_rows(args.out), row]
         write_result("quality", rows, args.out)
         figures = f"{before:.4f} -> {row['held_out_loss']:.4f} (weights {of_weights:.4f}), {row['seconds']} s"
         print(f"{name} seed {seed} {variant}: {figures}", flush=True)
 
 
-def train(
-    model: nn.Module, variant: str, suite: Suite, steps: int, seed: int, task: Task
+def train_variant(
+    model: nn.Module, variant: str, suite: Experiment, steps: int, seed: int, task: Task
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Training loss of every step, and the fp32 masters at the end."""
+    """Return the training loss of every step, and the fp32 masters at the end."""
     options = {key: value for key, value in VARIANTS[variant].items() if key != "dtype"}
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": suite.weight_decay},
@@ -139,38 +142,37 @@ def train(
 
 
 def finetune(_: argparse.Namespace, seed: int) -> Task:
+    """Return the fine-tuning task."""
     return smollm2(seed)
 
 
 def scratch(args: argparse.Namespace, seed: int) -> Task:
+    """Return the task of training from scratch."""
     return shakespeare(args.texts, seed)
 
 
-SUITES = {
-    "finetune": Suite(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
-    "tiny_lr": Suite(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
-    "scratch": Suite(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
+EXPERIMENTS = {
+    "finetune": Experiment(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
+    "tiny_lr": Experiment(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
+    "scratch": Experiment(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
 }
 
 
 # results --------------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-
-
 def differences(rows: list[dict[str, Any]], suite: str, variant: str) -> list[float]:
-    """Held-out loss above the fp32 run of the same seed."""
+    """Return held-out losses above the fp32 run of the same seed."""
     reference = {r["seed"]: r["held_out_loss"] for r in rows if r["suite"] == suite and r["variant"] == REFERENCE}
     mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant and r["seed"] in reference]
     return [r["held_out_loss"] - reference[r["seed"]] for r in mine]
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table."""
     header = ["suite, variant", "seeds", "before", "after", "above fp32: mean", "worst seed"]
     lines = []
-    for suite in SUITES:
+    for suite in EXPERIMENTS:
         for variant in VARIANTS:
             mine = [r for r in rows if r["suite"] == suite and r["variant"] == variant]
             above = differences(rows, suite, variant)
@@ -192,13 +194,13 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each suite: how much each storage's training improved the held-out loss, a dot per seed, fp32 beside it."""
+    """Plot how much each storage improved the held-out loss in each suite: a dot per seed, fp32 beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    suites = [name for name in SUITES if any(row["suite"] == name for row in rows)]
+    suites = [name for name in EXPERIMENTS if any(row["suite"] == name for row in rows)]
     colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728"), strict=True))
     fig, axes = plt.subplots(1, len(suites), figsize=(4.6 * len(suites), 3.4), layout="constrained", squeeze=False)
     for axis, suite in zip(axes[0], suites, strict=True):

@@ -1,8 +1,8 @@
-"""What a folded step could gain, by bytes, operations and instructions alone: nothing here is timed.
+"""What could a folded step gain by bytes, operations and instructions alone? Nothing here is timed.
 
-For the linear layers of Llama-3-8B: the gradient's product and the optimizer's step as one kernel, and as two (a bf16
-gradient is written, and read again by a fused optimizer). A kernel takes as long as the most loaded of three: memory,
-tensor cores, instruction issue. Bytes come from the codecs, instructions from results/kernels.json. Fills
+For the linear layers of Llama-3-8B: weight-gradient product and optimizer step as one kernel, and as two (a bf16
+gradient is written, and read again by a fused optimizer). A kernel takes as long as its most loaded resource: memory,
+tensor cores or instruction issue. Bytes come from the codecs, instructions from results/kernels.json. Fills
 docs/roofline.md and draws docs/images/roofline.png.
 
     python -m benchmarks.kernels && python -m benchmarks.roofline
@@ -18,17 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS, fill_table, print_table, write_result
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 from gradfold.codecs import state_codec, weight_codec
+
+from .common import RESULTS, fill_table, print_table, write_result
 
 PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
 PICTURE = PAGE.parent / "images" / "roofline.png"
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class Device(NamedTuple):
-    """Rates that were measured on such cards, not those of a data sheet."""
+class Gpu(NamedTuple):
+    """Rates measured on such GPUs, not those of the data sheet."""
 
     bytes_per_s: float
     flops_per_s: float  # bf16, dense
@@ -36,7 +37,7 @@ class Device(NamedTuple):
 
 
 LANES = 128 * 132 * 1.755e9
-DEVICES = {"H100": Device(3.0e12, 790e12, LANES), "H200": Device(4.25e12, 790e12, LANES)}
+GPUS = {"H100": Gpu(3.0e12, 790e12, LANES), "H200": Gpu(4.25e12, 790e12, LANES)}
 # rows, columns, how many in the model
 SHAPES = {
     "q, o": (4096, 4096, 64),
@@ -49,7 +50,7 @@ EFFICIENCIES = (0.7, 0.8, 0.9)  # of the fused kernel's product, to a library's
 EFFICIENCY = 0.8
 
 
-class Kind(NamedTuple):
+class StorageKind(NamedTuple):
     """How a bf16 weight and AdamW's states are stored."""
 
     states: str
@@ -57,60 +58,74 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Name in tables."""
         return self.states + (f" + {self.master}" if self.master else "")
 
     @property
     def stored_bytes(self) -> float:
-        """Per element, weight included."""
+        """Bytes per element, weight included."""
         codecs = [weight_codec(torch.bfloat16, self.master), *(state_codec(self.states, signed) for signed in (1, 0))]
         return sum(codec.bytes_per_element((1024, 4096)) for codec in codecs)
 
 
-KINDS = (Kind("fp32"), Kind("bf16"), Kind("int8", "split8"), Kind("int8"), Kind("int4"))
+STORAGE_KINDS = (
+    StorageKind("fp32"),
+    StorageKind("bf16"),
+    StorageKind("int8", "split8"),
+    StorageKind("int8"),
+    StorageKind("int4"),
+)
 GRADIENT_BYTES = 2  # bf16
 
 
-class Layer(NamedTuple):
-    """Weights of one shape and one step: seconds, bytes and operations of all of them."""
+class WeightShape(NamedTuple):
+    """All weights of one shape in one step: seconds, bytes and operations."""
 
     rows: int
     columns: int
     count: int
     tokens: int
-    kind: Kind
+    kind: StorageKind
     instructions: float  # per element, of one step
 
     @property
     def elements(self) -> int:
+        """Elements of all weights."""
         return self.rows * self.columns * self.count
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of the products."""
         return 2 * self.tokens * self.elements
 
     @property
     def operand_bytes(self) -> float:
-        """dY ``[T, N]`` and X ``[T, K]``, bf16, read once."""
+        """Bytes of dY ``[T, N]`` and X ``[T, K]`` in bf16, read once."""
         return 2 * self.tokens * (self.rows + self.columns) * self.count
 
     @property
     def folded_bytes(self) -> float:
+        """Bytes that a folded step moves."""
         return self.operand_bytes + 2 * self.kind.stored_bytes * self.elements
 
     @property
     def separate_bytes(self) -> float:
+        """Bytes that product and optimizer move as two kernels."""
         return self.folded_bytes + 2 * GRADIENT_BYTES * self.elements
 
-    def separate_s(self, device: Device) -> float:
-        """The library's product, then the optimizer, which runs the same rule."""
+    def separate_s(self, device: Gpu) -> float:
+        """Return the seconds of a library product followed by the optimizer with the same rule."""
         written = self.operand_bytes + GRADIENT_BYTES * self.elements
         product = max(self.flops / device.flops_per_s, written / device.bytes_per_s)
         moved = (2 * self.kind.stored_bytes + GRADIENT_BYTES) * self.elements
         issued = self.instructions * self.elements
         return product + max(moved / device.bytes_per_s, issued / device.instructions_per_s)
 
-    def folded_s(self, device: Device, overlapped: bool, efficiency: float) -> float:
-        """``overlapped``: one program steps while another multiplies; else first all products, then all steps."""
+    def folded_s(self, device: Gpu, overlapped: bool, efficiency: float) -> float:
+        """Return the seconds of the folded kernel.
+
+        overlapped: One program steps while another multiplies; otherwise all products come first, then all steps.
+        """
         product = self.flops / (device.flops_per_s * efficiency)
         issued = self.instructions * self.elements / device.instructions_per_s
         if overlapped:
@@ -120,6 +135,7 @@ class Layer(NamedTuple):
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/roofline.json)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page whose tables are replaced")
@@ -128,58 +144,67 @@ def main() -> None:
 
     counted = instructions(RESULTS / "kernels.json")
     rows = [
-        row(name, shape, tokens, kind, counted) for name, shape in SHAPES.items() for kind in KINDS for tokens in TOKENS
+        shape_row(name, shape, tokens, kind, counted)
+        for name, shape in SHAPES.items()
+        for kind in STORAGE_KINDS
+        for tokens in TOKENS
     ]
-    crossings = [crossing_row(kind, counted) for kind in KINDS]
-    header, lines = shown(crossings)
+    crossings = [crossing_row(kind, counted) for kind in STORAGE_KINDS]
+    header, lines = crossing_table(crossings)
     print_table(header, lines)
-    devices = {name: device._asdict() for name, device in DEVICES.items()}
+    devices = {name: device._asdict() for name, device in GPUS.items()}
     out = write_result("roofline", rows, args.out, crossings=crossings, devices=devices)
     fill_table(args.page, "crossings", header, lines)
-    fill_table(args.page, "ratios", *ratios(counted))
+    fill_table(args.page, "ratios", *ratio_table(counted))
     draw(counted, args.picture)
     print(f"\nwritten to {out}, {args.page.name} and {args.picture.name}")
 
 
-def instructions(path: Path) -> dict[Kind, float]:
-    """Per element of the default kernel on Hopper."""
+def instructions(path: Path) -> dict[StorageKind, float]:
+    """Return instructions per element of the default kernel on Hopper."""
     found = {}
     for kernel in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        wanted = {"arch": "sm_90", "gradient_from": table.PRODUCT, "operands": "bf16"}
+        wanted = {"arch": "sm_90", "gradient_from": tile_configs.PRODUCT, "operands": "bf16"}
         alone = not kernel["kernel"].endswith("-bias")
         if alone and (wanted | {"rule": "AdamW", "weight": "bf16"}).items() <= kernel.items():
-            found[Kind(kernel["states"], kernel["master"])] = kernel["instructions_per_element"]
+            found[StorageKind(kernel["states"], kernel["master"])] = kernel["instructions_per_element"]
     return found
 
 
-def model(tokens: int, kind: Kind, counted: dict[Kind, float]) -> list[Layer]:
-    return [Layer(*shape, tokens, kind, counted[kind]) for shape in SHAPES.values()]
+def model(tokens: int, kind: StorageKind, counted: dict[StorageKind, float]) -> list[WeightShape]:
+    """Return the linear layers of Llama-3-8B."""
+    return [WeightShape(*shape, tokens, kind, counted[kind]) for shape in SHAPES.values()]
 
 
 def ratio(
-    device: Device,
+    device: Gpu,
     tokens: int,
-    kind: Kind,
-    counted: dict[Kind, float],
+    kind: StorageKind,
+    counted: dict[StorageKind, float],
     overlapped: bool,
     efficiency: float = EFFICIENCY,
 ) -> float:
-    """Folded over separate, of the whole model's linear layers."""
+    """Return time folded / separate of the whole model's linear layers."""
     layers = model(tokens, kind, counted)
     folded = sum(layer.folded_s(device, overlapped, efficiency) for layer in layers)
     return folded / sum(layer.separate_s(device) for layer in layers)
 
 
-def crossing(device: Device, kind: Kind, counted: dict[Kind, float], overlapped: bool, efficiency: float) -> int:
-    """The number of tokens from which on folding no longer pays; a multiple of 64."""
+def crossing(
+    device: Gpu, kind: StorageKind, counted: dict[StorageKind, float], overlapped: bool, efficiency: float
+) -> int:
+    """Return the tokens from which folding no longer pays; a multiple of 64."""
     tokens = 64
     while tokens < 2**17 and ratio(device, tokens, kind, counted, overlapped, efficiency) <= 1:
         tokens += 64
     return tokens
 
 
-def row(name: str, shape: Sequence[int], tokens: int, kind: Kind, counted: dict[Kind, float]) -> dict[str, Any]:
-    layer = Layer(shape[0], shape[1], 1, tokens, kind, counted[kind])
+def shape_row(
+    name: str, shape: Sequence[int], tokens: int, kind: StorageKind, counted: dict[StorageKind, float]
+) -> dict[str, Any]:
+    """Return the row of one shape."""
+    layer = WeightShape(shape[0], shape[1], 1, tokens, kind, counted[kind])
     result: dict[str, Any] = {
         "layer": name,
         "shape": list(shape[:2]),
@@ -190,7 +215,7 @@ def row(name: str, shape: Sequence[int], tokens: int, kind: Kind, counted: dict[
         "folded_bytes": layer.folded_bytes,
         "separate_bytes": layer.separate_bytes,
     }
-    for label, device in DEVICES.items():
+    for label, device in GPUS.items():
         separate = layer.separate_s(device)
         result[f"{label}_separate_us"] = 1e6 * separate
         for overlapped, how in ((True, "overlapped"), (False, "in_turn")):
@@ -198,7 +223,8 @@ def row(name: str, shape: Sequence[int], tokens: int, kind: Kind, counted: dict[
     return result
 
 
-def crossing_row(kind: Kind, counted: dict[Kind, float]) -> dict[str, Any]:
+def crossing_row(kind: StorageKind, counted: dict[StorageKind, float]) -> dict[str, Any]:
+    """Return the row of one storage."""
     result: dict[str, Any] = {
         "states": kind.states,
         "master": kind.master,
@@ -206,57 +232,59 @@ def crossing_row(kind: Kind, counted: dict[Kind, float]) -> dict[str, Any]:
         "folded_bytes_per_element": 2 * kind.stored_bytes,
         "separate_bytes_per_element": 2 * kind.stored_bytes + 2 * GRADIENT_BYTES,
         "instructions_per_element": counted[kind],
-        "max_tokens_in_table": table.max_tokens(kind.stored_bytes),
+        "max_tokens_in_table": tile_configs.max_tokens(kind.stored_bytes),
     }
-    for label, device in DEVICES.items():
+    for label, device in GPUS.items():
         for how in (True, False):
             name = f"{label}_{'overlapped' if how else 'in_turn'}_tokens"
             result[name] = {str(e): crossing(device, kind, counted, how, e) for e in EFFICIENCIES}
     return result
 
 
-def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def crossing_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of crossings."""
     header = ["states", "bytes folded", "separate", "instructions"]
-    header += [f"{label} {how}" for label in DEVICES for how in ("overlapped", "in turn")] + ["`MAX_TOKENS`"]
+    header += [f"{label} {how}" for label in GPUS for how in ("overlapped", "in turn")] + ["`MAX_TOKENS`"]
     lines = []
     for found in rows:
-        cells = [Kind(found["states"], found["master"]).name, f"{found['folded_bytes_per_element']:.3f}"]
+        cells = [StorageKind(found["states"], found["master"]).name, f"{found['folded_bytes_per_element']:.3f}"]
         cells += [f"{found['separate_bytes_per_element']:.3f}", f"{found['instructions_per_element']:.0f}"]
-        for label in DEVICES:
+        for label in GPUS:
             for how in ("overlapped", "in_turn"):
                 cells.append(" / ".join(f"{tokens:,}" for tokens in found[f"{label}_{how}_tokens"].values()))
         lines.append([*cells, f"{found['max_tokens_in_table']:,}"])
     return header, lines
 
 
-def ratios(counted: dict[Kind, float]) -> tuple[list[str], list[list[str]]]:
+def ratio_table(counted: dict[StorageKind, float]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of ratios."""
     header = ["states, on H100", *(f"T = {tokens:,}" for tokens in TOKENS)]
     lines = [
         [
             f"{kind.name}, {'overlapped' if how else 'in turn'}",
-            *(f"{ratio(DEVICES['H100'], tokens, kind, counted, how):.2f}" for tokens in TOKENS),
+            *(f"{ratio(GPUS['H100'], tokens, kind, counted, how):.2f}" for tokens in TOKENS),
         ]
-        for kind in KINDS
+        for kind in STORAGE_KINDS
         for how in (True, False)
     ]
     return header, lines
 
 
-def draw(counted: dict[Kind, float], path: Path) -> None:
-    """Ratios over tokens, a panel per device."""
+def draw(counted: dict[StorageKind, float], path: Path) -> None:
+    """Plot ratios over tokens, one panel per GPU."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     ink, muted, grid = "#1d2733", "#66727f", "#e3e7eb"
-    drawn = [kind for kind in KINDS if kind.master is None]
+    drawn = [kind for kind in STORAGE_KINDS if kind.master is None]
     colors = dict(zip(drawn, ("#33475b", "#6f93b5", "#e4572e", "#e0a526"), strict=True))
     figure = Figure(figsize=(10, 4.9), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.075, right=0.975, top=0.74, bottom=0.13, wspace=0.12)
     tokens = [round(128 * 2 ** (i / 16)) for i in range(7 * 16 + 1)]
-    for ax, (label, device) in zip(axes, DEVICES.items(), strict=True):
+    for ax, (label, device) in zip(axes, GPUS.items(), strict=True):
         for kind in drawn:
             for overlapped, style in ((True, "-"), (False, (0, (4, 2)))):
                 found = [ratio(device, t, kind, counted, overlapped) for t in tokens]

@@ -4,7 +4,7 @@ Two models with equal weights train side by side. Each pair times one whole step
 of both, the order turned round from pair to pair, so that what the machine does meanwhile hits both. Reported: the
 median of the per-pair ratios (folded / torch), its quartiles, and the median times.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_time.py
+    OMP_NUM_THREADS=1 python -m benchmarks.step_time
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import (
+from .common import (
     DTYPES,
     PEERS,
     fold_plain_head,

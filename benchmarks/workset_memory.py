@@ -1,11 +1,12 @@
-"""Peak of live bytes on the device while a working set goes round, by running the real steps on fake tensors.
+"""Peak live bytes on the device over a round of a working set, from the real steps on fake tensors.
 
-Llama-2-7B's shape, bf16, checkpointed layers, AdamW with fp32 states that are in host memory while their slices sleep.
-Some turns of one round are sampled, first and last included; of each the last step, in which the next chunk's states
-are fetched, and the change of chunks after it. What sleeps in host memory is not counted, what is on its way back is.
+Llama-2-7B's shape in bf16, gradient checkpointing, and AdamW with fp32 states that are in host memory while their
+slices are inactive. Samples some turns of one round, the first and the last included: of each its last step, in which
+the next chunk's states are fetched, and the change of chunks after it. States in host memory are not counted; those on
+their way back are.
 
-    python benchmarks/workset_memory.py                      # about 10 minutes
-    python benchmarks/workset_memory.py --turns 3 --batch 1
+    python -m benchmarks.workset_memory                      # about 10 minutes
+    python -m benchmarks.workset_memory --turns 3 --batch 1
 """
 
 from __future__ import annotations
@@ -20,32 +21,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
-from common import fold_plain_head, print_table, write_result
 from gradfold.planner.fake import SkipWrites
 from gradfold.planner.played import PlayedHost
 from gradfold.planner.trace import LiveBytes
+
+from .common import fold_plain_head, llama_config, print_table, write_result
 
 GIB = 2**30
 
 
 def llama_2_7b() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
+    """Return the config of Llama-2-7B's shape."""
+    return llama_config(32, hidden=4096, intermediate=11_008, vocabulary=32_000, heads=32, max_positions=4096)
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5, help="sampled of one round")
+    parser.add_argument("--turns", type=int, default=5, help="number of turns that are sampled from one round")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefetch", type=int, choices=[0, 1], nargs="+", default=[1])
@@ -57,7 +51,7 @@ def main() -> None:
     rows = []
     for batch in args.batch:
         for prefetch in args.prefetch:
-            rows.append(measure(args, batch, prefetch))
+            rows.append(measure_round(args, batch, prefetch))
             print(rows[-1], flush=True)
     table = [
         [
@@ -71,8 +65,8 @@ def main() -> None:
     print(f"\nwritten to {write_result('workset_memory', rows, args.out)}")
 
 
-def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
-    """One row: peaks over the sampled turns."""
+def measure_round(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, Any]:
+    """Return one row: peaks over the sampled turns."""
     from transformers import AutoModelForCausalLM
 
     config = llama_2_7b()
@@ -129,6 +123,7 @@ def measure(args: argparse.Namespace, batch: int, prefetch: int) -> dict[str, An
 
 
 def step(model: torch.nn.Module, optimizer: Any, ids: Tensor) -> None:
+    """Take one training step."""
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -1,10 +1,10 @@
-"""Time of training steps with a working set, beside torch's fused AdamW on all weights, and BAdam.
+"""Step time with a working set, compared with torch's fused AdamW on all weights, and with BAdam.
 
-The three take one step each, in turn; the working set's chunk (and BAdam's block) changes with every step, so that
-the mean over a round weighs every depth of backward alike. Reported: each method's mean over whole rounds of its own,
-as a part of torch's mean over the same steps.
+The three take one step each in turn. The working set's chunk (and BAdam's block) changes with every step, so that the
+mean over a round covers every depth of backward. Reports each method's mean over whole rounds as a fraction of torch's
+mean over the same steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/workset_time.py      # needs `pip install badam`, else without it; quiet machine
+    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # on a quiet machine; BAdam only if `badam` is installed
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import gradfold
-from common import (
+
+from .common import (
     DTYPES,
     PEERS,
     fold_plain_head,
@@ -33,11 +34,12 @@ from common import (
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="of the working set's; BAdam's have as many steps as blocks"
+        "--rounds", type=int, default=2, help="rounds of the working set; a round of BAdam has as many steps as blocks"
     )
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -52,12 +54,12 @@ def main() -> None:
     blocks: dict[str, int] = {}
     peer = PEERS["adamw"]
     plain = llama(config, DTYPES[args.dtype])
-    steps["torch"] = stepper(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
+    steps["torch"] = make_step(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
     for axis in args.axis:
         model = llama(config, DTYPES[args.dtype])
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
-        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(interval=1, chunks=args.chunks, axis=axis))
-        steps[name := f"working set, {axis}"] = stepper(model, optimizer, batch)
+        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
+        steps[name := f"working set, {axis}"] = make_step(model, optimizer, batch)
         blocks[name] = args.chunks
     if importlib.util.find_spec("badam"):
         steps["badam"], blocks["badam"] = badam_step(config, args.dtype, batch)
@@ -104,7 +106,9 @@ def main() -> None:
     print(f"\nwritten to {write_result('workset_time', rows, args.out)}")
 
 
-def stepper(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
+def make_step(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[], None]:
+    """Return a function that takes one training step."""
+
     def step() -> None:
         model(**batch).loss.backward()
         optimizer.step()
@@ -114,7 +118,7 @@ def stepper(model: torch.nn.Module, optimizer: Any, batch: dict) -> Callable[[],
 
 
 def badam_step(config: Any, dtype: str, batch: dict) -> tuple[Callable[[], None], int]:
-    """BAdam with a block for each layer, and for embedding and head, in order; how many blocks it has."""
+    """Return BAdam's step with a block per layer, and for embedding and head, in order; and the number of blocks."""
     from badam import BlockOptimizer
 
     model = llama(config, DTYPES[dtype])
@@ -128,7 +132,7 @@ def badam_step(config: Any, dtype: str, batch: dict) -> tuple[Callable[[], None]
         include_lm_head=True,
         verbose=0,
     )
-    return stepper(model, optimizer, batch), optimizer.block_num
+    return make_step(model, optimizer, batch), optimizer.block_num
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What only a GPU can settle: correctness, times and memory, in one resumable run. See README.md."""
+"""GPU benchmarks and checks: correctness, times and memory, in one resumable run. See README.md."""

@@ -1,6 +1,6 @@
-"""Single launches: a weight with states, its fp64 truth, the reference's bits, and the kernel on the very same.
+"""Single launches: a weight with states, its fp64 result, the reference backend's bits, and the kernel's.
 
-The only file here that knows how ``gradfold.backends.triton`` makes a launch.
+This is the only file here that knows how ``gradfold.backends.triton`` makes a launch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gradfold
-from gradfold.backends import DEFAULT_SCRATCH_BYTES, UNCHANGED, Change, GradTerm, Place, Reference, Scratch, Stored
-from gradfold.backends.triton import Triton, interpreted, launch, table
+from gradfold.backends import (
+    DEFAULT_SCRATCH_BYTES,
+    UNCHANGED,
+    Change,
+    GradTerm,
+    Place,
+    Reference,
+    Scratch,
+    StepNumbers,
+    Stored,
+)
+from gradfold.backends.triton import Triton, interpreted, launch, tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
-from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
-from gradfold.engine.apply import allocate
-from gradfold.engine.region import Region
-from gradfold.engine.storage import bind, keys_of, tick
+from gradfold.engine import Region, allocate
+from gradfold.engine.storage import STEP, bind, keys_of
 
 NAME = "weight"  # of the parameter, in the streams of random bits
-DRY_TILES = table.Config(32, 128, 16, 1, warps=4, stages=1)  # the interpreter's time goes by tiles and sub-tiles
+DRY_TILES = tile_configs.TileConfig(
+    32, 128, 16, 1, warps=4, stages=1
+)  # the interpreter's time goes by tiles and sub-tiles
 
 
 class Cell:
@@ -61,15 +72,18 @@ class Cell:
         with torch.no_grad():
             for _ in range(step):
                 self.numbers = self.rule.advance(self.state, self.group, False)
-                tick(self.state, self.rule, self.storage)
+                if any(self.storage.random) and STEP not in self.rule.counters:
+                    self.state[STEP] += 1
 
     @property
     def param(self) -> Tensor:
+        """The parameter, or its slice."""
         whole = self.whole.detach()
         return whole if self.region is None else self.region.of(whole)
 
     @property
     def place(self) -> Place | None:
+        """Where the slice lies in the whole parameter."""
         return None if self.region is None else self.region.place(self.whole.shape)
 
     def _fill(self) -> None:
@@ -95,13 +109,18 @@ class Cell:
             rows *= size
         return rows
 
+    @property
+    def count(self) -> int:
+        """The number of the step, as random bits need it."""
+        return int(self.state[STEP]) if any(self.storage.random) else 0
+
     def stored(self) -> list[Stored]:
-        """The weight and its states, as a backend takes them."""
-        weight, states = bind(self.param, self.storage, self.state, NAME, self.group, self.place)
+        """Return weight and states as a backend takes them."""
+        weight, states = bind(self.param, self.storage, self.state, NAME, self.group, self.place, self.count)
         return [weight, *states]
 
     def to(self, device: torch.device | str) -> Cell:
-        """A copy, there."""
+        """Return a copy on the device."""
         made = copy.copy(self)
         made.whole = Parameter(self.whole.detach().to(device, copy=True))
         made.state = {
@@ -110,12 +129,12 @@ class Cell:
         return made
 
     def bits(self) -> dict[str, Tensor]:
-        """Everything the step may change, the rest of the whole parameter included; on the CPU."""
+        """Return everything the step may change, and the rest of the whole parameter, on the CPU."""
         found = {"weight": self.whole.detach(), **{name: value for name, value in self.state.items() if value.dim()}}
         return {name: value.cpu().clone() for name, value in found.items()}
 
     def decoded(self) -> list[Tensor]:
-        """Weight and states in fp64, on the CPU."""
+        """Return weight and states in fp64 on the CPU."""
         shape, found = self.param.shape, []
         for one in self.stored():
             parts = {name: part.cpu().contiguous() for name, part in one.parts.items()}
@@ -127,14 +146,14 @@ class Cell:
         return found
 
     def truth(self, grad: Tensor) -> list[Tensor]:
-        """Weight and states after the step, in fp64, from what is stored now. grad: fp64."""
+        """Return weight and states after a step in fp64, for an fp64 gradient."""
         weight, *states = self.decoded()
         scratch = [torch.empty_like(weight) for _ in range(self.rule.scratch_tiles(self.group))]
         self.rule.update(weight, grad.clone().view(weight.shape), states, self.numbers, scratch)
         return [weight, *states]
 
     def by_reference(self, uses: Sequence[GradTerm], change: Change = UNCHANGED) -> None:
-        """The reference backend's step."""
+        """Take the step with the reference backend."""
         weight, *states = self.stored()
         with torch.no_grad():
             backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
@@ -142,39 +161,43 @@ class Cell:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the weight and its states."""
+        """Bytes of the weight and its states."""
         return sum(part.numel() * part.element_size() for one in self.stored() for part in one.parts.values())
 
 
-def family() -> str:
-    """Which rows of the launch table are this card's."""
+def card_family() -> str:
+    """Return this GPU's family in the tile table."""
     return Triton(Scratch(1)).where
 
 
 @contextlib.contextmanager
-def using(config: table.Config | None) -> Iterator[None]:
-    """Launches made inside take these tiles where the table would be asked for a product's. None: the table's."""
+def using(config: tile_configs.TileConfig | None) -> Iterator[None]:
+    """Use these tiles for products launched inside; None uses the tile table."""
     config = DRY_TILES if config is None and interpreted() else config
     if config is None:
         yield
         return
-    asked = table.config
+    asked = tile_configs.tile_config
 
-    def answer(source: str, operand_bytes: int, where: str) -> table.Config:
-        return config if source == table.PRODUCT else asked(source, operand_bytes, where)
+    def answer(source: str, operand_bytes: int, where: str) -> tile_configs.TileConfig:
+        return config if source == tile_configs.PRODUCT else asked(source, operand_bytes, where)
 
-    with mock.patch.object(table, "config", answer):
+    with mock.patch.object(tile_configs, "tile_config", answer):
         yield
 
 
 class Launch:
-    """One launch of ``fold_step``, prepared: calling it steps the cell in place and returns the compiled kernel."""
+    """One prepared launch of ``fold_step``; calling it steps the cell in place and returns the compiled kernel."""
 
     def __init__(
-        self, cell: Cell, uses: Sequence[GradTerm], config: table.Config | None = None, change: Change | None = None
+        self,
+        cell: Cell,
+        uses: Sequence[GradTerm],
+        config: tile_configs.TileConfig | None = None,
+        change: Change | None = None,
     ):
         change = Change(guarded=True) if change is None else change
-        where = family()
+        where = card_family()
         with using(config), torch.no_grad():
             stored = cell.stored()
             weight = stored[0]
@@ -183,7 +206,7 @@ class Launch:
             assert tensors is not None and twin is not None, "no kernel takes this storage or rule"
             source = launch.source_of(uses, tensors.rows, tensors.columns, weight.values, where)
             assert source is not None, "no kernel takes these uses"
-            self.config = table.config(source.kind, source.operand_bytes, where)
+            self.config = tile_configs.tile_config(source.kind, source.operand_bytes, where)
             stream = next((one.stream for one in stored if one.stream is not None), None)
             step = 0 if stream is None else stream.step
             scalars = scalars_of(twin, cell.numbers, step, weight.values.device)
@@ -206,6 +229,7 @@ class Launch:
         self.held = (cell, list(uses), source)  # tensors the launch only has pointers to
 
     def __call__(self) -> Any:
+        """Launch the kernel."""
         return fold_step[(self.tiles,)](*self.positions, **self.constants)
 
 
@@ -215,7 +239,7 @@ def _fma(out, a, b, c):
 
 
 def rounds_once(device: torch.device | str) -> bool:
-    """Whether ``tl.fma`` rounds once, as on every card: older interpreters multiply and then add."""
+    """Return whether ``tl.fma`` rounds once, as on every GPU; older interpreters round twice."""
     near = torch.tensor([1 + 2.0**-12], device=device)
     out = torch.zeros_like(near)
     _fma[(1,)](out, near, near, torch.tensor([-1 - 2.0**-11], device=device))
@@ -223,7 +247,7 @@ def rounds_once(device: torch.device | str) -> bool:
 
 
 def gradient_by_kernel(uses: Sequence[GradTerm], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    """The fp32 gradient as the kernel sums it in registers, on the CPU: a step of SGD from zero, with rate 1."""
+    """Return the fp32 gradient as the kernel sums it: a step of SGD from zero with learning rate 1."""
     cell = Cell(gradfold.SGD, shape, torch.float32, {"lr": 1.0}, device=device, std=0.0)
     Launch(cell, uses, change=UNCHANGED)()
     grad = -cell.param.cpu()
@@ -231,24 +255,26 @@ def gradient_by_kernel(uses: Sequence[GradTerm], shape: tuple[int, ...], device:
 
 
 def by_backend(cell: Cell, uses: Sequence[GradTerm]) -> Callable[[], Any]:
-    """The step as the Triton backend takes it: Python's work and its choice of a route included."""
+    """Return a function that steps with the Triton backend, including Python's work and its choice of a route."""
     backend = Triton(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = cell.stored()
+    stepper = backend.prepare(weight, states, cell.rule, cell.group)
 
     def step() -> None:
         with torch.no_grad(), using(None):
-            backend.step(weight, states, uses, cell.rule, cell.group, cell.numbers)
+            stepper(uses, StepNumbers(cell.numbers, cell.count))
 
     return step
 
 
 def row_blocks(cell: Cell, uses: Sequence[GradTerm]) -> Callable[[], Any]:
-    """A library's products into scratch and the rule after each: the reference backend's way, on this device."""
+    """Return a function that steps like the reference backend: library products in row blocks, the rule on each."""
     backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
     weight, *states = [one._replace(codec=None, stream=None) for one in cell.stored()]
+    stepper = backend.prepare(weight, states, cell.rule, cell.group)
 
     def step() -> None:
         with torch.no_grad():
-            backend.step(weight, states, uses, cell.rule, cell.group, cell.numbers)
+            stepper(uses, StepNumbers(cell.numbers))
 
     return step

@@ -1,6 +1,6 @@
-"""The card, the versions and the source a run is of, as JSON: `python -m benchmarks.gpu.machine`.
+"""Describe GPU, versions and source of a run as JSON: ``python -m benchmarks.gpu.machine``.
 
-A process of its own, so that the one which starts the others holds no memory on the card.
+It runs in a process of its own, so that the process which starts the others holds no GPU memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ QUERY = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 OF_THE_KEY = ("card", "memory_gib", "versions", "revision", "sources", "dry_run")
 
 
-def describe(dry: bool) -> dict[str, Any]:
-    """Everything a row's figures depend on."""
+def describe_machine(dry: bool) -> dict[str, Any]:
+    """Return everything that a row's figures depend on."""
     import torch
 
     from benchmarks.common import revision
@@ -32,9 +32,9 @@ def describe(dry: bool) -> dict[str, Any]:
     about: dict[str, Any] = {
         "dry_run": dry,
         "card": "none: Triton's interpreter on the CPU",
-        "versions": versions(),
+        "versions": package_versions(),
         "revision": os.environ.get("GRADFOLD_REVISION") or revision(),
-        "sources": sources(),
+        "sources": source_hash(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "memory_gib": 0.0,
@@ -54,7 +54,8 @@ def describe(dry: bool) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, Any]:
+def package_versions() -> dict[str, Any]:
+    """Return the versions of Python and of the packages."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -64,8 +65,8 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def sources() -> str:
-    """A hash of what is run: a revision alone does not tell two dirty trees apart, and may not be known."""
+def source_hash() -> str:
+    """Return a hash of the source: a revision does not tell two modified trees apart, and may be unknown."""
     digest = hashlib.sha256()
     folders = (ROOT / "src" / "gradfold", ROOT / "benchmarks" / "gpu")
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
@@ -74,7 +75,7 @@ def sources() -> str:
 
 
 def driver() -> dict[str, str]:
-    """What nvidia-smi says, where there is one."""
+    """Return what nvidia-smi says, if there is one."""
     words = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
@@ -83,14 +84,14 @@ def driver() -> dict[str, str]:
         return {}
 
 
-def key(about: dict[str, Any]) -> str:
-    """Rows are only reused by a run of the same source on the same card with the same versions."""
+def run_key(about: dict[str, Any]) -> str:
+    """Return the key of a run: rows are reused only with the same source, GPU and versions."""
     kept = {name: about.get(name) for name in OF_THE_KEY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def clean(text: str) -> str:
-    """Without paths of this machine."""
+def without_paths(text: str) -> str:
+    """Remove paths of this machine from a text."""
     known = {str(ROOT): ".", sys.prefix: "python", sys.base_prefix: "python", tempfile.gettempdir(): "tmp"}
     known[os.path.expanduser("~")] = "home"
     for path, name in sorted(known.items(), key=lambda pair: -len(pair[0])):
@@ -100,4 +101,4 @@ def clean(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe(os.environ.get("TRITON_INTERPRET") == "1")))
+    print(json.dumps(describe_machine(os.environ.get("TRITON_INTERPRET") == "1")))

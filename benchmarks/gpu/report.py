@@ -1,4 +1,4 @@
-"""report.json and report.md: what was run on what, every row, and tables of the figures that matter."""
+"""Write report.json and report.md: the machine, every row, and tables of the main figures."""
 
 from __future__ import annotations
 
@@ -6,35 +6,43 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from .book import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, Row
-from .machine import clean
-
-if TYPE_CHECKING:
-    from .__main__ import Run
+from .machine import without_paths
+from .result_files import DIED, ERROR, FAILED, LEFT_OUT, OK, TIME, ResultRow
+from .suites import Suite
 
 DRY = "**A dry run: Triton's interpreter, tiny shapes, a clock on the CPU. These figures mean nothing.**"
 
 
-def broken(run: Run, rows: Sequence[Row]) -> bool:
-    """Whether a check said no, or could not say yes: a kernel that crashes is not correct. No time: neither."""
-    if not run.part.judged:
+class SuiteRun(NamedTuple):
+    """How the run of one suite ended."""
+
+    suite: Suite
+    status: str
+    seconds: float
+    limit_s: float
+    error: str = ""
+
+
+def is_broken(run: SuiteRun, rows: Sequence[ResultRow]) -> bool:
+    """Return whether a check failed, or could not be made for another reason than time: a crash is not correct."""
+    if not run.suite.judged:
         return False
     return run.status == DIED or any(row["status"] not in (OK, LEFT_OUT, TIME) for row in rows)
 
 
-def write(
+def write_report(
     out: Path,
     machine: Mapping[str, Any],
-    runs: Sequence[Run],
-    rows: Mapping[str, Sequence[Row]],
+    runs: Sequence[SuiteRun],
+    rows: Mapping[str, Sequence[ResultRow]],
     dry: bool,
     command: str,
     budget_seconds: float,
     seconds: float,
 ) -> None:
-    """Both files, anew."""
+    """Write both files anew."""
     result = {
         "benchmark": "gpu",
         "dry_run": dry,
@@ -44,17 +52,17 @@ def write(
         "machine": dict(machine),
         "budget_seconds": budget_seconds,
         "seconds": round(seconds, 1),
-        "correct": not any(broken(run, rows[run.part.name]) for run in runs),
-        "parts": [
+        "correct": not any(is_broken(run, rows[run.suite.name]) for run in runs),
+        "suites": [
             {
-                "name": run.part.name,
-                "title": run.part.title,
-                "command": f"bash benchmarks/gpu/run.sh --only {run.part.name}",
+                "name": run.suite.name,
+                "title": run.suite.title,
+                "command": f"bash benchmarks/gpu/run.sh --only {run.suite.name}",
                 "status": run.status,
                 "seconds": round(run.seconds, 1),
                 "limit_seconds": round(run.limit_s, 1),
                 "error": run.error,
-                "rows": list(rows[run.part.name]),
+                "rows": list(rows[run.suite.name]),
             }
             for run in runs
         ],
@@ -68,7 +76,7 @@ def write(
 def _cleaned(value: Any) -> Any:
     """The same without paths of this machine, and floats with the digits that mean something."""
     if isinstance(value, str):
-        return clean(value)
+        return without_paths(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else str(value)
     if isinstance(value, Mapping):
@@ -76,7 +84,7 @@ def _cleaned(value: Any) -> Any:
     return [_cleaned(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _page(result: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def _page(result: Mapping[str, Any], runs: Sequence[SuiteRun]) -> list[str]:
     machine = result["machine"]
     lines = ["# What the GPU says", ""]
     if result["dry_run"]:
@@ -97,36 +105,36 @@ def _page(result: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
     lines += ["", "Medians; ratios with quartiles, of interleaved rounds. A ratio below 1 is in favour of ours.", ""]
     overview = [
         [
-            f"`{part['command'].removeprefix('bash benchmarks/gpu/run.sh ')}`",
-            part["status"],
-            f"{part['seconds']} of {part['limit_seconds']}",
-            _counts(part["rows"]),
+            f"`{suite['command'].removeprefix('bash benchmarks/gpu/run.sh ')}`",
+            suite["status"],
+            f"{suite['seconds']} of {suite['limit_seconds']}",
+            _counts(suite["rows"]),
         ]
-        for part in result["parts"]
+        for suite in result["suites"]
     ]
-    lines += [*_table(["part", "", "seconds", "rows"], overview), ""]
-    for part, run in zip(result["parts"], runs, strict=True):
-        lines += _part(part, run)
+    lines += [*_table(["suite", "", "seconds", "rows"], overview), ""]
+    for suite, run in zip(result["suites"], runs, strict=True):
+        lines += _suite(suite, run)
     return lines
 
 
-def _counts(rows: Sequence[Row]) -> str:
+def _counts(rows: Sequence[ResultRow]) -> str:
     statuses = [row["status"] for row in rows]
     return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)) or "none"
 
 
-def _part(part: Mapping[str, Any], run: Run) -> list[str]:
-    lines = [f"## {part['name']}", "", part["title"] + ".", ""]
-    if part["error"]:
-        lines += [f"**{part['status']}**", "", *_quoted(part["error"]), ""]
-    measured = [row for row in part["rows"] if row["status"] in (OK, FAILED)]
-    columns = [name for name in run.part.columns if any(name in row for row in measured)]
-    if run.part.best is not None:
-        lines += _best(measured, *run.part.best, columns)
+def _suite(suite: Mapping[str, Any], run: SuiteRun) -> list[str]:
+    lines = [f"## {suite['name']}", "", suite["title"] + ".", ""]
+    if suite["error"]:
+        lines += [f"**{suite['status']}**", "", *_quoted(suite["error"]), ""]
+    measured = [row for row in suite["rows"] if row["status"] in (OK, FAILED)]
+    columns = [name for name in run.suite.columns if any(name in row for row in measured)]
+    if run.suite.best is not None:
+        lines += _best(measured, *run.suite.best, columns)
     if measured:
         table = [[row["key"], row["status"], *(_cell(row.get(name)) for name in columns)] for row in measured]
         lines += [*_table(["", "", *columns], table), ""]
-    notes = [row for row in part["rows"] if row["status"] != OK or row.get("note")]
+    notes = [row for row in suite["rows"] if row["status"] != OK or row.get("note")]
     for row in notes:
         said = str(row.get("why") or row.get("note") or "").strip()
         lines.append(f"- {row['key']}: {row['status']}" + (f": {_short(said)}" if said else ""))
@@ -135,9 +143,9 @@ def _part(part: Mapping[str, Any], run: Run) -> list[str]:
     return [*lines, ""] if notes else lines
 
 
-def _best(rows: Sequence[Row], group: str, figure: str, columns: Sequence[str]) -> list[str]:
+def _best(rows: Sequence[ResultRow], group: str, figure: str, columns: Sequence[str]) -> list[str]:
     """The smallest figure of each group."""
-    found: dict[str, Row] = {}
+    found: dict[str, ResultRow] = {}
     for row in rows:
         if figure in row and (row[group] not in found or row[figure] < found[row[group]][figure]):
             found[row[group]] = row

@@ -1,20 +1,21 @@
-"""Whole training steps: the Llama, and everybody who steps it."""
+"""Whole training steps: the Llama model, and the ways to train it."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import gradfold
-from benchmarks.common import SteppedInHooks, fold_plain_head, llama
+from benchmarks.common import fold_plain_head, llama, llama_config
+from benchmarks.peers.hooks import SteppedInHooks
 
+from .context import Context
 from .kernel import using
-from .setting import Setting
 from .worker import LeftOut
 
 LR = 1e-5
@@ -23,44 +24,36 @@ TINY = {"hidden": 32, "intermediate": 48, "vocabulary": 64, "kv": 16, "layers": 
 TOKENS, DRY_TOKENS = 512, 7
 
 
-def shape_of(setting: Setting) -> dict[str, int]:
-    return TINY if setting.dry else LLAMA_8B
+def shape_of(context: Context) -> dict[str, int]:
+    """Return the model's shape."""
+    return TINY if context.dry else LLAMA_8B
 
 
-def tokens_of(setting: Setting) -> int:
-    return DRY_TOKENS if setting.dry else TOKENS
+def tokens_of(context: Context) -> int:
+    """Return the tokens of a step."""
+    return DRY_TOKENS if context.dry else TOKENS
 
 
 def config_of(shape: dict[str, int], layers: int) -> Any:
-    """Llama-3.1-8B's, or of its proportions."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape["vocabulary"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=layers,
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"] * shape["heads"] // shape["hidden"],
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    """Return the config of Llama-3.1-8B, or of a smaller shape."""
+    sizes = {name: shape[name] for name in ("hidden", "intermediate", "vocabulary", "heads")}
+    return llama_config(layers, kv_heads=shape["kv"] * shape["heads"] // shape["hidden"], **sizes)
 
 
 def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
-    """Random bf16 weights, the same for every contestant, made where they are used."""
+    """Return a model with random bf16 weights on the device, the same for every trainer."""
     with device:
         return llama(config_of(shape, layers), torch.bfloat16)
 
 
 def batch_of(shape: dict[str, int], tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """One sequence [1, tokens], which is also its own labels."""
+    """Return one sequence ``[1, tokens]`` that is its own labels."""
     ids = torch.randint(0, shape["vocabulary"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
-class Contestant(NamedTuple):
-    """A model and who steps it."""
+class Trainer(NamedTuple):
+    """A model with its optimizer."""
 
     model: nn.Module
     optimizer: Any
@@ -68,33 +61,42 @@ class Contestant(NamedTuple):
     close: Callable[[], None] = lambda: None
 
 
-def torch_fused(model: nn.Module) -> Contestant:
-    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
+def fused_adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW."""
+    return torch.optim.AdamW(params, lr=LR, fused=True)
 
 
-def torch_foreach(model: nn.Module) -> Contestant:
-    return Contestant(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
+def torch_fused(model: nn.Module) -> Trainer:
+    """Train with stored gradients and torch's fused AdamW."""
+    return Trainer(model, fused_adamw(model.parameters()))
 
 
-def torch_hooks(model: nn.Module) -> Contestant:
-    """Post-accumulate hooks, each with a fused AdamW of its own."""
-    return Contestant(model, SteppedInHooks(model.parameters(), "adamw", LR))
+def torch_foreach(model: nn.Module) -> Trainer:
+    """Train with stored gradients and torch's foreach AdamW."""
+    return Trainer(model, torch.optim.AdamW(model.parameters(), lr=LR, foreach=True))
 
 
-def bitsandbytes(model: nn.Module) -> Contestant:
-    return Contestant(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
+def torch_hooks(model: nn.Module) -> Trainer:
+    """Train with post-accumulate-grad hooks, each with a fused AdamW of its own."""
+    return Trainer(model, SteppedInHooks(model.parameters(), fused_adamw))
 
 
-def torchao(model: nn.Module) -> Contestant:
-    return Contestant(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
+def bitsandbytes(model: nn.Module) -> Trainer:
+    """Train with the 8-bit AdamW of bitsandbytes."""
+    return Trainer(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
 
 
-def flashoptim(model: nn.Module) -> Contestant:
-    """8-bit states, an 8-bit correction of the weights, and gradient release."""
+def torchao(model: nn.Module) -> Trainer:
+    """Train with the 8-bit AdamW of torchao."""
+    return Trainer(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
+
+
+def flashoptim(model: nn.Module) -> Trainer:
+    """Train with FlashAdamW: 8-bit states, an 8-bit correction of the weights, and gradient release."""
     package = _load("flashoptim")
     optimizer = package.FlashAdamW(model.parameters(), lr=LR)
     handle = package.enable_gradient_release(model, optimizer)
-    return Contestant(model, optimizer, close=handle.remove)
+    return Trainer(model, optimizer, close=handle.remove)
 
 
 def _load(name: str) -> Any:
@@ -104,18 +106,23 @@ def _load(name: str) -> Any:
         raise LeftOut(f"{name.partition('.')[0]} cannot be imported here: {error}") from None
 
 
-def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Contestant]:
-    """Vectors have fp32 states, matrices ``states``, even tiny ones. capturable: as torch's groups say it."""
+def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Trainer]:
+    """Return a function that folds a model.
 
-    def make(model: nn.Module) -> Contestant:
+    Args:
+        states: States of matrices, even tiny ones; vectors keep fp32 states.
+        capturable: As in torch.
+    """
+
+    def make(model: nn.Module) -> Trainer:
         optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
         fold = fold_plain_head(model, optimizer, backend="triton")
-        return Contestant(model, optimizer, "triton", fold.remove)
+        return Trainer(model, optimizer, "triton", fold.remove)
 
     return make
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {
+TRAINERS: dict[str, Callable[[nn.Module], Trainer]] = {
     "torch fused": torch_fused,
     "torch foreach": torch_foreach,
     "torch hooks": torch_hooks,
@@ -130,24 +137,24 @@ CONTESTANTS: dict[str, Callable[[nn.Module], Contestant]] = {
 }
 
 
-def step_of(contestant: Contestant, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
-    """One training step; its loss, still on the device, goes to ``losses``."""
+def step_of(trainer: Trainer, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:
+    """Return a function that takes one training step; its loss, still on the device, goes to ``losses``."""
 
     def step() -> None:
         with using(None):
-            loss = contestant.model(**batch).loss
+            loss = trainer.model(**batch).loss
             loss.backward()
-            contestant.optimizer.step()
-            contestant.optimizer.zero_grad()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
             losses[:] = [loss.detach()]
 
     return step
 
 
 @contextlib.contextmanager
-def training(name: str, shape: dict[str, int], layers: int, setting: Setting) -> Iterator[Contestant]:
-    """A contestant with a model of its own, which is gone afterwards."""
-    made = CONTESTANTS[name](model_of(shape, layers, setting.device))
+def training(name: str, shape: dict[str, int], layers: int, context: Context) -> Iterator[Trainer]:
+    """Make a trainer with a model of its own, and free it afterwards."""
+    made = TRAINERS[name](model_of(shape, layers, context.device))
     try:
         yield made
     finally:

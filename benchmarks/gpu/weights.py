@@ -1,4 +1,4 @@
-"""Llama-3.1-8B's linear weights with random operands, for parts that time single launches."""
+"""Llama-3.1-8B's linear weights with random operands, for suites that time single launches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 import gradfold
 from gradfold.backends import MatmulTerm
 
+from .context import Context
 from .kernel import Cell
-from .setting import Setting
 
 LINEARS = {
     "gate, up": (14336, 4096),
@@ -26,21 +26,21 @@ DRY_TOKENS = (1, 7, 16)
 
 
 class Operands(NamedTuple):
-    """A bf16 weight with states, and one product's worth of gradient for it."""
+    """A bf16 weight with states, and the operands of its gradient: one product."""
 
     cell: Cell
     use: MatmulTerm
 
     @property
     def moved_bytes(self) -> int:
-        """What a folded step has to move: weight and states in and out, the operands in."""
+        """Bytes a folded step must move: weight and states in and out, operands in."""
         operands = (self.use.left, self.use.right)
         return 2 * self.cell.stored_bytes + sum(t.numel() * t.element_size() for t in operands)
 
 
-def operands(shape: tuple[int, int], tokens: int, states: str, setting: Setting) -> Operands:
-    """On scratch copies: nothing here belongs to a model."""
-    device = setting.device
+def operands(shape: tuple[int, int], tokens: int, states: str, context: Context) -> Operands:
+    """Return random operands that belong to no model."""
+    device = context.device
     options = {"lr": 1e-5, "states": states, "small_size": 0}
     cell = Cell(gradfold.AdamW, shape, torch.bfloat16, options, device=device)
     left, right = (_random(tokens, columns, device) for columns in shape)

@@ -1,8 +1,8 @@
-"""One process of one part: measures its cases in turn and writes each down at once.
+"""One process of one suite: measures its cases one after the other and writes each row at once.
 
-    python -m benchmarks.gpu.worker MODULE BOOK --shard 0/1 --seconds 60
+    python -m benchmarks.gpu.worker MODULE RESULTS --shard 0/1 --seconds 60
 
-Started by ``__main__.py``. Exit status: 0 all done, 3 the time was up, 75 start me again (the card's context is lost).
+``__main__.py`` starts it. Exit status: 0 all done, 3 the time is up, 75 start me again (the GPU context is lost).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .book import ERROR, FAILED, LEFT_OUT, MEMORY, OK, Book
+from .result_files import ERROR, FAILED, LEFT_OUT, MEMORY, OK, ResultFile
 
 TIME_UP, AGAIN = 3, 75
 HELD_BYTES = 2**30  # that nothing should hold between two cases
@@ -34,11 +34,11 @@ class Case(NamedTuple):
 
 
 class LeftOut(Exception):
-    """There is a reason not to measure this here."""
+    """There is a reason not to measure this row here."""
 
 
 class Failed(Exception):
-    """A check said no. Its figures go into the row."""
+    """A check failed; its figures go into the row."""
 
     def __init__(self, message: str, **figures: Any):
         super().__init__(message)
@@ -46,36 +46,37 @@ class Failed(Exception):
 
 
 def main() -> int:
+    """Measure the cases of this process; returns the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("module")
-    parser.add_argument("book", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
     faulthandler.enable()
     start = time.monotonic()
 
-    from .setting import Setting
+    from .context import Context
 
-    book = Book(args.book)
-    setting = Setting(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.book.parent, start)
+    results = ResultFile(args.results)
+    context = Context(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.results.parent, start)
     shard, shards = map(int, args.shard.split("/"))
-    for case in importlib.import_module(args.module).cases(setting)[shard::shards]:
-        if case.key in book:
+    for case in importlib.import_module(args.module).cases(context)[shard::shards]:
+        if case.key in results:
             continue
-        if setting.left_seconds <= case.seconds:
+        if context.left_seconds <= case.seconds:
             return TIME_UP
-        book.begin(case.key)
-        row, lost = measured(case)
-        book.put(row)
+        results.begin(case.key)
+        row, lost = measure_case(case)
+        results.put(row)
         print(f"{case.key}: {row['status']} {row.get('why', '')}", flush=True)
-        if lost or case.alone or (not setting.dry and setting.clean() > HELD_BYTES):
+        if lost or case.alone or (not context.dry and context.clean() > HELD_BYTES):
             return AGAIN
     return 0
 
 
-def measured(case: Case) -> tuple[dict[str, Any], bool]:
-    """The case's row, and whether nothing more can be measured in this process."""
+def measure_case(case: Case) -> tuple[dict[str, Any], bool]:
+    """Return the row of a case, and whether nothing more can be measured in this process."""
     start = time.monotonic()
     lost = False
     try:
@@ -95,6 +96,5 @@ def measured(case: Case) -> tuple[dict[str, Any], bool]:
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu import worker  # under its own name, so that parts raise the very classes that are caught
-
-    sys.exit(worker.main())
+    # Import this file under its own name, so that suites raise the very exception classes that are caught here.
+    sys.exit(importlib.import_module("benchmarks.gpu.worker").main())

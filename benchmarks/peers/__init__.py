@@ -1,4 +1,4 @@
-"""The contestants of ``correctness.py``: one adapter per file, in the order of the table."""
+"""The methods that ``correctness.py`` compares: one adapter per file, in the order of the table."""
 
 from .adalomo import AdaLomo
 from .badam import BAdam

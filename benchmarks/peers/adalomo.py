@@ -1,7 +1,7 @@
-"""AdaLomo: a factored rule in tensor hooks, used as LOMO is. Defined by its own update function, fed with the gradient.
+"""AdaLomo: a factored rule in tensor hooks, used like LOMO. Defined by its own update function on stored gradients.
 
-It puts its states on a GPU whatever the model is on. Here ``Tensor.cuda`` does nothing while it is made where the model
-is on the CPU: that is about where its states lie, not about what it computes.
+It puts its states on a GPU wherever the model is. If the model is on the CPU, ``Tensor.cuda`` does nothing while the
+optimizer is made: this changes where its states are, not what it computes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from .lomo import Lomo
 
 
 class OwnRule(Definition):
-    """Its hook's function is handed gradients that are already there: no backward runs."""
+    """Runs AdaLomo's hook function on gradients that are stored; no backward runs."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         super().__init__(optimizer)
         self.rule = optimizer
 
     def step(self, lr: float) -> None:
+        """Take one step."""
         self.rule.lr = lr
         self.rule.step_num += 1
         for param in self.rule.model.parameters():
@@ -33,6 +34,8 @@ class OwnRule(Definition):
 
 
 class AdaLomo(Lomo):
+    """Adapter of AdaLomo."""
+
     name = "AdaLomo"
     kind = "AdaLomo"
     defined_by = "its own rule, gradients given"
@@ -44,22 +47,25 @@ class AdaLomo(Lomo):
 
     @classmethod
     def make(cls, model: nn.Module, clip_norm: float | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer."""
         with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
             return cls.load().AdaLomo(model, lr=LR, clip_grad_norm=clip_norm)
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
+        """Return the same rule with stored gradients."""
         return OwnRule(cls.make(model))
 
     @classmethod
     def missing(cls, column: str) -> str | None:
+        """Return why the method cannot do this; None if it can."""
         if column == "":
             return f"made with `Tensor.cuda` doing nothing (else: {cls.plain_refusal()})"
         return super().missing(column)
 
     @classmethod
     def plain_refusal(cls) -> str:
-        """What it says when it is made on the CPU without help."""
+        """Return its error when it is made on the CPU without help."""
         try:
             cls.load().AdaLomo(nn.Linear(2, 2), lr=LR)
         except Exception as error:

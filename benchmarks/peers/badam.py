@@ -18,13 +18,14 @@ from .base import LR, Contestant, Definition, Loss, clip_as_torch
 
 
 class ActiveBlock(Definition):
-    """AdamW on the parameters that have a gradient; begun anew when these are others, as BAdam drops its states."""
+    """AdamW on the parameters that have a gradient; restarted when they change, because BAdam drops its states."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.active: list[str] = []
 
     def step(self, lr: float) -> None:
+        """Take one step."""
         named = {name: param for name, param in self.model.named_parameters() if param.grad is not None}
         if list(named) != self.active:
             self.active = list(named)
@@ -33,6 +34,8 @@ class ActiveBlock(Definition):
 
 
 class BAdam(Contestant):
+    """Adapter of BAdam."""
+
     name = "BAdam"
     module = "badam"
     package = "badam"
@@ -60,6 +63,7 @@ class BAdam(Contestant):
             )
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             loss().backward()
         self.norm = clip_as_torch(self.model, self.clip_norm)
@@ -70,11 +74,13 @@ class BAdam(Contestant):
     orders = ("by its state_dict", "active block and step count put back by hand")
 
     def state_dict(self) -> Any:
+        """Return what a user would save."""
         optimizer = self.optimizer
         active = (optimizer.current_block_idx - 1) % optimizer.block_num  # it holds the next one
         return {"base": optimizer.state_dict(), "active": active, "global_step": optimizer.global_step}
 
     def load_state_dict(self, saved: Any) -> None:
+        """Restore a saved state."""
         if self.order == self.orders[1]:
             self.optimizer.current_block_idx = saved["active"]
             self.optimizer.global_step = saved["global_step"]
@@ -84,4 +90,5 @@ class BAdam(Contestant):
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
+        """Return the same rule with stored gradients."""
         return ActiveBlock(model)

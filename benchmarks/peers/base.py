@@ -1,4 +1,4 @@
-"""What an adapter offers to the judge, and how it asks an installed package what it offers."""
+"""Base class of the adapters, and how they find out what an installed package offers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Loss = Callable[[], Tensor]
 
 
 class PeerUnavailable(Exception):
-    """This method cannot run here; the message is what its row says."""
+    """The method cannot run here; the message goes into its row."""
 
 
 class OutOfDate(Exception):
-    """The installed peer is not the one its adapter describes."""
+    """The installed package is not the one that its adapter describes."""
 
 
 class Definition:
-    """A method without its trick: the update it promises, computed from gradients that are stored in ``.grad``.
+    """A method without its trick: the update it promises, computed from gradients stored in ``.grad``.
 
     The default is a torch optimizer. ``follow`` tells it which parameters the method trains in this step.
     """
@@ -34,6 +34,7 @@ class Definition:
         self.optimizer = optimizer
 
     def step(self, lr: float) -> None:
+        """Take one step from stored gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -42,9 +43,9 @@ class Definition:
 class Contestant:
     """One method on one model, used as its documentation says.
 
-    A subclass makes its objects in ``__init__`` and says in ``step`` what a user writes for one optimizer step. What it
-    has no word for it leaves to the loop a torch user would write (``clip_grad_norm_`` after backward), so that the
-    judge measures what then happens; ``missing`` says so, and why.
+    A subclass makes its objects in ``__init__``, and does in ``step`` what a user writes for one optimizer step. What
+    the method has no option for is left to the loop that a torch user would write (``clip_grad_norm_`` after
+    backward), so that the judge measures what then happens; ``missing`` says so, and why.
     """
 
     name: ClassVar[str]
@@ -63,17 +64,19 @@ class Contestant:
     # what a user writes -----------------------------------------------------------------------------------------------
 
     def step(self, losses: Sequence[Loss]) -> None:
-        """One optimizer step on the sum of these micro-batches' losses."""
+        """Take one optimizer step on the sum of these micro-batches' losses."""
         raise NotImplementedError
 
     def attach(self, schedule: Callable[[int], float]) -> list[torch.optim.lr_scheduler.LRScheduler]:
-        """A torch scheduler, attached as documented."""
+        """Return torch schedulers, attached as documented."""
         return [torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)]  # type: ignore[attr-defined]
 
     def state_dict(self) -> Any:
+        """Return what a user would save."""
         return self.optimizer.state_dict()  # type: ignore[attr-defined]
 
     def load_state_dict(self, saved: Any) -> None:
+        """Restore a saved state."""
         self.optimizer.load_state_dict(saved)  # type: ignore[attr-defined]
 
     orders: ClassVar[tuple[str, ...]] = ("",)
@@ -85,28 +88,29 @@ class Contestant:
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
-        """The same rule, unfused, for the judge's own copy of the model."""
+        """Return the same rule with stored gradients, for the judge's copy of the model."""
         return Definition(torch.optim.AdamW(model.parameters(), lr=LR))
 
     @classmethod
     def missing(cls, column: str) -> str | None:
-        """Why there is no way to do this with the method, found by looking at what is installed; None if there is."""
+        """Return why the method cannot do this, found by looking at the installed package; None if it can."""
         return None
 
     def trained(self) -> set[str]:
-        """The parameters that the next step trains."""
+        """Return the parameters that the next step trains."""
         return {name for name, param in self.model.named_parameters() if param.requires_grad}
 
     @classmethod
     def version(cls) -> str | None:
+        """Return the package's version."""
         return None if cls.package is None else importlib.metadata.version(cls.package)
 
     @classmethod
     def load(cls) -> ModuleType:
-        """The peer's module.
+        """Return the peer's module.
 
         Raises:
-            PeerUnavailable: it is not installed, or cannot be imported here.
+            PeerUnavailable: It is not installed, or cannot be imported here.
         """
         try:
             importlib.metadata.version(cls.package or "")
@@ -119,17 +123,17 @@ class Contestant:
 
 
 def clip_as_torch(model: nn.Module, clip_norm: float | None) -> float:
-    """What a torch user writes between backward and step; returns what he then logs as the gradient's norm."""
+    """Clip as a torch user does between backward and step; returns the gradient norm that they would log."""
     if clip_norm is not None:
         return float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def no_option(words: Iterable[str], *callables: Callable[..., Any]) -> str:
-    """A sentence saying that no argument of these callables has one of ``words`` in its name.
+    """Return a sentence saying that no argument of these callables has one of ``words`` in its name.
 
     Raises:
-        OutOfDate: one has: the peer has learned something that its adapter does not use yet.
+        OutOfDate: One has, so the package has an option that its adapter does not use yet.
     """
     words = list(words)
     for call in callables:
@@ -141,10 +145,10 @@ def no_option(words: Iterable[str], *callables: Callable[..., Any]) -> str:
 
 
 def documented(package: str, sentence: str) -> str:
-    """``sentence``, as a quotation, if the installed package's own description contains it.
+    """Return ``sentence`` as a quotation, if the installed package's description contains it.
 
     Raises:
-        OutOfDate: it does not (any more).
+        OutOfDate: It does not contain it any more.
     """
     metadata = importlib.metadata.metadata(package)
     text = metadata.get("Description") or metadata.get_payload()

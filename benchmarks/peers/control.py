@@ -1,4 +1,4 @@
-"""torch's AdamW with stored gradients: what the other rows are measured by must pass its own measure."""
+"""torch's AdamW with stored gradients: the control that must pass every column."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .base import LR, Contestant, Loss, clip_as_torch
 
 
 class Control(Contestant):
+    """Adapter of torch's AdamW."""
+
     name = "torch AdamW"
     module = package = "torch"
 
@@ -19,6 +21,7 @@ class Control(Contestant):
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             loss().backward()
         self.norm = clip_as_torch(self.model, self.clip_norm)

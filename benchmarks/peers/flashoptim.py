@@ -1,8 +1,8 @@
-"""FlashOptim's AdamW with gradient release. Its kernels need CUDA; without, its eager form with fp32 states runs.
+"""FlashOptim's AdamW with gradient release. Its kernels need CUDA; elsewhere its eager form with fp32 states runs.
 
-Its defaults (8-bit states, Triton kernels) are refused on the CPU, and the notes quote how. The switches its docstring
-has for debugging run there (``quantize=False, master_weight_bits=None, fused=False``): gradient release itself is the
-same code.
+Its defaults (8-bit states, Triton kernels) raise an error on the CPU, which the notes quote. The debugging switches of
+its docstring run there (``quantize=False, master_weight_bits=None, fused=False``); gradient release itself is the same
+code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ EAGER = {"quantize": False, "master_weight_bits": None, "fused": False}
 
 
 class FlashOptim(Contestant):
+    """Adapter of FlashOptim."""
+
     name = "flashoptim"
     module = "flashoptim"
     package = "flashoptim"
@@ -34,6 +36,7 @@ class FlashOptim(Contestant):
     orders = ("loaded before enable_gradient_release", "loaded after enable_gradient_release")
 
     def load_state_dict(self, saved: Any) -> None:
+        """Restore a saved state."""
         first = self.order == self.orders[0]
         if first:
             self.handle.remove()
@@ -43,11 +46,12 @@ class FlashOptim(Contestant):
 
     @classmethod
     def make(cls, model: nn.Module) -> Any:
+        """Return the optimizer."""
         return cls.load().FlashAdamW(model.parameters(), lr=LR, **EAGER)
 
     @classmethod
     def default_refusal(cls) -> str:
-        """What it says of its defaults on the CPU, for the notes."""
+        """Return the error of its defaults on the CPU, for the notes."""
         try:
             cls.load().FlashAdamW([nn.Parameter(torch.zeros(2))], lr=LR, master_weight_bits=None)
         except PeerUnavailable:
@@ -57,6 +61,7 @@ class FlashOptim(Contestant):
         return "accepted"
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             loss().backward()
         self.norm = clip_as_torch(self.model, self.clip_norm)
@@ -67,10 +72,12 @@ class FlashOptim(Contestant):
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
+        """Return the same rule with stored gradients."""
         return Definition(cls.make(model))
 
     @classmethod
     def missing(cls, column: str) -> str | None:
+        """Return why the method cannot do this; None if it can."""
         flashoptim = cls.load()
         if column == "accumulation":
             return documented(

@@ -13,6 +13,8 @@ from .base import LR, Contestant, Loss
 
 
 class Folded(Contestant):
+    """Adapter of gradfold."""
+
     name = "gradfold"
     notes: ClassVar = {"norm": "`fold.grad_norm`"}
 
@@ -22,6 +24,7 @@ class Folded(Contestant):
         self.fold = gradfold.fold(model, self.optimizer, accumulate=accumulate, clip_norm=clip_norm)
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             loss().backward()
         self.optimizer.step()
@@ -30,4 +33,5 @@ class Folded(Contestant):
 
     @classmethod
     def version(cls) -> str:
+        """Return gradfold's version."""
         return gradfold.__version__

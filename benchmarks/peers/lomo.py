@@ -16,6 +16,8 @@ from .base import LR, Contestant, Definition, Loss, no_option
 
 
 class Lomo(Contestant):
+    """Adapter of LOMO."""
+
     name = "LOMO"
     module = "lomo_optim"
     package = "lomo-optim"
@@ -33,6 +35,7 @@ class Lomo(Contestant):
         self.optimizer = getattr(self.load(), self.kind)(model, lr=LR, clip_grad_norm=clip_norm)
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for loss in losses:
             value = loss()
             if self.clip_norm is not None:
@@ -42,10 +45,12 @@ class Lomo(Contestant):
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
+        """Return the same rule with stored gradients."""
         return Definition(torch.optim.SGD(model.parameters(), lr=LR))
 
     @classmethod
     def missing(cls, column: str) -> str | None:
+        """Return why the method cannot do this; None if it can."""
         if column == "accumulation":
             kind = getattr(cls.load(), cls.kind)
             return no_option(("accum",), kind, kind.fused_backward)

@@ -14,6 +14,8 @@ from .base import LR, Contestant, Definition, Loss, clip_as_torch, documented, n
 
 
 class Optimi(Contestant):
+    """Adapter of optimi."""
+
     name = "optimi"
     module = "optimi"
     package = "torch-optimi"
@@ -32,6 +34,7 @@ class Optimi(Contestant):
     orders = ("loaded after prepare_for_gradient_release", "loaded before prepare_for_gradient_release")
 
     def load_state_dict(self, saved: Any) -> None:
+        """Restore a saved state."""
         optimi, first = self.load(), self.order == self.orders[1]
         if first:
             optimi.remove_gradient_release(self.model)
@@ -40,6 +43,7 @@ class Optimi(Contestant):
             optimi.prepare_for_gradient_release(self.model, self.optimizer)
 
     def step(self, losses: Sequence[Loss]) -> None:
+        """Take one optimizer step as the peer's documentation says."""
         for index, loss in enumerate(losses):
             self.optimizer.optimizer_accumulation = index + 1 != len(losses)
             loss().backward()
@@ -47,10 +51,12 @@ class Optimi(Contestant):
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:
+        """Return the same rule with stored gradients."""
         return Definition(cls.load().AdamW(model.parameters(), lr=LR))
 
     @classmethod
     def missing(cls, column: str) -> str | None:
+        """Return why the method cannot do this; None if it can."""
         optimi = cls.load()
         if column in ("clipping", "norm"):
             return no_option(("clip", "norm"), optimi.AdamW, optimi.prepare_for_gradient_release)

@@ -142,8 +142,8 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 
 def has_hooks(module: nn.Module, forward: bool = True) -> bool:
     """Return whether a hook waits for the module's output (``forward``) or for its gradient."""
-    hooks: Any = module._backward_hooks or module._backward_pre_hooks or (forward and module._forward_hooks)
-    return bool(hooks)
+    hooks: Any = module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or (forward and bool(module._forward_hooks))
 
 
 def has_global_hooks() -> bool:

@@ -9,7 +9,7 @@ from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scra
 from gradfold.backends.quantized import block_shape as shape_of
 from gradfold.codecs import Stream, state_codec, weight_codec
 from gradfold.planner.trace import LiveBytes
-from gradfold.rules import Adam
+from gradfold.rules import AdamRule
 
 KIB = 2**10
 GROUP = {
@@ -60,7 +60,7 @@ class Coded:
 
     def step(self, uses, scratch_bytes=2**20):
         backend = Reference(Scratch(scratch_bytes))
-        numbers = Adam().advance(self.counters, GROUP, True)
+        numbers = AdamRule().advance(self.counters, GROUP, True)
         step = int(self.counters["step"])
 
         def stored(name, parts, codec):
@@ -69,7 +69,7 @@ class Coded:
         weight = stored("weight", self.parts, self.codec)
         states = [stored(n, p, c) for n, p, c in zip(("m", "v"), self.states, self.codecs, strict=True)]
         with torch.no_grad():
-            backend.step(weight, states, uses, Adam(), GROUP, numbers)
+            backend.step(weight, states, uses, AdamRule(), GROUP, numbers)
         return sum(t.numel() for t in backend.scratch_tensors())
 
     def bits(self):
@@ -129,7 +129,7 @@ def test_the_gradient_of_every_use_is_summed_in_fp32(form):
 
 def test_a_gradient_that_is_given_stays_as_it_is(form):
     param = nn.Parameter(torch.randn(64, 128))
-    optimizer = gradfold.Adam([param], states="int8", weight_decay=0.1, maximize=True)
+    optimizer = gradfold.AdamRule([param], states="int8", weight_decay=0.1, maximize=True)
     param.grad = torch.randn(64, 128)
     before = param.grad.clone()
     optimizer.step()

@@ -1,43 +1,32 @@
 """The judge of the peers: it passes what is exact, and a contestant that must fail does."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import correctness
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def correctness():
-    """The script, found where it finds its own neighbours."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("correctness")
-    for name in {"common", "correctness", *(n for n in sys.modules if n.split(".")[0] == "peers")} - before:
-        sys.modules.pop(name, None)
-
-
 @pytest.mark.parametrize("name", ["torch AdamW", "gradfold"])
-def test_what_is_exact_passes_every_column(correctness, name):
-    row = correctness.row(correctness.CONTESTANTS[name])
+def test_what_is_exact_passes_every_column(name):
+    row = correctness.judge_all(correctness.CONTESTANTS[name])
     assert {column: row[column] for column in correctness.COLUMNS} == dict.fromkeys(correctness.COLUMNS, "yes")
     assert all(row[f"{column}_distance_ratio"] <= 1e-12 for column in correctness.COLUMNS)
 
 
-def test_hooks_fail_where_they_must(correctness):
+def test_hooks_fail_where_they_must():
     """Steps in hooks neither accumulate nor clip, and report no norm; their ties, schedulers and states are sound."""
-    row = correctness.row(correctness.CONTESTANTS["torch hooks"])
+    row = correctness.judge_all(correctness.CONTESTANTS["torch hooks"])
     for column in ("accumulation", "clipping", "norm"):
         assert row[column] in ("no", "refused", "not offered")
         assert row[f"{column}_distance_ratio"] > 0.1
     assert [row[column] for column in ("ties", "scheduler", "resume")] == ["yes"] * 3
 
 
-def test_a_scheduler_or_a_state_that_is_lost_shows(correctness):
+def test_a_scheduler_or_a_state_that_is_lost_shows():
     control = correctness.CONTESTANTS["torch AdamW"]
 
     class Forgetful(control):
@@ -47,12 +36,12 @@ def test_a_scheduler_or_a_state_that_is_lost_shows(correctness):
         def load_state_dict(self, saved):
             pass
 
-    row = correctness.row(Forgetful)
+    row = correctness.judge_all(Forgetful)
     assert (row["scheduler"], row["resume"]) == ("no", "no")
     assert row["ties"] == "yes"
 
 
-def test_a_peer_that_raises_is_quoted_and_one_that_is_missing_gets_a_row(correctness):
+def test_a_peer_that_raises_is_quoted_and_one_that_is_missing_gets_a_row():
     control = correctness.CONTESTANTS["torch AdamW"]
 
     class Refusing(control):
@@ -64,15 +53,15 @@ def test_a_peer_that_raises_is_quoted_and_one_that_is_missing_gets_a_row(correct
     class Missing(control):
         package = "surely-not-installed"
 
-    row = correctness.row(Refusing)
+    row = correctness.judge_all(Refusing)
     assert (row["accumulation"], row["accumulation_note"]) == ("refused", "ValueError: one at a time")
-    missing = correctness.row(Missing)
+    missing = correctness.judge_all(Missing)
     assert missing["unavailable"] == "not installed (pip install surely-not-installed)"
     _, lines = correctness.table([row, missing])
     assert len(lines[0]) == len(lines[1]) == 1 + len(correctness.COLUMNS)
 
 
-def test_the_published_table_is_that_of_the_published_figures(correctness):
+def test_the_published_table_is_that_of_the_published_figures():
     rows = json.loads((BENCHMARKS / "results" / "correctness.json").read_text(encoding="utf-8"))["rows"]
     assert [row["contestant"] for row in rows] == list(correctness.CONTESTANTS)
     page = correctness.PAGE.read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu.book import Book
-from benchmarks.gpu.fits import PER_PARAMETER, layers_that_fit, needed_bytes, parameters
-from benchmarks.gpu.machine import clean
-from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.machine import without_paths
+from benchmarks.gpu.memory_fit import PER_PARAMETER, layers_that_fit, needed_bytes, parameters
+from benchmarks.gpu.result_files import ResultFile
+from benchmarks.gpu.suites import SUITES, Suite
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = {"hidden": 4096, "intermediate": 14336, "vocabulary": 128256, "kv": 1024}
@@ -25,15 +25,15 @@ MACHINE = {
     "revision": None,
     "sources": "0",
 }
-FINE = Part("fine", "tests.benchmarks.gpu_parts.fine", "Two rows", ("value_ms",))
-CRASHING = Part("crashing", "tests.benchmarks.gpu_parts.crashing", "Rows that fail", ("error",), judged=True)
-HANGING = Part("hanging", "tests.benchmarks.gpu_parts.hanging", "A row without end", ("value_ms",), judged=True)
-MISSING = Part("missing", "tests.benchmarks.gpu_parts.not_there", "A module that is not there", ())
+FINE = Suite("fine", "tests.benchmarks.gpu_suites.fine", "Two rows", ("value_ms",))
+CRASHING = Suite("crashing", "tests.benchmarks.gpu_suites.crashing", "Rows that fail", ("error",), judged=True)
+HANGING = Suite("hanging", "tests.benchmarks.gpu_suites.hanging", "A row without end", ("value_ms",), judged=True)
+MISSING = Suite("missing", "tests.benchmarks.gpu_suites.not_there", "A module that is not there", ())
 
 
 @pytest.fixture
 def known_machine(monkeypatch):
-    monkeypatch.setattr(script, "describe", lambda dry: dict(MACHINE))
+    monkeypatch.setattr(script, "ask_machine", lambda dry: dict(MACHINE))
 
 
 def report_of(out):
@@ -44,18 +44,18 @@ def report_of(out):
             assert path not in written
         assert not re.search(r'[\s"(`]/(home|tmp|usr|opt|work|root)/', written)
     report = json.loads(text)
-    assert {"date", "command", "machine", "revision", "parts", "seconds"} <= report.keys()
-    for part in report["parts"]:
-        assert f"## {part['name']}" in page
-        for row in part["rows"]:
+    assert {"date", "command", "machine", "revision", "suites", "seconds"} <= report.keys()
+    for suite in report["suites"]:
+        assert f"## {suite['name']}" in page
+        for row in suite["rows"]:
             assert row["key"] in page
             assert row["status"]
     return report, page
 
 
 def rows_of(report, name):
-    (part,) = [part for part in report["parts"] if part["name"] == name]
-    return {row["key"]: row for row in part["rows"]}
+    (suite,) = [suite for suite in report["suites"] if suite["name"] == name]
+    return {row["key"]: row for row in suite["rows"]}
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_whatever_a_part_does_is_told_and_the_others_run(tmp_path, known_machine
     assert "Traceback" in rows["raises"]["traceback"]
     assert "Aborted" in rows["aborts"]["why"]
     assert (rows["says no"]["why"], rows["says no"]["error"]) == ("bits: 3% of weight differ", 0.25)
-    statuses = {part["name"]: part["status"] for part in report["parts"]}
+    statuses = {suite["name"]: suite["status"] for suite in report["suites"]}
     assert statuses == {"crashing": "done", "missing": "died", "fine": "done"}
     assert "No module named" in page and "bits: 3% of weight differ" in page
     assert len(rows_of(report, "fine")) == 3
@@ -98,42 +98,42 @@ def test_whatever_a_part_does_is_told_and_the_others_run(tmp_path, known_machine
 
 @pytest.mark.slow
 def test_a_part_that_takes_no_end_is_ended(tmp_path, known_machine):
-    assert script.run([HANGING, FINE], tmp_path, True, 300, part_seconds=8) == 0  # long enough to begin it
+    assert script.run([HANGING, FINE], tmp_path, True, 300, suite_seconds=8) == 0  # long enough to begin it
     report, _ = report_of(tmp_path)
     assert {key: row["status"] for key, row in rows_of(report, "hanging").items()} == {"hangs": "time was up"}
-    assert {part["name"]: part["status"] for part in report["parts"]}["hanging"] == "time was up"
+    assert {suite["name"]: suite["status"] for suite in report["suites"]}["hanging"] == "time was up"
 
 
 def test_only_what_is_unsettled_is_tried_again(tmp_path):
-    book = Book(tmp_path / "part.0.json")
+    results = ResultFile(tmp_path / "suite.0.json")
     for status in ("ok", "failed", "left out", "error", "died", "out of memory", "time was up"):
-        book.put({"key": status, "status": status})
-    book.begin("running")
-    book = Book(book.path)
-    book.interrupted("died", "exit status -6")
-    assert book.rows["running"] == {"key": "running", "status": "died", "why": "exit status -6"}
-    book.retry()
-    assert list(Book(book.path).rows) == ["ok", "failed", "left out"]
+        results.put({"key": status, "status": status})
+    results.begin("running")
+    results = ResultFile(results.path)
+    results.interrupted("died", "exit status -6")
+    assert results.rows["running"] == {"key": "running", "status": "died", "why": "exit status -6"}
+    results.retry()
+    assert list(ResultFile(results.path).rows) == ["ok", "failed", "left out"]
 
 
 def test_rows_of_another_source_card_or_version_are_not_reused():
     keys = {
-        script.key({**MACHINE, **change})
+        script.run_key({**MACHINE, **change})
         for change in ({}, {"card": "other"}, {"sources": "1"}, {"versions": {"torch": "1"}}, {"revision": "abc"})
     }
     assert len(keys) == 5
-    assert script.key({**MACHINE, "free_gib": 3}) == script.key(MACHINE)
+    assert script.run_key({**MACHINE, "free_gib": 3}) == script.run_key(MACHINE)
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "describe", lambda dry: {"error": "no GPU here? --dry-run walks the parts"})
+    monkeypatch.setattr(script, "ask_machine", lambda dry: {"error": "no GPU here? --dry-run walks the suites"})
     assert script.main(["--out", str(tmp_path)]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_paths_are_left_out_of_what_is_reported():
-    text = clean(f'File "{ROOT}/benchmarks/gpu/kernel.py", and /usr/lib/elsewhere/thing.so; 3/4 a/b dW/step')
+    text = without_paths(f'File "{ROOT}/benchmarks/gpu/kernel.py", and /usr/lib/elsewhere/thing.so; 3/4 a/b dW/step')
     assert text == 'File "./benchmarks/gpu/kernel.py", and thing.so; 3/4 a/b dW/step'
 
 
@@ -188,12 +188,14 @@ def test_the_whole_script_dry(tmp_path):
     done = dry_run(tmp_path)
     assert done.returncode == 0, done.stderr
     report, page = report_of(tmp_path)
-    assert [part["name"] for part in report["parts"]] == [part.name for part in PARTS]
-    for part in report["parts"]:
-        assert part["status"] == "done", part
-        assert {row["status"] for row in part["rows"]} <= {"ok", "left out"}
-        assert any(row["status"] == "ok" for row in part["rows"])
+    assert [suite["name"] for suite in report["suites"]] == [suite.name for suite in SUITES]
+    for suite in report["suites"]:
+        assert suite["status"] == "done", suite
+        assert {row["status"] for row in suite["rows"]} <= {"ok", "left out"}
+        assert any(row["status"] == "ok" for row in suite["rows"])
     assert "The best of each shape" in page
     again = dry_run(tmp_path)
     assert again.returncode == 0
-    assert [part["rows"] for part in report_of(tmp_path)[0]["parts"]] == [part["rows"] for part in report["parts"]]
+    assert [suite["rows"] for suite in report_of(tmp_path)[0]["suites"]] == [
+        suite["rows"] for suite in report["suites"]
+    ]

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("triton", reason="the launch table is the Triton backend's: pip install 'gradfold[gpu]'")
 
 from benchmarks import roofline
-from benchmarks.roofline import DEVICES, Kind, Layer
+from benchmarks.roofline import GPUS, StorageKind, WeightShape
 
-KINDS = dict.fromkeys(roofline.KINDS, 70.0)
+KINDS = dict.fromkeys(roofline.STORAGE_KINDS, 70.0)
 
 
 def test_bytes_per_element():
@@ -19,12 +19,12 @@ def test_bytes_per_element():
 
 
 def test_folding_saves_the_gradient_written_and_read():
-    layer = Layer(4096, 1024, 3, 512, Kind("fp32"), 70)
+    layer = WeightShape(4096, 1024, 3, 512, StorageKind("fp32"), 70)
     assert layer.separate_bytes - layer.folded_bytes == 2 * 2 * 3 * 4096 * 1024
     assert layer.flops == 3 * 2 * 512 * 4096 * 1024
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("device", GPUS.values(), ids=GPUS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_many_tokens_cost_what_the_product_costs(device, kind):
     for overlapped in (True, False):
@@ -33,19 +33,19 @@ def test_many_tokens_cost_what_the_product_costs(device, kind):
 
 def test_one_token_costs_the_bytes():
     none = dict.fromkeys(KINDS, 0.0)
-    ratio = roofline.ratio(DEVICES["H100"], 1, Kind("fp32"), none, True)
+    ratio = roofline.ratio(GPUS["H100"], 1, StorageKind("fp32"), none, True)
     assert math.isclose(ratio, 20 / 24, rel_tol=2e-3)
 
 
 def test_instructions_are_a_roof():
-    layer = Layer(4096, 4096, 1, 128, Kind("int8"), 1000)
-    device = DEVICES["H200"]
+    layer = WeightShape(4096, 4096, 1, 128, StorageKind("int8"), 1000)
+    device = GPUS["H200"]
     assert layer.folded_s(device, True, 0.8) == 1000 * 4096**2 / device.instructions_per_s
 
 
 def test_crossing_is_where_the_ratio_passes_one():
     for overlapped in (True, False):
-        for device in DEVICES.values():
-            tokens = roofline.crossing(device, Kind("int8"), KINDS, overlapped, 0.8)
-            assert roofline.ratio(device, tokens, Kind("int8"), KINDS, overlapped, 0.8) > 1
-            assert roofline.ratio(device, tokens - 64, Kind("int8"), KINDS, overlapped, 0.8) <= 1
+        for device in GPUS.values():
+            tokens = roofline.crossing(device, StorageKind("int8"), KINDS, overlapped, 0.8)
+            assert roofline.ratio(device, tokens, StorageKind("int8"), KINDS, overlapped, 0.8) > 1
+            assert roofline.ratio(device, tokens - 64, StorageKind("int8"), KINDS, overlapped, 0.8) <= 1

@@ -1,17 +1,37 @@
-"""Benchmarks as they are run: by path, with their own folder first on Python's path."""
+"""Benchmarks as they are run: ``python -m benchmarks.NAME`` from the root of the repository."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text("utf-8"))
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+
+
+def test_documented_commands_name_scripts_that_exist():
+    found = set()
+    for page in PAGES:
+        if page.name == "LOG.md":  # what was run then
+            continue
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"python benchmarks/\w+\.py", text), f"{page}: write `python -m benchmarks.NAME`"
+        found |= set(re.findall(r"python -m benchmarks\.(\w+)", text))
+    assert len(found) > 10
+    assert found - {"NAME", "gpu"} <= set(SCRIPTS)
 
 
 @pytest.mark.slow
-def test_transformers_loads_beside_our_files():
-    """benchmarks/kernels.py was once taken for the package `kernels`."""
-    code = "import common; from transformers import LlamaConfig, AutoModelForCausalLM; print(LlamaConfig().model_type)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True)
-    assert found.stdout.strip() == "llama", found.stderr
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "launch"])  # which takes no arguments
+def test_every_script_starts(name):
+    if name in ("kernels", "roofline") and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradfold.provenance import ProvenanceError, append, merge, replication_payload, verify
-from gradfold.provenance.replicate import unit_of
+from gradfold.provenance.replicate import unit_in_name
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GIVEN = {"revision": "0123abc"}
@@ -63,7 +63,7 @@ def test_units():
         "seed": None,
         "items": None,
     }.items():
-        assert unit_of(path) == unit, path
+        assert unit_in_name(path) == unit, path
 
 
 def test_the_revision_is_that_of_the_commit(state, tmp_path):

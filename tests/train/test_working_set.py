@@ -15,7 +15,7 @@ from gradfold.train.errors import CheckpointError, RecipeError, TrainError
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.setup import STATES
-from gradfold.workset import Disk
+from gradfold.workset import DiskStore
 from tests.train.tiny import recipe, tree_bytes
 
 CUT = {"working_set__chunks": 4, "working_set__interval": 2}
@@ -106,7 +106,7 @@ def test_a_recipe_that_does_not_fit_leaves_nothing(tiny, texts, tmp_path, silent
 
 def full(monkeypatch, after):
     """Let the disk be full once so many slices have been put to sleep."""
-    calls, plain = [], Disk.put
+    calls, plain = [], DiskStore.put
 
     def put(self, key, tensors):
         calls.append(key)
@@ -114,7 +114,7 @@ def full(monkeypatch, after):
             raise FoldError(f"{key}: the disk is full. Make room") from OSError(errno.ENOSPC, "No space left on device")
         plain(self, key, tensors)
 
-    monkeypatch.setattr(Disk, "put", put)
+    monkeypatch.setattr(DiskStore, "put", put)
 
 
 def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(
@@ -145,6 +145,6 @@ def test_other_errors_of_a_step_are_not_dressed_up(tiny, texts, tmp_path, silent
     def put(self, key, tensors):
         raise FoldError("a bug")
 
-    monkeypatch.setattr(Disk, "put", put)
+    monkeypatch.setattr(DiskStore, "put", put)
     with pytest.raises(FoldError, match="^a bug$"):
         train(recipe(tiny, texts, **DISK), tmp_path / "run", None, silent)

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from gradfold.errors import FoldError
-from gradfold.workset import Disk, files
+from gradfold.workset import DiskStore, files
 from tests.workset.test_store import assert_same, some
 
 
 @pytest.fixture
 def disk(tmp_path):
-    made = Disk(tmp_path)
+    made = DiskStore(tmp_path)
     yield made
     made.close()
 
@@ -59,7 +59,7 @@ def test_what_is_taken_stays_on_the_disk_until_its_next_version_is_whole(disk, t
     disk.put("a", some(1.0))
     disk.take("a", "cpu")
     assert disk.keys() == [] and disk.snapshot() == {}
-    again = Disk(tmp_path)  # as after a crash
+    again = DiskStore(tmp_path)  # as after a crash
     assert again.adopt() == ["a"]
     assert_same(again.peek("a"), some(1.0))
     disk.drop("a")
@@ -67,13 +67,13 @@ def test_what_is_taken_stays_on_the_disk_until_its_next_version_is_whole(disk, t
 
 
 def test_another_process_goes_on_from_the_snapshot(tmp_path):
-    one = Disk(tmp_path)
+    one = DiskStore(tmp_path)
     one.put("a[0:2]", some(1.0))
     one.put("b", some(2.0))
     saved = one.snapshot()
     one.put("b", some(3.0))
     (tmp_path / ".writing-x.safetensors").write_bytes(b"half")
-    two = Disk(tmp_path)
+    two = DiskStore(tmp_path)
     assert two.keys() == [] and len(names(tmp_path)) == 3
     two.restore(saved)
     assert_same(two.peek("b"), some(2.0))
@@ -81,7 +81,7 @@ def test_another_process_goes_on_from_the_snapshot(tmp_path):
     two.restore(saved)  # the checkpoint is still there
     two.prune(saved)
     assert names(tmp_path) == sorted(saved.values())
-    three = Disk(tmp_path)
+    three = DiskStore(tmp_path)
     assert sorted(three.adopt()) == ["a[0:2]", "b"]
     assert_same(three.take("b", "cpu"), some(2.0))
     two.prune()  # what is current stays
@@ -112,7 +112,7 @@ def test_a_mapped_tensor_outlives_its_file_and_never_writes_to_it(disk):
     ],
 )
 def test_a_missing_or_damaged_file_is_named_and_nothing_changes(tmp_path, harm, says, ahead):
-    disk = Disk(tmp_path)
+    disk = DiskStore(tmp_path)
     disk.put("a", some(1.0))
     disk.put("b", some(2.0))
     saved = disk.snapshot()
@@ -166,7 +166,7 @@ def test_a_dtype_the_format_lacks_and_a_folder_that_is_none(disk, tmp_path):
         disk.put("a", {"x": torch.zeros(2, dtype=torch.complex128)})
     (tmp_path / "file").write_text("")
     with pytest.raises(FoldError, match="folder="):
-        Disk(tmp_path / "file")
+        DiskStore(tmp_path / "file")
 
 
 def test_keys_make_safe_and_different_names(disk, tmp_path):
@@ -174,7 +174,7 @@ def test_keys_make_safe_and_different_names(disk, tmp_path):
     for i, key in enumerate(keys):
         disk.put(key, some(float(i)))
     assert len({name.lower() for name in names(tmp_path)}) == len(keys)
-    again = Disk(tmp_path)
+    again = DiskStore(tmp_path)
     assert sorted(again.adopt()) == sorted(keys)
     for i, key in enumerate(keys):
         assert_same(again.take(key, "cpu"), some(float(i)))
@@ -182,8 +182,8 @@ def test_keys_make_safe_and_different_names(disk, tmp_path):
 
 WRITER = """
 import sys, torch
-from gradfold.workset import Disk
-disk = Disk(sys.argv[1])
+from gradfold.workset import DiskStore
+disk = DiskStore(sys.argv[1])
 value = float(sys.argv[2])
 disk.adopt()
 while True:
@@ -209,7 +209,7 @@ def test_killed_at_any_moment_each_key_is_old_or_new(tmp_path):
         for line in process.communicate()[0].splitlines():
             key, number = line.split()
             said[key] = float(number)
-        disk = Disk(tmp_path)
+        disk = DiskStore(tmp_path)
         kept = disk.adopt()
         for key in kept:
             found = disk.peek(key)
@@ -225,11 +225,11 @@ def test_killed_at_any_moment_each_key_is_old_or_new(tmp_path):
 
 MEMORY = """
 import sys, torch
-from gradfold.workset import Disk
+from gradfold.workset import DiskStore
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-disk = Disk(sys.argv[1])
+disk = DiskStore(sys.argv[1])
 tensor = torch.randn(4 << 20 >> 2)  # 4 MiB
 disk.put("warm", {"x": tensor})
 before = resident()

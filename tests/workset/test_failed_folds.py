@@ -6,7 +6,7 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import FoldError
-from gradfold.workset import Host
+from gradfold.workset import HostStore
 
 
 def plain_again(model, optimizer, states):
@@ -45,7 +45,7 @@ def test_a_store_that_fails(error, call, monkeypatch):
         raise error
 
     model, optimizer, states = made()
-    store = Host()
+    store = HostStore()
     monkeypatch.setattr(store, call, broken)
     with pytest.raises(type(error), match=str(error)):
         gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2, offload=store))
@@ -78,7 +78,7 @@ def test_not_a_working_set(working_set, says):
         ({"by": [["embed", 3]]}, "by="),
         ({"chunks": 2, "always": [3]}, "always="),
         ({"chunks": 2, "offload": object()}, "offload="),
-        ({"chunks": 2, "offload": Host(), "folder": "x"}, "folder="),
+        ({"chunks": 2, "offload": HostStore(), "folder": "x"}, "folder="),
         ({"by": "layer", "axis": "in"}, "axis='in'"),
     ],
     ids=lambda value: "".join(sorted(value)) if isinstance(value, dict) else value,

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.workset import Host
+from gradfold.workset import HostStore
 
 
-class Watched(Host):
+class Watched(HostStore):
     """A store that writes down what is asked of it, and how many layers' inputs autograd still keeps."""
 
     def __init__(self):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gradfold.workset import Disk, Host, Resident
+from gradfold.workset import DiskStore, HostStore, ResidentStore
 
-STORES = {"resident": lambda path: Resident(), "host": lambda path: Host(), "disk": Disk}
+STORES = {"resident": lambda path: ResidentStore(), "host": lambda path: HostStore(), "disk": DiskStore}
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -78,7 +78,7 @@ def test_what_is_taken_may_be_changed(store):
 
 def test_meters(tmp_path):
     tensors, size = some(), 3 * 5 * 4 + 3
-    resident, host, disk = Resident(), Host(), Disk(tmp_path)
+    resident, host, disk = ResidentStore(), HostStore(), DiskStore(tmp_path)
     for store in (resident, host, disk):
         store.put("a", tensors)
     assert (resident.host_bytes, resident.disk_bytes, list(resident.host_tensors())) == (0, 0, [])
@@ -116,7 +116,7 @@ def test_a_cuda_devices_states_go_and_come_bit_for_bit(store, ahead):
 
 @cuda
 def test_host_memory_is_pinned_and_the_devices_is_free():
-    store, before = Host(), torch.cuda.memory_allocated()
+    store, before = HostStore(), torch.cuda.memory_allocated()
     store.put("a", {"exp_avg": torch.ones(1 << 20, device="cuda")})
     torch.cuda.synchronize()
     torch.empty(1, device="cuda")

@@ -1,4 +1,4 @@
-"""`gradfold record`: verify, show, merge and sign Pith open-graph documents."""
+"""``gradfold record``: verify, show, merge and sign Pith open-graph documents."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gradfold.provenance import (
     Merger,
     NeedsPassphrase,
     ProvenanceError,
-    Report,
     Signer,
     TrustStore,
+    Verification,
     append,
     build_bundle,
     generate_key,
@@ -36,7 +36,14 @@ PASSPHRASE_BYTES = 1024
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one subcommand; 0 verified or done, 1 a check failed, 2 unreadable input. Raises ProvenanceError."""
+    """Run one subcommand.
+
+    Returns:
+        Exit status: 0 verified or done, 1 a check failed, 2 unreadable input.
+
+    Raises:
+        ProvenanceError: A document, key, file or option cannot be used.
+    """
     parser = build_parser()
     if not arguments:
         parser.print_help()
@@ -49,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Verify each file, whatever the others are."""
+    """Verify each file, even if others fail."""
     store = _store(options)
     codes: list[int] = []
     found: list[dict[str, Any]] = []
@@ -72,7 +79,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_show(options: argparse.Namespace) -> int:
-    """A card of one paper."""
+    """Print a summary of one paper."""
     document = read_document(options.file)
     report = _naming(options.file, lambda: verify(document, _store(options)))
     card = {"file": options.file, **card_of(document, report)}
@@ -84,7 +91,7 @@ def run_show(options: argparse.Namespace) -> int:
 
 
 def run_merge(options: argparse.Namespace) -> int:
-    """Merge all files into one state. Invalid events and equivocations stand in the state; they are no failure."""
+    """Merge all files into one state. Invalid events and equivocations are listed in it, and are not errors."""
     merger = Merger(_store(options))
     for path in options.files:
         _naming(path, lambda path=path: merger.add(read_document(path)))
@@ -108,7 +115,7 @@ def run_merge(options: argparse.Namespace) -> int:
 
 
 def run_keygen(options: argparse.Namespace) -> int:
-    """A new key pair."""
+    """Generate a key pair."""
     passphrase = None
     if options.passphrase_file:
         passphrase = _passphrase_in(options.passphrase_file)
@@ -130,7 +137,7 @@ def run_keygen(options: argparse.Namespace) -> int:
 
 
 def run_sign(options: argparse.Namespace) -> int:
-    """A paper's bundle with one event more, or the same events, signed anew."""
+    """Append an event to a paper's bundle, or sign the same events anew."""
     paper, signer, store = read_document(options.file), _signer(options), _store(options)
     mirrors = [mirror_hint(url) for url in options.mirror]
     given = [options.type, options.target, options.payload]
@@ -156,7 +163,7 @@ def run_sign(options: argparse.Namespace) -> int:
 
 
 def run_replicate(options: argparse.Namespace) -> int:
-    """A paper's bundle with a replication record made of a benchmark's result."""
+    """Append a replication record made from a benchmark's result to a paper's bundle."""
     paper, signer, store = read_document(options.paper), _signer(options), _store(options)
     target, payload = replication_payload(
         paper,
@@ -215,7 +222,7 @@ def _store(options: argparse.Namespace) -> TrustStore:
 
 
 def _signer(options: argparse.Namespace) -> Signer:
-    """The signer behind --key; asks for the passphrase where somebody is there to answer."""
+    """Load the signer of --key; asks for the passphrase on a terminal."""
     passphrase = _passphrase_in(options.passphrase_file) if options.passphrase_file else None
     try:
         return load_signer(options.key, passphrase, options.signer_id, options.key_id)
@@ -234,7 +241,11 @@ def _passphrase_in(path: str) -> bytes:
 
 
 def _naming(path: str, action: Any) -> Any:
-    """Do it; an error names the file, if it does not yet. Raises ProvenanceError."""
+    """Run ``action``; add the file's name to its error, if it is missing there.
+
+    Raises:
+        ProvenanceError: The action failed.
+    """
     try:
         return action()
     except ProvenanceError as error:
@@ -243,10 +254,10 @@ def _naming(path: str, action: Any) -> Any:
         raise
 
 
-def _code(report: Report) -> int:
+def _code(report: Verification) -> int:
     return VERIFIED if report.verified else FAILED
 
 
 def _one_line(error: object) -> str:
-    """Without line breaks and what a terminal would obey."""
+    """Remove line breaks and control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))

@@ -1,4 +1,4 @@
-"""The options of `gradfold record` and its subcommands."""
+"""Command line options of ``gradfold record`` and its subcommands."""
 
 from __future__ import annotations
 
@@ -10,71 +10,92 @@ from gradfold.provenance.events import LISTS
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong by the convention of the command line: one line, exit code 2."""
+    """An argument parser whose errors are one line with exit status 2, like those of all commands."""
 
     def __init__(self, *words: object, **options: object):
         super().__init__(*words, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
+        """Raise ProvenanceError with the message."""
         raise ProvenanceError(f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; `options.action` is the subcommand's name."""
+    """Build the parser; ``options.action`` is the name of the subcommand."""
     parser = Parser(
         prog="gradfold record",
         description="Verify, show, merge and sign Pith open-graph documents.",
-        epilog="Exit codes: 0 verified or done, 1 a check failed or a key is not trusted, 2 unreadable input.",
+        epilog="Exit status: 0 verified or done, 1 a check failed or a key is not trusted, 2 unreadable input.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    verify = actions.add_parser("verify", help="check every digest, signature, link and state")
+    verify = actions.add_parser("verify", help="verify all digests, signatures, links and states")
     verify.add_argument("files", nargs="+", metavar="FILE", help="bundles, states or single events")
-    verify.add_argument("--all", action="store_true", help="list the checks that passed too")
+    verify.add_argument("--all", action="store_true", help="also list checks that passed")
 
-    show = actions.add_parser("show", help="a card of a paper: title, authors, ids, events, trust")
-    show.add_argument("file", metavar="FILE")
+    show = actions.add_parser("show", help="show a summary of a paper: title, authors, ids, events, trust")
+    show.add_argument("file", metavar="FILE", help="bundle, state or single event")
 
-    merge = actions.add_parser("merge", help="one state from the events of any documents about a paper")
+    merge = actions.add_parser("merge", help="merge documents about one paper into a state")
     merge.add_argument("files", nargs="+", metavar="FILE", help="bundles, states or single events, in any order")
 
-    keygen = actions.add_parser("keygen", help="a new Ed25519 key: KEY, for you alone, and KEY.pub")
-    keygen.add_argument("--passphrase", action="store_true", help="ask for a passphrase to lock the key with")
+    keygen = actions.add_parser("keygen", help="generate an Ed25519 key pair: KEY (private) and KEY.pub (public)")
+    keygen.add_argument("--passphrase", action="store_true", help="ask for a passphrase that encrypts the private key")
 
-    sign = actions.add_parser("sign", help="append an event to a paper's bundle, or sign the bundle anew")
-    sign.add_argument("file", metavar="BUNDLE", help="the paper's bundle or state")
-    sign.add_argument("--type", choices=LISTS, help="of the event")
-    sign.add_argument("--target", help="what the event is about")
-    sign.add_argument("--payload", metavar="FILE", help="JSON object with what the event says")
+    sign = actions.add_parser("sign", help="append a signed event to a paper's bundle, or re-sign the bundle")
+    sign.add_argument("file", metavar="BUNDLE", help="bundle or state of the paper")
+    sign.add_argument("--type", choices=LISTS, help="event type")
+    sign.add_argument("--target", help="identifier of what the event is about")
+    sign.add_argument("--payload", metavar="FILE", help="JSON file with the payload of the event")
 
-    replicate = actions.add_parser("replicate", help="append a replication record made of a benchmark's result")
-    replicate.add_argument("--paper", required=True, metavar="BUNDLE", help="the paper's bundle or state")
-    replicate.add_argument("--result", required=True, metavar="RESULT.json", help="as in benchmarks/results")
-    replicate.add_argument("--claim", help="what was tried, in a sentence")
-    replicate.add_argument("--command", help="how the result was made, if it does not say so itself")
-    replicate.add_argument("--revision", help="commit of the code, if neither the result nor git can tell")
+    replicate = actions.add_parser("replicate", help="append a replication record made from a benchmark result")
+    replicate.add_argument("--paper", required=True, metavar="BUNDLE", help="bundle or state of the paper")
     replicate.add_argument(
-        "--artifact", action="append", default=[], metavar="FILE", help="a file to give the digest of"
+        "--result", required=True, metavar="RESULT.json", help="result file of a benchmark, as in benchmarks/results"
+    )
+    replicate.add_argument("--claim", help="the replicated claim, in one sentence")
+    replicate.add_argument("--command", help="command that produced the result, if the file does not contain it")
+    replicate.add_argument("--revision", help="commit of the code, if neither the file nor git knows it")
+    replicate.add_argument(
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="further file to record with its digest; repeatable",
     )
 
     for action in (sign, replicate):
-        action.add_argument("--key", required=True, metavar="KEY", help="private key, from `gradfold record keygen`")
         action.add_argument(
-            "--supersedes", action="append", default=[], metavar="ID", help="event id that this replaces"
+            "--key", required=True, metavar="KEY", help="private key file from `gradfold record keygen`"
         )
         action.add_argument(
-            "--mirror", action="append", default=[], metavar="URL", help="where the bundle will be found"
+            "--supersedes",
+            action="append",
+            default=[],
+            metavar="ID",
+            help="id of an event that this one replaces; repeatable",
+        )
+        action.add_argument(
+            "--mirror",
+            action="append",
+            default=[],
+            metavar="URL",
+            help="URL where the bundle will be published; repeatable",
         )
     for action in (keygen, sign, replicate):
-        action.add_argument("--signer-id", help="your name in documents (default: that in KEY.pub)")
-        action.add_argument("--key-id", help="the key's name in documents (default: that in KEY.pub)")
-        action.add_argument("--passphrase-file", metavar="FILE", help="file with the key's passphrase")
+        action.add_argument("--signer-id", help="name of the signer in documents (default: from KEY.pub)")
+        action.add_argument("--key-id", help="name of the key in documents (default: from KEY.pub)")
+        action.add_argument("--passphrase-file", metavar="FILE", help="file that contains the passphrase of the key")
     for action in (merge, keygen, sign, replicate):
-        action.add_argument("-o", "--out", required=True, metavar="FILE")
+        action.add_argument("-o", "--out", required=True, metavar="FILE", help="output file")
     for action in (verify, show, merge, sign, replicate):
         action.add_argument(
-            "--trust-key", action="append", default=[], metavar="FILE", help="public key(s) that you trust; repeatable"
+            "--trust-key",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="file with public keys to trust; repeatable",
         )
     for action in actions.choices.values():
-        action.add_argument("--json", action="store_true", help="print JSON")
+        action.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

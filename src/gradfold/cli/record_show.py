@@ -1,4 +1,4 @@
-"""How reports and papers look on a terminal."""
+"""Terminal output of ``gradfold record``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gradfold.provenance import Report, Status
+from gradfold.provenance import Status, Verification
 from gradfold.provenance.events import LISTS, OTHER_RECORDS, RECORD
 from gradfold.provenance.report import Check, typed
 
@@ -24,8 +24,8 @@ STYLES = {
 MOST_ROWS = 60
 
 
-def print_report(path: str, report: Report, every: bool = False, console: Console | None = None) -> None:
-    """The verdict, and a table of what did not simply pass. What did is counted, or listed with `every`."""
+def print_report(path: str, report: Verification, every: bool = False, console: Console | None = None) -> None:
+    """Print the verdict and a table of the checks that did not pass; others are counted, or listed if ``every``."""
     console = console or Console(highlight=False)
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="dim")
     table.add_column("status", no_wrap=True)
@@ -49,8 +49,8 @@ def print_report(path: str, report: Report, every: bool = False, console: Consol
     console.print(Text(f"{len(report.checks)} checks: {counts}\n"))
 
 
-def card_of(document: dict[str, Any], report: Report) -> dict[str, Any]:
-    """What there is to say about a document's paper, in a shape for --json; hostile documents give an empty card."""
+def card_of(document: dict[str, Any], report: Verification) -> dict[str, Any]:
+    """Return the summary of a document's paper, ready for --json; empty for hostile documents."""
     state = typed(document, "state", dict) or document
     current = typed(state, "current", dict) or {}
     snapshots = _entries(current, "graph_snapshots")
@@ -84,7 +84,7 @@ def card_of(document: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def print_card(card: dict[str, Any], console: Console | None = None) -> None:
-    """The card of one paper."""
+    """Print the summary of one paper."""
     console = console or Console(highlight=False)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -113,7 +113,7 @@ def print_card(card: dict[str, Any], console: Console | None = None) -> None:
 
 
 def clean(text: str, most: int = 600) -> str:
-    """Text of unknown origin for a terminal: nothing it would obey, and not without end."""
+    """Return text of unknown origin without control characters and of limited length."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:most])
     return shown if len(text) <= most else f"{shown} ..."
 
@@ -128,7 +128,7 @@ def _row(check: Check) -> tuple[Text, Text, Text, Text]:
 
 
 def _events(current: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The events of a state, or the one that the document is."""
+    """Return the events of a state, or the one event that the document is."""
     found = [(RECORD, current.get(RECORD)), *((RECORD, entry) for entry in _entries(current, OTHER_RECORDS))]
     for event_type, name in LISTS.items():
         found += [(event_type, entry) for entry in _entries(current, name)]

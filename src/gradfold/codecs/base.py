@@ -1,4 +1,4 @@
-"""What a codec is: how a weight or a state is stored, and the two pure functions between that and fp32 tiles."""
+"""Base class of codecs: how a weight or a state is stored, and two pure functions to and from fp32 tiles."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ Parts = dict[str, Tensor]
 
 
 class Part(NamedTuple):
-    """One stored tensor."""
+    """Shape and dtype of one stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Matrix(NamedTuple):
-    """A parameter seen as rows times columns; ``lead`` are the dimensions the rows are made of."""
+    """A parameter seen as rows times columns; the rows are the dimensions ``lead``."""
 
     lead: tuple[int, ...]
     columns: int
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return math.prod(self.lead)
 
 
 def matrix(shape: Sequence[int]) -> Matrix:
-    """Rows times the last dimension; a vector or a scalar is one row.
+    """See a shape as rows times the last dimension; a vector or a scalar is one row.
 
-    Where the last dimension is narrower than a block (a 3x3 convolution), the ones before it join the columns, but
-    never the first: rows can then be cut anywhere along it, as tiles and shards are. ``[64, 32, 3, 3]`` is 64 x 288.
+    If the last dimension is narrower than a block (a 3x3 convolution), the dimensions before it join the columns, but
+    never the first one: tiles and shards cut rows along the first dimension. ``[64, 32, 3, 3]`` is seen as 64 x 288.
+
+    Args:
+        shape: Shape of a parameter.
     """
     shape = tuple(shape)
     keep = max(0, len(shape) - 1)
@@ -46,39 +50,70 @@ def matrix(shape: Sequence[int]) -> Matrix:
 
 
 class Codec:
-    """How a weight-shaped tensor is stored: as one or several tensors, its parts, of ``rows`` rows each.
+    """Stores a weight-shaped tensor as one or several tensors, called its parts, of ``rows`` rows each.
 
-    ``encode`` and ``decode`` are pure and know nothing of where a tile lies: rows are independent, and so are columns
-    from one multiple of ``block`` to the next. Tiles are fp32 ``[rows, columns]``; parts are 2-D there (``rows_of``).
-    Both run under ``torch.compile`` as they are, and their arithmetic is fp32 and 32-bit integers, each operation
-    rounded once, so that another backend can repeat it bit for bit.
+    ``encode`` and ``decode`` are pure functions that do not know where a tile lies. Rows are independent of each
+    other, and so are columns from one multiple of ``block`` to the next. Tiles are fp32 ``[rows, columns]``; parts are
+    2-D as well (see ``rows_of``). Both functions run under ``torch.compile`` unchanged. They use only fp32 and 32-bit
+    integer operations, each rounded once, so that another backend can repeat them bit for bit.
+
+    Attributes:
+        name: Name in messages and reports.
+        block: Column slices begin on a multiple of this.
+        stochastic: Whether ``encode`` uses random bits; otherwise it always rounds to nearest.
     """
 
     name: str
-    block: int = 1  # a column slice begins on a multiple of it
-    stochastic: bool = False  # whether random bits do this codec good; without, it rounds to nearest
+    block: int = 1
+    stochastic: bool = False
 
     def widths(self, columns: int) -> dict[str, tuple[int, torch.dtype]]:
-        """Stored elements per row of ``columns``, and their dtype, by part."""
+        """Return, for each part, how many elements a row of ``columns`` takes, and their dtype.
+
+        Args:
+            columns: Columns of the logical matrix.
+        """
         raise NotImplementedError(f"{type(self).__name__}.widths")
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        """fp32 ``[rows, columns]`` from its parts."""
+        """Decode parts into a tile.
+
+        Args:
+            parts: 2-D parts of the tile.
+            columns: Columns of the tile.
+
+        Returns:
+            fp32 ``[rows, columns]``.
+        """
         raise NotImplementedError(f"{type(self).__name__}.decode")
 
     def encode(self, tile: Tensor, bits: Tensor | None = None) -> Parts:
-        """New parts of an fp32 tile; bits: int32 of its shape in [0, 65536), or None to round to nearest."""
+        """Encode a tile into new parts.
+
+        Args:
+            tile: fp32 ``[rows, columns]``.
+            bits: int32 in [0, 65536) of the tile's shape for stochastic rounding; None rounds to nearest.
+
+        Returns:
+            2-D parts of the tile.
+        """
         raise NotImplementedError(f"{type(self).__name__}.encode")
 
     # storage ----------------------------------------------------------------------------------------------------------
 
     def parts(self, shape: Sequence[int]) -> dict[str, Part]:
-        """What is stored for a logical shape."""
+        """Return shape and dtype of every part for a parameter's shape."""
         lead, columns = matrix(shape)
         return {name: Part((*lead, width), dtype) for name, (width, dtype) in self.widths(columns).items()}
 
     def allocate(self, shape: Sequence[int], device: torch.device | str | None = None, init: float = 0.0) -> Parts:
-        """Parts that decode to ``init``, or to what is nearest to it, everywhere."""
+        """Allocate parts that decode to ``init`` everywhere, or to the nearest value that can be stored.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Device of the parts.
+            init: Initial value.
+        """
         made = {
             name: torch.zeros(part.shape, dtype=part.dtype, device=device) for name, part in self.parts(shape).items()
         }
@@ -89,20 +124,26 @@ class Codec:
         return made
 
     def bytes_per_element(self, shape: Sequence[int]) -> float:
-        """Stored bytes per element of a logical shape, scales and padding included; 0 for an empty one."""
+        """Return stored bytes per element of a shape, with scales and padding; 0 for an empty shape."""
         stored = sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts(shape).values())
         return stored / max(1, math.prod(shape))
 
     def rows_of(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:
-        """The parts of a logical shape as 2-D views ``[rows, width]``."""
+        """View the parts of a parameter as 2-D ``[rows, width]``."""
         rows, widths = matrix(shape).rows, self.widths(matrix(shape).columns)
         return {name: parts[name].view(rows, width) for name, (width, _) in widths.items()}
 
     def view(self, parts: Mapping[str, Tensor], columns: int, rows: slice, cut: slice | None = None) -> Parts:
-        """Views of some rows of 2-D parts, and of the columns ``cut`` (start and stop given) of their ``columns``.
+        """View some rows and columns of 2-D parts.
+
+        Args:
+            parts: 2-D parts, as ``rows_of`` returns them.
+            columns: Columns of the whole logical matrix.
+            rows: Rows to take.
+            cut: Columns to take, with start and stop given; None takes all.
 
         Raises:
-            ValueError: the cut splits a block.
+            ValueError: The cut splits a block.
         """
         start, stop = (0, columns) if cut is None else (cut.start, cut.stop)
         if start % self.block or (stop % self.block and stop != columns) or not 0 <= start <= stop <= columns:

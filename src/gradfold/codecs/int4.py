@@ -1,13 +1,13 @@
-"""Four-bit blocks: half a byte per element and one fp32 scale per block of 128; AdamW's two moments take 1.06 bytes.
+"""Four-bit blocks: half a byte per element and one fp32 scale per block of 128; 1.06 bytes for AdamW's two moments.
 
-First moments: 7 levels either side of zero, four octaves of mu-law. Second moments: zero and 15 levels, one an octave:
-powers of two, so that AdamW's update is within a factor 1.22 down to 2^-14 of the block's largest, and too small below.
-For the rest see int8.py. A signed state with a decay of 0.99 and more (Lion's) does not move at this width: its step is
-under half a level. Use int8 there.
+First moments: 7 levels on either side of zero, four octaves of mu-law. Second moments: zero and 15 levels, one per
+octave. Those are powers of two, so AdamW's update is within a factor of 1.22 down to 2^-14 of the block's largest
+value, and too small below. Everything else is as in int8.py. A signed state that decays by 0.99 or more (Lion's) does
+not move at this width, because its step is under half a level: use int8 there.
 
-Two codes share a byte: in a block of n elements byte j holds element j in its low half and element j + ceil(n / 2) in
-its high half, so both halves are read and written contiguously. An odd block's last high half is zero. A block is a
-whole number of bytes, so no slice that begins on a block splits one.
+Two codes share a byte. In a block of n elements, byte j holds element j in its low half and element j + ceil(n / 2) in
+its high half, so both halves are read and written contiguously. The last high half of an odd block is zero. A block is
+a whole number of bytes, so a slice that begins on a block never splits a byte.
 
 Compare Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.01507.
 """
@@ -19,20 +19,22 @@ from torch.nn.functional import pad
 
 from .base import BLOCK
 from .int8 import Blocks
-from .ladder import Ladder, signed, unsigned
+from .log_codes import LogCode, signed_code, unsigned_code
 
 
 class PackedBlocks(Blocks):
-    """Blocks whose codes take half a byte, in two's complement where they are signed."""
+    """Blocks whose codes take half a byte, in two's complement if they are signed."""
 
-    def __init__(self, name: str, ladder: Ladder, stochastic: bool):
-        super().__init__(name, ladder, torch.uint8, stochastic)
-        self.signed = ladder.signed
+    def __init__(self, name: str, log_code: LogCode, stochastic: bool):
+        super().__init__(name, log_code, torch.uint8, stochastic)
+        self.signed = log_code.signed
 
     def code_width(self, columns):
+        """Return how many bytes a row of codes takes."""
         return columns // BLOCK * (BLOCK // 2) + -(-(columns % BLOCK) // 2)
 
     def pack(self, codes):
+        """Pack int32 codes ``[..., n]`` of one block, two per byte."""
         n = codes.shape[-1]
         half = -(-n // 2)
         low, high = codes[..., :half], codes[..., half:]
@@ -41,11 +43,12 @@ class PackedBlocks(Blocks):
         return ((low & 15) | ((high & 15) << 4)).to(torch.uint8)
 
     def unpack(self, stored, n):
+        """Unpack bytes of a block to int32 codes ``[..., n]``."""
         byte = stored.to(torch.int32)[..., None, :]  # [..., 1, half]
         half = torch.arange(0, 8, 4, dtype=torch.int32, device=stored.device)[:, None]  # [[0], [4]]
         codes = (byte << (28 - half)) >> 28 if self.signed else (byte >> half) & 15
         return codes.flatten(-2)[..., :n]
 
 
-INT4_SIGNED = PackedBlocks("int4 signed", signed(levels=7, octaves=4), stochastic=False)
-INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned(levels=15, per_octave=1), stochastic=True)
+INT4_SIGNED = PackedBlocks("int4 signed", signed_code(levels=7, octaves=4), stochastic=False)
+INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned_code(levels=15, per_octave=1), stochastic=True)

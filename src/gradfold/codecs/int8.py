@@ -1,25 +1,27 @@
-"""Eight-bit blocks: one byte per element and one fp32 scale per block of 128 along a row.
+"""Eight-bit blocks: one byte per element, and one fp32 scale per block of 128 elements along a row.
 
-The scale is the block's largest magnitude. It is fp32 because it carries what the whole block does: a decay of 0.1% per
-step is less than a 16-bit float resolves, and a scale that rounds back never decays. A row's last block may be short.
+The scale is the block's largest magnitude. It is fp32 because a decay of 0.1% per step is less than a 16-bit float
+resolves: a scale that rounds back would never decay. A row's last block may be short.
 
-First moments and other signed states: zero, and 127 levels either side, 12.7 an octave over the top ten octaves, linear
-below (mu-law). Compared with linear codes, AdamW's update is 2.4 times less exact (3.3% of its rms for 1.3%) where all
-gradients of a block have one spread, twice as exact where the spreads vary by 0.3 decades (standard deviation), and
-twelve times (4.3% for 51%) at 0.6 decades. Rounded to nearest: a first moment forgets its rounding errors in ten
-steps, and a small element that is rounded up at random beside a large one takes a step many times too long.
+First moments and other signed states: zero, and 127 levels on either side. The levels are logarithmic (12.7 per octave)
+over the top ten octaves and linear below (mu-law). Compared with linear codes, AdamW's update is 2.4 times less exact
+(3.3% of its rms instead of 1.3%) if all gradients of a block have one spread. It is twice as exact if the spreads vary
+by 0.3 decades (standard deviation), and twelve times (4.3% instead of 51%) at 0.6 decades. These states are rounded to
+nearest: a first moment forgets its rounding errors within ten steps, and a small element that is rounded up at random
+beside a large one would take a step many times too long.
 
-Second moments and other states that are never negative: zero, and 255 levels, 6 an octave over 42 octaves (12.7
-decades). To nearest, AdamW's update is at most 4.1% off over all of them, at random 8.0%. A square-root code has its
-lowest level at 1.5e-5 of the largest, so that over twelve decades updates come out up to 3,900 times too small.
-Rounded at random: the moment moves by 1/1000 per step, far less than a level, so that to nearest an element keeps its
-ratio to the block's largest for ever (one whose gradient falls tenfold is still divided by what it was).
+Second moments and other states that are never negative: zero, and 255 levels, 6 per octave over 42 octaves (12.7
+decades). AdamW's update is at most 4.1% off when rounded to nearest and 8.0% when rounded stochastically. A square-root
+code has its lowest level at 1.5e-5 of the largest, so that over twelve decades updates come out up to 3,900 times too
+small. These states are rounded stochastically: the moment changes by 1/1000 per step, far less than one level. Rounded
+to nearest, an element would keep its ratio to the block's largest forever, and one whose gradient falls tenfold would
+still be divided by its old size.
 
 Non-finite values: a block that holds one gets a non-finite scale and decodes to non-finite values.
-Magnitudes below 2^-126, in a block that has none above, are flushed towards zero.
+A block whose magnitudes are all below 2^-126 is flushed towards zero.
 
-tests/codecs/test_tracking.py measures these. Blocks and absmax: Dettmers et al., "8-bit Optimizers via Block-wise
-Quantization", arXiv 2110.02861.
+tests/codecs/test_tracking.py measures these figures. Blocks and absmax scales: Dettmers et al., "8-bit Optimizers via
+Block-wise Quantization", arXiv 2110.02861.
 """
 
 from __future__ import annotations
@@ -28,37 +30,47 @@ import torch
 from torch import Tensor
 
 from .base import BLOCK, Codec
-from .ladder import Ladder, signed, unsigned
+from .log_codes import LogCode, signed_code, unsigned_code
 
 _MAGNITUDE = 0x7FFFFFFF
 
 
 class Blocks(Codec):
-    """Codes and scales of blocks; what a code means is the ladder's business, how codes are stored the subclass's."""
+    """Blocks of codes with a scale each. ``log_code`` says what a code means, subclasses how codes are packed.
+
+    Args:
+        name: Name of the codec.
+        log_code: Encodes and decodes the numbers of one block.
+        code_dtype: dtype of the stored codes.
+        stochastic: Whether random bits are used for rounding.
+    """
 
     block = BLOCK
 
-    def __init__(self, name: str, ladder: Ladder, code_dtype: torch.dtype, stochastic: bool):
+    def __init__(self, name: str, log_code: LogCode, code_dtype: torch.dtype, stochastic: bool):
         self.name = name
-        self.ladder = ladder
+        self.log_code = log_code
         self.code_dtype = code_dtype
         self.stochastic = stochastic
 
     def widths(self, columns):
+        """Return, for each part, how many elements a row takes, and their dtype."""
         return {"codes": (self.code_width(columns), self.code_dtype), "scales": (-(-columns // BLOCK), torch.float32)}
 
     def code_width(self, columns: int) -> int:
-        """Stored codes per row."""
+        """Return how many stored codes a row takes."""
         return columns
 
     def pack(self, codes: Tensor) -> Tensor:
-        """int32 codes ``[..., n]`` of one block to what is stored of them."""
+        """Convert int32 codes ``[..., n]`` of one block to what is stored."""
         return codes.to(self.code_dtype)
 
     def unpack(self, stored: Tensor, n: int) -> Tensor:
+        """Convert stored codes of a block back to int32 ``[..., n]``."""
         return stored.to(torch.int32)
 
     def decode(self, parts, columns):
+        """Decode parts into an fp32 tile ``[rows, columns]``."""
         codes, scales = parts["codes"], parts["scales"]
         if columns <= BLOCK:
             return self._decode_block(codes, scales, columns)
@@ -71,6 +83,7 @@ class Blocks(Codec):
         return torch.cat([body, tail], dim=1)
 
     def encode(self, tile, bits=None):
+        """Encode an fp32 tile into new parts; without ``bits``, round to nearest."""
         bits = bits if self.stochastic else None
         columns = tile.shape[1]
         if columns <= BLOCK:
@@ -90,24 +103,26 @@ class Blocks(Codec):
         return {"codes": codes, "scales": scales}
 
     def _encode_block(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[..., n]``, one block in its last dimension, to stored codes and scales ``[..., 1]``."""
-        scale = largest(x)
-        inverse = scale.clamp(min=2.0**-126).reciprocal()  # finite; a literal: see ladder.py on constants
-        return self.pack(self.ladder.encode(x * inverse, bits)), scale
+        """Encode ``[..., n]``, one block in the last dimension, to stored codes and scales ``[..., 1]``."""
+        scale = largest_magnitude(x)
+        inverse = scale.clamp(
+            min=2.0**-126
+        ).reciprocal()  # finite. A literal, because of torch.compile: see log_codes.py
+        return self.pack(self.log_code.encode(x * inverse, bits)), scale
 
     def _decode_block(self, stored: Tensor, scale: Tensor, n: int) -> Tensor:
-        return self.ladder.decode(self.unpack(stored, n)) * scale
+        return self.log_code.decode(self.unpack(stored, n)) * scale
 
 
-def largest(x: Tensor) -> Tensor:
-    """The largest magnitude along the last dimension, kept; NaN counts as larger than infinity.
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return the largest magnitude along the last dimension, which is kept; NaN counts as larger than infinity.
 
-    As integers, since an integer maximum does not depend on the order it is taken in and compiles to vector code.
+    The maximum is taken over the bits as integers: it does not depend on the order, and compiles to vector code.
     """
     if not x.shape[-1]:
         return x.new_zeros(*x.shape[:-1], 0)
     return (x.view(torch.int32) & _MAGNITUDE).amax(-1, keepdim=True).view(torch.float32)
 
 
-INT8_SIGNED = Blocks("int8 signed", signed(levels=127, octaves=10), torch.int8, stochastic=False)
-INT8_UNSIGNED = Blocks("int8 unsigned", unsigned(levels=255, per_octave=6), torch.uint8, stochastic=True)
+INT8_SIGNED = Blocks("int8 signed", signed_code(levels=127, octaves=10), torch.int8, stochastic=False)
+INT8_UNSIGNED = Blocks("int8 unsigned", unsigned_code(levels=255, per_octave=6), torch.uint8, stochastic=True)

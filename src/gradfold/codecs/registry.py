@@ -1,4 +1,4 @@
-"""The names a user types, and the codecs they stand for."""
+"""The names a user passes as ``states=`` and ``master=``, and their codecs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .int8 import INT8_SIGNED, INT8_UNSIGNED
 from .plain import BF16, FP16, FP32
 from .split import SPLIT8, SPLIT16, Split
 
-# states=...: for a state that takes both signs (a first moment), for one that is never negative (a second moment)
+# states=... -> (codec of a state with both signs, such as exp_avg; codec of a state >= 0, such as exp_avg_sq)
 STATES: dict[str, tuple[Codec, Codec]] = {
     "fp32": (FP32, FP32),
     "bf16": (BF16, BF16),
@@ -22,10 +22,14 @@ WEIGHTS: dict[torch.dtype, Codec] = {torch.float32: FP32, torch.bfloat16: BF16, 
 
 
 def state_codec(states: str, signed: bool) -> Codec:
-    """The codec of one optimizer state.
+    """Return the codec of one optimizer state.
+
+    Args:
+        states: "fp32", "bf16", "int8" or "int4".
+        signed: Whether the state takes both signs (a first moment).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
     """
     if states not in STATES:
         raise ValueError(f"states={states!r}: one of {', '.join(map(repr, STATES))}")
@@ -34,10 +38,14 @@ def state_codec(states: str, signed: bool) -> Codec:
 
 
 def weight_codec(dtype: torch.dtype, master: str | None = None) -> Codec:
-    """The codec of a weight; its part ``values`` is the parameter itself, any other is stored beside it.
+    """Return the codec of a weight. Its part ``values`` is the parameter itself; any other part is stored beside it.
+
+    Args:
+        dtype: dtype of the weight.
+        master: None, "split8" or "split16".
 
     Raises:
-        ValueError: an unknown name, a master for a weight that is not bf16, or a dtype no codec computes in fp32 for.
+        ValueError: The name is unknown, the weight of a master is not bf16, or no codec takes the dtype.
     """
     if master is not None:
         if master not in MASTERS:

@@ -1,9 +1,9 @@
 """Counter-based stochastic rounding: random bits that belong to an element, not to a tile.
 
-An element's bits are a hash of (seed, step, parameter's name, stream, the element's offset in the whole parameter), so
-any tiling, slicing, sharding, backend or resumed run draws the same ones. Nothing is stored and nothing is advanced.
+An element's bits are a hash of (seed, step, parameter name, stream, offset of the element in the whole parameter). Any
+tiling, slicing, sharding, backend or resumed run therefore draws the same bits. No generator state is stored.
 
-The hash, all in 32-bit words that wrap around, ``>>>`` filling with zeros, with o = (high, low) the 64-bit offset:
+The hash uses 32-bit words that wrap around; ``>>>`` fills with zeros, and o = (high, low) is the 64-bit offset:
 
     x <- (low ^ key0) * 0x9E3779B1
     x <- (x ^ x >>> 16) ^ (key1 + high * 0x9E3779B1)
@@ -11,11 +11,11 @@ The hash, all in 32-bit words that wrap around, ``>>>`` filling with zeros, with
     x <- (x ^ x >>> 15) * 0xC2B2AE35
     bits = x >>> 16
 
-It is murmur3's finaliser (Appleby, public domain) with the key mixed in twice and the last fold left out, which only
-the low half would need; the first constant is xxHash's. key0 and key1 are words that BLAKE2 makes of the names once a
-run, and the whole finaliser mixes with the step, which a captured CUDA graph can do. About fifteen
+It is murmur3's finalizer (Appleby, public domain) with the key mixed in twice and without the last fold, which only the
+low half would need. The first constant is that of xxHash. key0 and key1 are words that BLAKE2 makes of the names once
+per run; the whole finalizer mixes them with the step, which a captured CUDA graph can do. The hash takes about fifteen
 instructions per element, of which the first seven are the same for all streams of a parameter; Philox takes 51.
-``x >>> n`` is written ``(x >> n) & mask``, since torch shifts int32 arithmetically; Triton may use uint32 itself.
+``x >>> n`` is written ``(x >> n) & mask``, because torch shifts int32 arithmetically; Triton may use uint32 itself.
 """
 
 from __future__ import annotations
@@ -27,37 +27,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = 16  # per element: what fp32 has beyond bf16
-WEIGHT = "weight"  # the stream of the weight itself; a state's stream is its own name
+BITS = 16  # random bits per element: as many as fp32 has beyond bf16
+WEIGHT = "weight"  # name of the weight's stream; a state's stream has the name of the state
 
 _GOLDEN = 0x9E3779B1 - 2**32  # as int32
 _MIX1 = 0x85EBCA6B - 2**32
 _MIX2 = 0xC2B2AE35 - 2**32
 _SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
-_INF = 0x7F800000  # fp32's bits; whatever is above is NaN
-_QUIET = 0x400000  # set in a NaN, so that cutting off its low bits cannot make it infinity
+_INF = 0x7F800000  # bits of infinity; larger ones are NaN
+_QUIET = 0x400000  # set in a NaN, so that cutting its low bits off cannot make it infinity
 
 
 class Stream(NamedTuple):
-    """One sequence of random bits of a parameter: of its weight or of one of its states, in one step."""
+    """A sequence of random bits of a parameter: of its weight or of one of its states, at one step.
 
-    shared: int  # a word of (seed, parameter), the same for all its streams
-    own: int  # a word of (seed, parameter, stream)
+    Attributes:
+        shared: Hash of (seed, parameter), the same for all streams of the parameter.
+        own: Hash of (seed, parameter, stream).
+        step: Number of the step.
+    """
+
+    shared: int
+    own: int
     step: int | Tensor
 
     @classmethod
     def of(cls, seed: int, step: int | Tensor, parameter: str, stream: str) -> Stream:
-        """``parameter`` is the name in the whole model, so that a shard or a slice draws what the whole would."""
+        """Make a stream.
+
+        Args:
+            seed: The optimizer's ``seed``.
+            step: Number of the step.
+            parameter: Name of the parameter in the whole model, so that a shard or a slice draws the same bits as the
+                whole.
+            stream: ``WEIGHT``, or the name of a state.
+        """
         return cls(_word(f"{seed}\0{parameter}"), _word(f"{seed}\0{parameter}\0{stream}"), step)
 
     def key(self, device: torch.device | str | None = None) -> Tensor:
-        """The hash key of this step: int32 ``[2]``, the first the same for all streams of the parameter."""
+        """Return the hash key of this step: int32 ``[2]``; all streams of the parameter share the first word."""
         keys = [_key(word, int(self.step)) for word in (self.shared, self.own)]
         return torch.tensor(keys, dtype=torch.int32, device=device)
 
 
 def stream_key(seed: int, step: int, parameter: str, stream: str, device: torch.device | str | None = None) -> Tensor:
-    """``Stream.of(...).key(device)``."""
+    """Return ``Stream.of(...).key(device)``."""
     return Stream.of(seed, step, parameter, stream).key(device)
 
 
@@ -68,7 +82,7 @@ def _word(text: str) -> int:
 
 
 def _key(word: int, step: int) -> int:
-    """murmur3's finaliser of ``word + step * 0x9E3779B1``, as int32."""
+    """Return murmur3's finalizer of ``word + step * 0x9E3779B1``, as int32."""
     x = (word + step * _GOLDEN) & 0xFFFFFFFF
     x = ((x ^ x >> 16) * (_MIX1 & 0xFFFFFFFF)) & 0xFFFFFFFF
     x = ((x ^ x >> 13) * (_MIX2 & 0xFFFFFFFF)) & 0xFFFFFFFF
@@ -79,18 +93,25 @@ def _key(word: int, step: int) -> int:
 def row_offsets(
     rows: slice | range, row_stride: int, first_column: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Where each row of a tile begins in its parameter, counted in elements: int64 ``[rows]``.
+    """Return the offset of each row of a tile in its parameter, in elements: int64 ``[rows]``.
 
-    ``row_stride`` is the number of columns of the whole parameter, ``first_column`` where a column slice begins.
+    Args:
+        rows: Rows of the tile.
+        row_stride: Columns of the whole parameter.
+        first_column: First column of the tile.
+        device: Device of the result.
     """
     index = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     return index * row_stride + first_column
 
 
 def random_bits(key: Tensor, offsets: Tensor, columns: int) -> Tensor:
-    """16 random bits for each element of a tile: int32 ``[rows, columns]`` in [0, 65536).
+    """Return 16 random bits for each element of a tile: int32 ``[rows, columns]`` in [0, 65536).
 
-    key: int32 ``[2]``; offsets: int64 ``[rows]``, the offset of each row's first element (``row_offsets``).
+    Args:
+        key: int32 ``[2]``, from ``Stream.key``.
+        offsets: int64 ``[rows]``, the offset of each row's first element (``row_offsets``).
+        columns: Columns of the tile.
     """
     start = offsets.to(torch.int32)[:, None]  # the low word: the conversion wraps
     high = (offsets >> 32).to(torch.int32)[:, None]
@@ -107,15 +128,20 @@ def _fold(x: Tensor, shift: int) -> Tensor:
 
 
 def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 to ``dtype`` (bfloat16 or float16): the value above or below, with the chance that keeps the mean.
+    """Round fp32 to a 16-bit float, up or down at random so that the mean is kept.
 
-    bits: int32 in [0, 65536), one per element. Exact for bf16: the chance of the upper neighbour is the dropped
-    fraction. For fp16 the fraction is taken to 2^-16 below its smallest normal, exact above. Representable values
-    stay; NaN stays NaN, infinity infinity, zeros keep their sign. Beyond the largest finite value there is no upper
-    neighbour to balance: there the result is that of rounding to nearest.
+    Exact for bf16: the probability of rounding up is the dropped fraction. For fp16 the fraction is taken to 2^-16
+    below the smallest normal number, and is exact above. Values that can be represented stay as they are; NaN stays
+    NaN, infinity stays infinity, and zeros keep their sign. Beyond the largest finite value the result is that of
+    rounding to nearest, because there is no upper neighbour.
+
+    Args:
+        x: fp32.
+        bits: int32 in [0, 65536), one per element.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: Another dtype.
     """
     if dtype == torch.bfloat16:
         return _to_bfloat16(x, bits)
@@ -129,7 +155,7 @@ def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
-    """Add the bits below the cut, then cut: the carry is the random decision."""
+    """Add random bits below the cut, then cut: the carry is the random decision."""
     i = quiet(x.view(torch.int32))
     beyond = (0x7F7F0000 - (i & _MAGNITUDE)) >> 31  # past bf16's largest finite value
     i = i + ((bits & ~beyond) | (0x8000 & beyond))
@@ -137,7 +163,7 @@ def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
-    """13 bits are dropped from normal numbers; multiples of 2^-24, below 2^-14, are made in fixed point."""
+    """Drop 13 bits of normal numbers; compute multiples of 2^-24, below 2^-14, in fixed point."""
     i = x.view(torch.int32)
     magnitude = i & _MAGNITUDE
     beyond = (0x477FE000 - magnitude) >> 31  # past 65504, NaN included: left for .to() to round
@@ -150,6 +176,6 @@ def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def quiet(i: Tensor) -> Tensor:
-    """fp32 bits in which a NaN can lose its low 16 bits, or be added to below them, and stay NaN."""
+    """Change the bits of fp32 NaNs so that losing their low 16 bits, or adding to those, leaves a NaN."""
     nan = (_INF - (i & _MAGNITUDE)) >> 31
     return (i & ~(nan & 0xFFFF)) | (nan & _QUIET)

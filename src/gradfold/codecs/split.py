@@ -1,19 +1,21 @@
-"""Split masters: a bf16 weight that is the model's own, and beside it what bf16 drops, as an integer residual.
+"""Split masters: a bf16 weight of the model, and beside it the bits that bf16 drops, as an integer residual.
 
-With u a unit in the last place of the bf16 weight, the master is ``weight + residual * u / 2^k``, where k is the
-residual's bits: both are cut from the master's own bit pattern, and one shift and one sum put them together again.
+With u a unit in the last place of the bf16 weight and k the bits of the residual, the master weight is
+``weight + residual * u / 2^k``. Weight and residual are cut from the bit pattern of the master, and one shift and one
+addition put them together again.
 
-    split8    int8,  1 byte per element:  24-bit masters, 16 significant bits, nearest within 2^-16 of the value
+    split8    int8,  1 byte per element:  24-bit masters, 16 significant bits, within 2^-16 of the value when rounded to
+                                          nearest
     split16   int16, 2 bytes per element: 32-bit masters, every fp32 bit for bit (NaN stays NaN, its payload does not)
 
-The weight is the master rounded to nearest, ties away from zero (torch's own cast takes ties to even: the two differ in
-exact ties only). split8 is rounded stochastically where bits are given: with a step under 2^-17 of the weight, rounding
-to nearest would stand still here too.
+The weight is the master rounded to nearest, with ties away from zero (torch's cast takes ties to even, so the two
+differ in exact ties only). split8 is rounded stochastically if random bits are given: a step under 2^-17 of the weight
+would otherwise be lost here too.
 
-A new master begins at a random place within the rounding of its weight (``dither``), or on it.
+A new master starts at a random place within the rounding interval of its weight (``dither``), or on the weight itself.
 
-Whatever else writes the weight (a checkpoint that is loaded, an edit by hand) leaves a stale residual, at most half a
-unit in the weight's last place: a master that is meant is brought in with ``import_master``.
+Anything else that writes the weight (loading a checkpoint, an edit by hand) leaves a stale residual, at most half a
+unit in the weight's last place. Use ``import_master`` to set a master.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from .base import Codec, matrix
 from .rounding import quiet, random_bits, row_offsets
 
-_PANE_ELEMENTS = 2**20  # dithered at a time: a few temporaries of this size are alive
+_PANE_ELEMENTS = 2**20  # elements dithered at a time, to bound temporary memory
 
 
 class Split(Codec):
@@ -36,18 +38,22 @@ class Split(Codec):
         self.stochastic = residual_dtype == torch.int8
 
     def widths(self, columns):
+        """Return, for each part, how many elements a row takes, and their dtype."""
         return {"values": (columns, torch.bfloat16), "residual": (columns, self.residual_dtype)}
 
     def parts(self, shape):
+        """Return both parts, in the parameter's shape."""
         return {name: part._replace(shape=tuple(shape)) for name, part in super().parts(shape).items()}
 
     def decode(self, parts, columns):
+        """Decode weight and residual into the fp32 master ``[rows, columns]``."""
         high = parts["values"].view(torch.int16).to(torch.int32)
         kept = 8 * self.residual_dtype.itemsize
         i = (high << kept) + parts["residual"].to(torch.int32)
         return (i << (16 - kept)).view(torch.float32)
 
     def encode(self, tile, bits=None):
+        """Encode fp32 masters into bf16 weights and residuals."""
         kept = 8 * self.residual_dtype.itemsize
         dropped = 16 - kept
         i = quiet(tile.view(torch.int32))
@@ -62,13 +68,18 @@ class Split(Codec):
 
 
 def dither(residual: Tensor, weight: Tensor, key: Tensor, offset: int = 0, row_stride: int | None = None) -> None:
-    """Fill a residual with random bits: a master anywhere among the numbers that round to its weight, alike likely.
+    """Fill a residual with random bits, so that the master is uniform among the numbers that round to its weight.
 
-    offset, row_stride: where a slice of a parameter begins and how far apart its rows are there, in elements.
+    Residuals of zeros and of infinities stay zero: around zero, bf16 is as fine as fp32.
 
-    Not beside zeros, around which bf16 is as fine as fp32, nor beside infinities.
+    Args:
+        residual: Residual to fill, in the weight's shape.
+        weight: The bf16 weight.
+        key: int32 ``[2]``, from ``Stream.key``.
+        offset: Offset of a slice in its parameter, in elements.
+        row_stride: Distance between rows in the parameter, in elements; None for the residual's own columns.
     """
-    if hasattr(residual, "fake_mode"):  # nobody reads a fake tensor's values
+    if hasattr(residual, "fake_mode"):  # a fake tensor has no values
         return
     seen = matrix(residual.shape)
     values = weight.detach().reshape(seen.rows, seen.columns)
@@ -84,12 +95,12 @@ def dither(residual: Tensor, weight: Tensor, key: Tensor, offset: int = 0, row_s
 
 
 def export_master(codec: Split, weight: Tensor, residual: Tensor) -> Tensor:
-    """The fp32 master of a bf16 weight and its residual, in the weight's shape."""
+    """Return the fp32 master of a bf16 weight and its residual, in the weight's shape."""
     return codec.decode({"values": weight.detach(), "residual": residual}, 0)
 
 
 def import_master(codec: Split, master: Tensor, weight: Tensor, residual: Tensor) -> None:
-    """Write an fp32 master into a bf16 weight and its residual, to nearest."""
+    """Write an fp32 master into a bf16 weight and its residual, rounded to nearest."""
     with torch.no_grad():
         for name, value in codec.encode(master.detach().to(torch.float32)).items():
             {"values": weight, "residual": residual}[name].copy_(value)

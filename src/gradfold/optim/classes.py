@@ -1,6 +1,6 @@
-"""The optimizers: torch's names, arguments and defaults, each a rule from ``gradfold.rules``.
+"""The optimizers: torch's names, arguments and defaults, each running a rule from ``gradfold.rules``.
 
-Every one also takes ``states``, ``rounding``, ``master``, ``small_size`` and ``seed``: see ``options.py``.
+Every optimizer also takes the keyword arguments of `StorageOptions`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from gradfold.rules import SGD as SGDRule
-from gradfold.rules import Adagrad as AdagradRule
-from gradfold.rules import Adam as AdamRule
-from gradfold.rules import Lion as LionRule
-from gradfold.rules import NAdam as NAdamRule
-from gradfold.rules import RAdam as RAdamRule
-from gradfold.rules import RMSprop as RMSpropRule
+from gradfold.rules import AdagradRule, AdamRule, LionRule, NAdamRule, RAdamRule, RMSpropRule, SGDRule
 
 from .base import RuleOptimizer
 from .options import StorageOptions
@@ -40,7 +34,7 @@ def _betas(group: dict[str, Any]) -> None:
 
 
 def _users_level() -> int:
-    """The stacklevel at which ``warnings.warn`` points at the user's code."""
+    """Return the ``stacklevel`` at which ``warnings.warn`` points at the user's code."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradfold", "torch"):
         frame, level = frame.f_back, level + 1
@@ -48,7 +42,31 @@ def _users_level() -> int:
 
 
 class Adam(RuleOptimizer):
-    """Adam. Arguments as ``torch.optim.Adam`` (``decoupled_weight_decay``: AdamW); formula: rules/adam.py."""
+    """Adam, with the arguments, defaults and formula of ``torch.optim.Adam``.
+
+    Formula: ``gradfold/rules/adam.py``, after Kingma and Ba, arXiv 1412.6980, algorithm 1; AMSGrad after Reddi et al.,
+    arXiv 1904.09237.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        betas: Decay rates of ``exp_avg`` and ``exp_avg_sq``, each in [0, 1).
+        eps: Added to the denominator for numerical stability.
+        weight_decay: L2 penalty added to the gradient, or decoupled weight decay (see below).
+        amsgrad: Divide by the running maximum of ``exp_avg_sq``.
+        decoupled_weight_decay: Multiply the weight by ``1 - lr * weight_decay`` instead: AdamW.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.Adam(model.parameters(), lr=1e-3)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = AdamRule()
     torch_only = ("foreach", "capturable", "differentiable", "fused")
@@ -82,12 +100,38 @@ class Adam(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "eps", "weight_decay")
         _betas(group)
 
 
 class AdamW(Adam):
-    """AdamW. Arguments and defaults as ``torch.optim.AdamW``; formula: rules/adam.py."""
+    """AdamW, with the arguments, defaults and formula of ``torch.optim.AdamW``.
+
+    Formula: ``gradfold/rules/adam.py``, after Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        betas: Decay rates of ``exp_avg`` and ``exp_avg_sq``, each in [0, 1).
+        eps: Added to the denominator for numerical stability.
+        weight_decay: Decoupled weight decay: each step multiplies the weight by ``1 - lr * weight_decay``.
+        amsgrad: Divide by the running maximum of ``exp_avg_sq``.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.AdamW(model.parameters(), lr=2e-5, states="int8", rounding="stochastic")
+        >>> fold = gradfold.fold(model, optimizer)
+        >>> model(**batch).loss.backward()  # weights step here
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
 
     def __init__(
         self,
@@ -106,13 +150,36 @@ class AdamW(Adam):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch's; weight decay stays decoupled whatever was saved."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:  # as torch.optim.AdamW: decoupled, whatever was saved
+        for group in self.param_groups:  # like torch.optim.AdamW
             group["decoupled_weight_decay"] = True
 
 
 class SGD(RuleOptimizer):
-    """SGD with momentum. Arguments as ``torch.optim.SGD``; formula: rules/sgd.py."""
+    """SGD with momentum, with the arguments, defaults and formula of ``torch.optim.SGD``.
+
+    Formula: ``gradfold/rules/sgd.py``; momentum after Polyak 1964, Nesterov momentum after Sutskever et al., ICML 2013.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        momentum: Decay rate of the momentum buffer; 0 keeps no buffer.
+        dampening: The gradient enters the buffer multiplied by ``1 - dampening``.
+        weight_decay: L2 penalty added to the gradient.
+        nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = SGDRule()
     torch_only = ("foreach", "differentiable", "fused")
@@ -144,6 +211,7 @@ class SGD(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "momentum", "weight_decay")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
@@ -153,7 +221,28 @@ class SGD(RuleOptimizer):
 
 
 class Lion(RuleOptimizer):
-    """Lion (arXiv 2302.06675), with that paper's defaults; formula: rules/lion.py."""
+    """Lion, with the defaults of its paper: Chen et al., arXiv 2302.06675, algorithm 2.
+
+    Formula: ``gradfold/rules/lion.py``. Lion keeps one state, and its update has the size of the learning rate, so
+    ``lr`` is usually three to ten times smaller than AdamW's.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        betas: Interpolation with the gradient for the update, and decay rate of ``exp_avg``, each in [0, 1).
+        weight_decay: Decoupled weight decay.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.Lion(model.parameters(), lr=1e-5, weight_decay=0.1)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = LionRule()
     torch_only = ()
@@ -173,6 +262,7 @@ class Lion(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "weight_decay")
         _betas(group)
         if group.get("states") == "int4":
@@ -184,7 +274,31 @@ class Lion(RuleOptimizer):
 
 
 class RMSprop(RuleOptimizer):
-    """RMSprop. Arguments as ``torch.optim.RMSprop``; formula: rules/rmsprop.py."""
+    """RMSprop, with the arguments, defaults and formula of ``torch.optim.RMSprop``.
+
+    Formula: ``gradfold/rules/rmsprop.py``, after Hinton's lecture notes (Coursera 2012, lecture 6e); centered form
+    after Graves, arXiv 1308.0850.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        alpha: Decay rate of ``square_avg``.
+        eps: Added to the denominator for numerical stability.
+        weight_decay: L2 penalty added to the gradient.
+        momentum: Decay rate of the momentum buffer; 0 keeps no buffer.
+        centered: Divide by an estimate of the variance instead of the second moment.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.RMSprop(model.parameters(), lr=1e-3)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = RMSpropRule()
 
@@ -217,11 +331,34 @@ class RMSprop(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "alpha", "eps", "weight_decay", "momentum")
 
 
 class Adagrad(RuleOptimizer):
-    """Adagrad. Arguments as ``torch.optim.Adagrad``; formula: rules/adagrad.py."""
+    """Adagrad, with the arguments, defaults and formula of ``torch.optim.Adagrad``.
+
+    Formula: ``gradfold/rules/adagrad.py``, after Duchi, Hazan and Singer, JMLR 12 (2011).
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        lr_decay: The learning rate of step t is ``lr / (1 + (t - 1) * lr_decay)``.
+        weight_decay: L2 penalty added to the gradient.
+        initial_accumulator_value: Initial value of the sum of squares.
+        eps: Added to the denominator for numerical stability.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.Adagrad(model.parameters(), lr=1e-2)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = AdagradRule()
     torch_only = ("foreach", "differentiable", "fused")
@@ -253,11 +390,35 @@ class Adagrad(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
 
 
 class NAdam(RuleOptimizer):
-    """NAdam. Arguments as ``torch.optim.NAdam``; formula: rules/nadam.py."""
+    """NAdam, with the arguments, defaults and formula of ``torch.optim.NAdam``.
+
+    Formula: ``gradfold/rules/nadam.py``, after Dozat, "Incorporating Nesterov Momentum into Adam", 2016.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        betas: Decay rates of ``exp_avg`` and ``exp_avg_sq``, each in [0, 1).
+        eps: Added to the denominator for numerical stability.
+        weight_decay: L2 penalty added to the gradient, or decoupled weight decay.
+        momentum_decay: Decay of the momentum schedule.
+        decoupled_weight_decay: Decouple the weight decay as AdamW does.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.NAdam(model.parameters(), lr=1e-3)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = NAdamRule()
 
@@ -290,12 +451,35 @@ class NAdam(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "eps", "weight_decay", "momentum_decay")
         _betas(group)
 
 
 class RAdam(RuleOptimizer):
-    """RAdam. Arguments as ``torch.optim.RAdam``; formula: rules/radam.py."""
+    """RAdam, with the arguments, defaults and formula of ``torch.optim.RAdam``.
+
+    Formula: ``gradfold/rules/radam.py``, after Liu et al., arXiv 1908.03265, algorithm 2.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        lr: Learning rate, a float or a one-element tensor.
+        betas: Decay rates of ``exp_avg`` and ``exp_avg_sq``, each in [0, 1).
+        eps: Added to the denominator for numerical stability.
+        weight_decay: L2 penalty added to the gradient, or decoupled weight decay.
+        decoupled_weight_decay: Decouple the weight decay as AdamW does.
+        maximize: Maximize the objective instead of minimizing it.
+        **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
+            ``capturable``, see `StorageOptions`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> optimizer = gradfold.RAdam(model.parameters(), lr=1e-3)
+        >>> fold = gradfold.fold(model, optimizer)
+    """
 
     rule = RAdamRule()
 
@@ -326,5 +510,6 @@ class RAdam(RuleOptimizer):
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
         _at_least_zero(group, "lr", "eps", "weight_decay")
         _betas(group)

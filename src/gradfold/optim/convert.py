@@ -1,4 +1,4 @@
-"""States between the forms they are stored in: what load_state_dict accepts, and plain fp32 for torch."""
+"""Convert optimizer states: from any form that ``load_state_dict`` accepts, and to plain fp32 for torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from gradfold.codecs import WEIGHTS, Codec, Plain, matrix
 from gradfold.engine.storage import Storage, keys_of
 from gradfold.rules import Rule
 
-PANE_ELEMENTS = 2**20  # converted at a time: a few temporaries of this size are alive
+PANE_ELEMENTS = 2**20  # elements converted at a time, to bound temporary memory
 
 
 def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule, kind: str) -> dict[str, Any]:
-    """One parameter's saved states, on its device and in the form its group asks for.
+    """Convert one parameter's saved states to the form its group asks for, on the parameter's device.
 
-    Plain states become codes where the group has codes. Without ``states=`` they keep the dtype they were saved in.
+    Plain states are quantized if the group stores quantized states. Without ``states=`` they keep the dtype they were
+    saved in.
+
+    Args:
+        param: The parameter, or the slice of it, that the states belong to.
+        saved: Saved states by name.
+        storage: How the group stores weight and states.
+        rule: The optimizer's rule.
+        kind: The optimizer's name, for messages.
+
+    Returns:
+        States by name, ready for ``optimizer.state[param]``.
 
     Raises:
-        ValueError: they are another optimizer's, of another shape, or in a form that cannot be converted.
+        ValueError: The states are those of another optimizer, have another shape, or cannot be converted.
     """
     saved = {name: value for name, value in saved.items() if value is not None}
     _refuse_foreign(saved, storage, rule, kind)
     counters = storage.counters(rule)
     placed = {name: _counter(value) for name, value in saved.items() if name in counters}
-    if saved:  # torch's SGD has no step, which random bits count from
+    if saved:  # torch's SGD saves no step, which the random bits need
         placed |= {name: torch.tensor(start) for name, start in counters.items() if name not in placed}
     residuals = storage.residuals()
     known = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
@@ -44,7 +55,7 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
 
 
 def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind: str) -> None:
-    """Raise if these states are another optimizer's: they would start again from zero without a word."""
+    """Raise ValueError for states of another optimizer, which would silently start again from zero."""
     needed = rule.kept | rule.counters.keys()
     allowed = needed | rule.optional | storage.counters(rule).keys()
     residuals = {key for key in saved if key.startswith("weight.")}
@@ -70,7 +81,7 @@ def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | No
         return {name: deepcopy(saved[name])}
     keys = keys_of(name, codec)
     forms = {key for key in saved if key.partition(".")[0] == name}
-    if codec is not None and not isinstance(codec, Plain) and forms == set(keys.values()):  # codes, as they are
+    if codec is not None and not isinstance(codec, Plain) and forms == set(keys.values()):  # already quantized
         kinds = codec.parts(param.shape)
         return {key: _part(key, saved[key], kinds[part].shape, kinds[part].dtype, param) for part, key in keys.items()}
     if forms != {name}:
@@ -107,7 +118,14 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], param: Tensor
 
 
 def plain_states(param: Tensor, states: Mapping[str, Any], storage: Storage, rule: Rule) -> dict[str, Any]:
-    """One parameter's states as torch's optimizer of the same name keeps them, in fp32 (or wider, as stored)."""
+    """Return one parameter's states as torch's optimizer of the same name keeps them, in fp32 or wider.
+
+    Args:
+        param: The parameter, or the slice of it, that the states belong to.
+        states: States by name, as stored.
+        storage: How the group stores weight and states.
+        rule: The optimizer's rule.
+    """
     plain = {name: value for name, value in states.items() if "." not in name}
     if "step" not in rule.counters:
         plain.pop("step", None)
@@ -126,7 +144,7 @@ def plain_states(param: Tensor, states: Mapping[str, Any], storage: Storage, rul
 
 
 def _by_panes(codec: Codec, parts: dict[str, Tensor], values: Tensor, move: Callable[..., None]) -> None:
-    """``move`` rows of coded parts and of ``values``, contiguous and of the parameter's shape, a few at a time."""
+    """Call ``move`` on some rows of coded parts and of ``values`` at a time, to bound temporary memory."""
     seen = matrix(values.shape)
     if not values.numel():
         return

@@ -1,4 +1,4 @@
-"""fp32 masters out of and into a model whose bf16 weights keep a residual."""
+"""Export and import fp32 master weights of a model whose bf16 weights keep a residual (``master=``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ RESIDUAL = "weight.residual"
 
 
 def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tensor]:
-    """Every parameter in fp32 by its name in ``model``: its master where it has one, else the weight widened."""
+    """Return every parameter in fp32 by its name: its master weight if it has one, otherwise the widened weight.
+
+    Args:
+        model: The model, folded or not.
+        optimizer: Its optimizer.
+
+    Returns:
+        fp32 tensors of the parameters' shapes, by the names of ``model.named_parameters()``.
+
+    Example:
+        >>> torch.save(gradfold.export_masters(model, optimizer), "masters.pt")
+    """
     masters = {}
     for name, param, split in _splits(model, optimizer):
         masters[name] = master = param.detach().to(torch.float32, copy=True)
@@ -32,10 +43,18 @@ def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tens
 
 
 def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[str, Tensor]) -> None:
-    """Write fp32 masters into a model's weights and their residuals; without a master, the weight is rounded.
+    """Write fp32 master weights into a model's weights and their residuals.
+
+    A parameter without a master is rounded to its own dtype.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        masters: One tensor for each name of ``model.named_parameters()``, in the parameter's shape.
 
     Raises:
-        ValueError: names or shapes are not the model's; it is folded with a working set. Nothing is changed then.
+        ValueError: Names or shapes differ from the model's, or the model is folded with a working set. Nothing is
+            changed then.
     """
     if optimizer._turns is not None:
         raise ValueError(
@@ -55,13 +74,13 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
                 param.copy_(masters[name])
                 continue
             state = optimizer.state[param]
-            if RESIDUAL not in state:  # an unfolded optimizer that has not stepped yet
+            if RESIDUAL not in state:  # the optimizer is not folded and has not stepped yet
                 allocate(param, state, optimizer.rule, optimizer.group_of(param), {}, optimizer.stream_of(param))
             import_master(split, masters[name].to(param.device), param, state[RESIDUAL])
 
 
 def _splits(model: nn.Module, optimizer: RuleOptimizer) -> Iterator[tuple[str, Parameter, Split | None]]:
-    """Name, parameter, and the codec of its master."""
+    """Yield name, parameter and codec of the master weight (None without one)."""
     known = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, param in model.named_parameters():
         codec = storage_of(param, optimizer.rule, optimizer.group_of(param)).weight if id(param) in known else None

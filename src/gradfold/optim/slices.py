@@ -1,6 +1,6 @@
-"""The states of parameters that step in slices (working sets): apart by slice, joined, and cut anew.
+"""States of parameters that step in slices (working sets): split by slice, joined, and cut.
 
-A slice's states are kept beside each other in ``optimizer.state[param]``: ``exp_avg[0:128]``, ``step[0:128]``.
+The states of a slice lie beside each other in ``optimizer.state[param]``: ``exp_avg[0:128]``, ``step[0:128]``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ Regions = Iterable[Region | None]
 
 
 def suffix(region: Region | None) -> str:
+    """Return the suffix of a slice's state names: ``[0:128]``, or nothing for a whole parameter."""
     return "" if region is None else str(region)
 
 
 def view(param: Tensor, region: Region | None) -> Tensor:
+    """Return a detached view of the slice, or of the whole parameter for None."""
     return param.detach() if region is None else region.of(param.detach())
 
 
 def sliced(states: Mapping[str, Any]) -> bool:
+    """Return whether any of the states belongs to a slice."""
     return any("[" in name for name in states)
 
 
 def refuse_other_cut(states: Mapping[str, Any], regions: Regions) -> None:
-    """Raise ValueError for states of slices that are none of these: they would be dropped without a word."""
+    """Raise ValueError for states of slices that are not in ``regions``, which would silently be dropped."""
     known = {suffix(region) for region in regions if region is not None}
     others = [name for name in states if "[" in name and known and name[name.index("[") :] not in known]
     if others:
@@ -43,7 +46,7 @@ def refuse_other_cut(states: Mapping[str, Any], regions: Regions) -> None:
 
 
 def states_of(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
-    """One slice's states under their plain names."""
+    """Return one slice's states under their plain names."""
     end = suffix(region)
     return {
         name.removesuffix(end): value
@@ -53,15 +56,21 @@ def states_of(states: Mapping[str, Any], region: Region | None) -> dict[str, Any
 
 
 def named(states: Mapping[str, Any], region: Region | None) -> dict[str, Any]:
-    """And back."""
+    """Return plain states under the names of the slice; the inverse of ``states_of``."""
     return {name + suffix(region): value for name, value in states.items()}
 
 
 def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Storage) -> dict[str, Any]:
-    """A slice's part of a whole parameter's states; its counters are the whole's.
+    """Cut a slice's states out of a whole parameter's states; counters are copied.
+
+    Args:
+        param: The whole parameter.
+        states: Its states by plain name.
+        region: The slice.
+        storage: How the group stores weight and states.
 
     Raises:
-        ValueError: the slice splits a block of codes.
+        ValueError: The slice splits a block of quantized states.
     """
     codecs = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
     if storage.weight is not None:
@@ -77,7 +86,7 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
         ):
             found |= {key: region.of(states[key]) for key in keys.values()}
         elif param.dim() < 2 and (region.start % codec.block or region.stop % codec.block):
-            if keys:  # a vector cut within a block: decoded, to be coded anew
+            if keys:  # a vector that is cut inside a block: decode it, and quantize the slice anew
                 values = codec.decode(
                     codec.rows_of({p: states[k] for p, k in keys.items()}, param.shape), param.numel()
                 )
@@ -95,10 +104,16 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
 def join(
     name: str, param: Tensor, slices: Iterable[tuple[Region | None, Mapping[str, Any]]], rule: Rule
 ) -> dict[str, Any]:
-    """Plain states of all slices as the whole parameter's.
+    """Join the plain states of all slices to states of the whole parameter.
+
+    Args:
+        name: Name of the parameter, for messages.
+        param: The whole parameter.
+        slices: Each slice with its states.
+        rule: The optimizer's rule.
 
     Raises:
-        FoldError: some have stepped more often than others, of which torch's optimizers know nothing.
+        FoldError: Some slices have stepped more often than others, and torch's optimizers keep one step count.
     """
     slices = list(slices)
     names = list(dict.fromkeys(key for _, states in slices for key in states))

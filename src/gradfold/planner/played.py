@@ -1,4 +1,4 @@
-"""Host memory where a device is only played: fake tensors of the CPU stand for both, and a meter tells them apart."""
+"""Host memory in a plan: fake tensors of the CPU stand for device and host, and a meter tells them apart."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gradfold.planner.trace import LiveBytes
-from gradfold.workset import Host
+from gradfold.workset import HostStore
 from gradfold.workset.store import bytes_of
 
 
-class PlayedHost(Host):
+class PlayedHost(HostStore):
     """The working set's host memory. What is put here leaves the meter; what is fetched is on its way (`staging`)
     until it is taken."""
 

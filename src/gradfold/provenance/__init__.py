@@ -1,4 +1,4 @@
-"""Pith open-graph documents: read strictly, verify, merge, sign. Imports `cryptography` and nothing of gradfold."""
+"""Pith open-graph documents: read strictly, verify, merge, sign. Needs ``cryptography`` and nothing of gradfold."""
 
 from .canonical import canonical_bytes, parse, sha256_hex
 from .errors import ChecksFailed, ProvenanceError
@@ -7,7 +7,7 @@ from .identity import is_number_of, pith_number, short_number, source_aliases
 from .keys import PublicKey
 from .merge import MERGE_VERSION, Merger, find_equivocations, merge
 from .replicate import replication_payload
-from .report import Check, Report, Status
+from .report import Check, Status, Verification
 from .sign import (
     NeedsPassphrase,
     Signer,
@@ -33,10 +33,10 @@ __all__ = [
     "NeedsPassphrase",
     "ProvenanceError",
     "PublicKey",
-    "Report",
     "Signer",
     "Status",
     "TrustStore",
+    "Verification",
     "append",
     "build_bundle",
     "canonical_bytes",

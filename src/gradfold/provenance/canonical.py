@@ -1,8 +1,8 @@
 """Canonical JSON, read and written strictly, and its SHA-256.
 
-The form is that of the published documents: UTF-8, keys sorted by code point, separators `,` and `:`, nothing escaped
-that need not be, integers exact, other numbers in their shortest form that reads back (Python's `repr`). It equals
-RFC 8785 but for numbers beyond 2**53 or written with exponents, and keys beyond the basic multilingual plane.
+The form is that of the published documents: UTF-8, keys sorted by code point, separators ``,`` and ``:``, only
+necessary escapes, exact integers, and other numbers in their shortest form that reads back (Python's ``repr``). It
+equals RFC 8785 except for numbers beyond 2**53 or written with exponents, and keys beyond the basic multilingual plane.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from .errors import ProvenanceError
 MAX_BYTES = 256 * 2**20
 MAX_DEPTH = 100
 MAX_DIGITS = 4300
-"""Python's own limit for integers as text; longer ones take quadratic time."""
+"""Python's own limit for converting text to integers, which takes quadratic time."""
 MAX_SEPARATORS = 10_000_000
-"""Commas and colons, which bound the number of values: a document of empty lists would take 25 times its size."""
+"""Limit of commas and colons, and so of values: a document of empty lists would take 25 times its size in memory."""
 
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
 def parse(data: bytes | str) -> Any:
-    """Read one JSON value. Raises ProvenanceError for anything but strict JSON within the limits above.
+    """Parse one JSON value, strictly and within the limits above.
 
-    Refused beside what is not JSON at all: NaN and Infinity (also as 1e999), a key given twice, half a surrogate pair,
-    a byte order mark, text that is not UTF-8. Two spellings of one number (1e1, 10.0) are the same value.
+    Rejected besides invalid JSON: NaN and Infinity (also as 1e999), duplicate keys, unpaired surrogates, a byte order
+    mark, text that is not UTF-8. Two spellings of one number (1e1, 10.0) are the same value.
+
+    Raises:
+        ProvenanceError: The data is not strict JSON, or exceeds a limit.
     """
     if len(data) > MAX_BYTES:
         raise ProvenanceError(f"is larger than {MAX_BYTES >> 20} MiB")
@@ -49,31 +52,39 @@ def parse(data: bytes | str) -> Any:
     except RecursionError:
         raise ProvenanceError(f"is nested deeper than {MAX_DEPTH} levels") from None
     check_json(value)
-    # Half a surrogate pair can only come from an escape, so most documents need not be written to find out.
+    # An unpaired surrogate can only come from an escape, so most documents need not be encoded to find one.
     if isinstance(data, str) or "\\ud" in text or "\\uD" in text:
         _encode(value)
     return value
 
 
 def canonical_bytes(value: Any) -> bytes:
-    """The canonical form of a value made of dict, list, str, int, float, bool and None. Raises ProvenanceError."""
-    data = _encode(value)  # first: it also notices a value that holds itself
+    """Return the canonical form of a value made of dict, list, str, int, float, bool and None.
+
+    Raises:
+        ProvenanceError: The value has no canonical form.
+    """
+    data = _encode(value)  # first, because it also detects a value that contains itself
     check_json(value)
     return data
 
 
 def sha256_hex(value: Any) -> str:
-    """SHA-256 of the canonical form, as 64 hex digits. Raises ProvenanceError."""
+    """Return the SHA-256 of the canonical form, as 64 hex digits.
+
+    Raises:
+        ProvenanceError: The value has no canonical form.
+    """
     return hashlib.sha256(canonical_bytes(value)).hexdigest()
 
 
 def part_sha256_hex(value: Any) -> str:
-    """`sha256_hex` of a part of a document that has been through `parse` or `canonical_bytes` as a whole."""
+    """Return ``sha256_hex`` of a part of a document that passed ``parse`` or ``canonical_bytes`` as a whole."""
     return hashlib.sha256(_encode(value)).hexdigest()
 
 
 def without(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """A copy of `mapping` that lacks `keys`; what most digests here are taken of."""
+    """Return a copy of ``mapping`` without ``keys``; most digests here are taken of such a copy."""
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
@@ -89,9 +100,12 @@ def _encode(value: Any) -> bytes:
 
 
 def check_json(value: Any) -> None:
-    """Refuse depth, types and keys that JSON lacks but the encoder would let pass. Raises ProvenanceError.
+    """Reject depth, types and keys that JSON does not have but the encoder would accept.
 
-    Level by level, so without recursion, and with an end even where a value holds itself.
+    Works level by level, without recursion, and ends even if a value contains itself.
+
+    Raises:
+        ProvenanceError: The value is not JSON.
     """
     level = [value]
     depth = seen = 0

@@ -1,4 +1,4 @@
-"""An event's parts: the types there are, its digest, its entry in a state, and the way back from that entry."""
+"""Events: their types, their digest, their entry in a state, and how an event is rebuilt from its entry."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LISTS = {
     "correction": "corrections",
     "mirror_hint": "mirror_hints",
 }
-"""Event type -> the list of the state that its events land in. `record_created` has a place of its own."""
+"""Event type -> name of the list in a state that holds its events. ``record_created`` has a place of its own."""
 
 OTHER_RECORDS = "other_records_created"
-"""Where a state keeps a second `record_created`, if there is one, so that merging loses nothing."""
+"""Name of the list for further ``record_created`` events, so that merging loses nothing."""
 
-FIELDS: dict[str, tuple[type, ...]] = {
+EVENT_FIELDS: dict[str, tuple[type, ...]] = {
     "event_type": (str,),
     "subject_pith_number": (str,),
     "target": (str,),
@@ -39,32 +39,32 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "event_id": (str,),
     "signature": (dict,),
 }
-"""What an event is made of, and nothing else: a state could not give back what is not here."""
+"""Fields of an event and their types. Others are not allowed, since a state could not give them back."""
 
 ENTRY_FIELDS = frozenset({"event_id", "target", "created_at", "signer", "payload", "supersedes", "prev_event"})
-"""What a state keeps of an event; the last two only where they say something."""
+"""Fields of an event that a state keeps; the last two only if they are not empty."""
 
 _DIGEST, _EVENT_ID = re.compile("[0-9a-f]{64}"), re.compile("sha256:[0-9a-f]{64}")
 SIGNER_FIELDS = ("signer_id", "signer_type", "key_id", "public_key_fingerprint")
 
 
 def content_sha256(event: dict[str, Any]) -> str:
-    """The digest that an event's id repeats and its signature covers, of an event known to be JSON."""
+    """Return the digest that the event's id repeats and its signature covers; the event must be JSON."""
     return part_sha256_hex(without(event, "event_id", "content_sha256", "signature"))
 
 
 def is_event_id(value: Any) -> bool:
-    """Whether a value has the form `sha256:` and 64 hex digits."""
+    """Return whether a value has the form ``sha256:`` and 64 hex digits."""
     return type(value) is str and _EVENT_ID.fullmatch(value) is not None
 
 
 def is_digest(value: Any) -> bool:
-    """Whether a value has the form of a SHA-256 in lower-case hex."""
+    """Return whether a value has the form of a SHA-256 in lower-case hex."""
     return type(value) is str and _DIGEST.fullmatch(value) is not None
 
 
 def entry_of(event: dict[str, Any]) -> dict[str, Any]:
-    """What a state keeps of an event. Links only where there are any, as the published states have none."""
+    """Return what a state keeps of an event; links only if there are any, as in the published states."""
     entry = {key: event[key] for key in ("event_id", "target", "created_at", "signer", "payload")}
     if event["supersedes"]:
         entry["supersedes"] = event["supersedes"]
@@ -74,7 +74,7 @@ def entry_of(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def event_of(entry: dict[str, Any], event_type: str, subject: str) -> dict[str, Any]:
-    """The event that a state's entry was made of, without its signature. Its id tells whether it is that event."""
+    """Rebuild the event of a state's entry, without its signature. Its id shows whether it is that event."""
     event = {
         "supersedes": [],
         "prev_event": None,
@@ -89,5 +89,5 @@ def event_of(entry: dict[str, Any], event_type: str, subject: str) -> dict[str, 
 
 
 def order_of(event: dict[str, Any]) -> tuple[Any, ...]:
-    """Where an event stands among a state's: the record first, then by time, then by id."""
+    """Return the sort key of an event in a state: the record first, then by time, then by id."""
     return event["event_type"] != RECORD, instant(event["created_at"]), event["event_id"]

@@ -1,4 +1,4 @@
-"""Reading and writing documents as files: bounded, and whole or not at all."""
+"""Read and write documents as files: with a size limit, and completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .errors import ProvenanceError
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file (links are followed). Raises ProvenanceError, also for more than `most` bytes."""
+    """Read a regular file; links are followed.
+
+    Raises:
+        ProvenanceError: It cannot be read, or has more than ``most`` bytes.
+    """
     try:
         # Looked at before it is opened: opening a pipe without a writer would wait for ever.
         mode = os.stat(path).st_mode
@@ -34,7 +38,11 @@ def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The strictly parsed value in a file. Raises ProvenanceError, which names the file."""
+    """Parse a file strictly.
+
+    Raises:
+        ProvenanceError: Names the file.
+    """
     try:
         return parse(read_bytes(path))
     except ProvenanceError as error:
@@ -43,7 +51,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A bundle, a state or an event: the JSON object in a file. Raises ProvenanceError, which names the file."""
+    """Read a bundle, a state or an event: the JSON object in a file.
+
+    Raises:
+        ProvenanceError: Names the file.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
         raise ProvenanceError(f"{path}: holds no JSON object, so no open-graph document")
@@ -51,14 +63,21 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Replace a file by `document` in canonical form, as a whole. Raises ProvenanceError; the old file then stays."""
+    """Replace a file with ``document`` in canonical form.
+
+    Raises:
+        ProvenanceError: It cannot be written; the old file is unchanged.
+    """
     write_bytes(path, canonical_bytes(document) + b"\n")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace a file through a temporary sibling, so that it is the old one or the new one, never a part.
+    """Replace a file through a temporary file beside it, so that it is the old one or the new one, never a part.
 
-    A link stays, its target is replaced. Raises ProvenanceError.
+    A link is kept, and its target replaced.
+
+    Raises:
+        ProvenanceError: It cannot be written.
     """
     with _saying(path):
         target = Path(os.path.realpath(path))
@@ -67,7 +86,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_secret(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that only its owner may read, and that must not exist yet. Raises ProvenanceError."""
+    """Create a file that only its owner may read.
+
+    Raises:
+        ProvenanceError: The file exists already, or cannot be written.
+    """
     with _saying(path):
         target = Path(path)
         _look(path, target)
@@ -92,7 +115,7 @@ def _look(path: str | os.PathLike[str], target: Path) -> None:
 
 @contextlib.contextmanager
 def _saying(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the system's errors into ours."""
+    """Convert operating system errors to ProvenanceError."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Who a record is: the pith number, its short forms and the aliases, all from the canonical record."""
+"""Identity of a record: its pith number, short forms and aliases, all derived from the canonical record."""
 
 from __future__ import annotations
 
@@ -16,25 +16,33 @@ _TIME = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-
 
 
 def pith_number(canonical_record: dict[str, Any], year: int) -> str:
-    """`pith:YEAR:` and the first 26 base32 letters of the record's SHA-256. Raises ProvenanceError."""
+    """Return ``pith:YEAR:`` and the first 26 base32 letters of the record's SHA-256.
+
+    Raises:
+        ProvenanceError: The year has not four digits, or the record no canonical form.
+    """
     if type(year) is not int or not 0 <= year <= 9999:
         raise ProvenanceError(f"year = {year!r}: takes a year of four digits")
     return f"pith:{year:04}:{identity_of(sha256_hex(canonical_record))}"
 
 
 def identity_of(canonical_sha256: str) -> str:
-    """The 26 letters that a record's SHA-256 (64 hex digits) gives its pith number."""
+    """Return the 26 letters of the pith number for a record's SHA-256 (64 hex digits)."""
     return base64.b32encode(bytes.fromhex(canonical_sha256)).decode("ascii")[:26]
 
 
 def split_number(number: Any) -> tuple[int, str] | None:
-    """(year, 26 letters) of a pith number; None if it is none."""
+    """Return (year, 26 letters) of a pith number; None if it is not one."""
     match = _NUMBER.fullmatch(number) if isinstance(number, str) else None
     return (int(match[1]), match[2]) if match else None
 
 
 def short_number(number: str, length: int = 8) -> str:
-    """`pith:` and the first letters of a pith number. Raises ProvenanceError."""
+    """Return ``pith:`` and the first letters of a pith number.
+
+    Raises:
+        ProvenanceError: It is not a pith number.
+    """
     split = split_number(number)
     if split is None:
         raise ProvenanceError(f"{str(number)[:60]!r} is no pith number (pith:YEAR: and 26 letters)")
@@ -42,15 +50,15 @@ def short_number(number: str, length: int = 8) -> str:
 
 
 def is_number_of(number: Any, canonical_record: Any) -> bool:
-    """The back-check: whether the letters of a pith number are those of this record. The year is in no digest."""
+    """Return whether the letters of a pith number are those of this record. The year is in no digest."""
     split = split_number(number)
     return split is not None and split[1] == identity_of(sha256_hex(canonical_record))
 
 
 def source_aliases(canonical_record: dict[str, Any], number: str, created_at: str) -> list[dict[str, Any]]:
-    """The aliases of a record, sorted by kind: those of its source, and the short forms of its pith number.
+    """Return the aliases of a record, sorted by kind: those of its source, and short forms of its pith number.
 
-    For arXiv as in the published documents; another source gives its id under its own kind.
+    arXiv sources as in the published documents; any other source gives its id under its own kind.
     """
     source = canonical_record.get("source")
     source = source if isinstance(source, dict) else {}
@@ -69,7 +77,7 @@ def source_aliases(canonical_record: dict[str, Any], number: str, created_at: st
 
 
 def instant(text: Any) -> tuple[str, str] | None:
-    """A UTC time such as 2026-05-21T01:05:41.29Z as something that sorts; None for any other value."""
+    """Convert a UTC time such as 2026-05-21T01:05:41.29Z to a sortable value; None for any other value."""
     return _instant(text) if type(text) is str and len(text) <= 30 else None
 
 

@@ -1,4 +1,4 @@
-"""Public Ed25519 keys: as documents list them, as files hold them, and what a signature says under them."""
+"""Public Ed25519 keys: in documents, in files, and verification of signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from .report import Checker, typed
 
 @dataclass(frozen=True)
 class PublicKey:
-    """32 raw bytes and the names they go by; a key from a bare PEM file has no names."""
+    """A public key.
+
+    Attributes:
+        raw: The 32 bytes of the key.
+        key_id: Name of the key; None for a key from a bare PEM file.
+        signer_id: Name of its owner; None if unknown.
+    """
 
     raw: bytes
     key_id: str | None = None
@@ -28,14 +34,15 @@ class PublicKey:
 
     @property
     def fingerprint(self) -> str:
-        """The first 32 hex digits of the SHA-256 of the raw key."""
+        """First 32 hex digits of the SHA-256 of the raw key."""
         return hashlib.sha256(self.raw).hexdigest()[:32]
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
+        """Return whether the signature of the message is valid."""
         return _verifies(self.raw, signature, message)
 
     def as_entry(self) -> dict[str, Any]:
-        """The key as bundles list it under `public_keys`."""
+        """Return the key as bundles list it under ``public_keys``."""
         digest = hashlib.sha256(self.raw).digest()
         entry = {
             "key_id": self.key_id or default_key_id(self),
@@ -51,7 +58,7 @@ class PublicKey:
         return entry
 
 
-@functools.lru_cache(2**15)  # the documents that are merged often hold the same events
+@functools.lru_cache(2**15)  # merged documents often hold the same events
 def _verifies(raw: bytes, signature: bytes, message: bytes) -> bool:
     try:
         _loaded(raw).verify(signature, message)
@@ -66,12 +73,12 @@ def _loaded(raw: bytes) -> Ed25519PublicKey:
 
 
 def default_key_id(key: PublicKey) -> str:
-    """A name for a key that was given none."""
+    """Return a name for a key without one."""
     return f"ed25519-{key.fingerprint[:8]}"
 
 
 def check_entry(entry: Any, at: Checker) -> PublicKey | None:
-    """Check an entry of `public_keys` in every form it gives the key in; the key, if the forms agree."""
+    """Check every form of the key in an entry of ``public_keys``; return the key if the forms agree."""
     if not at.test("structure", type(entry) is dict, "is not an object"):
         return None
     key_id = typed(entry, "key_id", str)
@@ -89,9 +96,12 @@ def check_entry(entry: Any, at: Checker) -> PublicKey | None:
 
 
 def read_keys(data: bytes) -> list[PublicKey]:
-    """The keys in a file that is trusted by being named: a PEM key, an entry as in `public_keys`, or a list of those.
+    """Read the keys in a file: a PEM key, an entry as in ``public_keys``, or a list of those.
 
-    An own private key without a passphrase stands for its public half. Raises ProvenanceError.
+    A private key without a passphrase stands for its public half.
+
+    Raises:
+        ProvenanceError: The file holds no usable key.
     """
     if data.lstrip()[:11] == b"-----BEGIN ":
         return [PublicKey(_read_pem(data))]
@@ -115,19 +125,19 @@ def read_keys(data: bytes) -> list[PublicKey]:
 
 
 def decode_base64(text: Any, size: int) -> bytes | None:
-    """The bytes of a base64 text in its one canonical spelling; None otherwise, or if they are not `size` bytes."""
+    """Decode base64 in its one canonical spelling; None otherwise, or if the result is not ``size`` bytes."""
     if type(text) is not str or len(text) > 2 * size:
         return None
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return None
-    # Bits that fill up the last letter are lost in decoding: without this another spelling would pass for the same.
+    # Decoding drops the bits that pad the last letter, so compare spellings: only the canonical one is accepted.
     return data if len(data) == size and base64.b64encode(data).decode("ascii") == text else None
 
 
 def raw_public(key: Ed25519PrivateKey | Ed25519PublicKey) -> bytes:
-    """The 32 bytes of a public key, or of the public half."""
+    """Return the 32 bytes of a public key, or of the public half of a private key."""
     return (key.public_key() if isinstance(key, Ed25519PrivateKey) else key).public_bytes_raw()
 
 

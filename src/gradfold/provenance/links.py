@@ -1,22 +1,22 @@
-"""`prev_event` and `supersedes`: whether they lead to events that are there, of the same paper, and in no circle."""
+"""Links ``prev_event`` and ``supersedes``: they must lead to events of the same paper, and form no circle."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .checks import Document, claimed_id
 from .events import is_event_id
-from .examine import Document, claimed_id
 from .report import Checker, Status, brief, typed
 
 
 def links_of(event: Any) -> list[str]:
-    """The ids that an event points to."""
+    """Return the ids that an event points to."""
     links = [typed(event, "prev_event", str), *(typed(event, "supersedes", list) or [])]
     return [link for link in links if is_event_id(link)]
 
 
 def check_links(document: Document, checker: Checker) -> None:
-    """Note, for every event that points to others, whether it may; and once, that there is no circle."""
+    """Check that every link leads to an event of this paper, and once that there is no circle."""
     events = {claimed_id(found.event): found.event for found in document.events}
     graph: dict[str, list[str]] = {}
     for found in document.events:
@@ -44,7 +44,7 @@ def check_links(document: Document, checker: Checker) -> None:
 
 
 def find_circle(graph: dict[str, list[str]]) -> str | None:
-    """Some node that can be reached from itself, or None. Without recursion: chains may be long."""
+    """Return a node that can be reached from itself, or None; without recursion, because chains may be long."""
     done: set[str] = set()
     for start in graph:
         path: set[str] = set()

@@ -1,21 +1,21 @@
-"""`pith-open-graph-merge-v1`: the events of any number of documents, in any order, make one state.
+"""``pith-open-graph-merge-v1``: merge the events of any number of documents, in any order, into one state.
 
 A document is reduced to a *pool*: its valid events by id, and its invalid ones by digest with the reasons. Pools are
-joined like sets, and a state is a function of the joined pool, so merging is permutation-invariant, idempotent and
-associative, also by way of states, which are documents themselves.
+joined like sets, and a state is a function of the joined pool. Merging is therefore permutation-invariant, idempotent
+and associative, also by way of states, which are documents themselves.
 
 Rules beyond those that the published documents show:
 
-- An event is judged within its own document, by the keys that document lists and the trusted ones. A valid copy
-  anywhere makes an event valid; trust plays no part, so that everyone computes the same state.
-- A state's entries are taken at the state's word, if their ids are right: a state carries no event signatures.
-- Order: `record_created` first, then by `created_at`, then by id. A second `record_created` goes to a list of its own.
-- Invalid events are set aside under the digest of the whole event as it was found, with the names of the checks that
-  failed. One that only lacked a key leaves the list once the same event is found valid.
-- **Equivocation**: two or more valid events by one key, of the same type, target and `prev_event` (so: for the same
-  place in what that key says about that target), of which none names another in `supersedes`. All of them stay in
-  their lists, and the slot with their ids stands in `equivocations`. An event superseded by its own signer is not
-  counted; nobody else can resolve an equivocation for them.
+- An event is judged within its own document, with the keys that document lists and the trusted ones. A valid copy
+  anywhere makes an event valid. Trust plays no part, so that everyone computes the same state.
+- Entries of a state are accepted if their ids are right: a state carries no event signatures.
+- Order: ``record_created`` first, then by ``created_at``, then by id. A second ``record_created`` goes to a separate
+  list.
+- Invalid events are set aside under the digest of the whole event, with the names of the checks that failed. An event
+  that only lacked a key leaves the list once the same event is found valid.
+- **Equivocation**: two or more valid events by one key with the same type, target and ``prev_event``, none of which
+  names another in ``supersedes``. All of them stay in their lists, and their ids are listed in ``equivocations``. An
+  event that its own signer superseded is not counted; nobody else can resolve an equivocation for them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .canonical import part_sha256_hex
+from .checks import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
 from .errors import ProvenanceError
 from .events import LISTS, OTHER_RECORDS, RECORD, entry_of, is_digest, is_event_id, order_of
-from .examine import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
 from .identity import source_aliases
 from .report import brief, typed
 from .trust import TrustStore
@@ -38,7 +38,7 @@ STATE_TYPE, STATE_VERSION = "pith_open_graph_state", "1.0"
 
 @dataclass(frozen=True)
 class SetAside:
-    """An invalid event: the digest of all of it, the id it gives itself, and the checks it failed."""
+    """An invalid event: digest of the whole event, the id it gives itself, and the checks it failed."""
 
     event_sha256: str
     event_id: str | None
@@ -47,20 +47,27 @@ class SetAside:
 
 @dataclass
 class Pool:
-    """What merging knows: valid events by id, invalid ones by digest. `unsigned`: ids that only states vouch for."""
+    """Events collected by merging.
+
+    Attributes:
+        valid: Valid events by id.
+        invalid: Invalid events by digest.
+        unsigned: Ids of valid events that come from states only.
+    """
 
     valid: dict[str, dict[str, Any]] = field(default_factory=dict)
     invalid: dict[str, SetAside] = field(default_factory=dict)
     unsigned: set[str] = field(default_factory=set)
 
     def set_aside(self, found: SetAside) -> None:
+        """Add an invalid event, or further reasons to it."""
         known = self.invalid.get(found.event_sha256)
         reasons = found.reasons | known.reasons if known else found.reasons
-        # Want of a key counts only where nothing else is wrong: else the outcome would hang on the order of merging.
+        # A missing key counts only if nothing else is wrong; else the result would depend on the order of merging.
         self.invalid[found.event_sha256] = SetAside(found.event_sha256, found.event_id, reasons - NO_KEY or reasons)
 
     def join(self, other: Pool) -> None:
-        """Take up all that another pool knows."""
+        """Add everything of another pool."""
         for event_id, event in other.valid.items():
             if event_id not in self.valid:
                 self.valid[event_id] = event
@@ -72,7 +79,7 @@ class Pool:
             self.set_aside(found)
 
     def remaining(self) -> list[SetAside]:
-        """The invalid events, less those that lacked a key here and are valid elsewhere; in order of digest."""
+        """Return invalid events in order of digest, without those that lacked a key here and are valid elsewhere."""
         return [
             found
             for _, found in sorted(self.invalid.items())
@@ -81,7 +88,7 @@ class Pool:
 
 
 class Merger:
-    """Merges documents one by one; they may be forgotten once added."""
+    """Merges documents one by one; a document may be dropped once it was added."""
 
     def __init__(self, store: TrustStore | None = None):
         self.store = TrustStore() if store is None else store
@@ -89,7 +96,11 @@ class Merger:
         self.pool = Pool()
 
     def add(self, content: Any) -> None:
-        """Take up a bundle, a state or an event. Raises ProvenanceError, also if it is about another paper."""
+        """Add a bundle, a state or an event.
+
+        Raises:
+            ProvenanceError: It cannot be read, or is about another paper.
+        """
         document = open_document(content, self.store, every=False)
         if document.subject is None:
             raise ProvenanceError(f"is a {document.kind} without a pith number")
@@ -100,14 +111,22 @@ class Merger:
         self.pool.join(found)
 
     def state(self) -> dict[str, Any]:
-        """The state of all that was added. Raises ProvenanceError if that is nothing."""
+        """Return the state of all that was added.
+
+        Raises:
+            ProvenanceError: Nothing was added.
+        """
         if self.subject is None:
             raise ProvenanceError("there is nothing to merge")
         return state_of(self.subject, self.pool)
 
 
 def merge(documents: Iterable[Any], store: TrustStore | None = None) -> dict[str, Any]:
-    """The state of one paper from any bundles, states and events about it. Raises ProvenanceError."""
+    """Merge bundles, states and events about one paper into a state.
+
+    Raises:
+        ProvenanceError: A document cannot be read, or is about another paper.
+    """
     merger = Merger(store)
     for content in documents:
         merger.add(content)
@@ -115,21 +134,25 @@ def merge(documents: Iterable[Any], store: TrustStore | None = None) -> dict[str
 
 
 def pool_of(document: Document) -> Pool:
-    """Sort a document's events into valid and invalid ones. Raises ProvenanceError if it holds no lists of them."""
+    """Sort a document's events into valid and invalid ones.
+
+    Raises:
+        ProvenanceError: The document holds no lists of events.
+    """
     content = document.content
     if document.kind == "bundle" and type(content.get("events")) is not list:
         raise ProvenanceError(f"the bundle's `events` is {brief(content.get('events'))}, not a list")
     if document.kind == "state" and type(content.get("current")) is not dict:
         raise ProvenanceError(f"the state's `current` is {brief(content.get('current'))}, not an object")
     pool = Pool()
-    for examined in document.events:
-        if not examined.reasons:
-            pool.valid[examined.event["event_id"]] = examined.event
-            if not examined.signed:
-                pool.unsigned.add(examined.event["event_id"])
+    for checked in document.events:
+        if not checked.reasons:
+            pool.valid[checked.event["event_id"]] = checked.event
+            if not checked.signed:
+                pool.unsigned.add(checked.event["event_id"])
         else:
-            event = examined.event
-            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), examined.reasons))
+            event = checked.event
+            pool.set_aside(SetAside(part_sha256_hex(event), claimed_id(event), checked.reasons))
     if document.kind == "state":
         for entry in _carried(content):
             pool.set_aside(entry)
@@ -137,7 +160,7 @@ def pool_of(document: Document) -> Pool:
 
 
 def state_of(subject: str, pool: Pool) -> dict[str, Any]:
-    """The state that a pool of events about `subject` makes."""
+    """Return the state of a pool of events about ``subject``."""
     events = sorted(pool.valid.values(), key=order_of)
     records = [event for event in events if event["event_type"] == RECORD]
     invalid = [
@@ -174,7 +197,7 @@ def state_of(subject: str, pool: Pool) -> dict[str, Any]:
 
 
 def find_equivocations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The slots that one key claims with several events (see the top of this file), in order."""
+    """Return the places that one key claims with several events, in order (see the top of this file)."""
     slots: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for event in events:
         key = event["signer"]["public_key_fingerprint"]
@@ -197,7 +220,11 @@ def find_equivocations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _carried(state: dict[str, Any]) -> list[SetAside]:
-    """The invalid events that a state lists. Raises ProvenanceError if they are not listed as a merge lists them."""
+    """Return the invalid events that a state lists.
+
+    Raises:
+        ProvenanceError: They are not listed as a merge lists them.
+    """
     entries = typed(state, "invalid_events", list)
     if entries is None or len(entries) > MAX_EVENTS:
         raise ProvenanceError("the state's `invalid_events` is no list, or too long a one")

@@ -1,4 +1,4 @@
-"""A replication record: what was measured for a paper's claim, how, and where, made from a benchmark's JSON result."""
+"""Replication records: what was measured for a paper's claim, how and where, from a benchmark's JSON result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .report import typed
 
 RECORD_VERSION = "1.0"
 ABOUT = ("benchmark", "date", "command", "machine", "revision", "claim", "rows")
-"""Keys of a result file that describe the run; everything else in it was measured or set."""
+"""Keys of a result file that describe the run; everything else is a figure or a setting."""
 
-# The benchmarks' rule is that units stand in names. The last word of a name that is one of these decides.
+# Benchmarks write units in names. The last word of a name that is one of these is its unit.
 UNITS = {
     "bytes": "bytes",
     "kib": "KiB",
@@ -52,10 +52,21 @@ def replication_payload(
     revision: str | None = None,
     artifacts: Iterable[str | os.PathLike[str]] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """(target, payload) of a `replication_record` for `paper` (a bundle or a state) from a benchmark's result file.
+    """Make target and payload of a ``replication_record`` from a benchmark's result file.
 
-    The result's own `command`, `machine` and `revision` are taken where it has them; a revision that it has not is that
-    of the commit the file came with. Raises ProvenanceError, naming the file and the option that would help.
+    ``command``, ``machine`` and ``revision`` are taken from the result if it has them. A missing revision is that of
+    the commit the file is in.
+
+    Args:
+        paper: Bundle or state of the paper.
+        result_path: The result file.
+        claim: The claim in a sentence; None says only that this was measured.
+        command: How the result was made, if it does not say so.
+        revision: Commit of the code, if neither the result nor git can tell.
+        artifacts: Further files to record with their digests.
+
+    Raises:
+        ProvenanceError: Names the file and the option that would help.
     """
     data = read_bytes(result_path)
     try:
@@ -87,14 +98,14 @@ def replication_payload(
 
 
 def default_claim(paper: dict[str, Any], benchmark: str) -> str:
-    """What is stated when nobody states more: that this was measured."""
+    """Return the claim if the user gives none: that this was measured."""
     return (
         f"The method of {title_of(paper) or 'the paper'}, implemented independently: figures of benchmark {benchmark}"
     )
 
 
 def title_of(paper: dict[str, Any]) -> str | None:
-    """The title in a bundle's or state's newest graph snapshot."""
+    """Return the title in the newest graph snapshot of a bundle or state."""
     state = typed(paper, "state", dict) or paper
     snapshots = typed(typed(state, "current", dict), "graph_snapshots", list) or []
     for entry in reversed(snapshots):
@@ -106,13 +117,17 @@ def title_of(paper: dict[str, Any]) -> str | None:
 
 
 def artifact(path: str | os.PathLike[str], data: bytes | None = None) -> dict[str, Any]:
-    """A file's name, size and SHA-256. Raises ProvenanceError."""
+    """Return a file's name, size and SHA-256.
+
+    Raises:
+        ProvenanceError: The file cannot be read.
+    """
     data = read_bytes(path) if data is None else data
     return {"name": Path(path).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def unit_of(path: str) -> str | None:
-    """The unit that a dotted name says: of `step.torch_ms_median` "ms"; None if it says none."""
+def unit_in_name(path: str) -> str | None:
+    """Return the unit in a dotted name ("ms" for ``step.torch_ms_median``); None without one."""
     for word in reversed(re.split(r"[._\[\]]+", path.lower())):
         if word in UNITS:
             return UNITS[word]
@@ -129,10 +144,10 @@ def _rows(result: dict[str, Any], path: str | os.PathLike[str]) -> list[Any]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as figures with units, and the conditions they were measured under. Series stay in the artifact."""
+    """Split a row into figures with units, and the conditions of their measurement. Lists stay in the artifact."""
     figures, conditions = [], {}
     for path, value in _leaves(row):
-        unit = unit_of(path) if type(value) in (int, float) else None
+        unit = unit_in_name(path) if type(value) in (int, float) else None
         if unit is None:
             conditions[path] = value
         else:
@@ -141,7 +156,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested objects but lists. Depth is bounded by `parse`."""
+    """Yield (dotted name, value) of nested objects, without lists. Depth is bounded by ``parse``."""
     for key, item in value.items():
         name = f"{path}.{key}" if path else key
         if type(item) is dict:
@@ -151,7 +166,7 @@ def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _code(result: dict[str, Any], path: str | os.PathLike[str], given: str | None) -> dict[str, Any]:
-    """The revision of the code, and how it is known."""
+    """Return the revision of the code and how it is known."""
     recorded = typed(result, "revision", str)
     if given or recorded:
         return {"revision": given or recorded, "known_from": "the signer" if given else "the benchmark"}
@@ -164,7 +179,7 @@ def _code(result: dict[str, Any], path: str | os.PathLike[str], given: str | Non
 
 
 def _git(path: str | os.PathLike[str], *words: str) -> str | None:
-    """What git says in the file's folder; None without git or outside a repository."""
+    """Run git in the file's folder; None without git or outside a repository."""
     folder = Path(path).resolve().parent
     try:
         done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=30, check=True)

@@ -1,4 +1,4 @@
-"""What a verification found: a list of checks, none of which stops the others."""
+"""The result of a verification: a list of checks. A failed check does not stop the others."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import Any, NamedTuple
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """Result of a check."""
 
     PASS = "pass"
     FAIL = "fail"
     UNTRUSTED = "untrusted"
-    """A valid signature by a key that nothing but the document itself vouches for."""
+    """A valid signature by a key that only the document itself lists."""
     NOT_PRESENT = "not-present"
     NOT_CHECKED = "not-checked"
 
 
 class Check(NamedTuple):
-    """One question asked of a document: where, what, and how it ended.
+    """One check of a document.
 
-    `intrinsic`: the answer lies in the document and is the same for everyone, whomever they trust.
+    Attributes:
+        where: Place in the document.
+        name: Name of the check.
+        status: Its result.
+        detail: Why it failed.
+        intrinsic: The result follows from the document alone, and is the same for everyone, whatever keys they trust.
     """
 
     where: str
@@ -31,12 +36,20 @@ class Check(NamedTuple):
     intrinsic: bool = True
 
     def as_dict(self) -> dict[str, str]:
+        """Return the check for JSON output."""
         return {"where": self.where, "check": self.name, "status": str(self.status), "detail": self.detail}
 
 
 @dataclass
-class Report:
-    """All checks of one document (`kind`: bundle, state or event)."""
+class Verification:
+    """All checks of one document.
+
+    Attributes:
+        kind: "bundle", "state" or "event".
+        subject: Pith number of the paper.
+        checks: The checks.
+        trusted_signatures: Number of valid signatures by trusted keys.
+    """
 
     kind: str
     subject: str | None
@@ -45,19 +58,22 @@ class Report:
 
     @property
     def failures(self) -> list[Check]:
+        """Checks that failed."""
         return [check for check in self.checks if check.status is Status.FAIL]
 
     @property
     def untrusted(self) -> list[Check]:
+        """Valid signatures by keys that are not trusted."""
         return [check for check in self.checks if check.status is Status.UNTRUSTED]
 
     @property
     def verified(self) -> bool:
-        """No check failed, every signature is by a trusted key, and there is at least one."""
+        """Whether no check failed, every signature is by a trusted key, and there is at least one."""
         return not self.failures and not self.untrusted and self.trusted_signatures > 0
 
     @property
     def verdict(self) -> str:
+        """The result in a few words."""
         if self.failures:
             return f"failed {len(self.failures)} of {len(self.checks)} checks"
         if self.untrusted:
@@ -68,12 +84,14 @@ class Report:
         return f"verified; {unsigned} events stand on the state's word alone" if unsigned else "verified"
 
     def counts(self) -> dict[str, int]:
+        """Return the number of checks by status."""
         found = dict.fromkeys(map(str, Status), 0)
         for check in self.checks:
             found[str(check.status)] += 1
         return found
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the verification for JSON output."""
         return {
             "kind": self.kind,
             "pith_number": self.subject,
@@ -85,7 +103,7 @@ class Report:
 
 
 class Checker:
-    """Collects checks under one place of a document; without `every` only those that do not pass."""
+    """Collects checks for one place of a document; without ``every``, only those that do not pass."""
 
     def __init__(self, where: str, checks: list[Check] | None = None, every: bool = True):
         self.where = where
@@ -93,11 +111,11 @@ class Checker:
         self.checks: list[Check] = [] if checks is None else checks
 
     def at(self, where: str) -> Checker:
-        """The same list, another place."""
+        """Return a checker for another place with the same list."""
         return Checker(where, self.checks)
 
     def test(self, name: str, passed: bool, otherwise: str = "", *values: Any) -> bool:
-        """Note a pass, or a failure with the reason `otherwise`, `values` put in its braces."""
+        """Note a pass, or a failure with the reason ``otherwise``, formatted with ``values``."""
         if passed:
             if self.every:
                 self.checks.append(Check(self.where, name, Status.PASS))
@@ -106,16 +124,17 @@ class Checker:
         return passed
 
     def same(self, name: str, found: Any, expected: Any) -> bool:
-        """Note whether a value is the expected one, of the same type (True is no 1)."""
+        """Note whether a value is the expected one, of the same type (True is not 1)."""
         passed = type(found) is type(expected) and found == expected
         return self.test(name, passed, "is {}, should be {}", found, expected)
 
     def note(self, name: str, status: Status, detail: str = "", intrinsic: bool = True) -> None:
+        """Note a check."""
         self.checks.append(Check(self.where, name, status, detail, intrinsic))
 
 
 def brief(value: Any) -> str:
-    """A value in a message: short, whatever it is."""
+    """Return a short form of any value for a message."""
     if isinstance(value, str):
         return repr(value if len(value) <= 90 else value[:87] + "...")
     if value is None:
@@ -128,7 +147,7 @@ def brief(value: Any) -> str:
 
 
 def first_difference(found: Any, expected: Any, path: str = "") -> str:
-    """Where two values that differ first do so, in a few words."""
+    """Describe in a few words where two different values first differ."""
     if type(found) is dict and type(expected) is dict:
         for key in sorted(found.keys() | expected.keys()):
             if key not in found or key not in expected:
@@ -144,7 +163,7 @@ def first_difference(found: Any, expected: Any, path: str = "") -> str:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two JSON values are not the same: unlike `!=`, this tells 1, 1.0 and True apart."""
+    """Return whether two JSON values differ; unlike ``!=``, this tells 1, 1.0 and True apart."""
     if type(one) is not type(other):
         return True
     if type(one) is dict:
@@ -155,6 +174,6 @@ def differ(one: Any, other: Any) -> bool:
 
 
 def typed(mapping: Any, key: str, kind: type) -> Any:
-    """`mapping[key]` if it is there and of that very type, else None. Documents may hold anything anywhere."""
+    """Return ``mapping[key]`` if it is there and of exactly that type, else None: documents may hold anything."""
     value = mapping.get(key) if type(mapping) is dict else None
     return value if type(value) is kind else None

@@ -1,4 +1,4 @@
-"""Keys of one's own, events signed with them, and bundles that hold those events beside a paper's."""
+"""Private keys, signed events, and bundles that hold those events beside a paper's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .files import read_bytes, write_secret
 from .identity import instant, short_number
 from .keys import PublicKey, default_key_id, raw_public, read_keys
 from .merge import MERGE_VERSION, merge
-from .report import Report, typed
+from .report import Verification, typed
 from .signatures import ALGORITHM, BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, EVENT_MESSAGE, SIGNED
 from .trust import TrustStore
 from .verify import verify
@@ -35,7 +35,7 @@ SIGNER_TYPE = "independent"
 
 @dataclass(frozen=True)
 class Signer:
-    """A private key, and the names that its signatures go by."""
+    """A private key with the names that its signatures carry."""
 
     private: Ed25519PrivateKey
     key_id: str
@@ -44,10 +44,11 @@ class Signer:
 
     @property
     def public(self) -> PublicKey:
+        """The public key."""
         return PublicKey(raw_public(self.private), self.key_id, self.signer_id)
 
     def describe(self) -> dict[str, str]:
-        """The signer as events name it."""
+        """Return the signer as events name it."""
         return {
             "signer_id": self.signer_id,
             "signer_type": self.signer_type,
@@ -56,7 +57,7 @@ class Signer:
         }
 
     def sign(self, digest: str, message: str, signed_at: str) -> dict[str, str]:
-        """A signature block over a digest (64 hex digits); `message` says which kind of digest it is."""
+        """Return a signature block over a digest (64 hex digits); ``message`` says which kind of digest it is."""
         return {
             "signature_status": SIGNED,
             "algorithm": ALGORITHM,
@@ -69,7 +70,11 @@ class Signer:
 
 
 def signer_for(private: Ed25519PrivateKey, signer_id: str | None = None, key_id: str | None = None) -> Signer:
-    """A signer by these names, or by names made of the key's fingerprint. Raises ProvenanceError."""
+    """Return a signer with these names, or with names made of the key's fingerprint.
+
+    Raises:
+        ProvenanceError: A name cannot be used.
+    """
     key_id = default_key_id(PublicKey(raw_public(private))) if key_id is None else key_id
     for name, value in (("signer_id", signer_id), ("key_id", key_id)):
         if value is not None and not (value.strip() and value.isprintable() and len(value) <= 200):
@@ -78,9 +83,10 @@ def signer_for(private: Ed25519PrivateKey, signer_id: str | None = None, key_id:
 
 
 def generate_key(path: str | os.PathLike[str], signer: Signer, passphrase: bytes | None = None) -> None:
-    """Write a signer's private key as PEM, readable by its owner alone, and the public one beside it as `PATH.pub`.
+    """Write a signer's private key as PEM, readable by its owner only, and the public key beside it as ``PATH.pub``.
 
-    Raises ProvenanceError if either file exists.
+    Raises:
+        ProvenanceError: One of the files exists.
     """
     public_path = f"{os.fspath(path)}.pub"
     if os.path.lexists(public_path):
@@ -96,7 +102,11 @@ def generate_key(path: str | os.PathLike[str], signer: Signer, passphrase: bytes
 
 
 def new_signer(signer_id: str | None = None, key_id: str | None = None) -> Signer:
-    """A signer with a new key. Raises ProvenanceError for names that cannot be used."""
+    """Return a signer with a new key.
+
+    Raises:
+        ProvenanceError: A name cannot be used.
+    """
     return signer_for(Ed25519PrivateKey.generate(), signer_id, key_id)
 
 
@@ -106,9 +116,11 @@ def load_signer(
     signer_id: str | None = None,
     key_id: str | None = None,
 ) -> Signer:
-    """The signer whose private key is in a file, by the names in `PATH.pub` where none are given.
+    """Load a signer's private key from a file; names that are not given are read from ``PATH.pub``.
 
-    Raises ProvenanceError, and NeedsPassphrase if the key is locked and no passphrase is given.
+    Raises:
+        ProvenanceError: The file holds no usable key.
+        NeedsPassphrase: The key is locked and no passphrase is given.
     """
     private = load_key(path, passphrase)
     public_path = f"{os.fspath(path)}.pub"
@@ -125,7 +137,12 @@ def load_signer(
 
 
 def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed25519PrivateKey:
-    """Read a private key. Raises ProvenanceError, and NeedsPassphrase if it has one and none is given."""
+    """Read a private key.
+
+    Raises:
+        ProvenanceError: The file holds no usable key.
+        NeedsPassphrase: The key is locked and no passphrase is given.
+    """
     data = read_bytes(path, 2**16)
     try:
         key = load_pem_private_key(data, password=passphrase)
@@ -142,7 +159,7 @@ def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> E
 
 
 class NeedsPassphrase(ProvenanceError):
-    """A private key is locked."""
+    """A private key is locked with a passphrase."""
 
 
 def sign_event(
@@ -156,9 +173,20 @@ def sign_event(
     supersedes: list[str] | None = None,
     created_at: str | None = None,
 ) -> dict[str, Any]:
-    """An event about the paper `subject` (its pith number), signed. Raises ProvenanceError.
+    """Return a signed event about the paper ``subject`` (its pith number).
 
-    `event_type`: any but `record_created`, which is the registry's to say.
+    Args:
+        signer: Who signs.
+        subject: Pith number of the paper.
+        event_type: Any type but ``record_created``, which only the registry may sign.
+        target: What the event is about.
+        payload: What it says.
+        supersedes: Ids of events that this one replaces.
+        prev_event: Id of the signer's event before this one.
+        created_at: Time of the event; None for now.
+
+    Raises:
+        ProvenanceError: An argument cannot be used.
     """
     short_number(subject)
     if event_type not in LISTS:
@@ -187,7 +215,11 @@ def sign_event(
 
 
 def seal(signer: Signer, content: dict[str, Any]) -> dict[str, Any]:
-    """Complete an event's content with its digest, id and signature. Raises ProvenanceError."""
+    """Complete an event's content with its digest, id and signature.
+
+    Raises:
+        ProvenanceError: The content has no canonical form.
+    """
     canonical_bytes(content)
     digest = content_sha256(content)
     return {
@@ -209,10 +241,13 @@ def append(
     mirror_hints: list[dict[str, Any]] | None = None,
     store: TrustStore | None = None,
 ) -> dict[str, Any]:
-    """A signed bundle of a paper's events and a new one, which follows the signer's last of that type and target.
+    """Return a signed bundle of a paper's events and a new one.
 
-    Raises ChecksFailed if `paper` (a bundle or a state) does not verify with `store` and the signer's own key, and
-    ProvenanceError.
+    The new event follows the signer's last event of that type and target.
+
+    Raises:
+        ChecksFailed: ``paper`` (a bundle or a state) does not verify with ``store`` and the signer's own key.
+        ProvenanceError: An argument cannot be used.
     """
     store = _checked(paper, signer, store)
     subject = paper["pith_number"]
@@ -229,11 +264,14 @@ def build_bundle(
     mirror_hints: list[dict[str, Any]] | None = None,
     store: TrustStore | None = None,
 ) -> dict[str, Any]:
-    """A bundle of a paper's events and `events`, with its state, signed.
+    """Return a signed bundle of a paper's events and ``events``, with its state.
 
-    A paper known as a state only gives no events, because a state's have no signatures: the bundle then holds the new
-    ones alone, and is merged with that state. Nothing is signed that would not verify. Raises ChecksFailed and
-    ProvenanceError.
+    Events of a paper known as a state have no signatures: the bundle then holds the new events only, and is merged
+    with that state. Nothing is signed that would not verify.
+
+    Raises:
+        ChecksFailed: The paper or an event fails its checks.
+        ProvenanceError: An argument cannot be used.
     """
     store = _checked(paper, signer, store)
     is_state = "bundle_type" not in paper
@@ -267,25 +305,37 @@ def build_bundle(
 
 
 def sign_bundle(bundle: dict[str, Any], signer: Signer) -> dict[str, Any]:
-    """The `bundle_signature` of a bundle, whatever stands in its place now. Raises ProvenanceError."""
+    """Return the ``bundle_signature`` of a bundle, ignoring the one it has.
+
+    Raises:
+        ProvenanceError: The bundle has no canonical form.
+    """
     digest = sha256_hex(without(bundle, "bundle_signature"))
     return {**signer.sign(digest, BUNDLE_MESSAGE, _latest(now(), bundle["built_at"])), "bundle_sha256": digest}
 
 
 def mirror_hint(url: str, name: str | None = None) -> dict[str, Any]:
-    """An entry of a bundle's `mirror_hints`: where a copy of it will be found. Raises ProvenanceError."""
+    """Return an entry of a bundle's ``mirror_hints``: where a copy of it will be found.
+
+    Raises:
+        ProvenanceError: The URL cannot be used.
+    """
     if not url.startswith("https://") or not url.isprintable() or " " in url:
         raise ProvenanceError(f"mirror {url[:60]!r}: takes an address that begins with https://")
     return {"mirror_type": "https", "name": name or url.split("/")[2], "bundle_url": url, "status": "mirror"}
 
 
 def now() -> str:
-    """This second, as documents write it."""
+    """Return the current second in the form of the documents."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _checked(paper: dict[str, Any], signer: Signer, store: TrustStore | None) -> TrustStore:
-    """The trust store with the signer's own key in it. Raises ChecksFailed if the paper does not verify with it."""
+    """Return the trust store with the signer's own key.
+
+    Raises:
+        ChecksFailed: The paper does not verify with it.
+    """
     widened = TrustStore(store.keys if store is not None else TrustStore().keys)
     widened.add(signer.public)
     report = verify(paper, widened)
@@ -295,19 +345,19 @@ def _checked(paper: dict[str, Any], signer: Signer, store: TrustStore | None) ->
     return widened
 
 
-def _refuse_unless_verified(report: Report, what: str) -> None:
+def _refuse_unless_verified(report: Verification, what: str) -> None:
     if not report.verified:
         first = (report.failures or report.untrusted or report.checks)[0]
         raise ChecksFailed(f"the {what}: {first.where} {first.name}: {first.detail}")
 
 
 def _latest(*times: str) -> str:
-    """A clock that runs behind must not make a signature older than what it signs."""
+    """Return a time that is not before the given ones: a slow clock must not date a signature before its content."""
     return max(times, key=lambda time: instant(time) or ("", ""))
 
 
 def _last_event(state: dict[str, Any], signer: Signer, event_type: str, target: str) -> str | None:
-    """The signer's event of this type and target that none of its others follows; of several the latest."""
+    """Return the signer's event of this type and target that no other of theirs follows; of several, the latest."""
     fingerprint = signer.public.fingerprint
     own = [
         entry

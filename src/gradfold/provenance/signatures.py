@@ -1,4 +1,4 @@
-"""Checks of one signature: its form, which digest it says it covers, its key, the signature itself, its time."""
+"""Checks of one signature: form, digest, key, validity and time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .identity import instant
 from .keys import decode_base64
 from .report import Checker, Status, brief, typed
-from .trust import Keyring, Missing
+from .trust import Keyring, MissingKey
 
 RECEIPT_MESSAGE = "canonical_sha256_bytes"
 EVENT_MESSAGE = "open_graph_event_sha256_bytes"
@@ -26,10 +26,17 @@ def check_signature(
     not_before: Any = None,
     brings_keys: bool = True,
 ) -> None:
-    """Note every check of the signature `block` over `digest` (64 hex digits).
+    """Note every check of a signature.
 
-    `message`: the kind of digest that it must say it signs. `not_before`: a time it may not be earlier than.
-    `brings_keys`: whether it stands in a document that should list its key; a state has no room for keys.
+    Args:
+        block: The signature block.
+        digest: The digest it should cover, 64 hex digits.
+        message: The kind of digest that it must say it signs.
+        keys: The keys to check it with.
+        at: Where checks are noted.
+        prefix: Prefix of the checks' names.
+        not_before: A time it must not be earlier than.
+        brings_keys: Whether its document should list its key; a state has no room for keys.
     """
     at.same(f"{prefix}signature_status", block.get("signature_status"), SIGNED)
     at.same(f"{prefix}algorithm", block.get("algorithm"), ALGORITHM)
@@ -42,7 +49,7 @@ def check_signature(
         at.note(f"{prefix}signature", Status.NOT_CHECKED, "there is no key to check it with")
         return
     found = keys.find(key_id, fingerprint)
-    if isinstance(found, Missing):
+    if isinstance(found, MissingKey):
         at.note(f"{prefix}{found.name}", Status.FAIL, found.reason, intrinsic=found.name != "key" or brings_keys)
         at.note(f"{prefix}signature", Status.NOT_CHECKED, "there is no key to check it with")
         return

@@ -1,4 +1,4 @@
-"""Which keys count: those built in and those the user names. A key inside a document is only a claim."""
+"""Trusted keys: built-in ones and those the user names. A key inside a document is only a claim."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ KNOWN_SIGNATURES = {
         "e369997a6bf66c50145302c888e5eba4434d8b3c541a859aaa7ef484ab8e74f2"
     ),
 }
-"""SHA-256 of a bundle -> that of its whole `bundle_signature`, for bundles this project was built on.
+"""SHA-256 of a bundle -> SHA-256 of its whole ``bundle_signature``, for the bundles this project builds on.
 
-A bundle signature's own `signed_at` is in no digest and under no signature, so a change of it shows only beside a copy
-of the original. For other bundles it is reported as not checked.
+No digest and no signature covers the ``signed_at`` of a bundle signature, so a change of it is found only by comparison
+with the original. For other bundles it is reported as not checked.
 """
 
 KEY_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Found:
-    """A key for a signature, and what is to be said of it."""
+class FoundKey:
+    """A key for a signature, and whether it is trusted or listed."""
 
     key: PublicKey
     trusted: bool
     listed: bool
-    """Whether the document itself brings it; the registry's counts as brought by all."""
+    """Whether the document lists the key; the registry's key counts as listed everywhere."""
     clash: str = ""
-    """What contradicts the names under which keys are trusted."""
+    """How the names contradict those of trusted keys; empty if they do not."""
 
 
 @dataclass(frozen=True)
-class Missing:
-    """Why there is no key: `name` is the check that fails."""
+class MissingKey:
+    """Why there is no key; ``name`` is the check that fails."""
 
     name: str
     reason: str
 
 
 class TrustStore:
-    """Keys that are trusted because somebody said so; by default the registry's alone."""
+    """Keys that the user trusts; by default only the registry's."""
 
     def __init__(self, keys: Iterable[PublicKey] = (PITH_REGISTRY,)):
         self._by_fingerprint: dict[str, PublicKey] = {}
@@ -63,7 +63,11 @@ class TrustStore:
             self.add(key)
 
     def add(self, key: PublicKey) -> None:
-        """Trust a key too. Raises ProvenanceError if its id is that of another trusted key."""
+        """Trust a key.
+
+        Raises:
+            ProvenanceError: Its id is that of another trusted key.
+        """
         known = self._by_fingerprint.get(key.fingerprint)
         if known is not None and known.key_id is not None:
             if key.key_id not in (None, known.key_id):
@@ -78,7 +82,11 @@ class TrustStore:
             self._by_signer.setdefault(key.signer_id, set()).add(key.fingerprint)
 
     def add_file(self, path: str | os.PathLike[str]) -> None:
-        """Trust the keys in a file. Raises ProvenanceError, which names the file."""
+        """Trust the keys in a file.
+
+        Raises:
+            ProvenanceError: Names the file.
+        """
         data = read_bytes(path, KEY_FILE_BYTES)
         try:
             for key in read_keys(data):
@@ -88,17 +96,19 @@ class TrustStore:
 
     @property
     def keys(self) -> list[PublicKey]:
+        """The trusted keys."""
         return list(self._by_fingerprint.values())
 
     def find(self, fingerprint: str) -> PublicKey | None:
+        """Return the trusted key with this fingerprint, or None."""
         return self._by_fingerprint.get(fingerprint)
 
     def owner_of(self, key_id: str) -> PublicKey | None:
-        """The trusted key that goes by this id."""
+        """Return the trusted key with this id, or None."""
         return self._by_id.get(key_id)
 
     def impostor(self, signer_id: str, fingerprint: str) -> bool:
-        """Whether a signer's name belongs to a trusted key other than this one, or this key to another name."""
+        """Return whether a signer's name belongs to another trusted key, or this trusted key to another name."""
         owners = self._by_signer.get(signer_id)
         if owners is not None:
             return fingerprint not in owners
@@ -111,7 +121,7 @@ RESERVED = TrustStore()
 
 
 class Keyring:
-    """The keys that one document's signatures are checked with: those it lists itself, and the trusted ones."""
+    """The keys for one document's signatures: those it lists itself, and the trusted ones."""
 
     def __init__(self, store: TrustStore, claims: Iterable[PublicKey] = ()):
         self.store = store
@@ -119,14 +129,14 @@ class Keyring:
         for key in (PITH_REGISTRY, *claims):
             self._claims.setdefault(key.fingerprint, []).append(key)
 
-    def find(self, key_id: str, fingerprint: str) -> Found | Missing:
-        """The key that a signature names by id and fingerprint."""
+    def find(self, key_id: str, fingerprint: str) -> FoundKey | MissingKey:
+        """Return the key that a signature names by id and fingerprint, or why there is none."""
         if (owner := RESERVED.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
-            return Missing("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
+            return MissingKey("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
         listed = self._claims.get(fingerprint, [])
         ids = [key.key_id for key in listed]
         if ids and None not in ids and key_id not in ids:
-            return Missing("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
+            return MissingKey("key_id", f"is {brief(key_id)}, but that key goes by {brief(ids[0])}")
         trusted = self.store.find(fingerprint)
         clash = ""
         if (owner := self.store.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
@@ -134,5 +144,5 @@ class Keyring:
         elif trusted is not None and trusted.key_id not in (None, key_id):
             clash = f"is {brief(key_id)}, but that key is trusted as {brief(trusted.key_id)}"
         if listed or trusted is not None:
-            return Found(trusted or listed[0], trusted is not None, bool(listed), clash)
-        return Missing("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")
+            return FoundKey(trusted or listed[0], trusted is not None, bool(listed), clash)
+        return MissingKey("key", f"no key with fingerprint {brief(fingerprint)}; name the file of one that you trust")

@@ -1,4 +1,4 @@
-"""Verify a bundle, a state or one event: every check there is, listed one by one."""
+"""Verify a bundle, a state or one event: all checks, listed one by one."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import hashlib
 from typing import Any
 
 from .canonical import part_sha256_hex, without
+from .checks import Document, claimed_id, open_document
 from .errors import ProvenanceError
 from .events import RECORD, SCHEMA_VERSION, is_event_id
-from .examine import Document, claimed_id, open_document
 from .identity import identity_of, instant, short_number, source_aliases, split_number
 from .links import check_links
 from .merge import MERGE_VERSION, STATE_TYPE, STATE_VERSION, pool_of, state_of
-from .report import Checker, Report, Status, brief, differ, first_difference, typed
+from .report import Checker, Status, Verification, brief, differ, first_difference, typed
 from .signatures import BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, check_signature
 from .trust import KNOWN_SIGNATURES, TrustStore
 
 SIGNATURES = frozenset({"signature", "receipt_signature", "bundle_signature"})
 
 
-def verify(content: Any, store: TrustStore | None = None) -> Report:
-    """Check a parsed document with the keys in `store` (by default the registry's).
+def verify(content: Any, store: TrustStore | None = None) -> Verification:
+    """Check a parsed document.
 
-    Raises ProvenanceError only for what is no bundle, state or event, or holds too many events. All else that may
-    be wrong with it is in the report.
+    Args:
+        content: The parsed document.
+        store: Trusted keys; None for the registry's.
+
+    Returns:
+        Every check. Whatever is wrong with the document is in there.
+
+    Raises:
+        ProvenanceError: It is not a bundle, state or event, or holds too many events.
     """
     document = open_document(content, TrustStore() if store is None else store)
-    report = Report(document.kind, document.subject, list(document.key_checks))
+    report = Verification(document.kind, document.subject, list(document.key_checks))
     at = Checker(document.kind, report.checks)
     for found in document.events:
         report.checks.extend(found.checks)
@@ -46,7 +53,7 @@ def verify(content: Any, store: TrustStore | None = None) -> Report:
 
 
 def _check_identity(document: Document, at: Checker) -> None:
-    """The record that stands in the document, its number and its aliases."""
+    """Check the record in the document, its number and its aliases."""
     content, subject = document.content, document.subject
     holder = content if document.kind == "bundle" else typed(content, "current", dict) or {}
     record = typed(holder, "canonical_record", dict)
@@ -73,7 +80,7 @@ def _check_identity(document: Document, at: Checker) -> None:
 
 
 def _check_aliases(found: Any, record: dict[str, Any], subject: str | None, at: Checker) -> None:
-    """The aliases, each with a time. Which time is only known of the state: it is the event's."""
+    """Check the aliases. Each needs a time, which is only known in a state, where it is the event's."""
     if subject is None or not at.test("source_aliases", type(found) is list, f"is {brief(found)}, not a list"):
         return
     plain = [without(alias, "created_at") if type(alias) is dict else alias for alias in found]
@@ -83,7 +90,7 @@ def _check_aliases(found: Any, record: dict[str, Any], subject: str | None, at: 
 
 
 def _check_events(document: Document, at: Checker) -> None:
-    """That every event is there once, and that there are as many as are said to be."""
+    """Check that every event is there once, and that there are as many as stated."""
     content = document.content
     if document.kind == "bundle":
         at.test("events", type(content.get("events")) is list, f"is {brief(content.get('events'))}, not a list")
@@ -111,7 +118,7 @@ def _check_events(document: Document, at: Checker) -> None:
 
 
 def _check_bundle(document: Document, at: Checker) -> None:
-    """Versions, digest and signature of the bundle as a whole."""
+    """Check versions, digest and signature of the whole bundle."""
     content = document.content
     at.same("bundle_type", content.get("bundle_type"), BUNDLE_TYPE)
     at.same("bundle_version", content.get("bundle_version"), BUNDLE_VERSION)
@@ -142,7 +149,7 @@ def _check_bundle(document: Document, at: Checker) -> None:
 
 
 def _check_state(document: Document, at: Checker) -> None:
-    """The state's digest, and every part of it against the state that the events make."""
+    """Check the state's digest, and every part of it against the state that the events make."""
     state = document.state
     if document.kind == "event":
         return
@@ -171,13 +178,13 @@ def _check_state(document: Document, at: Checker) -> None:
 
 
 def _aliases_due(document: Document, state: dict[str, Any]) -> Any:
-    """The aliases that a bundle should list: its state's, unless its state has no record to make them of."""
+    """Return the aliases that a bundle should list: those of its state, if that has a record."""
     aliases = state["current"]["source_aliases"]
     return aliases if aliases else document.content.get("source_aliases")
 
 
-def _note_the_unchecked(document: Document, report: Report) -> None:
-    """What nobody outside the registry can check, so that silence is not taken for a pass."""
+def _note_the_unchecked(document: Document, report: Verification) -> None:
+    """Note what only the registry could check, so that silence is not taken for a pass."""
     for found in document.events:
         payload = typed(found.event, "payload", dict) if type(found.event) is dict else None
         snapshot = typed(payload, "graph_snapshot", dict)
@@ -192,7 +199,7 @@ def _note_the_unchecked(document: Document, report: Report) -> None:
 
 
 def _check_title(document: Document, paper: dict[str, Any], at: Checker) -> None:
-    """The record holds a digest of the title; in the published documents it is that of the title in lower case."""
+    """Compare the record's title digest with that of the lower-cased title, as in the published documents."""
     holder = document.content if document.kind == "bundle" else typed(document.content, "current", dict)
     metadata = typed(typed(holder, "canonical_record", dict), "metadata", dict)
     title, expected = typed(paper, "title", str), typed(metadata, "title_canon_sha256", str)
@@ -213,6 +220,6 @@ def _signing_time(event: Any) -> tuple[str, str] | None:
 
 
 def _same_json(at: Checker, name: str, found: Any, expected: Any) -> None:
-    """Note whether two values have the same canonical form (1, 1.0 and True are three values)."""
+    """Note whether two values have the same canonical form (1, 1.0 and True differ)."""
     same = found is expected or not differ(found, expected)
     at.test(name, same, "" if same else first_difference(found, expected))

@@ -1,24 +1,24 @@
 """Update rules: one file per formula, each naming its source."""
 
-from .adagrad import Adagrad
-from .adam import Adam
+from .adagrad import AdagradRule
+from .adam import AdamRule
 from .base import Group, Rule, State, number, on_device
-from .lion import Lion
-from .nadam import NAdam
-from .radam import RAdam
-from .rmsprop import RMSprop
-from .sgd import SGD
+from .lion import LionRule
+from .nadam import NAdamRule
+from .radam import RAdamRule
+from .rmsprop import RMSpropRule
+from .sgd import SGDRule
 
 __all__ = [
-    "SGD",
-    "Adagrad",
-    "Adam",
+    "AdagradRule",
+    "AdamRule",
     "Group",
-    "Lion",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
+    "LionRule",
+    "NAdamRule",
+    "RAdamRule",
+    "RMSpropRule",
     "Rule",
+    "SGDRule",
     "State",
     "number",
     "on_device",

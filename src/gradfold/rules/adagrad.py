@@ -15,10 +15,12 @@ import torch
 
 from gradfold import _torch
 
-from .base import Rule, State, number, signed, step_tensor, tick
+from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
-class Numbers(NamedTuple):
+class AdagradNumbers(NamedTuple):
+    """Numbers of one Adagrad step, computed once per parameter."""
+
     step: float
     lr: float
     lr_decay: float
@@ -27,18 +29,20 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class Adagrad(Rule):
+class AdagradRule(Rule):
     """Adagrad with learning-rate decay."""
 
     name = "adagrad"
     kept = frozenset({"sum"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("sum", init=group["initial_accumulator_value"], signed=False),)
 
     def advance(self, counters, group, fresh):
-        return Numbers(
-            step=tick(counters),
+        """Advance the counters by one step and return this step's numbers."""
+        return AdagradNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             lr_decay=group["lr_decay"],
             eps=group["eps"],
@@ -47,8 +51,9 @@ class Adagrad(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (total,) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         total.addcmul_(grad, grad)
@@ -56,9 +61,11 @@ class Adagrad(Rule):
         weight.addcdiv_(grad, denom, value=-n.lr / (1 + (n.step - 1) * n.lr_decay))
 
     def fuses(self, weight):
-        return weight.device.type == "cpu"  # torch has this kernel for the CPU alone
+        """Return whether torch has a fused kernel of this rule for the weight."""
+        return weight.device.type == "cpu"  # torch has this kernel for CPUs only
 
     def fused(self, weight, grad, states, numbers):
+        """Run torch's fused kernel on contiguous tensors."""
         n = numbers
         _torch.fused_adagrad(
             [weight],

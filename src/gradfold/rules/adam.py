@@ -19,10 +19,12 @@ import torch
 
 from gradfold import _torch
 
-from .base import Rule, State, number, signed, step_tensor, tick
+from .base import Rule, State, descent_gradient, next_step, number, step_tensor
 
 
-class Numbers(NamedTuple):
+class AdamNumbers(NamedTuple):
+    """Numbers of one Adam step, computed once per parameter."""
+
     step: float
     lr: float
     beta1: float
@@ -34,21 +36,23 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class Adam(Rule):
-    """Adam; the group's ``decoupled_weight_decay`` makes it AdamW."""
+class AdamRule(Rule):
+    """Adam; ``decoupled_weight_decay=True`` in the group makes it AdamW."""
 
     name = "adam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})
     optional = frozenset({"max_exp_avg_sq"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         maximum = (State("max_exp_avg_sq", signed=False),) if group["amsgrad"] else ()
         return (State("exp_avg"), State("exp_avg_sq", signed=False), *maximum)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         beta1, beta2 = map(number, group["betas"])
-        return Numbers(
-            step=tick(counters),
+        return AdamNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             beta1=beta1,
             beta2=beta2,
@@ -60,8 +64,9 @@ class Adam(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:
@@ -75,6 +80,7 @@ class Adam(Rule):
         weight.addcdiv_(exp_avg, denom, value=-n.lr / (1 - n.beta1**n.step))
 
     def fused(self, weight, grad, states, numbers):
+        """Run torch's fused kernel on contiguous tensors."""
         n, (exp_avg, exp_avg_sq, *maximum) = numbers, states
         kernel = _torch.fused_adamw if n.decoupled else _torch.fused_adam
         kernel(

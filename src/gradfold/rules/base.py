@@ -1,4 +1,4 @@
-"""What an update rule is: element-wise arithmetic on tiles, and the numbers of one step."""
+"""Base class of update rules: element-wise arithmetic on tiles, and the numbers of one step."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ Group = Mapping[str, Any]
 
 
 class State(NamedTuple):
-    """One weight-shaped optimizer state: its key in ``state_dict`` and the value it starts from."""
+    """One weight-shaped optimizer state.
+
+    Attributes:
+        name: Key in ``state_dict``.
+        init: Initial value of every element.
+        lazy: Absent from ``state_dict`` until the first step, like ``momentum_buffer`` of torch's SGD.
+        signed: False for a second moment: never negative, so that only its relative precision matters.
+        exact: Always stored in fp32, because the rule subtracts two nearly equal states.
+    """
 
     name: str
     init: float = 0.0
-    lazy: bool = False  # absent from state_dict until the first step, as torch's SGD keeps momentum_buffer
-    signed: bool = True  # False for a second moment: never negative, and only its relative precision matters
-    exact: bool = False  # the rule takes a difference that nearly cancels: coarser than fp32 it loses its sign
+    lazy: bool = False
+    signed: bool = True
+    exact: bool = False
 
 
-_on_device = False  # in ``on_device()``
+_on_device = False  # True inside ``on_device()``
 
 
 @contextlib.contextmanager
 def on_device() -> Iterator[None]:
-    """A context in which numbers that are tensors stay tensors, so that nobody waits for their device.
+    """Keep hyper-parameters and counters that are tensors as tensors, so that nothing waits for their device.
 
-    ``advance`` then gives 0-d float64 tensors for whatever comes of them; a CUDA graph can capture that.
+    ``Rule.advance`` then returns 0-d float64 tensors for every number computed from them. A CUDA graph can capture
+    that.
     """
     global _on_device
     before, _on_device = _on_device, True
@@ -41,9 +50,9 @@ def on_device() -> Iterator[None]:
 
 
 def number(value: float | Tensor) -> float:
-    """A hyper-parameter or counter as a float (``on_device()``: a tensor stays one).
+    """Convert a hyper-parameter or counter to a float; inside ``on_device()`` a tensor stays a tensor.
 
-    A fake tensor has no value: one half stands in, for which every rule's arithmetic is finite.
+    A fake tensor has no value: it becomes 0.5, for which the arithmetic of every rule is finite.
     """
     if isinstance(value, Tensor):
         if _on_device and not hasattr(value, "fake_mode"):
@@ -55,57 +64,86 @@ def number(value: float | Tensor) -> float:
 class Rule:
     """A weight update that treats every element alike, in place on one tile.
 
-    ``advance`` turns counters and hyper-parameters into the plain numbers of this step, once per parameter;
-    ``update`` applies them to a tile, and may overwrite the gradient tile it is given. Because no element looks at
-    another, a weight may be cut into tiles anywhere and the result does not change.
+    ``advance`` turns counters and hyper-parameters into the plain numbers of this step, once per parameter. ``update``
+    applies them to a tile and may overwrite the gradient tile. No element depends on another, so a weight may be cut
+    into tiles anywhere without changing the result.
+
+    Attributes:
+        name: Name of the rule.
+        counters: Scalar states and their initial values.
+        kept: Weight-shaped states that are kept whatever the hyper-parameters.
+        optional: Weight-shaped states that are kept with some hyper-parameters.
     """
 
     name: ClassVar[str]
-    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}  # scalar states, and where they start
+    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}
 
-    kept: ClassVar[frozenset[str]] = frozenset()  # weight-shaped states kept whatever the hyper-parameters
-    optional: ClassVar[frozenset[str]] = frozenset()  # ... kept with some of them
+    kept: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def states(self, group: Group) -> tuple[State, ...]:
-        """The weight-shaped states this group's hyper-parameters call for, in ``update``'s order."""
+        """List the weight-shaped states that the group's hyper-parameters ask for, in the order ``update`` takes them.
+
+        Args:
+            group: A param_group of the optimizer.
+        """
         raise NotImplementedError(f"{type(self).__name__}.states")
 
     def scratch_tiles(self, group: Group) -> int:
-        """How many tiles of temporary memory ``update`` needs beside the gradient tile."""
+        """Return how many temporary tiles ``update`` needs beside the gradient tile."""
         return 1
 
     def advance(self, counters: MutableMapping[str, Tensor], group: Group, fresh: bool) -> Any:
-        """Move the counters one step on; return this step's numbers. ``fresh``: a lazy state starts now."""
+        """Advance the counters by one step and return this step's numbers.
+
+        Args:
+            counters: Scalar states by name; changed in place.
+            group: A param_group of the optimizer.
+            fresh: Whether the lazy states start at this step.
+
+        Returns:
+            A NamedTuple that ``update`` takes as ``numbers``.
+        """
         raise NotImplementedError(f"{type(self).__name__}.advance")
 
     def update(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any, scratch: Sequence[Tensor]):
-        """New weight and states for one tile, in place; all tensors share one shape, dtype and device."""
+        """Update weight and states of one tile in place.
+
+        Args:
+            weight: Tile of the weight, any shape.
+            grad: Gradient of the tile; may be overwritten.
+            states: One tile for each of ``states(group)``.
+            numbers: What ``advance`` returned.
+            scratch: ``scratch_tiles(group)`` tiles with arbitrary contents.
+
+        All tensors have one shape, dtype and device.
+        """
         raise NotImplementedError(f"{type(self).__name__}.update")
 
     def fuses(self, weight: Tensor) -> bool:
-        """Whether torch has a fused kernel of this rule for such weights."""
+        """Return whether torch has a fused kernel of this rule for the weight."""
         return type(self).fused is not Rule.fused
 
     def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> None:
-        """The same update by torch's fused kernel, which leaves the gradient as it is; contiguous tensors only."""
+        """Do the same update with torch's fused kernel: contiguous tensors, and the gradient is left unchanged."""
         raise NotImplementedError(f"{type(self).__name__}.fused")
 
 
 def pick(condition: bool | Tensor, yes: Callable[[], Any], no: Any) -> Any:
-    """``yes()`` where the condition holds, else ``no``; of tensors, both are computed."""
+    """Return ``yes()`` if the condition holds, else ``no``; with a tensor condition, ``torch.where`` of both."""
     if isinstance(condition, Tensor):
         return torch.where(condition, yes(), no)
     return yes() if condition else no
 
 
-def tick(counters: MutableMapping[str, Tensor]) -> float:
-    """Add one to ``step`` and return it."""
+def next_step(counters: MutableMapping[str, Tensor]) -> float:
+    """Add one to the counter ``step`` and return it."""
     counters["step"] += 1
     return number(counters["step"])
 
 
-def signed(grad: Tensor, maximize: bool) -> Tensor:
-    """The gradient of what is minimised, in place."""
+def descent_gradient(grad: Tensor, maximize: bool) -> Tensor:
+    """Negate the gradient in place if ``maximize``, so that the rule can always descend."""
     return grad.neg_() if maximize else grad
 
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number
 
 
-class Numbers(NamedTuple):
+class LionNumbers(NamedTuple):
+    """Numbers of one Lion step, computed once per parameter."""
+
     step: float
     lr: float
     beta1: float
@@ -25,24 +27,27 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class Lion(Rule):
-    """Sign of an interpolated momentum, with decoupled weight decay."""
+class LionRule(Rule):
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay."""
 
     name = "lion"
     kept = frozenset({"exp_avg"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("exp_avg"),)
 
     def advance(self, counters, group, fresh):
+        """Advance the counters by one step and return this step's numbers."""
         beta1, beta2 = map(number, group["betas"])
-        return Numbers(
-            tick(counters), number(group["lr"]), beta1, beta2, number(group["weight_decay"]), group["maximize"]
+        return LionNumbers(
+            next_step(counters), number(group["lr"]), beta1, beta2, number(group["weight_decay"]), group["maximize"]
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg,) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             weight.mul_(1 - n.lr * n.weight_decay)
         direction = torch.mul(exp_avg, n.beta1, out=scratch[0]).add_(grad, alpha=1 - n.beta1).sign_()

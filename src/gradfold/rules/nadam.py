@@ -16,10 +16,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number
 
 
-class Numbers(NamedTuple):
+class NAdamNumbers(NamedTuple):
+    """Numbers of one NAdam step, computed once per parameter."""
+
     step: float
     lr: float
     beta1: float
@@ -28,22 +30,24 @@ class Numbers(NamedTuple):
     weight_decay: float
     decoupled: bool
     maximize: bool
-    grad_rate: float  # what g / d is multiplied by, before the sign
-    avg_rate: float  # what exp_avg / d is multiplied by, before the sign
+    grad_rate: float  # factor of g / d, before the sign
+    avg_rate: float  # factor of exp_avg / d, before the sign
 
 
-class NAdam(Rule):
-    """Adam with Nesterov's look-ahead."""
+class NAdamRule(Rule):
+    """Adam with Nesterov momentum."""
 
     name = "nadam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})
     counters: ClassVar = {"step": 0.0, "mu_product": 1.0}
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
-        step, lr = tick(counters), number(group["lr"])
+        """Advance the counters by one step and return this step's numbers."""
+        step, lr = next_step(counters), number(group["lr"])
         beta1, beta2 = map(number, group["betas"])
 
         def mu(t: float) -> float:
@@ -51,7 +55,7 @@ class NAdam(Rule):
 
         counters["mu_product"] *= mu(step)
         product, following = number(counters["mu_product"]), mu(step + 1)
-        return Numbers(
+        return NAdamNumbers(
             step=step,
             lr=lr,
             beta1=beta1,
@@ -65,8 +69,9 @@ class NAdam(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg, exp_avg_sq) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:

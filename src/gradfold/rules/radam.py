@@ -1,5 +1,6 @@
-"""RAdam: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265, algorithm 2,
-as ``torch.optim.RAdam`` defines it.
+"""RAdam, as ``torch.optim.RAdam`` defines it.
+
+Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265, algorithm 2.
 
 With g the gradient (negated under ``maximize``), t the step, and weight decay coupled or decoupled as in Adam:
 
@@ -17,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, pick, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number, pick
 
 
-class Numbers(NamedTuple):
+class RAdamNumbers(NamedTuple):
+    """Numbers of one RAdam step, computed once per parameter."""
+
     lr: float
     beta1: float
     beta2: float
@@ -28,21 +31,23 @@ class Numbers(NamedTuple):
     weight_decay: float
     decoupled: bool
     maximize: bool
-    rate: float  # what the direction is multiplied by, before the sign
-    adaptive: bool  # the variance is tractable: divide by sqrt(exp_avg_sq)
+    rate: float  # step size before the sign
+    adaptive: bool  # rho_t > 5: divide by sqrt(exp_avg_sq)
 
 
-class RAdam(Rule):
-    """Adam whose adaptive rate waits until its variance is tractable."""
+class RAdamRule(Rule):
+    """Adam that divides by ``sqrt(exp_avg_sq)`` only once the variance of that estimate is finite."""
 
     name = "radam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("exp_avg"), State("exp_avg_sq", signed=False))
 
     def advance(self, counters, group, fresh):
-        step, lr = tick(counters), number(group["lr"])
+        """Advance the counters by one step and return this step's numbers."""
+        step, lr = next_step(counters), number(group["lr"])
         beta1, beta2 = map(number, group["betas"])
         correction2 = 1 - beta2**step
         rho_inf = 2 / (1 - beta2) - 1
@@ -54,7 +59,7 @@ class RAdam(Rule):
             return plain * (ratio * correction2) ** 0.5
 
         rate = pick(rho > 5.0, rectified, plain)
-        return Numbers(
+        return RAdamNumbers(
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -67,8 +72,9 @@ class RAdam(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, (exp_avg, exp_avg_sq) = numbers, states
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay and n.decoupled:
             weight.mul_(1 - n.lr * n.weight_decay)
         elif n.weight_decay:

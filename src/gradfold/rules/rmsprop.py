@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from .base import Rule, State, number, signed, tick
+from .base import Rule, State, descent_gradient, next_step, number
 
 
-class Numbers(NamedTuple):
+class RMSpropNumbers(NamedTuple):
+    """Numbers of one RMSprop step, computed once per parameter."""
+
     step: float
     lr: float
     alpha: float
@@ -32,7 +34,7 @@ class Numbers(NamedTuple):
     maximize: bool
 
 
-class RMSprop(Rule):
+class RMSpropRule(Rule):
     """RMSprop with optional momentum and centering."""
 
     name = "rmsprop"
@@ -40,15 +42,17 @@ class RMSprop(Rule):
     optional = frozenset({"momentum_buffer", "grad_avg"})
 
     def states(self, group):
-        centered = group["centered"]  # then the variance is a difference of two states
+        """List the optimizer states that the group's options ask for."""
+        centered = group["centered"]  # the variance is then a difference of two states
         states = [State("square_avg", signed=False, exact=centered)]
         states += [State("momentum_buffer")] if group["momentum"] > 0 else []
         states += [State("grad_avg", exact=True)] if centered else []
         return tuple(states)
 
     def advance(self, counters, group, fresh):
-        return Numbers(
-            step=tick(counters),
+        """Advance the counters by one step and return this step's numbers."""
+        return RMSpropNumbers(
+            step=next_step(counters),
             lr=number(group["lr"]),
             alpha=group["alpha"],
             eps=group["eps"],
@@ -59,8 +63,9 @@ class RMSprop(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n, square_avg = numbers, states[0]
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         square_avg.mul_(n.alpha).addcmul_(grad, grad, value=1 - n.alpha)

@@ -15,34 +15,39 @@ from typing import ClassVar, NamedTuple
 
 from gradfold import _torch
 
-from .base import Rule, State, number, signed
+from .base import Rule, State, descent_gradient, number
 
 
-class Numbers(NamedTuple):
+class SGDNumbers(NamedTuple):
+    """Numbers of one SGD step, computed once per parameter."""
+
     lr: float
     momentum: float
     dampening: float
     weight_decay: float
     nesterov: bool
     maximize: bool
-    first: bool  # the momentum buffer starts as the gradient itself, undampened
+    first: bool  # first step: the momentum buffer is set to the gradient, without dampening
 
 
-class SGD(Rule):
-    """SGD with momentum, dampening and Nesterov's form."""
+class SGDRule(Rule):
+    """SGD with momentum, dampening and Nesterov momentum."""
 
     name = "sgd"
     optional = frozenset({"momentum_buffer"})
     counters: ClassVar = {}  # torch's SGD keeps no step count
 
     def states(self, group):
+        """List the optimizer states that the group's options ask for."""
         return (State("momentum_buffer", lazy=True),) if group["momentum"] else ()
 
     def scratch_tiles(self, group):
+        """Return 0: SGD needs no temporary tiles."""
         return 0
 
     def advance(self, counters, group, fresh):
-        return Numbers(
+        """Advance the counters by one step and return this step's numbers."""
+        return SGDNumbers(
             lr=number(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -53,8 +58,9 @@ class SGD(Rule):
         )
 
     def update(self, weight, grad, states, numbers, scratch):
+        """Update weight and states of one tile in place."""
         n = numbers
-        grad = signed(grad, n.maximize)
+        grad = descent_gradient(grad, n.maximize)
         if n.weight_decay:
             grad.add_(weight, alpha=n.weight_decay)
         if n.momentum:
@@ -67,10 +73,12 @@ class SGD(Rule):
         weight.add_(grad, alpha=-n.lr)
 
     def fuses(self, weight):
-        # torch 2.13's CPU kernel skips all but the last few elements of a 16-bit weight: pytorch issue 191763
+        """Return whether torch has a fused kernel of this rule for the weight."""
+        # torch 2.13's CPU kernel updates only the last few elements of a 16-bit weight: pytorch issue 191763
         return weight.device.type != "cpu" or weight.dtype.itemsize >= 4
 
     def fused(self, weight, grad, states, numbers):
+        """Run torch's fused kernel on contiguous tensors."""
         n = numbers
         _torch.fused_sgd(
             [weight],

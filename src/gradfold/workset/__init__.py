@@ -2,19 +2,19 @@
 
 from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
-from .disk import Disk
-from .host import Host
+from .disk import DiskStore
+from .host import HostStore
 from .rotation import Rotation, Turn
 from .schedule import Schedule
-from .store import Resident, Store
+from .store import ResidentStore, Store
 
 __all__ = [
     "Chunk",
-    "Disk",
-    "Host",
+    "DiskStore",
+    "HostStore",
     "Own",
     "Piece",
-    "Resident",
+    "ResidentStore",
     "Rotation",
     "Schedule",
     "Slice",

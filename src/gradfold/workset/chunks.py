@@ -1,6 +1,6 @@
-"""A model's trainable bytes, cut into chunks: by bytes (ChunkFT), by whole layers (BAdam, HiFT), or as the user says.
+"""Cut a model's trainable bytes into chunks: evenly (ChunkFT), by whole layers (BAdam, HiFT), or as the user says.
 
-Everything is exact (fractions), so every machine and every rank cuts alike.
+All arithmetic is exact (fractions), so every machine and every rank cuts alike.
 """
 
 from __future__ import annotations
@@ -17,38 +17,65 @@ from gradfold.errors import FoldError
 
 
 class Piece(NamedTuple):
-    """One trainable parameter, as the cut sees it."""
+    """One trainable parameter, as the cut sees it.
+
+    Attributes:
+        name: Name of the parameter.
+        shape: Its shape.
+        bytes: Bytes of all its elements, weight and states together; a float, because quantized states have scales.
+        mate: The weight whose rows this vector belongs to (the weight of a Linear's bias).
+        grain: Column slices begin on a multiple of this (blocks of a codec); rows can be cut anywhere.
+    """
 
     name: str
     shape: tuple[int, ...]
-    bytes: float  # of all its elements: weight plus states (a float: codecs have scales)
-    mate: str | None = None  # the weight whose rows this vector belongs to (a Linear's bias)
-    grain: int = 1  # a column slice begins on a multiple of it (codec blocks); rows can be cut anywhere
+    bytes: float
+    mate: str | None = None
+    grain: int = 1
 
 
 class Slice(NamedTuple):
-    """Elements start..stop of one dimension of a parameter; a scalar is 0..1 of dimension 0."""
+    """Elements start..stop of one dimension of a parameter; a scalar is 0..1 of dimension 0.
+
+    Attributes:
+        name: Name of the parameter.
+        dim: 0 (``axis="out"``) or 1 (``axis="in"``).
+        start: First element.
+        stop: One past the last element.
+    """
 
     name: str
-    dim: int  # 0 (axis="out") or 1 (axis="in")
+    dim: int
     start: int
     stop: int
 
 
 Chunk = tuple[Slice, ...]  # in model order
-Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]  # what a user's set is made of
+Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]  # member of a user's set
 
 
-def rows(shape: tuple[int, ...]) -> int:
+def row_count(shape: tuple[int, ...]) -> int:
+    """Return the size of the first dimension; 1 for a scalar."""
     return shape[0] if shape else 1
 
 
 def whole(piece: Piece) -> Slice:
-    return Slice(piece.name, 0, 0, rows(piece.shape))
+    """Return the slice of all elements of a parameter."""
+    return Slice(piece.name, 0, 0, row_count(piece.shape))
 
 
 class _Item(NamedTuple):
-    """A piece and the mates cut with it: ``extent`` lines along ``dim`` (-1: one line), cut at multiples of a grain."""
+    """A parameter and the mates that are cut with it.
+
+    Attributes:
+        piece: The parameter.
+        mates: Vectors that are cut or placed with it.
+        dim: Dimension along which it is cut; -1 if it is not cut.
+        extent: Number of lines along ``dim``.
+        grain: Cuts lie at multiples of this many lines.
+        line_bytes: Bytes of one line.
+        first_bytes: Additional bytes of line 0: mates that are not cut.
+    """
 
     piece: Piece
     mates: tuple[Piece, ...]
@@ -56,24 +83,25 @@ class _Item(NamedTuple):
     extent: int
     grain: int
     line_bytes: Fraction
-    first_bytes: Fraction  # what comes with line 0, over its own bytes: mates that are not cut
+    first_bytes: Fraction
 
     def before(self, line: int) -> Fraction:
-        """Bytes before a line."""
+        """Return the bytes before a line."""
         return self.first_bytes + line * self.line_bytes if line else Fraction(0)
 
     def nearest(self, target: Fraction) -> int:
-        """The place to cut that is nearest to this many bytes; of two as near, the earlier."""
+        """Return the cut position nearest to this many bytes; of two at the same distance, the earlier."""
         reached = math.floor((target - self.first_bytes) / self.line_bytes / self.grain) * self.grain
         low = min(max(0, reached), self.extent)
         high = min(low + self.grain, self.extent)
         return low if target - self.before(low) <= self.before(high) - target else high
 
     def widest_bytes(self) -> Fraction:
-        """The most bytes between two neighbouring places to cut."""
+        """Return the most bytes between two neighbouring cut positions."""
         return self.first_bytes + min(self.grain, self.extent) * self.line_bytes
 
     def slices(self, start: int, stop: int) -> list[Slice]:
+        """Return the slices of lines start..stop, of the parameter and its mates."""
         if self.dim < 0 or (start, stop) == (0, self.extent):
             return [whole(piece) for piece in (self.piece, *self.mates)]
         made = [Slice(self.piece.name, self.dim, start, stop)]
@@ -83,14 +111,20 @@ class _Item(NamedTuple):
 
 
 def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] = "out") -> list[Chunk]:
-    """Equal bytes, to within one row (``axis="out"``) or one column block (``axis="in"``, of matrices).
+    """Cut into chunks of equal bytes, to within one row or one block of columns.
 
-    The cuts lie at multiples of total / chunks, each moved to the nearest place where a tensor may be cut. ``"out"``:
-    between any two rows; a mate is cut with its weight. ``"in"``: between columns, on multiples of the grain; vectors
-    and scalars go whole where their middle byte falls, a mate with the first slice of its weight.
+    The cuts lie at multiples of total / chunks, each moved to the nearest position where a tensor may be cut. With
+    ``axis="out"`` that is between any two rows, and mates are cut with their weight. With ``axis="in"`` it is between
+    columns of matrices, at multiples of the grain; vectors and scalars are not cut but go to the chunk of their middle
+    byte, and mates go with the first slice of their weight.
+
+    Args:
+        pieces: Trainable parameters in model order.
+        chunks: Number of chunks.
+        axis: "out" cuts rows, "in" columns.
 
     Raises:
-        FoldError: an argument is out of range, or a chunk would be empty, smaller than the row that it falls into.
+        FoldError: An argument is out of range, or a chunk would be empty because it is smaller than one row.
     """
     if axis not in ("out", "in"):
         raise FoldError(f"axis={axis!r}: 'out' (rows) or 'in' (columns)")
@@ -107,7 +141,7 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
         cuts.append((at, items[at].nearest(total * i / chunks - start)))
     cuts.append((len(items) - 1, items[-1].extent))
     reached = [(ends[at - 1] if at else Fraction(0)) + items[at].before(line) for at, line in cuts]
-    # Each boundary is within half a row of its target; two are the same only where a row is larger than a chunk.
+    # Each boundary is within half a row of its target; two coincide only if a row is larger than a chunk.
     if chunks > places or any(a == b for a, b in pairwise(reached)):
         part = "the whole of it" if widest.extent <= widest.grain else "one " + ("row", "block of columns")[widest.dim]
         raise FoldError(
@@ -127,13 +161,17 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
 
 
 def cut_layers(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk]:
-    """Whole layers: parameters with the same name up to its first number, others by the module that owns them.
+    """Cut into whole layers.
 
-    None: a chunk each. Otherwise neighbours are joined so that the largest chunk is as small as whole layers allow, and
-    the rest as equal as that leaves them.
+    Parameters whose names agree up to the first number form a layer; others are grouped by the module that owns them.
+
+    Args:
+        pieces: Trainable parameters in model order.
+        chunks: Number of chunks; neighbouring layers are joined so that the largest chunk is as small as possible, and
+            the others as equal as that allows. None makes every layer a chunk.
 
     Raises:
-        FoldError: more chunks than layers.
+        FoldError: There are more chunks than layers.
     """
     pieces = _solid(pieces)
     mates = _joined(pieces, "in")
@@ -151,14 +189,18 @@ def cut_layers(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk
 
 
 def cut_own(pieces: Sequence[Piece], sets: Sequence[Sequence[Own]]) -> list[Chunk]:
-    """The user's own sets, one chunk each.
+    """Cut as the user says, one chunk for each set.
 
     ``name`` or ``(name, None)`` is a whole parameter, or all parameters below a dotted prefix; ``(name, slice(a, b))``
-    rows a..b; ``(name, (slice(None), slice(a, b)))`` columns a..b. A mate that no set names goes with its weight: with
-    its rows, or with its first column.
+    is rows a..b; ``(name, (slice(None), slice(a, b)))`` is columns a..b. A mate that no set names goes with its
+    weight: with the same rows, or with the first column.
+
+    Args:
+        pieces: Trainable parameters in model order.
+        sets: The members of each chunk.
 
     Raises:
-        FoldError: an unknown name, a slice that is out of range or has a step, elements in no chunk or in two.
+        FoldError: A name is unknown, a slice is out of range or has a step, or an element is in no chunk or in two.
     """
     pieces = _solid(pieces)
     by_name = {piece.name: piece for piece in pieces}
@@ -175,7 +217,7 @@ def cut_own(pieces: Sequence[Piece], sets: Sequence[Sequence[Own]]) -> list[Chun
             continue
         for chunk in made:
             for part in [part for part in chunk if part.name == weight]:
-                same = rows(by_name[mate].shape) == rows(by_name[weight].shape)
+                same = row_count(by_name[mate].shape) == row_count(by_name[weight].shape)
                 if part.dim == 0 and same:
                     chunk.append(part._replace(name=mate))
                 elif part.start == 0:
@@ -184,10 +226,10 @@ def cut_own(pieces: Sequence[Piece], sets: Sequence[Sequence[Own]]) -> list[Chun
 
 
 def check_coverage(pieces: Sequence[Piece], chunks: Sequence[Chunk]) -> None:
-    """Every element of every piece is in exactly one chunk.
+    """Check that every element of every parameter is in exactly one chunk.
 
     Raises:
-        FoldError: naming the parameter, and the elements that are missing, twice, or not there at all.
+        FoldError: Names the parameter and the elements that are missing, in two chunks, or out of range.
     """
     by_name = {piece.name: piece for piece in pieces}
     found: dict[str, list[tuple[int, int, int, int]]] = {}  # name: (start, stop, dim, chunk)
@@ -238,7 +280,7 @@ def _check_count(chunks: int) -> None:
 
 
 def _solid(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces that have elements; the others have nothing to train."""
+    """Return the parameters that have elements; the others have nothing to train."""
     solid = [piece for piece in pieces if math.prod(piece.shape)]
     if not solid:
         raise FoldError("nothing to cut: no trainable parameter has elements")
@@ -249,14 +291,14 @@ def _solid(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _joined(pieces: Iterable[Piece], axis: str) -> dict[str, str]:
-    """Mate -> weight, where both are here and the mate can follow."""
+    """Map mates to their weights, for mates that can follow their weight."""
     by_name = {piece.name: piece for piece in pieces}
     joined = {}
     for piece in by_name.values():
         weight = by_name.get(piece.mate or "")
         if weight is None or weight.mate in by_name or len(piece.shape) > 1:
             continue
-        if axis == "in" or rows(piece.shape) == rows(weight.shape):
+        if axis == "in" or row_count(piece.shape) == row_count(weight.shape):
             joined[piece.name] = weight.name
     return joined
 
@@ -274,12 +316,12 @@ def _items(pieces: Sequence[Piece], axis: str) -> list[_Item]:
         follow = tuple(mates.get(piece.name, ()))
         own, theirs = Fraction(piece.bytes), sum((Fraction(mate.bytes) for mate in follow), Fraction(0))
         if axis == "out":
-            extent = rows(piece.shape)
+            extent = row_count(piece.shape)
             items.append(_Item(piece, follow, 0, extent, 1, (own + theirs) / extent, Fraction(0)))
         elif len(piece.shape) < 2:
             items.append(_Item(piece, follow, -1, 1, 1, own + theirs, Fraction(0)))
         elif len(piece.shape) > 2:  # its columns are not evenly spaced in memory
-            extent = rows(piece.shape)
+            extent = row_count(piece.shape)
             items.append(_Item(piece, follow, 0, extent, 1, own / extent, theirs))
         else:
             extent = piece.shape[1]
@@ -288,7 +330,7 @@ def _items(pieces: Sequence[Piece], axis: str) -> list[_Item]:
 
 
 def _finish(pieces: Sequence[Piece], made: Iterable[Iterable[Slice]]) -> list[Chunk]:
-    """In model order, neighbouring slices joined, and checked."""
+    """Sort slices in model order, join neighbours, and check the coverage."""
     place = {piece.name: index for index, piece in enumerate(pieces)}
     chunks: list[Chunk] = []
     for parts in made:
@@ -313,7 +355,7 @@ def _layer(name: str) -> str:
 
 
 def _even(sizes: Sequence[Fraction], parts: int) -> list[int]:
-    """Bounds of ``parts`` runs: the largest as small as can be, then the least sum of squares."""
+    """Return the bounds of ``parts`` runs with the smallest possible largest run, then the least sum of squares."""
     unit = math.lcm(*(size.denominator for size in sizes))
     sums = [0, *accumulate(int(size * unit) for size in sizes)]
 
@@ -345,7 +387,7 @@ def _known(by_name: dict[str, Piece], name: object) -> None:
 
 
 def _own(by_name: dict[str, Piece], member: Own) -> list[Slice]:
-    """One member of a user's set."""
+    """Return the slices of one member of a user's set."""
     name, part = (member, None) if isinstance(member, str) else member
     if part is None and name not in by_name:
         below = [whole(piece) for key, piece in by_name.items() if key.startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""What a user asks of a working set."""
+"""The settings of a working set."""
 
 from __future__ import annotations
 
@@ -17,34 +17,44 @@ Cut = Sequence[Sequence[str | tuple]]
 
 @dataclasses.dataclass(frozen=True)
 class WorkingSet:
-    """A chunk of the model's bytes that trains while the rest sleeps, and then the next (ChunkFT, arXiv 2605.21177).
+    """Settings of a working set: train one chunk of the model at a time, then the next.
+
+    Weights of the active chunk train as usual. All others have ``requires_grad=False``, so autograd keeps nothing for
+    them, and their optimizer states may be moved to host memory or disk. Byte-based chunks follow ChunkFT (arXiv
+    2605.21177), layer-wise ones BAdam and HiFT.
 
     Args:
-        chunks: into how many the model is cut. With ``by="layer"`` None makes one of each layer.
-        interval: optimizer steps before the next chunk wakes.
-        by: "bytes": weights and states as one stream, cut evenly, tensors sliced where a cut falls. "layer": whole
-            layers, as BAdam and HiFT have it. Or your own: for each chunk its parameters, by name (or the name of a
-            module, for all below it), or as ``(name, slice(0, 512))`` for rows, ``(name, (slice(None), slice(0, 64)))``
-            for columns.
-        axis: tensors are sliced by rows, the first dimension ("out": of a Linear, output features), or matrices by
-            columns ("in").
-        order: "forward" and "backward" go round; "random" is a new order each round; "importance" prefers chunks of
-            large gradients, and comes to each within ``2 * chunks`` turns.
-        always: parameters whose names contain one of these, or match it as a pattern, are always awake.
-        states: what a slice's states are when it wakes again: "keep", as they were, or "reset", new.
-        offload: where the states of sleeping slices are: "cpu", "disk", None (they stay on the weights' device), or a
-            ``gradfold.workset.Store`` of your own.
-        folder: for ``offload="disk"``. One run's own: what an earlier one left there is deleted. Checkpoints hold the
-            states themselves.
-        prefetch: how many chunks' states are on their way to the device before their turn, 1 or 0. It begins in the
-            last backward of a turn, when the loss head's memory is free again.
-        seed: of ``order="random"``.
-
-    A loss that uses nothing of what is awake does not require grad: ``fold.backward(loss)`` passes over it, where
-    torch's own ``loss.backward()`` raises.
+        chunks: Number of chunks. None with ``by="layer"`` makes every layer a chunk.
+        interval: Optimizer steps before the next chunk becomes active.
+        by: How the model is cut. "bytes": weights and states in model order are one stream that is cut into equal
+            parts; tensors are sliced where a cut falls. "layer": whole layers. Or a list with one list per chunk, of
+            parameter names, module names (for all parameters below), ``(name, slice(0, 512))`` for rows or
+            ``(name, (slice(None), slice(0, 64)))`` for columns.
+        axis: With ``by="bytes"``, tensors are sliced by rows, the first dimension ("out": output features of a Linear),
+            or matrices by columns ("in").
+        order: Order of the chunks. "forward" and "backward" go round; "random" draws a new order each round;
+            "importance" prefers chunks with large gradients, and visits each within ``2 * chunks`` turns.
+        always: Parameters whose name contains one of these strings, or matches it as a pattern, are always active.
+        states: Optimizer states of a slice when it becomes active again: "keep" as they were, or "reset" to initial
+            values.
+        offload: Where states of inactive slices are kept: None (on the weights' device), "cpu", "disk", or a
+            ``gradfold.workset.Store``.
+        folder: Folder for ``offload="disk"``, used by one run only: files of an earlier run are deleted. Checkpoints
+            contain the states themselves.
+        prefetch: Number of chunks (0 or 1) whose states are copied to the device before their turn. The copy begins in
+            the last backward of a turn, when the memory of the loss head is free again.
+        seed: Seed of ``order="random"``.
 
     Raises:
-        FoldError: an argument out of range.
+        FoldError: An argument is out of range.
+
+    Note:
+        A loss that uses no active parameter does not require grad. ``fold.backward(loss)`` ignores it, while torch's
+        ``loss.backward()`` raises an error.
+
+    Example:
+        >>> working_set = gradfold.WorkingSet(chunks=16, interval=50, offload="cpu")
+        >>> fold = gradfold.fold(model, optimizer, working_set=working_set)
     """
 
     chunks: int | None = None

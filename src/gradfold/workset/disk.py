@@ -1,7 +1,7 @@
-"""``offload="disk"``: sleeping states in files, for models whose states exceed the host's memory.
+"""``offload="disk"``: states of inactive slices in files, for models whose states exceed the host's memory.
 
-A file never changes once it is there; each ``put`` makes a new version. So a snapshot is a list of file names, and it
-stays valid while training goes on. One process at a time writes to a folder.
+A file never changes: each ``put`` writes a new version. A snapshot is therefore a list of file names, and stays valid
+while training goes on. Only one process at a time may write to a folder.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ from .store import Device, bring, bytes_of
 SUFFIX = ".safetensors"
 
 
-class Disk:
-    """Files in ``folder``, which is made if need be.
+class DiskStore:
+    """Keeps states in files of a folder, which is created if necessary.
 
-    Whole files found there belong to an earlier process: they are kept, since a checkpoint may name them, until
-    ``prune`` says which snapshots still count. ``restore`` or ``adopt`` makes them this store's.
+    Complete files that are found there belong to an earlier process. They are kept, because a checkpoint may name
+    them, until ``prune`` is told which snapshots still count. ``restore`` or ``adopt`` takes them over.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FoldError: The folder cannot be created or read.
     """
 
     def __init__(self, folder: str | Path):
@@ -39,31 +45,33 @@ class Disk:
             self.folder.mkdir(parents=True, exist_ok=True)
             found = sorted(self.folder.iterdir())
             for path in found:
-                if path.name.startswith(TEMPORARY):  # a crash while it was written
+                if path.name.startswith(TEMPORARY):  # left by a crash during a write
                     path.unlink(missing_ok=True)
             self._sizes = {p.name: p.stat().st_size for p in found if _version(p.name) is not None}
         except OSError as error:
             raise FoldError(f"folder={str(folder)!r}: {error}; offload='disk' needs a folder to write to") from error
-        self._held = Counter(self._sizes.keys())  # by snapshots, and by what an earlier process may have saved
+        self._held = Counter(self._sizes.keys())  # files held by snapshots, of this process or an earlier one
         self._current: dict[str, str] = {}  # key -> file
-        self._lent: dict[str, str] = {}  # taken; the file stays until the next version is whole
+        self._lent: dict[str, str] = {}  # taken keys; their file stays until the next version is complete
         self._next = 1 + max((version for name in self._sizes if (version := _version(name)) is not None), default=0)
         self._reader: ThreadPoolExecutor | None = None
         self._coming: dict[str, Future[tuple[Header, dict[str, Tensor]]]] = {}
 
     @property
     def host_bytes(self) -> int:
+        """Bytes in host memory: tensors that were prefetched and not taken."""
         return bytes_of(self.host_tensors())
 
     @property
     def disk_bytes(self) -> int:
+        """Bytes of all files of the folder."""
         return sum(self._sizes.values())
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a new version of the key.
 
         Raises:
-            FoldError: the disk is full, or will not have it. The key has what it had, and the caller its tensors.
+            FoldError: The file cannot be written. The key keeps its old version, and the caller its tensors.
         """
         name = f"{_stem(key)}.{self._next:08d}{SUFFIX}"
         self._sizes[name] = write(self.folder / name, key, tensors)
@@ -74,7 +82,7 @@ class Disk:
         self._sweep(old)
 
     def prefetch(self, keys: Sequence[str], device: Device) -> None:
-        """Begin to read them into host memory, in a thread; pinned for a CUDA device."""
+        """Start reading the keys' files in a thread, into host memory that is pinned for a CUDA device."""
         pin = torch.device(device).type == "cuda"
         for key in keys:
             if key in self._current and key not in self._coming:
@@ -82,38 +90,45 @@ class Disk:
                 self._coming[key] = self._reader.submit(read, self.folder / self._current[key], pin)
 
     def take(self, key: str, device: Device) -> dict[str, Tensor] | None:
-        """Raises FoldError for a missing or damaged file, and the key is still there."""
+        """Return the key's tensors on the device and forget the key; None if it is not there.
+
+        Raises:
+            FoldError: The file is missing or damaged. The key is still there.
+        """
         if key not in self._current:
             return None
         coming = self._coming.pop(key, None)
         if coming is not None and coming.exception() is None:
             header, made = coming.result()
-        else:  # where reading ahead failed, perhaps it does no longer
+        else:  # not prefetched, or the prefetch failed: read now
             header, made = read(self.folder / self._current[key])
         made = bring(made, device, header.counters)
         self._lent[key] = self._current.pop(key)
         return made
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
-        """Memory-mapped: read page by page, and still readable after the key has a new version.
+        """Return the key's tensors, memory-mapped: read page by page, and readable after the key has a new version.
 
-        Where the process's data is limited (``ulimit -d``) they must not be written to, and count for nothing there.
+        Where the process's data size is limited (``ulimit -d``) they are mapped read-only, so that they do not count,
+        and must not be written to.
         """
         return mapped(self.folder / self._current[key], not data_is_limited()) if key in self._current else None
 
     def detached(self, key: str) -> dict[str, Tensor] | None:
-        """Memory-mapped too, and always to be written to: what changes is in memory, the file stays as it is."""
+        """Return the key's tensors, memory-mapped and writable: changes stay in memory, the file is unchanged."""
         return mapped(self.folder / self._current[key]) if key in self._current else None
 
     def drop(self, key: str) -> None:
+        """Forget the key and delete its files, unless a snapshot holds them."""
         self._coming.pop(key, None)
         self._sweep({self._current.pop(key, None), self._lent.pop(key, None)})
 
     def keys(self) -> list[str]:
+        """List the keys."""
         return list(self._current)
 
     def host_tensors(self) -> Iterator[Tensor]:
-        """What has been prefetched and not been taken yet."""
+        """Yield tensors that have been prefetched and not taken yet."""
         for coming in self._coming.values():
             if coming.done() and coming.exception() is None:
                 yield from coming.result()[1].values()
@@ -121,24 +136,27 @@ class Disk:
     # generations ------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, str]:
-        """Key -> file name: files that stay as they are until this snapshot is released. Keys taken are not in it."""
+        """Return the current file name of every key; these files are kept until the snapshot is released.
+
+        Keys that are taken at the moment are not in it.
+        """
         self._held.update(self._current.values())
         return dict(self._current)
 
     def release(self, snapshot: Mapping[str, str]) -> None:
-        """A snapshot taken of this store that nothing refers to any more; its files go, unless they are still needed.
+        """Release a snapshot of this store; its files are deleted unless something else needs them.
 
-        For those of an earlier process, which may share files: ``prune`` with the ones that still count.
+        For snapshots of an earlier process, which may share files, use ``prune`` with those that still count.
         """
         self._held.subtract(snapshot.values())
-        self._held = +self._held  # one released twice owes nothing
+        self._held = +self._held  # releasing a snapshot twice has no effect
         self._sweep(set(snapshot.values()))
 
     def restore(self, snapshot: Mapping[str, str]) -> None:
-        """Go back to a snapshot, of this process or an earlier one.
+        """Go back to a snapshot, taken by this process or an earlier one.
 
         Raises:
-            FoldError: a file is missing or damaged, or is another key's. Nothing has changed then.
+            FoldError: A file is missing, damaged or belongs to another key. Nothing is changed then.
         """
         for key, name in snapshot.items():
             if Path(name).name != name or _version(name) is None:
@@ -152,10 +170,13 @@ class Disk:
         self._sweep(old)
 
     def adopt(self) -> list[str]:
-        """Go on from the newest version of every key that is in the folder; the keys.
+        """Continue from the newest version of every key in the folder.
+
+        Returns:
+            The keys.
 
         Raises:
-            FoldError: a file is damaged. Nothing has changed then.
+            FoldError: A file is damaged. Nothing is changed then.
         """
         newest: dict[str, str] = {}
         for name in sorted(self._sizes, key=lambda name: _version(name) or 0):
@@ -164,28 +185,28 @@ class Disk:
         return list(newest)
 
     def prune(self, *snapshots: Mapping[str, str]) -> None:
-        """Only these snapshots count: delete every other file of the folder that is not current."""
+        """Keep only the files of these snapshots and the current ones; delete all others."""
         self._held = Counter(name for snapshot in snapshots for name in snapshot.values())
         self._sweep(set(self._sizes))
 
     def close(self) -> None:
-        """End the reading thread. The files stay."""
+        """Stop the reading thread. The files stay."""
         self._coming.clear()
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
 
     def _sweep(self, names: set[str | None] | set[str]) -> None:
-        """Delete those that are neither current nor lent nor held."""
+        """Delete the named files that are neither current nor lent nor held by a snapshot."""
         kept = {*self._current.values(), *self._lent.values()}
         for name in names - kept - {None}:
             if name is not None and self._held[name] <= 0 and self._sizes.pop(name, None) is not None:
-                with contextlib.suppress(OSError):  # a file too many does no harm
+                with contextlib.suppress(OSError):  # a leftover file does no harm
                     (self.folder / name).unlink()
 
 
 def _stem(key: str) -> str:
-    """Readable, and by its hash another one for every key, also where file names have no case."""
+    """Return a readable file name with a hash of the key, which keeps names apart where file names ignore case."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", key).lstrip(".")[:100]
     return f"{readable}.{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
 

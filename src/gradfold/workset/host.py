@@ -1,4 +1,4 @@
-"""``offload="cpu"``: sleeping states in host memory, pinned and copied beside the computation where CUDA is."""
+"""``offload="cpu"``: states of inactive slices in host memory, pinned and copied asynchronously if CUDA is used."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from .store import Device, bring, bytes_of, counters
 
 
-class Host:
-    """States of a CUDA device move by a side stream, in both directions; those of a CPU are kept as they are.
+class HostStore:
+    """Copies states of a CUDA device on a side stream, in both directions; states of a CPU are kept as they are.
 
-    The CUDA tensors of one key are on one device.
+    All CUDA tensors of one key must be on one device.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, dict[str, Tensor]] = {}
-        self._left: dict[str, torch.cuda.Event] = {}  # when the copies to the host are done
+        self._left: dict[str, torch.cuda.Event] = {}  # event: the copies to the host have ended
         self._coming: dict[str, tuple[torch.device, dict[str, Tensor], torch.cuda.Event]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -26,9 +26,11 @@ class Host:
 
     @property
     def host_bytes(self) -> int:
+        """Bytes in host memory."""
         return bytes_of(self.host_tensors())
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Start copying the key's tensors to pinned host memory."""
         moving = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
         held, left = dict(tensors), None
         if moving:
@@ -41,7 +43,7 @@ class Host:
             with torch.cuda.stream(side):
                 for name, tensor in moving.items():
                     pinned[name].copy_(tensor, non_blocking=True)
-                    tensor.record_stream(side)  # its memory is not lent again before the copy is done
+                    tensor.record_stream(side)  # its memory is reused only after the copy
                 left = _mark(side)
             held |= pinned
         self.drop(key)
@@ -50,6 +52,7 @@ class Host:
             self._left[key] = left
 
     def prefetch(self, keys: Sequence[str], device: Device) -> None:
+        """Start copying the keys' tensors to the device."""
         device = _indexed(device)
         if device.type != "cuda":
             return
@@ -59,6 +62,7 @@ class Host:
                 self._coming[key] = (device, *self._fetch(self._held[key], device))
 
     def take(self, key: str, device: Device) -> dict[str, Tensor] | None:
+        """Return the key's tensors on the device; the current stream waits for the copy."""
         device = _indexed(device)
         if key not in self._held:
             return None
@@ -70,34 +74,38 @@ class Host:
             _, made, arrived = self._coming[key]
             torch.cuda.current_stream(device).wait_event(arrived)
             del self._coming[key]
-        # Pinned memory that is still being read is not lent again: torch's allocator of it waits for the copies it saw.
+        # torch's pinned-memory allocator does not reuse this memory before the copies that read it have ended.
         self.drop(key)
         return made
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
+        """Return the key's tensors in host memory, after waiting for the copy."""
         if key not in self._held:
             return None
         self._wait(key)
         return dict(self._held[key])
 
     def drop(self, key: str) -> None:
+        """Forget the key."""
         self._let_go(key)
         self._held.pop(key, None)
         self._left.pop(key, None)
 
     def keys(self) -> list[str]:
+        """List the keys."""
         return list(self._held)
 
     def host_tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors in host memory."""
         for held in self._held.values():
             yield from held.values()
 
     def _fetch(self, held: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], torch.cuda.Event]:
-        """Copies that are under way, and when they have arrived."""
+        """Start copies to the device; return the tensors and the event that marks their end."""
         side, stay = self._side(device), counters(held)
-        # Counters are copies of the host's; a CUDA scalar's copy is a pinned one.
+        # Counters come from the host and are not pinned; the copy of a CUDA scalar is.
         stay -= {name for name in stay if held[name].is_pinned()}
-        # Allocated on the computing stream, whose earlier work may still use that memory: so the copies wait for it.
+        # Memory comes from the computing stream, whose earlier work may still use it: the copies wait for that work.
         made = {name: held[name] if name in stay else torch.empty_like(held[name], device=device) for name in held}
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -106,7 +114,7 @@ class Host:
             return made, _mark(side)
 
     def _let_go(self, key: str) -> None:
-        """Forget a prefetch; its memory may be lent again once the copies into it are done."""
+        """Forget a prefetch; its memory is reused only after the copies into it have ended."""
         if key in self._coming:
             device, _, arrived = self._coming.pop(key)
             torch.cuda.current_stream(device).wait_event(arrived)
@@ -128,7 +136,7 @@ def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def _indexed(device: Device) -> torch.device:
-    """``"cuda"`` as the one it means now."""
+    """Return the device with its index: ``"cuda"`` becomes the current device."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

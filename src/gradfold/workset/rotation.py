@@ -23,12 +23,12 @@ from gradfold.errors import FoldError
 
 from .chunks import Chunk
 from .config import WorkingSet
-from .disk import Disk
+from .disk import DiskStore
 from .files import sole_user
-from .host import Host
+from .host import HostStore
 from .layout import Layout, name_of_region
 from .schedule import Schedule
-from .store import Resident, Store
+from .store import ResidentStore, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +74,18 @@ class Rotation(Layout):
         config = self.config
         if config.offload == "disk":
             assert config.folder is not None
-            self._lock = lock = sole_user(Path(config.folder))  # before Disk sweeps the folder
+            self._lock = lock = sole_user(Path(config.folder))  # before DiskStore sweeps the folder
             weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
             try:
-                store = Disk(config.folder)
+                store = DiskStore(config.folder)
                 store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
             except FoldError:
                 self.close()
                 raise
             return store
         if config.offload == "cpu":
-            return Host()
-        return Resident() if config.offload is None else config.offload
+            return HostStore()
+        return ResidentStore() if config.offload is None else config.offload
 
     # turns ------------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Rotation(Layout):
                     param.requires_grad_(member not in self.frozen)
         for model in self._let_inputs:
             model.enable_input_require_grads()
-        if isinstance(self.store, Disk):
+        if isinstance(self.store, DiskStore):
             self.store.close()
         self.close()
 
@@ -256,7 +256,7 @@ class Rotation(Layout):
 
     def _sleeping(self, member: FoldParam, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
-        look = self.store.detached if stepping and isinstance(self.store, Disk) else self.store.peek
+        look = self.store.detached if stepping and isinstance(self.store, DiskStore) else self.store.peek
         for _, region in self.slices[member]:
             name = name_of_region(member, region)
             if (tensors := look(name)) is not None:

@@ -1,4 +1,4 @@
-"""Which chunk is active, for how long, and which comes next."""
+"""Schedule of a working set: which chunk is active, for how long, and which comes next."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ from typing import Any
 
 from gradfold.errors import FoldError
 
-DECAY = 0.9  # of a chunk's running gradient norm, per optimizer step
+DECAY = 0.9  # decay of a chunk's running gradient norm per optimizer step
 
 _COUNTS = ("chunks", "interval", "seed", "turn", "index", "next", "step")
 
 
 class Schedule:
-    """``interval`` optimizer steps per chunk; a turn is one chunk's time.
+    """Counts ``interval`` optimizer steps per chunk. A turn is the time in which one chunk is active.
 
-    ``order``: "forward", "backward"; "random": every cycle of K turns a permutation by (seed, cycle), no chunk twice
-    running; "importance": the largest running gradient norm next, and every chunk within any 2K turns.
+    Args:
+        chunks: Number of chunks.
+        interval: Optimizer steps per turn.
+        order: "forward" or "backward"; "random": every cycle of ``chunks`` turns is a permutation drawn from (seed,
+            cycle), and no chunk has two turns in a row; "importance": the chunk with the largest running gradient norm
+            is next, and every chunk has a turn within any ``2 * chunks`` turns.
+        seed: Seed of "random".
+
+    Attributes:
+        index: The active chunk.
+        next: The chunk after it. It is fixed during a turn, so that it can be prefetched.
+        step: Optimizer steps taken in this turn, 0..interval - 1.
+        turn: Number of turns that have ended.
+        norms: Running gradient norm of each chunk; None while unknown.
+        last: Turn of each chunk's last visit; -1 for none.
 
     Raises:
-        FoldError: an argument is out of range.
+        FoldError: An argument is out of range.
     """
 
-    index: int  # the chunk active now
-    next: int  # the one after it, fixed while this one is active, so that it can be prefetched
-    step: int  # optimizer steps taken with the active chunk, 0..interval - 1
+    index: int
+    next: int
+    step: int
 
     def __init__(self, chunks: int, interval: int, order: str = "forward", seed: int = 0):
         for name, value, least in (("chunks", chunks, 1), ("interval", interval, 1), ("seed", seed, None)):
@@ -36,22 +49,26 @@ class Schedule:
             raise FoldError(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
         self.chunks, self.interval, self.order, self.seed = chunks, interval, order, seed
         self.step = 0
-        self.turn = 0  # switches so far
-        self.norms: list[float | None] = [None] * chunks  # running gradient norms; None: not known yet
-        self.last = [-1] * chunks  # the turn of each chunk's last visit; -1: none
+        self.turn = 0
+        self.norms: list[float | None] = [None] * chunks
+        self.last = [-1] * chunks
         self.index = ORDERS[order](self, 0)
         self.last[self.index] = 0
         self.next = ORDERS[order](self, 1)
 
     @property
     def leaves(self) -> bool:
-        """Whether ``stepped`` will change ``index``."""
+        """Whether the next call of ``stepped`` changes ``index``."""
         return self.step + 1 >= self.interval and self.next != self.index
 
     def stepped(self, power: float | None) -> bool:
-        """After every optimizer step, with the sum of squares of the chunk's gradient (None: not known).
+        """Count an optimizer step.
 
-        True: ``index`` has changed. A power that is not finite says nothing about the chunk and is passed over.
+        Args:
+            power: Sum of squares of the chunk's gradient; None if unknown. A value that is not finite is ignored.
+
+        Returns:
+            Whether ``index`` has changed.
         """
         if power is not None and math.isfinite(power) and power >= 0:
             norm, before = math.sqrt(power), self.norms[self.index]
@@ -66,16 +83,19 @@ class Schedule:
         return self.index != before_index
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain integers, floats and lists."""
+        """Return plain integers, floats and lists."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         return {"order": self.order, **counts, "norms": list(self.norms), "last": list(self.last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the saved schedule was; another ``interval`` than the saved one counts from the next switch on.
+        """Continue a saved schedule. Another ``interval`` than the saved one applies from the next turn on.
+
+        Args:
+            state: What ``state_dict`` returned.
 
         Raises:
-            FoldError: saved with another number of chunks, order or (order="random") seed, or damaged. Nothing has
-                changed then.
+            FoldError: Saved with another number of chunks, order or seed (of "random"), or damaged. Nothing is changed
+                then.
         """
         for name in ("chunks", "order", *(["seed"] if self.order == "random" else [])):
             if name in state and state[name] != getattr(self, name):
@@ -99,7 +119,7 @@ class Schedule:
         self.norms, self.last = [None if one is None else float(one) for one in norms], list(last)
 
 
-# orders: (schedule, turn) -> the chunk of that turn. The turn before it has just begun, and its chunk is `index` ------
+# Orders: (schedule, turn) -> chunk of that turn, called when the turn before has just begun; `index` is its chunk -----
 
 
 def _forward(schedule: Schedule, turn: int) -> int:
@@ -116,9 +136,9 @@ def _random(schedule: Schedule, turn: int) -> int:
 
 
 def _permutation(chunks: int, seed: int, cycle: int) -> list[int]:
-    """The chunks of one cycle, sorted by a hash: the same on every machine and Python version."""
+    """Return the chunks of one cycle, sorted by a hash: the same on every machine and Python version."""
     if chunks <= 2:
-        cycle = 0  # of two chunks only alternation repeats none
+        cycle = 0  # two chunks can only alternate
 
     def drawn(cycle: int) -> list[int]:
         return sorted(
@@ -127,24 +147,25 @@ def _permutation(chunks: int, seed: int, cycle: int) -> list[int]:
         )
 
     order = drawn(cycle)
-    # Only the first two change places, so of three or more the last of a cycle is the one drawn.
+    # Only the first two change places, so with three or more chunks the last one of a cycle stays as drawn.
     if cycle and order[0] == drawn(cycle - 1)[-1]:
         order[0], order[1] = order[1], order[0]
     return order
 
 
 def _importance(schedule: Schedule, turn: int) -> int:
-    """The largest norm, except where waiting could leave some chunk unvisited for 2K turns.
+    """Return the chunk with the largest norm, unless waiting could leave some chunk without a turn for 2K turns.
 
-    Let d = last visit + 2K be a chunk's deadline (unvisited: 2K - 1), and d(1) <= .. <= d(K) all of them. Before the
-    choice for turn s, all can be met if d(j) >= s + j - 1 for every j: visit them in that order. It holds at s = 0, and
-    each choice keeps it for s + 1:
-    - If some d(j) = s + j - 1, take the oldest. Every other moves from place j to j - 1, where d(j) >= s + j - 1 is
-      what is needed; the chosen one goes last, with s + 2K >= s + K.
-    - Else every d(j) >= s + j, which is enough at place j and at j - 1: any choice will do.
-    So d(1) >= s whenever the choice for s is made: no two visits of a chunk are more than 2K turns apart, and its first
-    is at turn 2K - 1 at the latest, which is to say that every 2K turns in a row visit it. The chunk active now has the
-    latest deadline of all, so that it is never the oldest, unless it is the only one.
+    Let d = last visit + 2K be a chunk's deadline (2K - 1 before its first visit), and d(1) <= .. <= d(K) all of them.
+    Before the choice for turn s, every deadline can be met if d(j) >= s + j - 1 for all j: visit the chunks in that
+    order. This holds at s = 0, and each choice keeps it for s + 1:
+    - If some d(j) = s + j - 1, take the oldest chunk. Every other moves from place j to j - 1, where d(j) >= s + j - 1
+      is what is needed; the chosen one goes last, with s + 2K >= s + K.
+    - Otherwise every d(j) >= s + j, which is enough at place j and at j - 1: any choice will do.
+    So d(1) >= s at every choice: two visits of a chunk are never more than 2K turns apart, and its first is at turn 2K
+    - 1 at the latest. Hence every 2K turns in a row visit every chunk. The active chunk has the latest deadline of
+      all, so it is
+    never the oldest, unless it is the only one.
     """
     chunks, last = schedule.chunks, schedule.last
     oldest_first = sorted(range(chunks), key=lambda chunk: (last[chunk], chunk))
@@ -153,7 +174,9 @@ def _importance(schedule: Schedule, turn: int) -> int:
 
     def weight(chunk: int) -> tuple[float, int]:
         norm = schedule.norms[chunk]
-        return math.inf if last[chunk] < 0 else norm or 0.0, -last[chunk]  # of equals, the one that waits longest
+        return math.inf if last[chunk] < 0 else norm or 0.0, -last[
+            chunk
+        ]  # of equal norms, the chunk that has waited longest
 
     now = schedule.index if turn else -1
     return max((chunk for chunk in oldest_first if chunk != now), key=weight, default=0)

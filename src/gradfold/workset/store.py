@@ -1,4 +1,4 @@
-"""Where the states of sleeping slices live, bit for bit: what every store can do, and the one that moves nothing."""
+"""Stores for the optimizer states of inactive slices: the interface, and the one that moves nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Device = torch.device | str
 
 
 class Store(Protocol):
-    """Tensors by key. Values, dtypes and shapes never change on the way.
+    """Keeps tensors by key. Values, dtypes and shapes never change.
 
-    A counter (a tensor of no dimensions that came from the host, such as ``step``) stays on the host when taken.
+    A counter (a 0-d tensor that came from the host, such as ``step``) stays on the host when it is taken.
     """
 
     @property
@@ -28,34 +28,36 @@ class Store(Protocol):
         ...
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors over, in place of what the key had; the caller lets go of them."""
+        """Take over the tensors and replace those of the key; the caller drops its references."""
         ...
 
     def prefetch(self, keys: Sequence[str], device: Device) -> None:
-        """Begin to bring them to the device; no-op for a key that is not there."""
+        """Start copying the keys' tensors to the device; keys that are not there are ignored."""
         ...
 
     def take(self, key: str, device: Device) -> dict[str, Tensor] | None:
-        """Hand the key's tensors over, on the device; None: not there."""
+        """Return the key's tensors on the device and forget the key; None if it is not there."""
         ...
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
-        """The key's tensors to read, wherever they are; None: not there."""
+        """Return the key's tensors to read, wherever they are; None if it is not there."""
         ...
 
     def drop(self, key: str) -> None:
         """Forget the key, if it is there."""
         ...
 
-    def keys(self) -> list[str]: ...
+    def keys(self) -> list[str]:
+        """List the keys."""
+        ...
 
     def host_tensors(self) -> Iterator[Tensor]:
-        """What a memory meter must not count as the device's, even where the device is the host."""
+        """Yield tensors that a memory meter must not count as device memory, even if the device is the host."""
         ...
 
 
-class Resident:
-    """``offload=None``: states stay where they are."""
+class ResidentStore:
+    """Leaves states where they are: ``offload=None``."""
 
     def __init__(self) -> None:
         self._held: dict[str, dict[str, Tensor]] = {}
@@ -64,38 +66,45 @@ class Resident:
     disk_bytes = 0
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors."""
         self._held[key] = dict(tensors)
 
     def prefetch(self, keys: Sequence[str], device: Device) -> None:
-        pass
+        """Do nothing: the tensors are on the device."""
 
     def take(self, key: str, device: Device) -> dict[str, Tensor] | None:
+        """Return the key's tensors on the device and forget the key."""
         held = self._held.pop(key, None)
         return None if held is None else bring(held, device, counters(held))
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
+        """Return the key's tensors to read."""
         held = self._held.get(key)
         return None if held is None else dict(held)
 
     def drop(self, key: str) -> None:
+        """Forget the key."""
         self._held.pop(key, None)
 
     def keys(self) -> list[str]:
+        """List the keys."""
         return list(self._held)
 
     def host_tensors(self) -> Iterator[Tensor]:
+        """Yield nothing."""
         return iter(())
 
 
 def counters(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The tensors that stay on the host when the others go to a device."""
+    """Return the names of tensors that stay on the host when the others move to a device."""
     return {name for name, tensor in tensors.items() if tensor.ndim == 0 and tensor.is_cpu}
 
 
 def bring(tensors: Mapping[str, Tensor], device: Device, stay: set[str]) -> dict[str, Tensor]:
-    """On the device, but for those that stay; what is there already is not copied."""
+    """Move the tensors to the device, except those in ``stay``; tensors that are there are not copied."""
     return {name: tensor if name in stay else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -56,12 +56,12 @@ PROGRAM = """
     from gradfold.backends import native
     from gradfold.backends.native import build
     from gradfold.codecs import weight_codec
-    from gradfold.rules import SGD
+    from gradfold.rules import SGDRule
 
     build._compile = lambda *args, real=build._compile: (print("compiled"), real(*args))
     group = dict(lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
-    numbers = SGD().advance({}, group, False)
-    kernel = native.kernel(SGD(), numbers, weight_codec(torch.float32), [], [False])
+    numbers = SGDRule().advance({}, group, False)
+    kernel = native.kernel(SGDRule(), numbers, weight_codec(torch.float32), [], [False])
     weight = torch.ones(2, 3)
     kernel({"values": weight}, [], torch.ones(2, 3), numbers, [None], 0, 3)
     print(weight.sum().item())

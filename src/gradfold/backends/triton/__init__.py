@@ -1,4 +1,4 @@
-"""Kernels in which a gradient never leaves registers. Import this package only where triton is there (``choose``)."""
+"""Triton backend: kernels in which a gradient never leaves registers. Import it only if triton is installed."""
 
 from .backend import Triton, interpreted
 

@@ -1,4 +1,4 @@
-"""The Triton backend: what kernels take steps in kernels, everything else as the reference backend does it."""
+"""The Triton backend: steps parameters in kernels, and leaves the rest to the reference backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gradfold.backends.stored import Stored
 from gradfold.backends.terms import DenseTerm, GradTerm, MatmulTerm
 from gradfold.rules import Group, Rule
 
-from . import table
+from . import tile_configs
+from .batched import PLAIN_FORMATS, by_kind, small, step_batched
 from .kernels.step import fold_step
 from .launch import (
     Bias,
@@ -28,18 +29,17 @@ from .launch import (
     arguments,
     counts_of,
     describable,
-    narrowed,
+    narrowed_tensors,
     product_arguments,
     source_of,
     tensors_of,
 )
-from .many import PLAIN, by_kind, small, step_many
-from .numbers import Twin, twin_of
-from .prepared import Launch, TritonStepper, seen
+from .launch_cache import CompiledLaunch, TritonStepper, specialization_of
+from .scalars import Twin, twin_of
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: for tests."""
+    """Return whether kernels run in Triton's interpreter on the CPU (``TRITON_INTERPRET=1``), for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -49,7 +49,7 @@ class Triton(Backend):
     Args:
         scratch: for row blocks.
         always: step in kernels wherever there is one; else long sequences go by row blocks, a library's product and
-            then the rule's kernel, where that is expected to be faster (``table.py``).
+            then the rule's kernel, where that is expected to be faster (``tile_configs.py``).
     """
 
     name = "triton"
@@ -103,7 +103,7 @@ class Triton(Backend):
         tensors, bias_tensors, weight = stepper.tensors, other.tensors, stepper.weight.values
         if tensors is None or bias_tensors is None or type(stepper.rule) is not type(other.rule):
             return None
-        if not PLAIN.issuperset(bias_tensors.formats) or bias_tensors.formats[0] != tensors.formats[0]:
+        if not PLAIN_FORMATS.issuperset(bias_tensors.formats) or bias_tensors.formats[0] != tensors.formats[0]:
             return None
         flags, scalars = stepper.numbers(job.numbers)
         along = Bias(bias_tensors, *other.numbers(bias.numbers))
@@ -135,7 +135,7 @@ class Triton(Backend):
         described, tf32 = describable(term, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
         scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
         along = None if bias is None else (id(bias.tensors), bias.flags)
-        key = (described, seen(term), flags, tf32, scaled, limited, change.guarded, along)
+        key = (described, specialization_of(term), flags, tf32, scaled, limited, change.guarded, along)
         launch, tensors = stepper.launches().get(key), stepper.tensors
         assert tensors is not None
         if launch is None:  # the first of its kind: Triton compiles, and launches
@@ -144,7 +144,7 @@ class Triton(Backend):
             powers, made = self._launch(tensors, source, stepper.twin, flags, scalars, change, bias)
             stepper.launches()[key] = made
             return powers
-        tiles = table.config(table.PRODUCT, term.left.element_size(), self.where)
+        tiles = tile_configs.tile_config(tile_configs.PRODUCT, term.left.element_size(), self.where)
         counts = counts_of(tensors, tiles, bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         with _on(scalars.device):
@@ -161,7 +161,7 @@ class Triton(Backend):
         groups, others = by_kind(jobs)
         for (kind, _), members in groups.items():
             with _on(kind.device):
-                norms = step_many(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
+                norms = step_batched(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
             for (index, _), tiles in zip(members, norms, strict=True):
                 powers[index] = PendingSum(tiles)
         for index in others:
@@ -185,7 +185,7 @@ class Triton(Backend):
         self.reference.gradient(weight, terms, out, add)
 
     def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
-        """How such a parameter steps, in words."""
+        """Describe how such a parameter is stepped, for ``Fold.report()``."""
         reason = why_not([weight, *states], rule)
         if reason is not None:
             return f"reference ({reason})"
@@ -198,11 +198,11 @@ class Triton(Backend):
 
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-            return 0  # without tensor cores a library's product is the faster one
-        return table.max_tokens(tensors.stored_bytes)
+            return 0  # without tensor cores, a library product is faster
+        return tile_configs.max_tokens(tensors.stored_bytes)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
-        if self.always or source.kind != table.PRODUCT or source.constants["GATHERS"]:
+        if self.always or source.kind != tile_configs.PRODUCT or source.constants["GATHERS"]:
             return True
         dtype = torch.float32 if source.operand_bytes == 4 else weight.dtype
         return source.tokens <= self._max_tokens(tensors, dtype)
@@ -232,7 +232,7 @@ class Triton(Backend):
                 term.add(grad, start, stop)
             source = source_of([DenseTerm(grad)], stop - start, columns, scalars, self.where)
             assert source is not None
-            block = narrowed(tensors, start, stop)
+            block = narrowed_tensors(tensors, start, stop)
             norms.append(self._launch(block, source, twin, flags, scalars, change)[0][0].tiles)
         return PendingSum(torch.cat(norms))
 
@@ -251,9 +251,9 @@ class Triton(Backend):
         scalars: Tensor,
         change: Change,
         bias: Bias | None = None,
-    ) -> tuple[list[PendingSum], Launch]:
+    ) -> tuple[list[PendingSum], CompiledLaunch]:
         """Compile if need be, and launch. Gives the norms of weight and bias, and the launch to be used again."""
-        counts = counts_of(tensors, table.config(source.kind, source.operand_bytes, self.where), bias)
+        counts = counts_of(tensors, tile_configs.tile_config(source.kind, source.operand_bytes, self.where), bias)
         norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
         positions, constants = arguments(
             tensors,
@@ -272,12 +272,12 @@ class Triton(Backend):
         )
         with _on(scalars.device):
             kernel = fold_step[(counts[0],)](*positions, **constants)
-        launched = Launch(fold_step.arg_names, kernel, positions, constants)
+        launched = CompiledLaunch(fold_step.arg_names, kernel, positions, constants)
         return [PendingSum(part) for part in norms.split(counts)], launched
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:
-    """Why no kernel steps this parameter, in words; None if one does."""
+    """Return why no kernel steps this parameter; None if one does."""
     weight = stored[0].values
     if not weight.numel():
         return "empty"
@@ -297,10 +297,10 @@ def _reachable(weight: Tensor) -> bool:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make the device current, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _family() -> str:
     target: Any = triton.runtime.driver.active.get_current_target()
-    return table.family(target.backend, target.arch)
+    return tile_configs.family(target.backend, target.arch)

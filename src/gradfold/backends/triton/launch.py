@@ -1,4 +1,4 @@
-"""From a stored weight and the terms of its gradient to a launch of ``step.fold_step``."""
+"""Arguments of a launch of ``step.fold_step``, from a stored weight and the terms of its gradient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gradfold.backends.stored import VALUES, Stored
 from gradfold.backends.terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 from gradfold.codecs import BLOCK, Codec, Plain, matrix
 
-from . import table
+from . import tile_configs
 from .kernels import codecs
-from .numbers import Twin
-from .transfer import on_device, stream_of
+from .scalars import Twin
+from .transfer import stream_of, to_device
 
 _FORMATS = {
     "int8 signed": codecs.SIGNED8,
@@ -30,11 +30,11 @@ _FORMATS = {
     "split16": codecs.SPLIT16,
 }
 _PLAIN = {torch.float32: codecs.FP32, torch.bfloat16: codecs.BF16, torch.float16: codecs.FP16}
-_SECOND = ("scales", "residual")  # parts that are a tensor's second pointer
+_SECOND = ("scales", "residual")  # parts that the second pointer of a tensor points to
 
 
 def format_of(codec: Codec | None, values: Tensor | None) -> int | None:
-    """How kernels know this storage; None: they do not. ``values``: where it is kept as torch keeps it."""
+    """Return the kernels' number of a storage format, None if unknown. values: plain storage without a codec."""
     if codec is None or isinstance(codec, Plain):
         dtype = values.dtype if codec is None and values is not None else getattr(codec, "dtype", None)
         found = _PLAIN.get(dtype)  # type: ignore[arg-type]
@@ -46,7 +46,23 @@ def format_of(codec: Codec | None, values: Tensor | None) -> int | None:
 
 
 class Tensors(NamedTuple):
-    """A weight ``[N, K]`` and its states as a kernel takes them."""
+    """A weight ``[N, K]`` and its states, as a kernel takes them.
+
+    Attributes:
+        rows: N.
+        columns: K.
+        formats: Format of each tensor.
+        random: For each tensor, 1 if it is rounded stochastically.
+        firsts: Values or codes of each tensor.
+        seconds: Scales or residuals of each tensor; its values again if there are none.
+        first_strides: Row strides of ``firsts``.
+        second_strides: Row strides of ``seconds``.
+        words: int32 ``[1 + tensors]``: hash words of the random bits, the shared one first.
+        offset: Offset of the first element in the whole parameter.
+        row_stride: Row stride of the whole parameter.
+        large: Whether offsets may need more than 32 bits.
+        stored_bytes: Bytes per element of the weight, in values and codes.
+    """
 
     rows: int
     columns: int
@@ -56,15 +72,15 @@ class Tensors(NamedTuple):
     seconds: tuple[Tensor, ...]
     first_strides: tuple[int, ...]
     second_strides: tuple[int, ...]
-    words: Tensor  # int32 [1 + tensors]: of the random bits, the shared one first
-    offset: int  # of its first element in the whole parameter
-    row_stride: int  # of the whole parameter
-    large: bool  # offsets in it may need more than 32 bits
-    stored_bytes: float  # per element of the weight, in values and codes
+    words: Tensor
+    offset: int
+    row_stride: int
+    large: bool
+    stored_bytes: float
 
 
-def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
-    """Some of its rows."""
+def narrowed_tensors(tensors: Tensors, start: int, stop: int) -> Tensors:
+    """Return rows start..stop of the tensors."""
     return tensors._replace(
         rows=stop - start,
         firsts=tuple(first[start:stop] for first in tensors.firsts),
@@ -74,7 +90,7 @@ def narrowed(tensors: Tensors, start: int, stop: int) -> Tensors:
 
 
 def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
-    """None where no kernel takes them: empty, strided oddly, or stored in a way kernels do not know."""
+    """Return the tensors of a weight and its states; None if no kernel takes them (empty, strided, unknown codec)."""
     weight = stored[0].values
     if not weight.numel():
         return None
@@ -103,7 +119,7 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         strides.append((first.stride(0), second.stride(0)))
     place = stored[0].place
     offset, row_stride = (0, columns) if place is None else place[1:]
-    if weight.dim() != 2:  # slices of these are contiguous, of rows that may be several of a kernel's
+    if weight.dim() != 2:  # slices of vectors and 3-D weights are contiguous
         row_stride = columns
     numel = weight.numel() if place is None else torch.Size(place.shape).numel()
     element_bytes = sum(first.element_size() * first.numel() for first in firsts) / weight.numel()
@@ -129,40 +145,50 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _words(words: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return on_device(np.asarray(words, np.int32), device)
+    return to_device(np.asarray(words, np.int32), device)
 
 
 def _rows_of(part: Tensor, rows: int) -> Tensor | None:
-    """``[rows, width]``, with adjacent columns; None if that needs a copy."""
+    """View a part as ``[rows, width]`` with adjacent columns; None if that needs a copy."""
     if part.dim() == 2 and part.shape[0] == rows and (part.stride(1) == 1 or part.shape[1] == 1):
         return part
     return part.view(rows, -1) if part.is_contiguous() and part.numel() else None
 
 
 class Bias(NamedTuple):
-    """A bias that steps along with its weight."""
+    """A bias that is updated in the launch of its weight."""
 
     tensors: Tensors
     flags: tuple[int, ...]
     scalars: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
+        """Return the kernel's arguments of the bias."""
         return self.tensors.firsts, self.tensors.seconds, self.scalars, self.tensors.words
 
 
 class Source(NamedTuple):
-    """Where a launch takes its gradient from."""
+    """Where a launch takes its gradient from.
 
-    kind: str  # of the table
-    arguments: tuple[Any, ...]  # from ``left`` to ``denses``
+    Attributes:
+        kind: PRODUCT, GATHER or DENSE, for the tile table.
+        arguments: The kernel's arguments ``left`` to ``denses``.
+        constants: Compile-time constants.
+        operand_bytes: Bytes of an element of the operands.
+        tokens: Tokens of all products together.
+        held: Tensors that the tables point to, kept alive until the launch.
+    """
+
+    kind: str
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     operand_bytes: int
     tokens: int
-    held: tuple[Tensor, ...]  # tensors that the tables point to
+    held: tuple[Tensor, ...]
 
 
 def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor, where: str) -> Source | None:
-    """None where no kernel takes these terms together: products of several dtypes, say, or a loss head's."""
+    """Return the source of a gradient; None if no kernel takes its terms together (mixed dtypes, a loss head)."""
     if not all(term.in_registers for term in terms):
         return None
     products = [term for term in terms if isinstance(term, MatmulTerm)]
@@ -172,9 +198,9 @@ def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor
     for kind in (operands, [term.grad for term in gathers], denses):
         if len({t.dtype for t in kind}) > 1 or any(t.dtype not in _PLAIN or not _adjacent(t) for t in kind):
             return None
-    kind = table.PRODUCT if products else table.GATHER if gathers else table.DENSE
+    kind = tile_configs.PRODUCT if products else tile_configs.GATHER if gathers else tile_configs.DENSE
     operand_bytes = max([t.element_size() for t in operands or [term.grad for term in gathers]], default=2)
-    tiles = table.config(kind, operand_bytes, where)
+    tiles = tile_configs.tile_config(kind, operand_bytes, where)
     bn = tiles.bn
     nothing = weight.new_empty(0, dtype=torch.int64)
     floats = weight.new_empty(0, dtype=torch.float32)
@@ -207,15 +233,15 @@ def _adjacent(t: Tensor) -> bool:
 
 
 def describable(term: MatmulTerm, where: str) -> bool:
-    """Whether a descriptor is made of its operands, in which everything must begin on a multiple of 16 bytes."""
-    if where not in table.DESCRIPTORS:
+    """Return whether tensor descriptors fit the operands: everything must begin on a multiple of 16 bytes."""
+    if where not in tile_configs.DESCRIPTORS:
         return False
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (term.left, term.right))
     return aligned and term.left.numel() > 0 and term.right.numel() > 0
 
 
-def product_arguments(term: MatmulTerm, described: bool, tiles: table.Config) -> tuple[Any, ...]:
-    """``left`` to ``right_stride`` of the kernel."""
+def product_arguments(term: MatmulTerm, described: bool, tiles: tile_configs.TileConfig) -> tuple[Any, ...]:
+    """Return the kernel's arguments ``left`` to ``right_stride``."""
     left, right, *rest = _product(term)
     if not described:
         return left, right, *rest
@@ -229,7 +255,7 @@ def _product(term: MatmulTerm) -> tuple[Any, ...]:
 
 
 def _sorted(term: GatherTerm, rows: int, bn: int) -> tuple[Any, ...]:
-    """An embedding's tokens by id, and where those of each tile of rows begin."""
+    """Sort an embedding's tokens by id, and find where those of each tile of rows begin."""
     ids, order = torch.sort(term.ids.to(torch.int64), stable=True)
     edges = torch.arange(0, rows + bn, bn, device=ids.device).clamp_(max=rows) + term.first
     padding = -1 if term.padding_idx is None else term.padding_idx
@@ -237,10 +263,10 @@ def _sorted(term: GatherTerm, rows: int, bn: int) -> tuple[Any, ...]:
 
 
 def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:
-    """Pointers and numbers as int64 on the device."""
+    """Copy pointers and numbers to an int64 tensor on the device."""
     if not rows:
         return nothing
-    return on_device(
+    return to_device(
         np.asarray([[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in rows], np.int64), device
     )
 
@@ -261,20 +287,24 @@ def arguments(
     interpreted: bool = False,
     bias: Bias | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``fold_step[(counts_of(...)[0],)]`` is called with: positions, and constants with the compiler's options.
+    """Return the arguments of ``fold_step``: positional ones, and constants with compiler options.
 
     Args:
-        twin: None to take the norm only.
-        scalars: fp32 ``[count + 1]``, the last the step's number as an int32.
+        tensors: Weight and states.
+        source: The gradient.
+        twin: The rule's twin; None computes the norm only.
+        flags: Constants of the rule.
+        scalars: fp32 ``[count + 1]``, the last the step number as int32 bits.
         norms: fp32, one per tile.
-        where: of ``table.family``.
-        scale: what the gradient is multiplied by; a tensor is read on the device.
-        limit: the largest magnitude of an element after that.
-        guarded: leave tiles that are not finite as they are.
-        interpreted: the interpreter's products of 16-bit numbers are wrong; they are widened there.
-        bias: one that steps along, of the same rule; its norms are one more per tile of rows.
+        where: Processor family, from ``tile_configs.family``.
+        scale: Factor of the gradient; a tensor is read on the device.
+        limit: Largest magnitude of an element after scaling.
+        guarded: Leave tiles unchanged whose gradient is not finite.
+        tf32: Use TF32 for fp32 products.
+        interpreted: Widen 16-bit operands, whose products are wrong in Triton's interpreter.
+        bias: A bias with the same rule to update as well; it adds one norm per tile of rows.
     """
-    tiles = table.config(source.kind, source.operand_bytes, where)
+    tiles = tile_configs.tile_config(source.kind, source.operand_bytes, where)
     n, k = tensors.rows, tensors.columns
     scaled = isinstance(scale, Tensor)
     positions = (
@@ -327,7 +357,7 @@ def arguments(
     return positions, constants
 
 
-def counts_of(tensors: Tensors, tiles: table.Config, bias: Bias | None = None) -> list[int]:
-    """How many programs a launch has, and how many parts of a bias; each writes one norm."""
+def counts_of(tensors: Tensors, tiles: tile_configs.TileConfig, bias: Bias | None = None) -> list[int]:
+    """Return the number of programs of a launch, and of parts of the bias; each writes one norm."""
     rows, columns = -(-tensors.rows // tiles.bn), -(-tensors.columns // tiles.bk)
     return [rows * columns] if bias is None else [rows * columns, rows]

@@ -1,4 +1,4 @@
-"""Numbers from the host to the device, without waiting for it."""
+"""Copy numbers from the host to the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch import Tensor
 from gradfold.errors import FoldError
 
 
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of these values there.
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy values to the device.
+
+    Args:
+        values: The values.
+        device: Where to.
 
     Raises:
-        FoldError: a CUDA graph is being captured. It would copy again, at each replay, from memory that is long reused.
+        FoldError: A CUDA graph is being captured. Each replay would copy again, from memory that has long been reused.
     """
     host = torch.from_numpy(values)
     if device.type != "cuda":
@@ -28,10 +32,10 @@ def on_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream there: what one stream has copied, another may not read without waiting."""
+    """Return the device's current CUDA stream, or 0; other streams must not read its copies unsynchronized."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured there."""
+    """Return whether a CUDA graph is being captured on the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

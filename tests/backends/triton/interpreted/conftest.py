@@ -47,10 +47,10 @@ def versions(record_testsuite_property):
 
 
 def other_tiles(monkeypatch, **changed):
-    from gradfold.backends.triton import table
+    from gradfold.backends.triton import tile_configs
 
-    shipped = table.config
-    monkeypatch.setattr(table, "config", lambda *args: shipped(*args)._replace(**changed))
+    shipped = tile_configs.tile_config
+    monkeypatch.setattr(tile_configs, "tile_config", lambda *args: shipped(*args)._replace(**changed))
 
 
 @pytest.fixture

@@ -175,8 +175,8 @@ def test_biases_round_as_on_the_reference_backend():
 
 def test_small_parameters_step_in_one_launch(monkeypatch):
     launched = []
-    kept = module.step_many
-    monkeypatch.setattr(module, "step_many", lambda *args: launched.append(len(args[1])) or kept(*args))
+    kept = module.step_batched
+    monkeypatch.setattr(module, "step_batched", lambda *args: launched.append(len(args[1])) or kept(*args))
     train("triton", steps=1)
     assert launched == [2]  # the norm's; biases that do not step along have two gradients to add up
 

@@ -1,1 +1,1 @@
-"""What Triton compiles. Python by its syntax only: type checkers are not shown these files."""
+"""Triton kernels of the folded step."""

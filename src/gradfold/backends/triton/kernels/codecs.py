@@ -1,15 +1,15 @@
-"""The codecs as Triton sees them: how a tile of a weight or a state is loaded into fp32 registers and stored again.
+"""Codecs in Triton: load a tile of a weight or a state into fp32 registers, and store it.
 
-Twins of ``gradfold.codecs``, operation by operation, so that the same bits are stored. A stored tensor is ``FORMAT``
-and two pointers: ``first`` to values or codes, ``second`` to scales or residuals (where there are none, to anything).
-16-bit floats arrive as int16, and are taken apart and put together as integers.
+They are twins of ``gradfold.codecs``, operation by operation, so that the same bits are stored. A stored tensor is
+given by its ``FORMAT`` and two pointers: ``first`` to values or codes, ``second`` to scales or residuals (any pointer
+if there are none). 16-bit floats are passed as int16 and converted with integer operations.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
 import triton
 import triton.language as tl
 
-# what a tensor is stored as
+# Formats: how a tensor is stored
 FP32 = tl.constexpr(0)
 BF16 = tl.constexpr(1)
 FP16 = tl.constexpr(2)
@@ -21,7 +21,7 @@ SPLIT8 = tl.constexpr(7)
 SPLIT16 = tl.constexpr(8)
 
 BLOCK = tl.constexpr(128)  # elements that share a scale
-OCTAVE = tl.constexpr(1 << 23)  # of an fp32's bits
+OCTAVE = tl.constexpr(1 << 23)  # in the bits of an fp32
 ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(0x7F800000)
@@ -33,11 +33,13 @@ MIX2 = tl.constexpr(0xC2B2AE35)
 
 @triton.jit
 def bits_of(x):
+    """Reinterpret fp32 as int32."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def float_of(i):
+    """Reinterpret int32 as fp32."""
     return i.to(tl.float32, bitcast=True)
 
 
@@ -46,7 +48,7 @@ def float_of(i):
 
 @triton.jit
 def key(word, step):
-    """uint32: the key of one step."""
+    """Return the uint32 hash key of one step."""
     x = word.to(tl.uint32) + step.to(tl.uint32) * GOLDEN
     x = (x ^ (x >> 16)) * MIX1
     x = (x ^ (x >> 13)) * MIX2
@@ -55,7 +57,7 @@ def key(word, step):
 
 @triton.jit
 def shared_hash(row_offsets, inside, key):
-    """What all streams of a parameter share. row_offsets: int64 ``[R, 1]``; inside: ``[1, C]``, added to them."""
+    """Hash what all streams of a parameter share. row_offsets: int64 ``[R, 1]``; inside: ``[1, C]``, added to them."""
     low = row_offsets.to(tl.uint32) + inside.to(tl.uint32)
     x = (low ^ key) * GOLDEN
     return x ^ (x >> 16)
@@ -63,7 +65,7 @@ def shared_hash(row_offsets, inside, key):
 
 @triton.jit
 def random_bits(shared, row_offsets, inside, key, LARGE: tl.constexpr):
-    """int32 in [0, 65536) for each element, of one stream. LARGE: offsets may need more than 32 bits."""
+    """Return int32 in [0, 65536) for each element of one stream. LARGE: offsets may need more than 32 bits."""
     if LARGE:
         high = ((row_offsets + inside) >> 32).to(tl.uint32)
         x = (shared ^ (key + high * GOLDEN)) * MIX1
@@ -78,14 +80,14 @@ def random_bits(shared, row_offsets, inside, key, LARGE: tl.constexpr):
 
 @triton.jit
 def quiet(i):
-    """fp32 bits in which a NaN can lose its low 16 bits and stay NaN."""
+    """Change the bits of fp32 NaNs so that losing their low 16 bits leaves a NaN."""
     nan = (INF - (i & MAGNITUDE)) >> 31
     return (i & ~(nan & 0xFFFF)) | (nan & 0x400000)
 
 
 @triton.jit
 def to_bf16(x, bits, RANDOM: tl.constexpr):
-    """int16 bits of bf16, to nearest or at random."""
+    """Round to bf16, to nearest or stochastically; returns int16 bits."""
     i = quiet(bits_of(x))
     if RANDOM:
         beyond = (0x7F7F0000 - (i & MAGNITUDE)) >> 31  # past the largest finite bf16
@@ -97,7 +99,7 @@ def to_bf16(x, bits, RANDOM: tl.constexpr):
 
 @triton.jit
 def to_fp16(x, bits, RANDOM: tl.constexpr):
-    """int16 bits of fp16, to nearest or at random."""
+    """Round to fp16, to nearest or stochastically; returns int16 bits."""
     if RANDOM:
         i = bits_of(x)
         magnitude = i & MAGNITUDE
@@ -116,6 +118,7 @@ def to_fp16(x, bits, RANDOM: tl.constexpr):
 
 @triton.jit
 def from_signed(code, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    """Decode signed logarithmic codes."""
     SPAN: tl.constexpr = OCTAVES * (1 << 23) + ((1 << 23) >> OCTAVES)
     i = (tl.abs(code).to(tl.float32) * (SPAN / LEVELS)).to(tl.int32) + (ONE - OCTAVES * OCTAVE)
     x = bits_of(float_of(i) - 1.0 / (1 << OCTAVES))
@@ -124,6 +127,7 @@ def from_signed(code, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
 
 @triton.jit
 def to_signed(x, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+    """Encode to signed logarithmic codes."""
     SPAN: tl.constexpr = OCTAVES * (1 << 23) + ((1 << 23) >> OCTAVES)
     i = bits_of(x)
     above = bits_of(float_of(i & MAGNITUDE) + 1.0 / (1 << OCTAVES)) - (ONE - OCTAVES * OCTAVE)
@@ -135,6 +139,7 @@ def to_signed(x, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
 
 @triton.jit
 def from_unsigned(code, LEVELS: tl.constexpr, PER_OCTAVE: tl.constexpr):
+    """Decode unsigned logarithmic codes."""
     below = LEVELS - code
     fraction = (below * ((1 << 23) % PER_OCTAVE) * (65536 // PER_OCTAVE + 1)) >> 16
     i = ONE - (below * ((1 << 23) // PER_OCTAVE) + fraction)
@@ -143,6 +148,7 @@ def from_unsigned(code, LEVELS: tl.constexpr, PER_OCTAVE: tl.constexpr):
 
 @triton.jit
 def to_unsigned(x, bits, LEVELS: tl.constexpr, PER_OCTAVE: tl.constexpr, RANDOM: tl.constexpr):
+    """Encode to unsigned logarithmic codes."""
     LOWEST: tl.constexpr = (LEVELS - 1) * (1 << 23) // PER_OCTAVE
     i = bits_of(x) & MAGNITUDE
     below = tl.minimum(tl.maximum(ONE - i, 0), LOWEST) * PER_OCTAVE
@@ -155,6 +161,7 @@ def to_unsigned(x, bits, LEVELS: tl.constexpr, PER_OCTAVE: tl.constexpr, RANDOM:
 
 @triton.jit
 def decode(code, FORMAT: tl.constexpr):
+    """Decode codes of a quantized format, without their scale."""
     if FORMAT == SIGNED8:
         return from_signed(code, 127, 10)
     elif FORMAT == UNSIGNED8:
@@ -167,6 +174,7 @@ def decode(code, FORMAT: tl.constexpr):
 
 @triton.jit
 def encode(x, bits, FORMAT: tl.constexpr, RANDOM: tl.constexpr):
+    """Encode numbers in [-1, 1] to codes of a quantized format."""
     if FORMAT == SIGNED8:
         return to_signed(x, 127, 10)
     elif FORMAT == UNSIGNED8:
@@ -182,7 +190,7 @@ def encode(x, bits, FORMAT: tl.constexpr, RANDOM: tl.constexpr):
 
 @triton.jit
 def there(rows_there, columns, K, RAGGED: tl.constexpr):
-    """Which elements exist. A tile is as wide as a block, so if K is a multiple of one, all of a row's do."""
+    """Return which elements exist. A tile is as wide as a block, so if K is a multiple of a block, whole rows do."""
     if RAGGED:
         return rows_there[:, None] & (columns < K)[None, :]
     else:
@@ -194,10 +202,10 @@ def load(
     first, second, first_stride, second_stride, rows, start, N, K,
     FORMAT: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """An fp32 tile ``[R, WIDTH]`` of a tensor ``[N, K]``, zero outside of it.
+    """Load an fp32 tile ``[R, WIDTH]`` of a tensor ``[N, K]``; elements outside are zero.
 
-    rows: int64 ``[R]``. start: the first column, of a block where there are blocks; they are as wide as the tile.
-    RAGGED: K is no multiple of a block.
+    rows: int64 ``[R]``. start: first column; with a quantized format, of a block, which is as wide as the tile.
+    RAGGED: K is not a multiple of a block.
     """
     inside = tl.arange(0, WIDTH)
     columns = start + inside
@@ -241,7 +249,7 @@ def store(
     x, bits, first, second, first_stride, second_stride, rows, start, N, K,
     FORMAT: tl.constexpr, RANDOM: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The other way. bits: of ``random_bits``, where RANDOM. RAGGED: K is no multiple of a block."""
+    """Encode and store a tile. bits: from ``random_bits``, if RANDOM. RAGGED: K is not a multiple of a block."""
     columns = start + tl.arange(0, WIDTH)
     rows_there = rows < N
     mask = there(rows_there, columns, K, RAGGED)

@@ -1,14 +1,17 @@
-"""The rules as Triton sees them: one tile in registers, one function per rule.
+"""Update rules in Triton: one function per rule, on one tile in registers.
 
-Each is the twin of a rule in ``gradfold.rules`` and rounds where that one does: ``tl.fma`` stands where torch's kernels
-round ``a * b + c`` once, and kernels are compiled without further fusion. What depends on the step's numbers alone is
-worked out in Python in double precision (``numbers.py``) and arrives in ``n``.
+Each function is the twin of a rule in ``gradfold.rules`` and rounds where that rule rounds: ``tl.fma`` stands where
+torch's kernels round ``a * b + c`` once, and kernels are compiled without further fusion. Everything that depends on
+the step's numbers alone is computed in Python in double precision (``scalars.py``) and passed in ``n``.
 
     rule(w, g, states, n, FLAGS, EXACT) -> w, states
 
-w, g: fp32 tiles. states: fp32 tiles, in the order of ``Rule.states``. n: a tuple of fp32 scalars. FLAGS: what
-the rule decides by its hyper-parameters, as constants. EXACT: divisions and roots as IEEE has them, for fp32 weights;
-else those of the processor, within two units in the last place. To add one: see the README one folder up.
+- ``w``, ``g``: fp32 tiles of weight and gradient.
+- ``states``: fp32 tiles, in the order of ``Rule.states``.
+- ``n``: tuple of fp32 scalars; each function lists them.
+- ``FLAGS``: compile-time constants that follow from the hyper-parameters.
+- ``EXACT``: IEEE division and square root, for fp32 weights; otherwise the processor's own, within two units in the
+  last place.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
@@ -18,24 +21,25 @@ import triton.language as tl
 
 @triton.jit
 def div(a, b, EXACT: tl.constexpr):
-    """IEEE's quotient, or one within two units in the last place."""
+    """Divide with IEEE rounding if EXACT, else within two units in the last place."""
     return tl.div_rn(a, b) if EXACT else a / b
 
 
 @triton.jit
 def sqrt(x, EXACT: tl.constexpr):
+    """Take the square root with IEEE rounding if EXACT, else within two units in the last place."""
     return tl.sqrt_rn(x) if EXACT else tl.sqrt(x)
 
 
 @triton.jit
 def _lerp(start, end, weight, NEAR: tl.constexpr):
-    """torch's lerp: from the nearer end. ``weight``: of ``end`` if NEAR (below one half), else that minus 1."""
+    """Interpolate like torch.lerp, from the nearer end; weight is that of ``end``, minus 1 unless NEAR (below 0.5)."""
     return tl.fma(end - start, weight, start if NEAR else end)
 
 
 @triton.jit
 def _decayed(w, g, rate, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr):
-    """Sign and weight decay. DECAY: 0 none, 1 decoupled (``rate`` multiplies w), 2 coupled (``rate`` of w joins g)."""
+    """Apply sign and weight decay. DECAY: 0 none, 1 decoupled (w * rate), 2 coupled (g + rate * w)."""
     if MAXIMIZE:
         g = -g
     if DECAY == 1:
@@ -47,7 +51,7 @@ def _decayed(w, g, rate, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr):
 
 @triton.jit
 def _moments(w, g, states, n, FLAGS: tl.constexpr):
-    """Sign, weight decay and both moments. n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2."""
+    """Apply sign and weight decay, and update both moments. n: decay, 1 - beta1 (or -beta1), beta2, 1 - beta2."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     NEAR: tl.constexpr = FLAGS[2]
@@ -57,7 +61,7 @@ def _moments(w, g, states, n, FLAGS: tl.constexpr):
 
 @triton.jit
 def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: of ``_moments``, then 1 / sqrt of the second correction, eps, -rate."""
+    """Adam and AdamW. n: those of ``_moments``, then 1 / sqrt(1 - beta2^t), eps, -lr / (1 - beta1^t)."""
     AMSGRAD: tl.constexpr = FLAGS[3]
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     if AMSGRAD:
@@ -71,7 +75,7 @@ def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def sgd(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: weight decay, momentum, 1 - dampening, -lr."""
+    """SGD. n: weight decay, momentum, 1 - dampening, -lr."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     MOMENTUM: tl.constexpr = FLAGS[2]  # 0 none, 1 plain, 2 Nesterov's
@@ -92,7 +96,7 @@ def sgd(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def lion(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: decay, beta1, 1 - beta1, -lr, beta2, 1 - beta2."""
+    """Lion. n: decay, beta1, 1 - beta1, -lr, beta2, 1 - beta2."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
@@ -103,7 +107,7 @@ def lion(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def rmsprop(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: weight decay, alpha, 1 - alpha, that again (or -alpha) for the mean, eps, momentum, -lr."""
+    """RMSprop. n: weight decay, alpha, 1 - alpha, the lerp weight of the mean, eps, momentum, -lr."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     MOMENTUM: tl.constexpr = FLAGS[2]
@@ -127,7 +131,7 @@ def rmsprop(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def adagrad(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: weight decay, eps, -rate."""
+    """Adagrad. n: weight decay, eps, -lr of this step."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
@@ -137,7 +141,7 @@ def adagrad(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: of ``_moments``, then 1 / second correction, eps, -rate of g, -rate of exp_avg."""
+    """NAdam. n: those of ``_moments``, then 1 / (1 - beta2^t), eps, -grad_rate, -avg_rate."""
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     denom = sqrt(exp_avg_sq * n[4], EXACT) + n[5]
     w = w + div(g * n[6], denom, EXACT)
@@ -146,7 +150,7 @@ def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def radam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
-    """n: of ``_moments``, then eps, -rate, 1 where the variance is tractable."""
+    """RAdam. n: those of ``_moments``, then eps, -rate, 1 if ``exp_avg_sq`` is used, else 0."""
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     step = exp_avg * n[5]
     adaptive = w + div(step, sqrt(exp_avg_sq, EXACT) + n[4], EXACT)

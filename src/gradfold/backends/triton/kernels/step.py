@@ -1,15 +1,16 @@
-"""The kernel: a tile of a weight's gradient is summed in registers, meets its weight and states there, and is gone.
+"""The main kernel: sums a tile of a weight's gradient in registers and updates weight and states with it.
 
 One program owns the tile ``[BN, BK]`` of a weight ``[N, K]``:
 
-    gradient   sum over tokens of dY[:, rows]ᵀ X[:, columns] (a product), or of one-hot(ids)ᵀ dY (an embedding), or a
-               tile that autograd has written; any number of each. fp32, in registers
-    norm       of the tile, one number: NaN where the gradient is not finite, and then nothing is stored
-    step       sub-tiles of a few rows: load and decode weight and states, the rule, encode and store
+    gradient   sum over tokens of dY[:, rows]ᵀ X[:, columns] (a Linear), or of one-hot(ids)ᵀ dY (an Embedding), or a
+    tile
+               that autograd has written; any number of each, in fp32 registers
+    norm       of the tile, one number: NaN if the gradient is not finite, and then nothing else is stored
+    step       for sub-tiles of a few rows: load and decode weight and states, run the rule, encode and store
 
-The sum is kept transposed, ``[BK, BN]``: tensor cores spread the second dimension over registers, so that cutting it
-into sub-tiles moves nothing between threads, and a sub-tile is of whole rows of 128, which is what blocks with a scale
-need. Sub-tiles bound the registers: the accumulator and one sub-tile's worth of weight, states and temporaries.
+The sum is kept transposed, ``[BK, BN]``. Tensor cores spread the second dimension over registers, so cutting it into
+sub-tiles moves nothing between threads. A sub-tile then consists of whole rows of 128, as quantized blocks need.
+Sub-tiles bound the registers in use: the accumulator, and weight, states and temporaries of one sub-tile.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from . import codecs
 
-# columns of the tables of further uses
+# Columns of the tables that hold all gradient terms but the first of each kind
 PRODUCT = tl.constexpr(5)  # left, right, tokens, left's stride, right's stride
 GATHER = tl.constexpr(7)  # sorted ids, order, bounds, gradient, its stride, first row, padding id
 DENSE = tl.constexpr(2)  # gradient, its stride
@@ -30,7 +31,7 @@ def product(
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """acc ``[BK, BN]`` plus right.T @ left. left: ``[T, N]``, right: ``[T, K]``. EVEN: the tile is in the weight."""
+    """Add right.T @ left to acc ``[BK, BN]``. left: ``[T, N]``; right: ``[T, K]``; EVEN: the tile is in the weight."""
     rows = n0 + tl.arange(0, BN)
     columns = k0 + tl.arange(0, BK)
     t = tl.arange(0, BT).to(tl.int64)
@@ -53,7 +54,7 @@ def product(
 
 @triton.jit
 def described_product(acc, left, right, tokens, n0, k0, BT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """``product`` of tensor descriptors: one thread asks for a tile, and what lies outside comes as zeros."""
+    """Do ``product`` with tensor descriptors: one thread requests a tile, and elements outside are zero."""
     for start in tl.range(0, tokens, BT):
         a, b = left.load([start, n0]), right.load([start, k0])
         if WIDEN:
@@ -64,7 +65,7 @@ def described_product(acc, left, right, tokens, n0, k0, BT: tl.constexpr, PRECIS
 
 @triton.jit
 def column_sums(total, left, tokens, stride, n0, N, BN: tl.constexpr, BT: tl.constexpr, DESCRIBED: tl.constexpr):
-    """total ``[BT, BN]`` plus left's rows; a bias's gradient, once its own rows are summed."""
+    """Add rows of left to total ``[BT, BN]``; summed over its own rows, it is the gradient of a bias."""
     rows = n0 + tl.arange(0, BN)
     for start in tl.range(0, tokens, BT):
         if DESCRIBED:
@@ -83,7 +84,7 @@ def step_bias(
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
     LIMITED: tl.constexpr, GUARDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The rule on BN elements of a bias. g: fp32 ``[1, BN]``."""
+    """Update BN elements of a bias. g: fp32 ``[1, BN]``."""
     norm = norm_of(g, factor)
     tl.store(norm_there, norm)
     kept = 1
@@ -100,7 +101,7 @@ def step_bias(
 
 @triton.jit
 def changed(g, factor, limit, LIMITED: tl.constexpr):
-    """A gradient on its way to the rule: scaled, and its elements limited."""
+    """Scale a gradient and limit its elements (``clip_value``)."""
     g = g * factor
     if LIMITED:
         g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
@@ -112,9 +113,9 @@ def gather(
     acc, ids, order, bounds, grad, stride, first, padding, n0, k0, K,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """acc ``[BK, BN]`` plus the sum of grad's rows by id: a product with a one-hot matrix, over this tile's tokens.
+    """Add the sum of grad's rows by id to acc ``[BK, BN]``: a product with a one-hot matrix over this tile's tokens.
 
-    ids: sorted, ``[T]``; order: where each came from; bounds: where those of each tile of BN rows begin.
+    ids: sorted token ids ``[T]``; order: position of each in the sequence; bounds: first token of each tile of BN rows.
     """
     columns = k0 + tl.arange(0, BK)
     rows = first + n0 + tl.arange(0, BN)
@@ -136,7 +137,7 @@ def gather(
 
 @triton.jit
 def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
-    """A tile ``[BK, BN]`` of a gradient ``[N, K]``."""
+    """Load a tile ``[BK, BN]`` of a gradient ``[N, K]``."""
     rows = (n0 + tl.arange(0, BN)).to(tl.int64)
     columns = k0 + tl.arange(0, BK)
     mask = (rows < N)[:, None] & (columns < K)[None, :]
@@ -146,7 +147,7 @@ def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def norm_of(acc, factor):
-    """The tile's norm; NaN if an element is not finite, or will not be once it is multiplied by the factor."""
+    """Return the tile's norm; NaN if an element is not finite, or becomes so when multiplied by the factor."""
     largest = codecs.float_of(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE))  # as integers, for which NaN is largest
     # squares neither overflow nor vanish
     unit = tl.where(largest > 1e15, 2.0**-75, tl.where(largest < 1e-15, 2.0**60, 1.0))
@@ -157,13 +158,13 @@ def norm_of(acc, factor):
 
 @triton.jit
 def halves(x):
-    """``[A, B]`` as its two halves ``[A, B / 2]``; where B is spread over registers, nothing moves."""
+    """Split ``[A, B]`` into two halves ``[A, B / 2]``; if B is spread over registers, nothing moves."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def sub_tiles(acc, LEVELS: tl.constexpr):
-    """A tuple of 2 ** LEVELS parts of the second dimension."""
+    """Split the second dimension into a tuple of 2 ** LEVELS parts."""
     parts = (acc,)
     for _ in tl.static_range(LEVELS):
         cut = ()
@@ -180,7 +181,7 @@ def update(
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
     RAGGED: tl.constexpr, LARGE: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The rule on rows ``[R]`` and WIDTH columns of weight and states; stored are those below ``kept``.
+    """Run the rule on rows ``[R]`` and WIDTH columns of weight and states; rows from ``kept`` on are not stored.
 
     g: fp32 ``[R, WIDTH]``.
     """
@@ -230,7 +231,7 @@ def fold_step(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, LARGE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, norm and step of one tile of a weight. STEPS: else the norm only."""
+    """Compute gradient and norm of one tile of a weight, and update it if STEPS."""
     # programs that run together share columns: GROUP tiles of rows before the next tile of columns
     program = tl.program_id(0)
     tiles_n, tiles_k = tl.cdiv(N, BN), tl.cdiv(K, BK)

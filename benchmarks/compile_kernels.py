@@ -1,7 +1,7 @@
-"""A kernel of a step, compiled for a processor that need not be there, from the arguments a launch would have.
+"""Compile a kernel for a processor that need not be present, with the arguments that a launch would have.
 
-Everything is built as in training: an optimizer decides how weight and states are stored, ``launch.arguments`` says
-what the kernel is called with. Only the driver is a stand-in, which says which processor to compile for.
+Everything is built as in training: an optimizer decides how weight and states are stored, and ``launch.arguments``
+gives the kernel's arguments. Only the driver is replaced, by one that says which processor to compile for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from triton.runtime.driver import driver
 
 import gradfold
 from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Stored
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.launch import Bias, arguments, counts_of, source_of, tensors_of
-from gradfold.backends.triton.numbers import flags_of, scalars_of, twin_of
+from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
 ROWS, COLUMNS, TOKENS = 256, 4096, 1024  # multiples of 16, as a model's: compiled for any such
@@ -29,8 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One kernel: a rule, how weight and states are stored, what the gradient is made of, a processor."""
+class KernelJob:
+    """One kernel to compile: rule, storage of weight and states, gradient source, processor."""
 
     arch: int  # 90 for sm_90
     rule: str = "AdamW"
@@ -38,7 +38,7 @@ class Job:
     states: str = "fp32"
     master: str | None = None
     rounding: str | None = "stochastic"
-    kind: str = table.PRODUCT
+    kind: str = tile_configs.PRODUCT
     operands: str = "bf16"
     norm_only: bool = False
     biased: bool = False  # a bias steps along
@@ -46,22 +46,25 @@ class Job:
 
     @property
     def family(self) -> str:
-        return table.family("cuda", self.arch)
+        """Processor family in the tile table."""
+        return tile_configs.family("cuda", self.arch)
 
     @property
-    def tiles(self) -> table.Config:
-        return table.config(self.kind, DTYPES[self.operands].itemsize, self.family)
+    def tiles(self) -> tile_configs.TileConfig:
+        """Tiles of the kernel."""
+        return tile_configs.tile_config(self.kind, DTYPES[self.operands].itemsize, self.family)
 
     @property
     def id(self) -> str:
+        """Name of the kernel."""
         what = "norm" if self.norm_only else f"{self.rule}-{self.weight}-{self.master or 'bare'}-{self.states}"
         return f"sm_{self.arch}-{self.kind}-{self.operands}-{what}{'-bias' if self.biased else ''}"
 
 
-class Compiled(NamedTuple):
-    """What the compiler made of a job."""
+class CompiledKernel(NamedTuple):
+    """Compiler output of a job."""
 
-    job: Job
+    job: KernelJob
     asm: dict[str, Any]  # "ttir", "ptx": text; "cubin": bytes
     metadata: Any
     store_bytes: dict[str, int]  # what one program may store: bytes by the kernel's argument
@@ -91,7 +94,7 @@ class _Absent:
 
 
 class Listening(_Absent):
-    """Compiles for a processor that is not here, and keeps what would have been launched."""
+    """A driver that compiles for an absent processor, and records launches instead of making them."""
 
     def __init__(self, arch: int):
         super().__init__(arch)
@@ -100,18 +103,20 @@ class Listening(_Absent):
         self.launcher_cls = lambda source, metadata: lambda *call: self.launched.append(call)
 
     def load_binary(self, *args: Any) -> tuple[int, ...]:
+        """Return a fake handle with plausible resources."""
         return 0, 0, 64, 0, 1024
 
     def unload_module(self, module: Any) -> None:
-        pass
+        """Do nothing."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return the shared memory of Hopper."""
         return {"max_shared_mem": 232448}
 
 
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[None]:
-    """Triton compiles for this processor; afterwards its driver is what it was."""
+    """Let Triton compile for this processor, and restore its driver afterwards."""
     before = driver._active
     driver.set_active(_Absent(arch))  # type: ignore[arg-type]
     try:
@@ -120,8 +125,8 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def build(job: Job) -> Compiled:
-    """Compile, or take from Triton's cache. Nothing runs."""
+def compile_kernel(job: KernelJob) -> CompiledKernel:
+    """Compile, or take from Triton's cache; nothing runs."""
     weight, states, rule, numbers = stored_by(job)
     tensors = tensors_of([weight] if job.norm_only else [weight, *states])
     assert tensors is not None, f"{job.id}: not stored as kernels know it"
@@ -152,11 +157,11 @@ def build(job: Job) -> Compiled:
         first, others, _, _ = stored_by(job, (ROWS,))
         allowed["bias_firsts"] = round(sum(_bytes_per_element([first, *others]).values()) * job.tiles.bn)
         allowed["norms"] *= 2
-    return Compiled(job, dict(kernel.asm), kernel.metadata, allowed, tile)
+    return CompiledKernel(job, dict(kernel.asm), kernel.metadata, allowed, tile)
 
 
-def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
-    """Weight, states, rule and one step's numbers, as a fold of this optimizer has them in the middle of training."""
+def stored_by(job: KernelJob, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
+    """Return weight, states, rule and one step's numbers, as a folded optimizer has them during training."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=DTYPES[job.weight]))
     options = {"states": job.states, "rounding": job.rounding, "master": job.master}
     optimizer = getattr(gradfold, job.rule)([param], lr=1e-3, **options, **dict(job.hyper))
@@ -171,11 +176,12 @@ def stored_by(job: Job, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Store
     return weight, states, rule, numbers
 
 
-def use_of(job: Job) -> MatmulTerm | GatherTerm | DenseTerm:
+def use_of(job: KernelJob) -> MatmulTerm | GatherTerm | DenseTerm:
+    """Return the gradient term of a job."""
     dtype = DTYPES[job.operands]
-    if job.kind == table.GATHER:
+    if job.kind == tile_configs.GATHER:
         return GatherTerm(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
-    if job.kind == table.DENSE:
+    if job.kind == tile_configs.DENSE:
         return DenseTerm(torch.empty(ROWS, COLUMNS, dtype=dtype))
     return MatmulTerm(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
 

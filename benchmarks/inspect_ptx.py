@@ -1,4 +1,4 @@
-"""What can be read off a compiled kernel: what it stores and where, and what it costs the processor."""
+"""Inspect a compiled kernel: what it stores and where, and what it costs the processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRITES = re.compile(
 )
 
 
-class Store(NamedTuple):
+class KernelStore(NamedTuple):
     """One ``tl.store``."""
 
     argument: str  # of the kernel, whose memory it writes
@@ -33,11 +33,11 @@ class Store(NamedTuple):
     wide: bool  # a tile, not one number per row
 
 
-def stores(ttir: str) -> list[Store]:
-    """Every store, traced to the argument its pointer comes from.
+def stores(ttir: str) -> list[KernelStore]:
+    """Return every store, traced to the argument its pointer comes from.
 
     Raises:
-        ValueError: one that cannot be traced, stands in a loop, or is no plain store.
+        ValueError: A store cannot be traced, is in a loop, or is not a plain store.
     """
     if found := _WRITES.search(ttir):
         raise ValueError(f"not a plain store: {found[0]}")
@@ -58,7 +58,7 @@ def stores(ttir: str) -> list[Store]:
                 raise ValueError(f"a store that cannot be traced to an argument: {line.strip()}")
             sizes = [int(size) for size in (shape[1] or "").split("x") if size]
             elements = math.prod(sizes)
-            made.append(Store(origin[pointer], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
+            made.append(KernelStore(origin[pointer], elements, elements * int(shape[2]) // 8, len(sizes) > 1))
         elif "tt.store" in line:
             raise ValueError(f"a store that is not understood: {line.strip()}")
         elif found := _DEFINITION.match(line):
@@ -82,7 +82,8 @@ def _pointers(ttir: str) -> dict[str, str]:
     }
 
 
-def bytes_by_argument(found: list[Store]) -> dict[str, int]:
+def bytes_by_argument(found: list[KernelStore]) -> dict[str, int]:
+    """Return stored bytes by argument."""
     total: dict[str, int] = {}
     for store in found:
         total[store.argument] = total.get(store.argument, 0) + store.nbytes
@@ -99,7 +100,7 @@ _OTHER_WRITES = re.compile(r"^(?:ST|STAS|RED|REDG|REDAS|ATOM|ATOMG|UTMASTG|UTMAR
 
 
 class Code(NamedTuple):
-    """Of one kernel, instructions as they stand."""
+    """Instructions of one kernel."""
 
     straight: int  # up to the last exit and outside of loops; slow paths of roots, divisions and waits lie behind it
     looped: int  # in loops before it, over tokens
@@ -111,17 +112,20 @@ class Code(NamedTuple):
 
 
 class Usage(NamedTuple):
+    """Resources of one kernel."""
+
     registers: int
     stack_bytes: int
     local_bytes: int
 
 
 def tool(name: str, *words: str) -> str:
+    """Run one of the CUDA binary tools."""
     return subprocess.run([str(TOOLS / name), *words], capture_output=True, text=True, check=True).stdout
 
 
-def read(cubin: bytes) -> tuple[Code, Usage]:
-    """Disassemble."""
+def read_cubin(cubin: bytes) -> tuple[Code, Usage]:
+    """Disassemble a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -131,6 +135,7 @@ def read(cubin: bytes) -> tuple[Code, Usage]:
 
 
 def code_of(sass: str) -> Code:
+    """Count the instructions of a disassembly."""
     labels: dict[str, int] = {}
     lines: list[tuple[int, list[str], str]] = []  # address, operation in its parts, operands
     waiting: list[str] = []

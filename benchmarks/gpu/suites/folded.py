@@ -1,6 +1,6 @@
-"""Small models folded with the Triton backend, several steps of training: biases, embeddings, ties, norms, tapes.
+"""Small models folded with the Triton backend over several steps: biases, embeddings, ties, norms, deferred gradients.
 
-The same training in fp64 by torch's own AdamW is the truth; the reference backend's distance from it is the measure.
+The same training in fp64 with torch's AdamW is the truth; the reference backend's distance from it is the yardstick.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradfold
 from benchmarks.gpu import training
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.worker import Case, Failed
 
 FACTOR, NEGLIGIBLE = 2.0, 1e-4  # as in correctness.py, in units of what training has moved
@@ -21,7 +21,7 @@ STEPS = 4
 LR = 1e-2  # far enough for bf16 weights to see
 
 
-class Net(nn.Module):
+class FoldedNet(nn.Module):
     """An embedding with a padding id, Linears with bias, a norm, one weight used twice, and a head, tied or not."""
 
     def __init__(self, width: int, hidden: int, words: int, tied: bool):
@@ -34,19 +34,21 @@ class Net(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the loss."""
         x = self.embed(ids)
         for _ in range(2):
             x = x + self.down(torch.tanh(self.up(self.norm(x))))
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.roll(-1, 1).flatten())
 
 
-def cases(setting: Setting) -> list[Case]:
-    size = (24, 40, 36) if setting.dry else (132, 260, 516)
+def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
+    size = (24, 40, 36) if context.dry else (132, 260, 516)
     options: list[tuple[torch.dtype, dict[str, Any], bool, dict[str, Any]]] = [
         (torch.float32, {}, True, {"clip_norm": 0.5}),
         (torch.bfloat16, {"states": "int8", "small_size": 1}, False, {}),
     ]
-    if not setting.dry:
+    if not context.dry:
         options += [
             (torch.float32, {}, False, {}),
             (torch.float32, {}, True, {"accumulate": 2}),
@@ -60,21 +62,22 @@ def cases(setting: Setting) -> list[Case]:
     def case(dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any]) -> Case:
         words = [str(dtype).removeprefix("torch."), "tied" if tied else "untied"]
         words += [f"{name}={value}" for name, value in {**storage, **how}.items()]
-        return Case(", ".join(words), lambda: check(dtype, storage, tied, how, size, setting))
+        return Case(", ".join(words), lambda: check_fold(dtype, storage, tied, how, size, context))
 
     return [case(*option) for option in options]
 
 
-def check(
-    dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, setting: Setting
+def check_fold(
+    dtype: torch.dtype, storage: dict[str, Any], tied: bool, how: dict[str, Any], size: Any, context: Context
 ) -> dict[str, Any]:
+    """Train one case on the GPU and compare it with fp64."""
     torch.manual_seed(0)
-    start = Net(*size, tied).to(dtype)
-    micro_batches, steps = how.get("accumulate", 1), 2 if setting.dry else STEPS
-    batches = [torch.randint(0, size[2], (2, 9 if setting.dry else 65)) for _ in range(steps * micro_batches)]
+    start = FoldedNet(*size, tied).to(dtype)
+    micro_batches, steps = how.get("accumulate", 1), 2 if context.dry else STEPS
+    batches = [torch.randint(0, size[2], (2, 9 if context.dry else 65)) for _ in range(steps * micro_batches)]
 
-    def copy_of(device: torch.device | str, dtype: torch.dtype = dtype) -> Net:
-        made = Net(*size, tied).to(dtype)
+    def copy_of(device: torch.device | str, dtype: torch.dtype = dtype) -> FoldedNet:
+        made = FoldedNet(*size, tied).to(dtype)
         made.load_state_dict({name: value.to(dtype) for name, value in start.state_dict().items()})
         return made.to(device)
 
@@ -108,7 +111,7 @@ def check(
 
     cpu = torch.device("cpu")
     reference, reference_norm = trained(cpu, lambda m, o: gradfold.fold(m, o, backend="reference", **how))
-    error, norm = trained(setting.device, lambda m, o: gradfold.fold(m, o, backend="triton", **how))
+    error, norm = trained(context.device, lambda m, o: gradfold.fold(m, o, backend="triton", **how))
     figures = {"error": error, "reference_error": reference, "norm_error": norm, "reference_norm_error": reference_norm}
     if not error <= FACTOR * reference + NEGLIGIBLE:
         raise Failed("weights are further from fp64 training than the reference backend's", **figures)

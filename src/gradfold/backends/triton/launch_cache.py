@@ -16,22 +16,23 @@ from gradfold.rules import Group, Rule
 
 from .kernels.step import fold_step
 from .launch import Bias, Tensors, tensors_of
-from .numbers import Twin, numbers_of, twin_of
+from .scalars import Twin, step_scalars, twin_of
 from .transfer import stream_of
 
-NUMBERS = fold_step.arg_names.index("scalars")  # after it: words, offset, row_stride, scale, scale_there, limit,
-# norms, N, K, and a bias's
+# Position of `scalars`; after it come words, offset, row_stride, scale, scale_there, limit, norms, N, K and the bias's.
+SCALARS_AT = fold_step.arg_names.index("scalars")
 
-PRODUCT = 5  # positions of the product, which come first
+PRODUCT_ARGUMENTS = 5  # the arguments of the product come first
 
 
-class Launch:
+class CompiledLaunch:
     """A compiled kernel with its arguments, of which those that change are put in before each launch."""
 
     def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
         self.arguments = [*positions, *(constants[name] for name in names[len(positions) :])]
-        for at in (*range(PRODUCT), NUMBERS, NUMBERS + 5, NUMBERS + 7):  # tensors of this launch alone are let go
+        # Drop tensors that belong to this launch only.
+        for at in (*range(PRODUCT_ARGUMENTS), SCALARS_AT, SCALARS_AT + 5, SCALARS_AT + 7):
             self.arguments[at] = None
 
     def __call__(
@@ -44,9 +45,10 @@ class Launch:
         norms: Tensor,
         bias: Bias | None,
     ) -> None:
+        """CompiledLaunch ``tiles`` programs with the arguments of this step."""
         arguments = list(self.arguments)
         arguments[: len(product)] = product
-        at = NUMBERS
+        at = SCALARS_AT
         scaled = isinstance(scale, Tensor)
         arguments[at] = scalars
         arguments[at + 4] = 1.0 if scaled else float(scale)
@@ -79,7 +81,7 @@ class TritonStepper:
         self.rule, self.group = rule, group
         self._twin = twin_of(rule) if reachable else None
         self._capturable = bool(group.get("capturable"))
-        self._by_stream: dict[int, tuple[Tensors | None, dict[Any, Launch]]] = {}
+        self._by_stream: dict[int, tuple[Tensors | None, dict[Any, CompiledLaunch]]] = {}
         self._reference: Stepper | None = None
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> PowerSum:
@@ -97,11 +99,11 @@ class TritonStepper:
         """Weight and states as kernels take them on the current stream; None: no kernel steps this parameter."""
         return self._here()[0]
 
-    def launches(self) -> dict[Any, Launch]:
+    def launches(self) -> dict[Any, CompiledLaunch]:
         """Return the launches made on the current stream so far."""
         return self._here()[1]
 
-    def _here(self) -> tuple[Tensors | None, dict[Any, Launch]]:
+    def _here(self) -> tuple[Tensors | None, dict[Any, CompiledLaunch]]:
         stream = stream_of(self.weight.values.device)
         found = self._by_stream.get(stream)
         if found is None:
@@ -111,7 +113,7 @@ class TritonStepper:
 
     def numbers(self, numbers: StepNumbers) -> tuple[tuple[int, ...], Tensor]:
         """Return what the rule's twin takes for this step: constants, and scalars on the device."""
-        return numbers_of(self.twin, numbers.rule, numbers.count, self.weight.values.device, self._capturable)
+        return step_scalars(self.twin, numbers.rule, numbers.count, self.weight.values.device, self._capturable)
 
     def by_reference(self) -> Stepper:
         """Return the reference backend's stepper, for terms that no kernel takes."""
@@ -120,6 +122,6 @@ class TritonStepper:
         return self._reference
 
 
-def seen(term: MatmulTerm) -> tuple[Any, ...]:
+def specialization_of(term: MatmulTerm) -> tuple[Any, ...]:
     """What a compiled kernel depends on in a product: dtypes and alignment, but no number of tokens."""
     return tuple((t.dtype, t.data_ptr() % 16, t.stride(0) % 16, t.stride(0) == 1) for t in (term.left, term.right))

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import gradfold
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.kernel import Cell, Launch, gradient_by_kernel, rounds_once
-from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.worker import Case, Failed
 from gradfold.backends import DenseTerm, GatherTerm, GradTerm, MatmulTerm
-from gradfold.engine.region import Region
+from gradfold.engine import Region
 
 REPEATS = 20
 FACTOR = 2.0  # how much further from fp64 than the reference's a result may be
@@ -54,6 +54,8 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Example:
+    """One case: rule, storage, shape and gradient source."""
+
     rule: str = "adamw"
     dtype: str = "bf16"
     states: str | None = "fp32"
@@ -68,6 +70,7 @@ class Example:
 
     @property
     def key(self) -> str:
+        """Name of the row."""
         storage = [self.dtype, self.states or "as torch", self.master, self.rounding]
         where = "x".join(map(str, self.shape)) + ("" if self.region is None else f" {self.region}")
         words = [self.rule, *filter(None, storage), where, f"{self.source} of {self.operand}", f"T={self.tokens}"]
@@ -75,7 +78,7 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """A compact matrix, what training uses most first."""
+    """Return a compact set of cases, the most common in training first."""
     found = [Example(states=states, shape=ROUND, tokens=512) for states in ("bf16", "int8", "fp32", "int4")]
     found += [Example(states=states, rounding="stochastic") for states in ("bf16", "int8", "fp32", "int4")]
     found += [Example(states="int8", master=master) for master in ("split8", "split16")]
@@ -95,7 +98,7 @@ def examples() -> list[Example]:
 
 
 def dry_examples() -> list[Example]:
-    """One of each kind, small."""
+    """Return one small case of each kind."""
     return [
         Example(states="int8", shape=(34, 140), tokens=16),
         Example(states="bf16", rounding="stochastic", shape=(34, 140), tokens=7),
@@ -105,14 +108,15 @@ def dry_examples() -> list[Example]:
     ]
 
 
-def cases(setting: Setting) -> list[Case]:
-    chosen = dry_examples() if setting.dry else examples()
-    seconds = 0.0 if setting.dry else 8.0  # to compile two kernels
-    return [Case(example.key, lambda example=example: check(example, setting), seconds) for example in chosen]
+def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
+    chosen = dry_examples() if context.dry else examples()
+    seconds = 0.0 if context.dry else 8.0  # to compile two kernels
+    return [Case(example.key, lambda example=example: check_example(example, context), seconds) for example in chosen]
 
 
-def check(example: Example, setting: Setting) -> dict[str, Any]:
-    """All checks of one example; raises Failed with the first that says no."""
+def check_example(example: Example, context: Context) -> dict[str, Any]:
+    """Run all checks of one example; raises Failed with the first that fails."""
     seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)
     made, options = RULES[example.rule]
@@ -120,13 +124,13 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
     options = {"small_size": 0, "lr": 1e-3, **{name: value for name, value in options.items() if value is not None}}
     before = Cell(made, example.shape, DTYPES[example.dtype], options, example.region)
     uses = uses_of(example, tuple(before.param.shape))
-    there = [_moved(use, setting.device) for use in uses]
-    figures: dict[str, Any] = {"seed": seed, "checks": "fp64, bits, writes, race, masks", "repeats": _repeats(setting)}
+    there = [_moved(use, context.device) for use in uses]
+    figures: dict[str, Any] = {"seed": seed, "checks": "fp64, bits, writes, race, masks", "repeats": _repeats(context)}
 
-    stepped = before.to(setting.device)
+    stepped = before.to(context.device)
     launch = Launch(stepped, there)
     launch()
-    setting.synchronize()
+    context.synchronize()
     if launch.norms.isnan().any():
         raise Failed("writes: a tile's norm was not written, or is NaN", **figures)
     grad64 = truth_of(uses, before.param.shape)
@@ -141,28 +145,28 @@ def check(example: Example, setting: Setting) -> dict[str, Any]:
     if not figures["error"] <= FACTOR * figures["reference_error"] + NEGLIGIBLE:
         raise Failed("fp64: further from it than the reference", **figures)
 
-    grad = gradient_by_kernel(there, tuple(before.param.shape), setting.device)
+    grad = gradient_by_kernel(there, tuple(before.param.shape), context.device)
     twin = before.to("cpu")
     twin.by_reference([DenseTerm(grad)])
     figures["bits_differ"], wrong = _other_bits(example, stepped, twin)
-    if wrong and not rounds_once(setting.device):
+    if wrong and not rounds_once(context.device):
         figures["note"] = f"bits not judged, since this interpreter's fma rounds twice: {wrong}"
     elif wrong:
         raise Failed(f"bits: {wrong}", **figures)
 
     first = stepped.bits()
-    for _ in range(_repeats(setting)):
-        again = before.to(setting.device)
+    for _ in range(_repeats(context)):
+        again = before.to(context.device)
         Launch(again, there)()
         if changed := _changed(first, again.bits()):
             raise Failed(f"race: another launch left other bits in {changed}", **figures)
-    if wrong := masks(before, uses, first, launch, setting):
+    if wrong := masks(before, uses, first, launch, context):
         raise Failed(f"masks: {wrong}", **figures)
     return figures
 
 
 def uses_of(example: Example, shape: tuple[int, ...]) -> list[GradTerm]:
-    """The gradient's sources, on the CPU."""
+    """Return the terms of the gradient, on the CPU."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape
     dtype, tokens = DTYPES[example.operand], example.tokens
 
@@ -213,7 +217,7 @@ def _fresh(use: GradTerm) -> GradTerm:
 
 
 def truth_of(uses: list[GradTerm], shape: torch.Size) -> Tensor:
-    """The gradient in fp64."""
+    """Return the gradient in fp64."""
     total = torch.zeros(shape, dtype=torch.float64)
     for use in uses:
         if isinstance(use, MatmulTerm):
@@ -266,8 +270,8 @@ def _ints(t: Tensor) -> Tensor:
     return t.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def masks(before: Cell, uses: list[GradTerm], clean: dict[str, Tensor], launch: Launch, setting: Setting) -> str:
-    """What is wrong after a step in which one row's gradient is not finite; of two-dimensional weights."""
+def masks(before: Cell, uses: list[GradTerm], clean: dict[str, Tensor], launch: Launch, context: Context) -> str:
+    """Return what is wrong after a step of a matrix with one non-finite gradient row; empty if nothing."""
     shape = before.param.shape
     if len(shape) != 2:
         return ""
@@ -283,8 +287,8 @@ def masks(before: Cell, uses: list[GradTerm], clean: dict[str, Tensor], launch: 
             return ""
         row = int(bad[0].ids[found[0, 0]])
         bad[0].grad[found[0, 0]] = float("inf")
-    cell = before.to(setting.device)
-    marred = Launch(cell, [_moved(use, setting.device) for use in bad])
+    cell = before.to(context.device)
+    marred = Launch(cell, [_moved(use, context.device) for use in bad])
     marred()
     first = row // launch.config.bn * launch.config.bn
     inside = slice(first, first + launch.config.bn)
@@ -303,5 +307,5 @@ def masks(before: Cell, uses: list[GradTerm], clean: dict[str, Tensor], launch: 
     return "" if told == columns else f"{told} norms are NaN, where {columns} tiles are"
 
 
-def _repeats(setting: Setting) -> int:
-    return 1 if setting.dry else REPEATS
+def _repeats(context: Context) -> int:
+    return 1 if context.dry else REPEATS

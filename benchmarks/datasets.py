@@ -1,4 +1,4 @@
-"""Models with their data, for the benchmarks that train: the same batches for whoever trains on one."""
+"""Models with their data, for the benchmarks that train: every method gets the same batches."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from gradfold.train.model import find_model, load_model
 from gradfold.train.recipe import OptimizerRecipe, Recipe, TextRecipe
 from gradfold.train.setup import assemble
 
+from .common import llama_config
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model with its data: what a contestant trains on."""
+    """A model with its data."""
 
     build: Callable[[str, int], nn.Module]  # dtype, seed
     batch: Callable[[int], dict[str, Tensor]]
@@ -32,7 +34,7 @@ class Task:
 
 
 def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
-    """SmolLM2-135M on the default data, as `gradfold train` prepares them; one sequence of ``length`` tokens a step."""
+    """SmolLM2-135M on the default data of ``gradfold train``; one sequence of ``length`` tokens per step."""
     recipe = Recipe(
         steps=1,
         batch_size=1,
@@ -59,9 +61,9 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
 
 
 def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4) -> Task:
-    """A Llama of 6.2 M parameters with a BPE tokenizer of 2,048 words trained on the texts of a folder."""
+    """A Llama of 6.2 M parameters, with a BPE tokenizer of 2,048 tokens trained on the texts of a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.txt"))]
     tokenizer = Tokenizer(models.BPE())
@@ -74,16 +76,7 @@ def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4)
     windows = ids[: len(ids) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held_out, training = windows[order[:64]], windows[order[64:]]
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=length,
-        use_cache=False,
-    )
+    config = llama_config(6, hidden=256, intermediate=768, vocabulary=2048, heads=4, max_positions=length)
 
     def build(dtype: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)

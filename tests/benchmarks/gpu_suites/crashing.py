@@ -1,4 +1,4 @@
-"""A part whose rows fail, one of them with its process, and one that does not."""
+"""A suite whose rows fail, one of them with its process, and one that does not."""
 
 import os
 
@@ -19,7 +19,7 @@ def says_no():
     raise Failed("bits: 3% of weight differ", error=0.25)
 
 
-def cases(setting):
+def cases(context):
     return [
         Case("raises", raises),
         Case("aborts", os.abort),

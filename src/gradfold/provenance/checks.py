@@ -1,4 +1,4 @@
-"""Every check of one event, and of all events of a document. Verifying and merging both go by what is found here."""
+"""All checks of one event, and of all events of a document; ``verify`` and ``merge`` both use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .canonical import check_json, part_sha256_hex
 from .errors import ProvenanceError
 from .events import (
     ENTRY_FIELDS,
-    FIELDS,
+    EVENT_FIELDS,
     LISTS,
     OTHER_RECORDS,
     RECORD,
@@ -28,54 +28,75 @@ from .trust import RESERVED, Keyring, TrustStore
 
 MAX_EVENTS = 100_000
 NO_KEY = frozenset({"key", "receipt_key"})
-"""Checks that fail for want of a key, which another document may bring; all others lie in the event itself."""
+"""Checks that fail because a key is missing, which another document may list; all others depend on the event alone."""
 
 
 @dataclass
-class Examined:
-    """One event, where it stood, and its checks."""
+class CheckedEvent:
+    """One event with its checks.
+
+    Attributes:
+        where: Where the event stands in the document.
+        event: The event.
+        checks: Its checks.
+        signed: False for an event that was rebuilt from a state.
+    """
 
     where: str
     event: Any
     checks: list[Check]
     signed: bool
-    """False for one rebuilt from a state."""
 
     @property
     def reasons(self) -> frozenset[str]:
-        """The names of the checks that failed; none if the event is valid. Whom one trusts is no part of it."""
+        """Names of the checks that failed; empty if the event is valid. Trust in keys does not matter here."""
         return frozenset(check.name for check in self.checks if check.status is Status.FAIL and check.intrinsic)
 
 
 @dataclass
 class Document:
-    """A document taken apart: its kind, whose it is, its keys and events."""
+    """A parsed document: its kind, its paper, its keys and its events.
+
+    Attributes:
+        kind: "bundle", "state" or "event".
+        content: The JSON object.
+        subject: Pith number of the paper; None if it has none.
+        keys: Keys that its signatures are checked with.
+        key_checks: Checks of the keys it lists.
+        events: Its events.
+    """
 
     kind: str
     content: dict[str, Any]
     subject: str | None
     keys: Keyring
     key_checks: list[Check] = field(default_factory=list)
-    events: list[Examined] = field(default_factory=list)
+    events: list[CheckedEvent] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Any] | None:
+        """The state that the document is or contains; None if there is none."""
         return self.content if self.kind == "state" else typed(self.content, "state", dict)
 
 
 def open_document(content: Any, store: TrustStore, every: bool = True) -> Document:
-    """Take a bundle, a state or an event apart and check its keys and each of its events.
+    """Take a bundle, a state or an event apart, and check its keys and each of its events.
 
-    Without `every`, checks that pass are not noted.
-    Raises ProvenanceError if it is none of these, or holds more than MAX_EVENTS events.
+    Args:
+        content: The parsed document.
+        store: Trusted keys.
+        every: Also note checks that pass.
+
+    Raises:
+        ProvenanceError: It is none of these, or holds more than MAX_EVENTS events.
     """
     if type(content) is not dict:
         raise ProvenanceError("holds no JSON object, so no open-graph document")
-    check_json(content)  # whatever follows may rely on JSON's types and a bounded depth
+    check_json(content)  # code below relies on JSON types and bounded depth
     kind = _kind(content)
     subject = content.get("subject_pith_number" if kind == "event" else "pith_number")
     document = Document(kind, content, subject if split_number(subject) else None, Keyring(store))
-    if kind == "event":  # it has no room for keys: those that the user names are all there are
+    if kind == "event":  # an event lists no keys: use those the user named
         document.keys = Keyring(store, store.keys)
     if kind == "bundle":
         document.keys = Keyring(store, _claimed_keys(content, store, document.key_checks))
@@ -86,20 +107,30 @@ def open_document(content: Any, store: TrustStore, every: bool = True) -> Docume
         at = Checker(where, every=every)
         signed = kind != "state"
         check_event(event, document.subject, document.keys, at, signed)
-        document.events.append(Examined(where, event, at.checks, signed))
+        document.events.append(CheckedEvent(where, event, at.checks, signed))
     return document
 
 
 def check_event(event: Any, subject: str | None, keys: Keyring, at: Checker, signed: bool = True) -> None:
-    """Note every check of an event of the paper `subject`. `signed=False`: one rebuilt from a state, which has no
-    signatures."""
+    """Note every check of an event.
+
+    Args:
+        event: The event.
+        subject: Pith number of the paper.
+        keys: Keys for its signature.
+        at: Where checks are noted.
+        signed: False for an event rebuilt from a state, which has no signature.
+    """
     if type(event) is not dict:
         at.test("structure", False, "is {}, not an object", event)
         return
     wrong = [
-        name for name, kinds in FIELDS.items() if signed or name != "signature" if type(event.get(name)) not in kinds
+        name
+        for name, kinds in EVENT_FIELDS.items()
+        if signed or name != "signature"
+        if type(event.get(name)) not in kinds
     ]
-    extra = event.keys() - FIELDS.keys()
+    extra = event.keys() - EVENT_FIELDS.keys()
     if wrong:
         at.test("structure", False, f"missing or of another type: {', '.join(wrong)}")
     else:
@@ -156,7 +187,7 @@ def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: boo
 
 
 def _check_record(event: dict[str, Any], subject: str | None, keys: Keyring, at: Checker, signed: bool) -> None:
-    """`record_created`: the canonical record, its number, and the registry's receipt for it."""
+    """Check ``record_created``: the canonical record, its number, and the registry's receipt for it."""
     payload = typed(event, "payload", dict) or {}
     at.same("target", event.get("target"), "record")
     record = payload.get("canonical_record")
@@ -190,7 +221,7 @@ def _check_record(event: dict[str, Any], subject: str | None, keys: Keyring, at:
 
 
 def _kind(content: dict[str, Any]) -> str:
-    """What a document is, by what it says or else by what it holds: a changed `bundle_type` is still a bundle's."""
+    """Return the kind of a document, by what it says or else by what it holds."""
     if "bundle_type" in content or "bundle_signature" in content or "events" in content:
         return "bundle"
     if "state_type" in content or "state_sha256" in content or "current" in content:
@@ -201,7 +232,7 @@ def _kind(content: dict[str, Any]) -> str:
 
 
 def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check]) -> list[PublicKey]:
-    """The sound entries of a bundle's `public_keys`."""
+    """Return the sound entries of a bundle's ``public_keys``."""
     at = Checker("public_keys", checks)
     entries = content.get("public_keys")
     if not at.test("structure", type(entries) is list, f"is {brief(entries)}, not a list") or type(entries) is not list:
@@ -227,7 +258,7 @@ def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check
 
 
 def _events(document: Document) -> Iterator[tuple[str, Any]]:
-    """(where, event) of everything that should be an event."""
+    """Yield (where, event) of everything that should be an event."""
     content = document.content
     if document.kind == "event":
         yield "event", content
@@ -239,7 +270,7 @@ def _events(document: Document) -> Iterator[tuple[str, Any]]:
 
 
 def _rebuilt(current: dict[str, Any], subject: str) -> Iterator[tuple[str, Any]]:
-    """The events that a state's entries were made of."""
+    """Rebuild the events of a state's entries."""
     entries = (
         [("record_created", RECORD, current["record_created"])] if current.get("record_created") is not None else []
     )
@@ -252,6 +283,6 @@ def _rebuilt(current: dict[str, Any], subject: str) -> Iterator[tuple[str, Any]]
 
 
 def claimed_id(event: Any) -> str | None:
-    """The id an event gives itself, if it has the form of one."""
+    """Return the id an event gives itself, if it has the form of one."""
     value = event.get("event_id") if type(event) is dict else None
     return value if is_event_id(value) else None

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.context import Context, quartiles, ratios
 from benchmarks.gpu.kernel import Launch, by_backend, row_blocks
-from benchmarks.gpu.setting import Setting, quartiles, ratios
 from benchmarks.gpu.weights import DRY_LINEARS, DRY_TOKENS, LINEARS, TOKENS, Operands, operands
 from benchmarks.gpu.worker import Case
 
@@ -30,42 +30,44 @@ STATES = ("bf16", "int8", "fp32", "int4")
 LARGE = 2**28  # elements: of such weights two copies, else four
 
 
-def cases(setting: Setting) -> list[Case]:
-    linears, tokens = (DRY_LINEARS, DRY_TOKENS) if setting.dry else (LINEARS, TOKENS)
+def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
+    linears, tokens = (DRY_LINEARS, DRY_TOKENS) if context.dry else (LINEARS, TOKENS)
     order = [
         (name, t, states)
         for group in (STATES[:2], STATES[2:])
         for name in linears
         for t in tokens
-        for states in (group if not setting.dry else group[:1])
+        for states in (group if not context.dry else group[:1])
     ]
     return [
         Case(
             f"{name} {'x'.join(map(str, linears[name]))}, T={t}, {states}",
-            lambda name=name, t=t, states=states: timed(linears[name], t, states, setting),
-            0.0 if setting.dry else 3.0,
+            lambda name=name, t=t, states=states: timed(linears[name], t, states, context),
+            0.0 if context.dry else 3.0,
         )
         for name, t, states in order
     ]
 
 
-def timed(shape: tuple[int, int], tokens: int, states: str, setting: Setting) -> dict[str, Any]:
-    copies = 1 if setting.dry else 2 if shape[0] * shape[1] > LARGE else 4
-    each = [operands(shape, tokens, states, setting) for _ in range(copies)]
+def timed(shape: tuple[int, int], tokens: int, states: str, context: Context) -> dict[str, Any]:
+    """Time one weight's step in all ways."""
+    copies = 1 if context.dry else 2 if shape[0] * shape[1] > LARGE else 4
+    each = [operands(shape, tokens, states, context) for _ in range(copies)]
     launches = [Launch(one.cell, [one.use]) for one in each]
     contestants: dict[str, Callable[[], Any]] = {
         "ours": lambda: [launch() for launch in launches],
-        **separate(each, shape, setting),
-        "copy": copied(each, setting),
+        **separate(each, shape, context),
+        "copy": copied(each, context),
     }
-    if not setting.dry or tokens == 1:  # the interpreter's time
+    if not context.dry or tokens == 1:  # the interpreter's time
         steps = [by_backend(one.cell, [one.use]) for one in each]
         contestants["backend"] = lambda: [step() for step in steps]
     if states == "bf16":
         blocks = [row_blocks(one.cell, [one.use]) for one in each]
         contestants["blocks"] = lambda: [step() for step in blocks]
     with torch.no_grad():
-        times = dict(zip(contestants, setting.kernel_ms(list(contestants.values()), ROUNDS), strict=True))
+        times = dict(zip(contestants, context.kernel_ms(list(contestants.values()), ROUNDS), strict=True))
     per_weight = {name: [ms / copies for ms in found] for name, found in times.items()}
     figures: dict[str, Any] = {"tokens": tokens, "states": states, "shape": "x".join(map(str, shape))}
     for name, found in per_weight.items():
@@ -80,12 +82,12 @@ def timed(shape: tuple[int, int], tokens: int, states: str, setting: Setting) ->
     return figures
 
 
-def separate(each: list[Operands], shape: tuple[int, int], setting: Setting) -> dict[str, Callable[[], Any]]:
-    """The library's product into a gradient, with and without torch's fused AdamW behind it."""
+def separate(each: list[Operands], shape: tuple[int, int], context: Context) -> dict[str, Callable[[], Any]]:
+    """Return functions for the library product alone, and followed by torch's fused AdamW."""
     weights = [one.cell.param.clone() for one in each]
     moments = [[torch.zeros_like(w), torch.zeros_like(w)] for w in weights]
     grads = [torch.empty_like(w) for w in weights]
-    count = torch.ones((), dtype=torch.float32, device=setting.device)
+    count = torch.ones((), dtype=torch.float32, device=context.device)
 
     def product(i: int) -> None:
         torch.mm(each[i].use.left.t(), each[i].use.right, out=grads[i])
@@ -118,7 +120,7 @@ def separate(each: list[Operands], shape: tuple[int, int], setting: Setting) -> 
             adamw(i)
 
     found: dict[str, Callable[[], Any]] = {"dw": products, "separate": in_turn}
-    if setting.dry:
+    if context.dry:
         return found | {"side": in_turn}
     side = torch.cuda.Stream()
 
@@ -134,9 +136,9 @@ def separate(each: list[Operands], shape: tuple[int, int], setting: Setting) -> 
     return found | {"side": beside}
 
 
-def copied(each: list[Operands], setting: Setting) -> Callable[[], Any]:
-    """Reads half of what ours moves, and writes the other half."""
-    buffers = [torch.empty((2, one.moved_bytes // 2), dtype=torch.uint8, device=setting.device).zero_() for one in each]
+def copied(each: list[Operands], context: Context) -> Callable[[], Any]:
+    """Return a function that reads half of the bytes a folded step moves, and writes the other half."""
+    buffers = [torch.empty((2, one.moved_bytes // 2), dtype=torch.uint8, device=context.device).zero_() for one in each]
 
     def copy() -> None:
         for source, target in buffers:

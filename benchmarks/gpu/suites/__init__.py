@@ -1,27 +1,38 @@
-"""The parts of a run, in their order. Plain facts: who only starts processes and writes the report imports no torch."""
+"""The suites of a run, in their order. Imports no torch, so that the process which starts the others stays small."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class Part(NamedTuple):
-    """A module with ``cases(setting)``: what it measures, most important first."""
+class Suite(NamedTuple):
+    """One suite: a module with ``cases(context)``.
+
+    Attributes:
+        name: Name on the command line.
+        module: The module.
+        title: Title in the report.
+        columns: Columns of its table in the report.
+        share: Share of the time that is left, relative to the suites still to come.
+        shards: Number of processes at once; 1 if times are taken.
+        judged: Whether a failed row, or one that cannot be measured, fails the run.
+        best: (column, figure): also list the row with the smallest figure for each value of the column.
+    """
 
     name: str
     module: str
     title: str
-    columns: tuple[str, ...]  # of a row, in the report
-    share: float = 1.0  # of the time that is left, beside those of the parts still to come
-    shards: int = 1  # processes at once: one wherever times are taken
-    judged: bool = False  # a row that fails, or that cannot be measured, fails the run
-    best: tuple[str, str] | None = None  # also list the row of the smallest second figure for each of the first
+    columns: tuple[str, ...]
+    share: float = 1.0
+    shards: int = 1
+    judged: bool = False
+    best: tuple[str, str] | None = None
 
 
-_HERE = "benchmarks.gpu.parts"
+_HERE = "benchmarks.gpu.suites"
 
-PARTS = (
-    Part(
+SUITES = (
+    Suite(
         "correctness",
         f"{_HERE}.correctness",
         "Every kernel against fp64, against the reference's bits, against itself",
@@ -30,7 +41,7 @@ PARTS = (
         shards=14,
         judged=True,
     ),
-    Part(
+    Suite(
         "folded",
         f"{_HERE}.folded",
         "Small folded models against fp64 training, and torch's own",
@@ -39,7 +50,7 @@ PARTS = (
         shards=4,
         judged=True,
     ),
-    Part(
+    Suite(
         "compiled",
         f"{_HERE}.compiled",
         "Compiling what is timed below, on all cores: registers, spills and shared memory as the driver counts them",
@@ -47,14 +58,14 @@ PARTS = (
         share=1.0,
         shards=14,
     ),
-    Part(
+    Suite(
         "step",
         f"{_HERE}.step",
         "Whole training steps of the Llama-3.1-8B shape, bf16, batch 1 x 512",
         ("layers", "parameters_b", "peak_gib", "step_ms", "ratio", "ratio_quartiles", "loss", "backend"),
         share=2.5,
     ),
-    Part(
+    Suite(
         "shapes",
         f"{_HERE}.shapes",
         "One folded step of Llama-3.1-8B's linear shapes, beside a library product and torch's fused AdamW",
@@ -70,7 +81,7 @@ PARTS = (
         ),
         share=2.0,
     ),
-    Part(
+    Suite(
         "tuning",
         f"{_HERE}.tuning",
         "Other tiles than the table's, on scratch copies",
@@ -78,7 +89,7 @@ PARTS = (
         share=1.0,
         best=("shape", "ratio"),
     ),
-    Part(
+    Suite(
         "memory",
         f"{_HERE}.memory",
         "Peak memory of a step: predicted on fake tensors, and measured",

@@ -1,4 +1,4 @@
-"""The contestants of quality_workset.py: each makes its optimizer on a model, as its documentation has it."""
+"""The methods of quality_workset.py: each makes its optimizer as its documentation says."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import gradfold
-from common import fold_plain_head
-from tasks import Task
+
+from .common import fold_plain_head
+from .datasets import Task
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 CHUNKS, INTERVAL = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
-    """A method with its optimizer on a model; ``awake()``: how many parameters the next step trains."""
+class Method:
+    """A model with its optimizer; ``awake()`` returns how many parameters the next step trains."""
 
     model: nn.Module
     optimizer: Any
@@ -28,25 +29,28 @@ class Contest:
     fold: gradfold.Fold | None = None
 
 
-def of_all(model: nn.Module) -> int:
+def trainable_count(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def full(model: nn.Module, lr: float) -> Contest:
+def full(model: nn.Module, lr: float) -> Method:
+    """Train everything with folded AdamW."""
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
-    return Contest(model, optimizer, lambda: of_all(model), fold_plain_head(model, optimizer))
+    return Method(model, optimizer, lambda: trainable_count(model), fold_plain_head(model, optimizer))
 
 
-def working_set(model: nn.Module, lr: float) -> Contest:
+def working_set(model: nn.Module, lr: float) -> Method:
+    """Train a working set with folded AdamW."""
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
     fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
     named = dict(model.named_parameters())
     sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._state.turns.chunks]
-    return Contest(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
+    return Method(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
 
 
-def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Contest:
-    """As its README has it, with the AdamW it wraps; blocks are the layers, in a new random order each round."""
+def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:
+    """Train with BAdam as its README says; blocks are layers, in a new random order each round."""
     from badam import BlockOptimizer
 
     with warnings.catch_warnings():
@@ -59,23 +63,23 @@ def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Contest:
             verbose=0,
             **blocks,
         )
-    return Contest(model, optimizer, lambda: of_all(model))
+    return Method(model, optimizer, lambda: trainable_count(model))
 
 
-def lora(model: nn.Module, lr: float) -> Contest:
-    """Adapters on every linear layer but the head; embedding, head and norms stay as they are."""
+def lora(model: nn.Module, lr: float) -> Method:
+    """Train adapters on every Linear but the head; embedding, head and norms are frozen."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    return Contest(adapted, torch.optim.AdamW(trained, lr=lr, **ADAM), lambda: of_all(adapted))
+    return Method(adapted, torch.optim.AdamW(trained, lr=lr, **ADAM), lambda: trainable_count(adapted))
 
 
 def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
-    """In fp64, over a cycle and a turn more: ours beside plain torch's whole gradients and one torch AdamW per slice.
+    """Return how far a working set ends from AdamW masked to the same slices, relative to the distance covered.
 
-    How far apart they end, of the way they came.
+    In fp64, over one cycle and one turn more; the masked run uses plain gradients and one torch AdamW per slice.
     """
     mine, plain = task.build("float64", 0), task.build("float64", 0)
     before = [p.detach().clone() for p in plain.parameters()]
@@ -103,4 +107,5 @@ def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
 
 
 def part(tensor: Tensor, slice_: Any) -> Tensor:
+    """Return a view of a slice."""
     return tensor.narrow(slice_.dim, slice_.start, slice_.stop - slice_.start)

@@ -1,9 +1,9 @@
-"""Peak memory of a training step: predicted by ``gradfold.planner.step_memory`` on fake tensors, and as measured.
+"""Peak memory of a training step: predicted by ``gradfold.planner.step_memory`` on fake tensors, and measured.
 
-Predictions run here, on the processor; what was measured is read from the rows of ``step.py``, of the same run or of
-one before it. Ours are predicted with a backend that steps nothing and holds nothing, as the kernels hold no gradient:
-stepping fake tensors block by block takes minutes at this size. The prediction counts live bytes exactly, but not what
-the allocator rounds up or what libraries take.
+Predictions run on the CPU; measured peaks are read from the rows of ``step.py``, of this run or an earlier one. Folded
+steps are predicted with a backend that computes and holds nothing, because the kernels hold no gradient: stepping fake
+tensors block by block takes minutes at this size. Predictions count live bytes exactly, but not what the allocator
+rounds up or cannot reuse.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ import torch
 import gradfold
 from benchmarks.common import fold_plain_head
 from benchmarks.gpu import training
-from benchmarks.gpu.book import OK, rows_in
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.result_files import OK, rows_in
 from benchmarks.gpu.worker import Case, LeftOut
+from benchmarks.peers.hooks import SteppedInHooks
 from gradfold.planner.step import StepMemory, step_memory
 
 NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
 
 
-def cases(setting: Setting) -> list[Case]:
-    names = NAMES[:2] if setting.dry else NAMES
-    return [Case(name, lambda name=name: compare(name, setting)) for name in names]
+def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
+    names = NAMES[:2] if context.dry else NAMES
+    return [Case(name, lambda name=name: compare_peak(name, context)) for name in names]
 
 
-def compare(name: str, setting: Setting) -> dict[str, Any]:
-    measured = {row["key"]: row for row in rows_in(setting.folder, "step") if row["status"] == OK}
+def compare_peak(name: str, context: Context) -> dict[str, Any]:
+    """Compare predicted and measured peak of one trainer."""
+    measured = {row["key"]: row for row in rows_in(context.folder, "step") if row["status"] == OK}
     row = measured.get(f"alone: {name}")
     if row is None:
-        row = _measure(name, setting)
-    predicted, device = predict(name, row["layers"], setting)
+        row = _measure(name, context)
+    predicted, device = predict_peak(name, row["layers"], context)
     figures = {
         "layers": row["layers"],
         "predicted_gib": predicted.peak_bytes / 2**30,
@@ -45,11 +48,11 @@ def compare(name: str, setting: Setting) -> dict[str, Any]:
     return figures | {f"predicted_{key}": value for key, value in predicted.as_dict().items() if key != "label"}
 
 
-def _measure(name: str, setting: Setting) -> dict[str, Any]:
+def _measure(name: str, context: Context) -> dict[str, Any]:
     """Without rows of whole steps: a short measurement of our own."""
-    from benchmarks.gpu.parts import step
+    from benchmarks.gpu.suites import step
 
-    return step.alone(name, setting)
+    return step.alone(name, context)
 
 
 class InRegisters:
@@ -69,11 +72,11 @@ class InRegisters:
         return []
 
 
-def predict(name: str, layers: int, setting: Setting) -> tuple[StepMemory, str]:
-    """On fake tensors of the card where torch can make them, else of the CPU."""
-    shape, tokens = training.shape_of(setting), training.tokens_of(setting)
+def predict_peak(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
+    """Predict a peak on fake tensors of the GPU if torch can make them, else of the CPU."""
+    shape, tokens = training.shape_of(context), training.tokens_of(context)
     refused = []
-    for device in dict.fromkeys((setting.device, torch.device("cpu"))):
+    for device in dict.fromkeys((context.device, torch.device("cpu"))):
         try:
             return _predict(name, layers, shape, tokens, device), device.type
         except Exception as error:
@@ -83,8 +86,8 @@ def predict(name: str, layers: int, setting: Setting) -> tuple[StepMemory, str]:
 
 def _predict(name: str, layers: int, shape: dict[str, int], tokens: int, device: torch.device) -> StepMemory:
     optimizers: dict[str, Callable[[Any], Any]] = {
-        "torch fused": lambda params: torch.optim.AdamW(params, lr=training.LR, fused=True),
-        "torch hooks": lambda params: training.SteppedInHooks(params, "adamw", training.LR),
+        "torch fused": training.fused_adamw,
+        "torch hooks": lambda params: SteppedInHooks(params, training.fused_adamw),
     }
     states = name.removeprefix("ours ")
     make = optimizers.get(name, lambda params: gradfold.AdamW(params, lr=training.LR, states=states, small_size=1))

@@ -8,7 +8,7 @@ from gradfold.errors import FoldError
 from tests.backends.native.eager import case
 from tests.cases import RULE_ROWS
 
-numbers = pytest.importorskip("gradfold.backends.triton.numbers", exc_type=ImportError)
+triton_scalars = pytest.importorskip("gradfold.backends.triton.scalars", exc_type=ImportError)
 ON_DEVICE = ("lr", "step", "rate", "grad_rate", "avg_rate", "adaptive")  # with capturable=True
 
 
@@ -16,7 +16,7 @@ ON_DEVICE = ("lr", "step", "rate", "grad_rate", "avg_rate", "adaptive")  # with 
 @pytest.mark.parametrize("step", [1, 2, 12, 1000])
 def test_tensors_give_the_scalars_of_floats(row, step):
     given = case(row, step=step)
-    twin = numbers.twin_of(given.rule)
+    twin = triton_scalars.twin_of(given.rule)
     assert twin is not None
     held = {
         name: torch.tensor(float(getattr(given.numbers, name)), dtype=torch.float64)
@@ -25,23 +25,23 @@ def test_tensors_give_the_scalars_of_floats(row, step):
     }
     live = given.numbers._replace(**held)
     cpu = torch.device("cpu")
-    assert numbers.flags_of(twin, live) == numbers.flags_of(twin, given.numbers)
-    scalars = numbers.scalars_of(twin, given.numbers, step, cpu)
+    assert triton_scalars.flags_of(twin, live) == triton_scalars.flags_of(twin, given.numbers)
+    scalars = triton_scalars.scalars_of(twin, given.numbers, step, cpu)
     assert scalars.shape == (twin.count + 1,) and scalars.dtype == torch.float32
     assert scalars[-1:].view(torch.int32).item() == step
-    assert torch.equal(numbers.scalars_of(twin, live, torch.tensor(float(step)), cpu), scalars)
+    assert torch.equal(triton_scalars.scalars_of(twin, live, torch.tensor(float(step)), cpu), scalars)
 
 
 def test_a_rule_of_another_formula_has_no_twin():
     class Other(type(case(RULE_ROWS[0]).rule)):
         pass
 
-    assert numbers.twin_of(Other()) is None
+    assert triton_scalars.twin_of(Other()) is None
 
 
 def test_nothing_is_copied_from_the_host_while_a_graph_is_captured(monkeypatch):
     transfer = pytest.importorskip("gradfold.backends.triton.transfer", exc_type=ImportError)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(FoldError, match="CUDA graph is being captured.*capturable=True"):
-        transfer.on_device(np.zeros(3), torch.device("cuda"))
-    assert transfer.on_device(np.zeros(3), torch.device("cpu")).tolist() == [0, 0, 0]
+        transfer.to_device(np.zeros(3), torch.device("cuda"))
+    assert transfer.to_device(np.zeros(3), torch.device("cpu")).tolist() == [0, 0, 0]

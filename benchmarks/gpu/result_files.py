@@ -1,4 +1,4 @@
-"""The rows of one part, kept on disk as they are measured, so that a run can stop anywhere and go on later."""
+"""Result files: rows of one process of a suite, written as they are measured, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .machine import clean
+from .machine import without_paths
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 OK = "ok"
 FAILED = "failed"  # measured, and a check says no
@@ -19,12 +19,12 @@ ERROR, MEMORY, DIED, TIME, RUNNING = "error", "out of memory", "died", "time was
 UNSETTLED = (ERROR, MEMORY, DIED, TIME, RUNNING)  # another run tries again
 
 
-class Book:
-    """Rows by key, written as a whole after each change: a few hundred small ones."""
+class ResultFile:
+    """Rows by key; the file is rewritten after each change (a few hundred small rows)."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, ResultRow] = {}
         if path.exists():
             self.rows = {row["key"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
@@ -32,35 +32,39 @@ class Book:
         return key in self.rows
 
     def begin(self, key: str) -> None:
-        """Should the process die with it, this row tells which one it was."""
+        """Mark a row as running, so that it can be named if the process dies."""
         self.put({"key": key, "status": RUNNING})
 
-    def put(self, row: Row) -> None:
-        self.rows[row["key"]] = {name: clean(value) if isinstance(value, str) else value for name, value in row.items()}
+    def put(self, row: ResultRow) -> None:
+        """Add a row and write the file."""
+        self.rows[row["key"]] = {
+            name: without_paths(value) if isinstance(value, str) else value for name, value in row.items()
+        }
         self.write()
 
     def interrupted(self, status: str, why: str) -> None:
-        """Whatever was running when the process went away."""
+        """Set the status of rows that were running when the process ended."""
         for row in self.rows.values():
             if row["status"] == RUNNING:
-                row.update(status=status, why=clean(why))
+                row.update(status=status, why=without_paths(why))
         self.write()
 
     def retry(self) -> None:
-        """Forget what has not been settled, so that it is tried again."""
+        """Remove rows that are not settled, so that they are measured again."""
         kept = {key: row for key, row in self.rows.items() if row["status"] not in UNSETTLED}
         if len(kept) < len(self.rows):
             self.rows = kept
             self.write()
 
     def write(self) -> None:
+        """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         beside.write_text(json.dumps({"rows": list(self.rows.values())}, indent=1) + "\n", encoding="utf-8")
         beside.replace(self.path)
 
 
-def rows_in(folder: Path, part: str) -> list[Row]:
-    """All rows of a part, of every process that measured some."""
-    books: Iterable[Path] = sorted(folder.glob(f"{part}.*.json"))
-    return [row for path in books for row in Book(path).rows.values()]
+def rows_in(folder: Path, suite: str) -> list[ResultRow]:
+    """Return all rows of a suite, from all of its processes."""
+    paths: Iterable[Path] = sorted(folder.glob(f"{suite}.*.json"))
+    return [row for path in paths for row in ResultFile(path).rows.values()]

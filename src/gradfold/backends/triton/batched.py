@@ -1,4 +1,4 @@
-"""From the steps of many small parameters to launches of ``kernels/many.py``: one for each kind."""
+"""Steps of many small parameters in few launches of ``kernels/batched.py``, one for each kind."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gradfold.backends.contract import Job
 from gradfold.backends.terms import DenseTerm, GradTerm
 
 from .kernels import codecs
-from .kernels.many import fold_many
+from .kernels.batched import fold_batched
 from .launch import Tensors
-from .numbers import Twin, as_tensor, flags_of, twin_of
-from .prepared import TritonStepper
-from .transfer import capturing, on_device
+from .launch_cache import TritonStepper
+from .scalars import Twin, as_tensor, flags_of, twin_of
+from .transfer import capturing, to_device
 
-BLOCK = 1024  # elements of a program
-LARGEST = 1 << 16  # elements of a parameter that waits for the others; its gradient is kept meanwhile
-PLAIN = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
+BLOCK_ELEMENTS = 1024  # elements per program
+MAX_ELEMENTS = 1 << 16  # larger parameters do not wait for the others, since their gradients would be kept
+PLAIN_FORMATS = {codecs.FP32.value, codecs.BF16.value, codecs.FP16.value, codecs.SPLIT8.value, codecs.SPLIT16.value}
 
 
 def small(weight: Tensor, terms: Sequence[GradTerm]) -> bool:
-    """Whether a parameter with these terms is one of the many, which are found by a table that no graph can capture."""
+    """Return whether a parameter steps in a batched launch; its table cannot be captured in a CUDA graph."""
     if capturing(weight.device):
         return False
     dense = len(terms) == 1 and isinstance(terms[0], DenseTerm)
-    return dense and 0 < weight.numel() <= LARGEST and weight.is_contiguous() and _grad(terms).is_contiguous()
+    return dense and 0 < weight.numel() <= MAX_ELEMENTS and weight.is_contiguous() and _grad(terms).is_contiguous()
 
 
 def _grad(terms: Sequence[GradTerm]) -> Tensor:
@@ -42,26 +42,26 @@ def _numel(job: Job) -> int:
     return job.stepper.weight.values.numel()
 
 
-class Kind(NamedTuple):
-    """What a launch has in common; all but the device are constants of the kernel."""
+class BatchKind(NamedTuple):
+    """What the parameters of one launch have in common; everything but the device is a constant of the kernel."""
 
     twin: Twin
     flags: tuple[int, ...]
     formats: tuple[int, ...]
     random: tuple[int, ...]
-    dtype: torch.dtype  # of the gradients
+    dtype: torch.dtype  # dtype of the gradients
     limited: bool
     guarded: bool
     device: torch.device
 
 
-def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
-    """None for a parameter that these kernels do not take."""
+def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
+    """Return the kind and the tensors of a parameter; None if the batched kernel does not take it."""
     stepper = job.stepper
     assert isinstance(stepper, TritonStepper)
     twin = twin_of(stepper.rule)
     tensors = stepper.tensors if twin is not None and small(stepper.weight.values, job.terms) else None
-    if twin is None or tensors is None or not PLAIN.issuperset(tensors.formats) or tensors.large:
+    if twin is None or tensors is None or not PLAIN_FORMATS.issuperset(tensors.formats) or tensors.large:
         return None
     if not all(first.is_contiguous() for first in (*tensors.firsts, *tensors.seconds)):
         return None
@@ -70,14 +70,14 @@ def kind_of(job: Job) -> tuple[Kind, Tensors] | None:
         return None
     flags = flags_of(twin, job.numbers.rule)
     limited, guarded = job.change.clip_value is not None, job.change.guarded
-    return Kind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
+    return BatchKind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
 
 
-def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
-    """Step parameters of one kind; the norms of each one's blocks."""
+def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
+    """Step parameters of one kind; returns the norms of each parameter's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
-        count = -(-_numel(job) // BLOCK)
+        count = -(-_numel(job) // BLOCK_ELEMENTS)
         row = [_grad(job.terms).data_ptr(), _numel(job), one.offset]
         for first, second in zip(one.firsts, one.seconds, strict=True):
             row += [first.data_ptr(), second.data_ptr()]
@@ -86,13 +86,13 @@ def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> li
         lengths.append(count)
     norms = torch.empty(len(blocks), dtype=torch.float32, device=kind.device)
     limits = {job.change.clip_value for job in jobs}
-    assert len(limits) == 1  # of one kind, see ``step_all``
+    assert len(limits) == 1  # the same for all of one kind, see ``by_kind``
     limit = limits.pop()
-    kernel: Any = fold_many
+    kernel: Any = fold_batched
     kernel[(len(blocks),)](
         _grad(jobs[0].terms),
-        on_device(np.asarray(rows, np.int64), kind.device),
-        on_device(np.asarray(blocks, np.int64), kind.device),
+        to_device(np.asarray(rows, np.int64), kind.device),
+        to_device(np.asarray(blocks, np.int64), kind.device),
         _scalars(kind, jobs),
         torch.stack([one.words for one in tensors]),
         0.0 if limit is None else limit,
@@ -106,15 +106,15 @@ def step_many(kind: Kind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> li
         GUARDED=int(kind.guarded),
         LARGE=0,
         EXACT=int(kind.formats[0] == codecs.FP32.value),
-        BLOCK=BLOCK,
+        BLOCK=BLOCK_ELEMENTS,
         enable_fp_fusion=False,
         num_warps=4,
     )
     return list(norms.split(lengths))
 
 
-def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
-    """fp32 ``[P, count + 2]``: the rule's numbers, the step's as an int32, and what the gradient is multiplied by."""
+def _scalars(kind: BatchKind, jobs: Sequence[Job]) -> Tensor:
+    """Return fp32 ``[P, count + 2]``: the rule's scalars, the step number as int32 bits, and the gradient's factor."""
     values, steps, scales = [], [], []
     for job in jobs:
         values.append(kind.twin.scalars(job.numbers.rule))
@@ -126,7 +126,7 @@ def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
         host[:, :-2] = np.asarray(values, np.float64)
         host[:, -2] = np.asarray(steps, np.int64).astype(np.int32).view(np.float32)
         host[:, -1] = np.asarray(scales, np.float64)
-        return on_device(host, kind.device)
+        return to_device(host, kind.device)
     made = []
     for row, step in zip(numbers, steps, strict=True):
         floats = torch.stack([as_tensor(x, torch.float64, kind.device) for x in row]).to(torch.float32)
@@ -136,7 +136,7 @@ def _scalars(kind: Kind, jobs: Sequence[Job]) -> Tensor:
 
 
 def by_kind(jobs: Sequence[Job]) -> tuple[dict[Any, list[tuple[int, Tensors]]], list[int]]:
-    """Indices of jobs that go together, with their tensors; and of those that no kernel here takes."""
+    """Group the jobs that share a launch, as indices with their tensors; also return the indices of the other jobs."""
     groups: dict[Any, list[tuple[int, Tensors]]] = {}
     others = []
     for index, job in enumerate(jobs):

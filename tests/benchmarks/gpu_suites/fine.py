@@ -1,4 +1,4 @@
-"""A part that measures two rows, and something new each time."""
+"""A suite that measures two rows, and something new each time."""
 
 import time
 
@@ -9,7 +9,7 @@ def left_out():
     raise LeftOut("there is no such library")
 
 
-def cases(setting):
+def cases(context):
     return [
         Case("first", lambda: {"value_ms": 1.5, "nonce": time.time_ns()}),
         Case("second", lambda: {"value_ms": 0.5, "nonce": time.time_ns()}),

@@ -1,4 +1,4 @@
-"""Where a part runs and how it takes times: on the card with events, or dry on the CPU with a clock."""
+"""Context of a suite: the device, and how times are taken: on a GPU with events, in a dry run with a clock."""
 
 from __future__ import annotations
 
@@ -20,42 +20,45 @@ AHEAD_CYCLES = 2_000_000  # the card waits about a millisecond, in which Python 
 
 
 @dataclass
-class Setting:
-    """What a part is told."""
+class Context:
+    """What a suite is given: device, time, and timing functions."""
 
     dry: bool
-    seconds: float  # for this part in this process
-    folder: Path  # of the books
+    seconds: float  # for this suite in this process
+    folder: Path  # of the paths
     start: float = field(default_factory=time.monotonic)
 
     @property
     def device(self) -> torch.device:
+        """The GPU, or the CPU in a dry run."""
         return torch.device("cpu" if self.dry else "cuda")
 
     @property
     def left_seconds(self) -> float:
+        """Seconds left for this suite."""
         return self.seconds - (time.monotonic() - self.start)
 
     def synchronize(self) -> None:
+        """Wait for the GPU."""
         if not self.dry:
             torch.cuda.synchronize()
 
     def kernel_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
-        """Times of kernels, one after the other in each round, from a cold L2 and without Python's own time."""
+        """Return times of kernels, interleaved in rounds, with a cold L2 cache and without Python's own time."""
         rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
         return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _cold_ms)
 
     def step_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
-        """Times of whole training steps, Python's own time included where the card waits for it."""
+        """Return times of whole training steps, including Python's time where the GPU waits for it."""
         rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
         return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _warm_ms)
 
     def free_bytes(self) -> int:
-        """Memory that nobody has; a made-up number when dry."""
+        """Return the free memory of the GPU; a fixed number in a dry run."""
         return 2**30 if self.dry else torch.cuda.mem_get_info()[0]
 
     def clean(self) -> int:
-        """Give back what is garbage; how many bytes are held all the same."""
+        """Free garbage; return how many bytes are still allocated."""
         gc.collect()
         if self.dry:
             return 0
@@ -65,12 +68,13 @@ class Setting:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the samples."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, median, third
 
 
 def ratios(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of ``of / to``, sample by sample."""
+    """Return median and quartiles of ``of / to``, sample by sample."""
     first, median, third = quartiles([a / b for a, b in zip(of, to, strict=True)])
     return {f"{name}_ratio": median, f"{name}_ratio_quartile_1": first, f"{name}_ratio_quartile_3": third}
 

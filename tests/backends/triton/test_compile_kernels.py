@@ -1,7 +1,7 @@
 """Kernels compiled for processors that are not here: no spills, and nothing stored but weight, states and norms.
 
-What is compiled is what training launches (``benchmarks/compiled.py``). The proof that no gradient is stored has two
-halves: in Triton's own language every store is traced to the argument that it writes to, and its bytes are counted; in
+Compiles what training launches (``benchmarks/compile_kernels.py``). That no gradient is stored is shown
+twice: in Triton's own language every store is traced to the argument that it writes to, and its bytes are counted; in
 machine code the global stores have the same bytes, and there is no other way to global memory.
 """
 
@@ -16,27 +16,27 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 import gradfold
-from benchmarks import kernels, listing
-from benchmarks.compiled import Compiled, Job, build, compiling_for
-from gradfold.backends import UNCHANGED, DenseTerm, Scratch
-from gradfold.backends.triton import Triton, backend, many, table
-from gradfold.backends.triton.kernels.many import fold_many
-from gradfold.engine import GroupStep, ParamStepper
+from benchmarks import inspect_ptx, kernels
+from benchmarks.compile_kernels import CompiledKernel, KernelJob, compile_kernel, compiling_for
+from gradfold.backends import DenseTerm
+from gradfold.backends.triton import batched, tile_configs
+from gradfold.backends.triton.kernels.batched import fold_batched
+from gradfold.engine.apply import stepping
 
-HOPPER = Job(90)
+HOPPER = KernelJob(90)
 QUICK = [
     HOPPER,
-    Job(90, norm_only=True),
-    Job(90, kind=table.GATHER, states="int8"),
-    Job(90, biased=True),
-    Job(100),
+    KernelJob(90, norm_only=True),
+    KernelJob(90, kind=tile_configs.GATHER, states="int8"),
+    KernelJob(90, biased=True),
+    KernelJob(100),
 ]
 MATRIX = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def kept(request):
-    """Compiled kernels lie beside pytest's own cache."""
+    """CompiledKernel kernels lie beside pytest's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton-kernels")))
         patch.setenv("TRITON_DISABLE_LINE_INFO", "1")
@@ -44,12 +44,12 @@ def kept(request):
 
 
 def keeps_its_promises(job):
-    row = kernels.measure(job)
+    row = kernels.measure_kernel(job)
     assert row["problems"] == []
     assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
-    if job.kind == table.PRODUCT and job.operands == "bf16":
+    if job.kind == tile_configs.PRODUCT and job.operands == "bf16":
         assert row["matrix"] == MATRIX[job.arch]
-    if job.arch == 90 and job.kind == table.PRODUCT and job.operands == "bf16":
+    if job.arch == 90 and job.kind == tile_configs.PRODUCT and job.operands == "bf16":
         assert row["programs_per_multiprocessor"] >= 2
     return row
 
@@ -67,20 +67,20 @@ def test_every_kernel(job):
 
 def test_every_row_of_the_table_is_compiled_on_some_processor():
     compiled = {(job.kind, 4 if job.operands == "fp32" else 2, job.family) for job in kernels.every()}
-    assert compiled >= {row for row in table._TABLE if row[2] != "amd"}
-    assert {kind for kind, _, _ in compiled} == {table.PRODUCT, table.GATHER, table.DENSE}
+    assert compiled >= {row for row in tile_configs._TILE_CONFIGS if row[2] != "amd"}
+    assert {kind for kind, _, _ in compiled} == {tile_configs.PRODUCT, tile_configs.GATHER, tile_configs.DENSE}
 
 
 def test_stores_are_those_of_weight_states_and_norm():
-    job = Job(90, kind=table.DENSE, rule="Lion")
+    job = KernelJob(90, kind=tile_configs.DENSE, rule="Lion")
     elements = job.tiles.bn * job.tiles.bk
     expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
-    assert listing.bytes_by_argument(listing.stores(build(job).asm["ttir"])) == expected
+    assert inspect_ptx.bytes_by_argument(inspect_ptx.stores(compile_kernel(job).asm["ttir"])) == expected
 
 
 def test_norm_only_stores_one_number():
-    found = listing.stores(build(Job(90, norm_only=True)).asm["ttir"])
-    assert found == [listing.Store("norms", 1, 4, wide=False)]
+    found = inspect_ptx.stores(compile_kernel(KernelJob(90, norm_only=True)).asm["ttir"])
+    assert found == [inspect_ptx.KernelStore("norms", 1, 4, wide=False)]
 
 
 def test_driver_is_what_it_was():
@@ -99,15 +99,16 @@ def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
     param = torch.nn.Parameter(torch.empty(4096, dtype=torch.bfloat16))
     optimizer = gradfold.AdamW([param], states="fp32", rounding="stochastic", master="split8")
     gradient, made = [DenseTerm(torch.empty(4096))], []
-    monkeypatch.setattr(many, "fold_many", Warming(made))
-    monkeypatch.setattr(backend, "_reachable", lambda weight: True)
-    with torch.no_grad(), compiling_for(90):
-        stepper = ParamStepper(param, optimizer, Triton(Scratch()))
-        job, _ = stepper.begin(gradient, GroupStep(optimizer.param_groups[0], optimizer.rule), UNCHANGED)
-        found = many.kind_of(job)
+    monkeypatch.setattr(batched, "fold_batched", Warming(made))
+    with (
+        torch.no_grad(),
+        stepping(param, gradient, {}, optimizer.rule, optimizer.param_groups[0], {}, "w") as job,
+    ):
+        found = batched.kind_of(job)
         assert found is not None
-        many.step_many(found[0], [job], [found[1]])
-    code, usage = listing.read(made[0].asm["cubin"])
+        with compiling_for(90):
+            batched.step_batched(found[0], [job], [found[1]])
+    code, usage = inspect_ptx.read_cubin(made[0].asm["cubin"])
     assert not code.spills and not usage.local_bytes and not usage.stack_bytes
 
 
@@ -118,7 +119,7 @@ class Warming:
         self.made = made
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.made.append(fold_many.warmup(*args, grid=grid, **kwargs))
+        return lambda *args, **kwargs: self.made.append(fold_batched.warmup(*args, grid=grid, **kwargs))
 
 
 @triton.jit
@@ -142,12 +143,12 @@ def leaked(how):
     x = torch.empty(64, 64)
     with compiling_for(90):
         kernel = leaking.warmup(x, x, x, WIDTH=64, HOW=how, num_warps=8, enable_fp_fusion=False, grid=(1,))
-    return Compiled(HOPPER, dict(kernel.asm), kernel.metadata, {"norms": 4}, 64 * 64)
+    return CompiledKernel(HOPPER, dict(kernel.asm), kernel.metadata, {"norms": 4}, 64 * 64)
 
 
 def complaints(kernel):
-    code, _ = listing.read(kernel.asm["cubin"])
-    return list(kernels.stray_stores(kernel, listing.stores(kernel.asm["ttir"]), code))
+    code, _ = inspect_ptx.read_cubin(kernel.asm["cubin"])
+    return list(kernels.stray_stores(kernel, inspect_ptx.stores(kernel.asm["ttir"]), code))
 
 
 def test_a_kernel_that_stores_a_norm_alone_passes():
@@ -160,28 +161,31 @@ def test_a_stored_gradient_is_found():
 
 def test_a_stored_gradient_is_found_in_machine_code():
     kernel = leaked(1)
-    code, _ = listing.read(kernel.asm["cubin"])
-    norm = [store for store in listing.stores(kernel.asm["ttir"]) if store.argument == "norms"]
+    code, _ = inspect_ptx.read_cubin(kernel.asm["cubin"])
+    norm = [store for store in inspect_ptx.stores(kernel.asm["ttir"]) if store.argument == "norms"]
     assert any("machine code stores" in what for what in kernels.stray_stores(kernel, norm, code))
 
 
 @pytest.mark.parametrize("how, why", [(2, "not a plain store"), (3, "cannot be traced"), (4, "cannot be traced")])
 def test_atomics_loops_and_pointers_from_memory_are_refused(how, why):
     with pytest.raises(ValueError, match=why):
-        listing.stores(leaked(how).asm["ttir"])
+        inspect_ptx.stores(leaked(how).asm["ttir"])
 
 
 def test_atomics_are_found_in_machine_code():
-    code, _ = listing.read(leaked(2).asm["cubin"])
+    code, _ = inspect_ptx.read_cubin(leaked(2).asm["cubin"])
     assert code.other_writes
 
 
 def test_spills_are_found(monkeypatch):
-    monkeypatch.setattr(table, "_DENSE", table.Config(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
-    assert any("spills" in what for what in kernels.measure(Job(90, kind=table.DENSE, rule="SGD"))["problems"])
+    monkeypatch.setattr(tile_configs, "_DENSE", tile_configs.TileConfig(128, 128, 16, 0, warps=4, stages=1, maxnreg=64))
+    assert any(
+        "spills" in what
+        for what in kernels.measure_kernel(KernelJob(90, kind=tile_configs.DENSE, rule="SGD"))["problems"]
+    )
 
 
 def test_lonely_programs_are_found(monkeypatch):
-    lonely = table.Config(128, 128, 64, 4, warps=8, stages=5)
-    monkeypatch.setitem(table._TABLE, (table.PRODUCT, 2, "hopper"), lonely)
-    assert kernels.measure(Job(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]
+    lonely = tile_configs.TileConfig(128, 128, 64, 4, warps=8, stages=5)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), lonely)
+    assert kernels.measure_kernel(KernelJob(90, norm_only=True))["problems"] == ["1 program per multiprocessor"]

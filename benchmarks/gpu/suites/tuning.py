@@ -1,6 +1,6 @@
-"""Which tiles are fastest: each candidate against the table's own, on weights and states made for it alone.
+"""Find the fastest tiles: each candidate against the shipped ones, on weights and states made for it.
 
-The table (``gradfold/backends/triton/table.py``) is edited by hand from what this prints; nothing is tuned in place.
+Nothing is tuned in place: edit ``src/gradfold/backends/triton/tile_configs.py`` by hand from what this prints.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.kernel import DRY_TILES, Launch, family
-from benchmarks.gpu.setting import Setting, quartiles
+from benchmarks.gpu.context import Context, quartiles
+from benchmarks.gpu.kernel import DRY_TILES, Launch, card_family
 from benchmarks.gpu.weights import DRY_LINEARS, LINEARS, operands
 from benchmarks.gpu.worker import Case, LeftOut
-from gradfold.backends.triton import table
+from gradfold.backends.triton import tile_configs
 
 ROUNDS = 11
 COPIES = 3
@@ -22,9 +22,9 @@ TOKENS = (512, 4096)
 STATES = ("bf16", "int8")
 
 
-def candidates(where: str, dry: bool = False) -> dict[str, table.Config]:
-    """The table's own, first, and its neighbours; without those that are the same."""
-    own = DRY_TILES if dry else table.config(table.PRODUCT, 2, where)
+def candidates(where: str, dry: bool = False) -> dict[str, tile_configs.TileConfig]:
+    """Return the shipped tiles first, then their neighbours without duplicates."""
+    own = DRY_TILES if dry else tile_configs.tile_config(tile_configs.PRODUCT, 2, where)
     changes: list[dict[str, Any]] = [
         {},
         {"maxnreg": None},
@@ -49,8 +49,8 @@ def candidates(where: str, dry: bool = False) -> dict[str, table.Config]:
     return {name: config for name, config in made.items() if config.bt <= 2 * own.bt and config.bn <= 2 * own.bn}
 
 
-def label(config: table.Config) -> str:
-    """``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
+def label(config: tile_configs.TileConfig) -> str:
+    """Return a name such as ``(128, 128, 64) levels 4, 8 warps, 3 stages, 128 registers``."""
     registers = "" if config.maxnreg is None else f", {config.maxnreg} registers"
     return (
         f"({config.bn}, {config.bk}, {config.bt}) levels {config.levels}, {config.warps} warps, "
@@ -58,15 +58,18 @@ def label(config: table.Config) -> str:
     )
 
 
-def cases(setting: Setting) -> list[Case]:
-    linears, tokens = (DRY_LINEARS, (7,)) if setting.dry else (LINEARS, TOKENS)
-    shapes, states = (tuple(linears), STATES[1:]) if setting.dry else (SHAPES, STATES)
-    own, *others = candidates(family(), setting.dry)
+def cases(context: Context) -> list[Case]:
+    """Return the cases, most important first."""
+    linears, tokens = (DRY_LINEARS, (7,)) if context.dry else (LINEARS, TOKENS)
+    shapes, states = (tuple(linears), STATES[1:]) if context.dry else (SHAPES, STATES)
+    own, *others = candidates(card_family(), context.dry)
     return [
         Case(
             f"{name}, T={t}, {kind}: {other}",
-            lambda name=name, t=t, kind=kind, other=other: compare(name, linears[name], t, kind, own, other, setting),
-            0.0 if setting.dry else 2.0,
+            lambda name=name, t=t, kind=kind, other=other: compare_tiles(
+                name, linears[name], t, kind, own, other, context
+            ),
+            0.0 if context.dry else 2.0,
         )
         for name in shapes
         for t in tokens
@@ -75,11 +78,12 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
-def compare(
-    name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, setting: Setting
+def compare_tiles(
+    name: str, shape: tuple[int, int], tokens: int, states: str, own: str, other: str, context: Context
 ) -> dict[str, Any]:
-    found = candidates(family(), setting.dry)
-    each = [operands(shape, tokens, states, setting) for _ in range(1 if setting.dry else COPIES)]
+    """Time one candidate against the shipped tiles."""
+    found = candidates(card_family(), context.dry)
+    each = [operands(shape, tokens, states, context) for _ in range(1 if context.dry else COPIES)]
     groups = [[Launch(one.cell, [one.use], found[which]) for one in each] for which in (own, other)]
     try:
         for group in groups:
@@ -90,7 +94,7 @@ def compare(
         raise
     steps = [lambda group=group: [launch() for launch in group] for group in groups]
     with torch.no_grad():
-        own_times, times = setting.kernel_ms(steps, ROUNDS)
+        own_times, times = context.kernel_ms(steps, ROUNDS)
     first, median, third = quartiles([b / a for a, b in zip(own_times, times, strict=True)])
     return {
         "shape": f"{name}, T={tokens}, {states}",

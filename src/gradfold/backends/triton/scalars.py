@@ -1,8 +1,8 @@
-"""What a rule's twin takes for one step: constants it is compiled with, and fp32 scalars.
+"""Inputs of a rule's Triton twin for one step: compile-time constants and fp32 scalars.
 
-Scalars are worked out in double precision, as the rules in ``gradfold.rules`` do it, and rounded once. Where the
-learning rate or the step count live on the device (``capturable=True``) they are 0-d float64 tensors, and so are the
-results: nothing here may look at their values.
+Scalars are computed in double precision, as the rules in ``gradfold.rules`` do, and rounded once. If the learning rate
+or the step count live on the device (``capturable=True``), they are 0-d float64 tensors and so are the results:
+nothing here may read their values.
 """
 
 from __future__ import annotations
@@ -19,35 +19,48 @@ from gradfold import rules
 from gradfold.errors import FoldError
 
 from .kernels import rules as twins
-from .transfer import on_device, stream_of
+from .transfer import stream_of, to_device
 
 Scalar = Any  # a float, or a 0-d float64 tensor
 
 
 class Twin(NamedTuple):
-    """A rule as Triton runs it."""
+    """The Triton version of a rule.
 
-    kernel: Any  # of ``rules.py``
+    Attributes:
+        kernel: Function in ``kernels/rules.py``.
+        flags: Computes the constants from the rule's numbers.
+        scalars: Computes the scalars from the rule's numbers.
+        count: Number of scalars.
+    """
+
+    kernel: Any
     flags: Callable[[Any], Sequence[Any]]
     scalars: Callable[[Any], Sequence[Scalar]]
-    count: int  # of scalars
+    count: int
 
 
 def twin_of(rule: rules.Rule) -> Twin | None:
-    """The twin of exactly this rule; a subclass has another formula."""
+    """Return the twin of exactly this rule, or None; a subclass may have another formula."""
     return _TWINS.get(type(rule))
 
 
 def flags_of(twin: Twin, numbers: Any) -> tuple[int, ...]:
+    """Return the compile-time constants of a step."""
     return tuple(int(flag) for flag in twin.flags(numbers))
 
 
-def numbers_of(
+def step_scalars(
     twin: Twin, numbers: Any, step: Any, device: torch.device, tensors: bool
 ) -> tuple[tuple[int, ...], Tensor]:
-    """``flags_of`` and ``scalars_of``; made once for all parameters that step with the same numbers.
+    """Return ``flags_of`` and ``scalars_of``; computed once for all parameters that step with the same numbers.
 
-    tensors: some of them may be on the device.
+    Args:
+        twin: The rule's twin.
+        numbers: The rule's numbers of this step.
+        step: Number of the step, for the random bits.
+        device: Device of the scalars.
+        tensors: Whether some numbers may be tensors on the device.
     """
     if tensors:
         return flags_of(twin, numbers), scalars_of(twin, numbers, step, device)
@@ -62,42 +75,42 @@ def _numbers_on_host(
 
 
 def scalars_of(twin: Twin, numbers: Any, step: Any, device: torch.device) -> Tensor:
-    """fp32 ``[count + 1]`` on the device, the last element an int32: the step's number.
+    """Return fp32 ``[count + 1]`` on the device; the last element holds the step number as int32 bits.
 
-    Where all of them are on the device already nothing is copied from the host.
+    Nothing is copied from the host if all of them are on the device.
     """
     values = twin.scalars(numbers)
     if not any(isinstance(value, Tensor) for value in (*values, step)):
         host = np.asarray([*values, 0], np.float32)
         host[-1:].view(np.int32)[0] = step
-        return on_device(host, device)
+        return to_device(host, device)
     scalars = torch.stack([as_tensor(value, torch.float64, device) for value in values]).to(torch.float32)
     return torch.cat([scalars, as_tensor(step, torch.int32, device).reshape(1).view(torch.float32)])
 
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-d on the device; a number from the host is written there by a kernel, not copied."""
+    """Return a 0-d tensor on the device; a number of the host is written by a fill kernel, not copied."""
     if isinstance(value, Tensor):
         return value.to(device, dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=device)
 
 
 def _decay(n: Any, decoupled: bool) -> tuple[int, Scalar]:
-    """Which weight decay, and by how much (``rules.py``: ``_decayed``)."""
+    """Return the kind of weight decay and its factor, as ``kernels/rules.py: _decayed`` takes them."""
     if not isinstance(n.weight_decay, Tensor) and not n.weight_decay:
         return 0, 0.0
     return (1, 1 - n.lr * n.weight_decay) if decoupled else (2, n.weight_decay)
 
 
 def _near(weight: float) -> bool:
-    """Whether torch's lerp starts from its first end."""
+    """Return whether torch.lerp starts from its first end."""
     if isinstance(weight, Tensor):
         raise FoldError("betas and alpha as tensors choose a formula by their values: with capturable=True give floats")
     return bool(abs(np.float32(weight)) < 0.5)
 
 
 def _lerp(weight: float) -> float:
-    """What the far end is multiplied by."""
+    """Return the weight that ``kernels/rules.py: _lerp`` takes."""
     return weight if _near(weight) else float(np.float32(weight) - np.float32(1))
 
 
@@ -155,11 +168,11 @@ def _sign_flags(decoupled: bool) -> Callable[[Any], Sequence[Any]]:
 
 
 _TWINS: dict[type[rules.Rule], Twin] = {
-    rules.Adam: Twin(twins.adam, _adam_flags, _adam, 7),
-    rules.SGD: Twin(twins.sgd, _sgd_flags, _sgd, 4),
-    rules.Lion: Twin(twins.lion, _sign_flags(True), _lion, 6),
-    rules.RMSprop: Twin(twins.rmsprop, _rmsprop_flags, _rmsprop, 7),
-    rules.Adagrad: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
-    rules.NAdam: Twin(twins.nadam, _moments_flags, _nadam, 8),
-    rules.RAdam: Twin(twins.radam, _moments_flags, _radam, 7),
+    rules.AdamRule: Twin(twins.adam, _adam_flags, _adam, 7),
+    rules.SGDRule: Twin(twins.sgd, _sgd_flags, _sgd, 4),
+    rules.LionRule: Twin(twins.lion, _sign_flags(True), _lion, 6),
+    rules.RMSpropRule: Twin(twins.rmsprop, _rmsprop_flags, _rmsprop, 7),
+    rules.AdagradRule: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
+    rules.NAdamRule: Twin(twins.nadam, _moments_flags, _nadam, 8),
+    rules.RAdamRule: Twin(twins.radam, _moments_flags, _radam, 7),
 }

@@ -1,6 +1,6 @@
-"""Small parameters whose gradients autograd has written (norms, biases), all of them in one launch.
+"""Update many small parameters with dense gradients (norms, biases) in one launch.
 
-One program takes BLOCK adjacent elements of one parameter. Where they lie is read from a table on the device.
+One program takes BLOCK adjacent elements of one parameter. A table on the device says where they lie.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
@@ -15,7 +15,7 @@ COLUMNS = tl.constexpr(3)  # of a parameter's row before its tensors: gradient, 
 
 @triton.jit
 def _pointer(address, FORMAT: tl.constexpr):
-    """To values; every format here has one number for each element."""
+    """Convert an address to a pointer to values; every format here has one number per element."""
     if FORMAT == codecs.FP32:
         return address.to(tl.pointer_type(tl.float32))
     else:
@@ -24,7 +24,7 @@ def _pointer(address, FORMAT: tl.constexpr):
 
 @triton.jit
 def _second_pointer(address, FORMAT: tl.constexpr):
-    """To residuals, or to nothing that is read."""
+    """Convert an address to a pointer to residuals; other formats never read it."""
     if FORMAT == codecs.SPLIT8:
         return address.to(tl.pointer_type(tl.int8))
     else:
@@ -32,13 +32,13 @@ def _second_pointer(address, FORMAT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["limit"])
-def fold_many(
+def fold_batched(
     grad, parameters, blocks,  # any gradient, for its dtype; a row for each parameter; each program's two numbers
     scalars, words, limit, norms,  # [P, SCALARS + 2]: the rule's, the step's number, the scale; [P, 1 + tensors]
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
     LIMITED: tl.constexpr, GUARDED: tl.constexpr, LARGE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm and step of one block of one parameter."""
+    """Compute the norm of one block of one parameter and update it."""
     program = tl.program_id(0)
     which, block = tl.load(blocks + 2 * program), tl.load(blocks + 2 * program + 1)
     row = parameters + which * (COLUMNS + 2 * len(FORMATS))

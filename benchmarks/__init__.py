@@ -1,0 +1,1 @@
+"""Benchmarks of gradfold. Run each from the root of the repository: ``python -m benchmarks.NAME``."""
