@@ -115,7 +115,7 @@ def test_the_gradients_are_exact():
                 assert twin.grad.any()
 
 
-# checkpoints of `gradfold train` ---------------------------------------------------------------------------------------
+# checkpoints of `gradfold train` --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
