@@ -8,7 +8,8 @@ from torch import nn
 import gradfold
 from gradfold import FoldError, WorkingSet, linear_cross_entropy
 from gradfold.modules import head
-from tests.modules.heads import CLOSE, B, H, T, V, each_option, gap, some, torchs_losses, words
+from tests.modules.heads import CLOSE, EACH_OPTION, B, H, T, V, gap, some, torchs_losses, words
+from tests.pairs import each_pair
 from tests.zoo import CHECKPOINTS, RULES, distance, no_gradients, ours, torchs, twins
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -78,9 +79,9 @@ def test_folded_steps_are_transformers_and_torchs(tied, bias, items, monkeypatch
         assert distance(folded, plain) <= CLOSE
 
 
-@each_option
-@pytest.mark.parametrize("tied", [False, True])
-def test_folded_options(options, tied):
+@each_pair(**EACH_OPTION, tied=[False, True])
+def test_folded_options(label_smoothing, z_loss, softcap, tied):
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     plain, folded = twins(lambda: Tiny(tied, bias=True))
     optimizers = torchs(plain), ours(folded)
     gradfold.fold(folded, optimizers[1], scratch_bytes=1000)
