@@ -27,9 +27,27 @@ def _pairs(row: Sequence[int]) -> set[tuple[int, int, int, int]]:
     return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
 
 
-def each_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+def each_pair(indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrize by all combinations of these values; those that `pairwise` does not need are slow."""
     values = [list(axis) for axis in axes.values()]
-    quick = {tuple(values[a][i] for a, i in enumerate(row)) for row in pairwise(list(map(len, values)))}
-    rows = [pytest.param(*row, marks=() if row in quick else pytest.mark.slow) for row in itertools.product(*values)]
-    return pytest.mark.parametrize(list(axes), rows, ids=str)
+    quick = set(pairwise(list(map(len, values))))
+    return _marked(list(axes), values, lambda index: index in quick, indirect)
+
+
+def in_turn(times: int = 1, indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize by all combinations of two axes; quick is each value of the first with `times` of the second's."""
+    values = [list(axis) for axis in axes.values()]
+    count = len(values[1])
+    return _marked(list(axes), values, lambda index: (index[1] - times * index[0]) % count < times, indirect)
+
+
+def _marked(names: Sequence[str], values: Sequence[list], quick: Any, indirect: Sequence[str]) -> pytest.MarkDecorator:
+    rows = []
+    for index in itertools.product(*(range(len(axis)) for axis in values)):
+        row = [axis[i] for axis, i in zip(values, index, strict=True)]
+        rows.append(pytest.param(*row, marks=() if quick(index) else pytest.mark.slow))
+    return pytest.mark.parametrize(names, rows, ids=_name, indirect=list(indirect))
+
+
+def _name(value: Any) -> str:
+    return value.id if hasattr(value, "id") else str(value)

@@ -4,9 +4,10 @@ import pytest
 
 from gradfold.backends import uses
 from gradfold.modules import head, sweep
+from tests.modules.heads import KEPT
 
 
-@pytest.fixture(params=["again", "part", "kept"])
+@pytest.fixture(params=KEPT)
 def small_blocks(monkeypatch, request):
     """Logits are computed again, or what follows from them is kept, for two blocks or all; a block is seven words."""
     monkeypatch.setattr(head, "KEEP_BYTES", {"again": 0, "part": 2600, "kept": 2**20}[request.param])

@@ -7,6 +7,7 @@ CLOSE = 1e-12
 V, H, B, T = 37, 6, 2, 11  # the vocabulary is no multiple of a block of 7
 
 
+KEPT = ["again", "part", "kept"]  # of the softmax: nothing, two blocks of words, all
 EACH_OPTION = {"label_smoothing": [0.0, 0.1], "z_loss": [0.0, 1e-2], "softcap": [None, 1.5]}
 
 

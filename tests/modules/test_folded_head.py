@@ -8,8 +8,8 @@ from torch import nn
 import gradfold
 from gradfold import FoldError, WorkingSet, linear_cross_entropy
 from gradfold.modules import head
-from tests.modules.heads import CLOSE, EACH_OPTION, B, H, T, V, gap, some, torchs_losses, words
-from tests.pairs import each_pair
+from tests.modules.heads import CLOSE, EACH_OPTION, KEPT, B, H, T, V, gap, some, torchs_losses, words
+from tests.pairs import each_pair, in_turn
 from tests.zoo import CHECKPOINTS, RULES, distance, no_gradients, ours, torchs, twins
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -128,9 +128,10 @@ FOLDS = {
 WAYS = [(how, tied) for how in FOLDS for tied in (False, True) if not (tied and "two_bands" in how)]
 
 
-@pytest.mark.parametrize(("how", "tied"), WAYS)
-def test_every_way_to_fold(how, tied):
+@in_turn(way=WAYS, small_blocks=KEPT, indirect=["small_blocks"])
+def test_every_way_to_fold(way):
     """Against the same fold of a head that has its logits in memory."""
+    how, tied = way
     plain, folded = twins(lambda: Tiny(tied))
     folds = []
     for model in (plain, folded):
@@ -150,8 +151,7 @@ def test_every_way_to_fold(how, tied):
         assert no_gradients(folded)
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.parametrize("tied", [False, True])
+@each_pair(kind=CHECKPOINTS, tied=[False, True], small_blocks=KEPT, indirect=["small_blocks"])
 def test_checkpointed_heads(kind, tied):
     plain, folded = twins(lambda: Tiny(tied))
     optimizers = torchs(plain), ours(folded)

@@ -26,7 +26,7 @@ SHAPE, TOKENS = (256, 128), 64
 def listening(monkeypatch, request):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton-kernels")))
     monkeypatch.setattr(backend, "_reachable", lambda weight: True)
-    # What is handed over does not depend on tiles, and these compile in a quarter of the time of those that are shipped.
+    # What is handed over does not depend on tiles, and these compile in a sixth of the time of those that are shipped.
     for row in table._TABLE:
         monkeypatch.setitem(table._TABLE, row, table.Config(16, 128, 16, 0, warps=4, stages=1))
     listener, before = Listening(90), driver._active
