@@ -24,13 +24,8 @@ from gradfold.backends.triton.kernels.many import fold_many
 from gradfold.engine.apply import stepping
 
 HOPPER = Job(90)
-QUICK = [
-    HOPPER,
-    Job(90, norm_only=True),
-    Job(90, kind=table.GATHER, states="int8"),
-    Job(90, biased=True),
-    Job(100),
-]
+# The product with a bias is the one without, and more; all others, and other processors, are slow.
+QUICK = [Job(90, norm_only=True), Job(90, kind=table.GATHER, states="int8"), Job(90, biased=True)]
 MATRIX = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
