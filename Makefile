@@ -1,6 +1,4 @@
-# make demo    fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
-# make test    the test suite            make lint    ruff, pyright, import-linter
-# make format  rewrite to the house style     make clean / make distclean
+# Train every weight of a language model and never store a gradient. `make help` lists the targets.
 #
 # Set-up is stamped in the virtual environment: a second call starts at once, a change of pyproject.toml sets up again.
 
@@ -26,32 +24,37 @@ WORKERS ?= auto
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup setup-dev test test-slow lint format clean distclean
+.PHONY: help demo setup setup-dev check test test-slow lint format clean distclean
 
-help:
-	@sed -n '1,3s/^# //p' Makefile
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-demo: setup
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
+
+demo: setup ## fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
 	$(BIN)/gradfold train
 
-test: setup-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+check: setup-dev ## the quick tests of engine, rules, codecs and optimizers, in under two minutes on two cores
+	$(PYTEST) $(addprefix tests/,engine rules codecs optim) $(ARGS)
 
-test-slow: setup-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
+test: setup-dev ## all tests but the slow ones, and the 15 that took longest; ARGS="-k clip" goes to pytest
+	$(PYTEST) --durations=15 $(ARGS)
 
-lint: setup-dev
+test-slow: setup-dev ## the slow tests
+	$(PYTEST) --durations=15 -m slow $(ARGS)
+
+lint: setup-dev ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-format: setup-dev
+format: setup-dev ## rewrite to the house style
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-setup: $(VENV)/.stamp-demo
-setup-dev: $(VENV)/.stamp-dev
+setup: $(VENV)/.stamp-demo ## a virtual environment that trains and plots
+setup-dev: $(VENV)/.stamp-dev ## the same with what tests and lint need
 ifeq ($(shell uname -s),Linux)
 setup-dev: $(VENV)/.stamp-$(subst ==,-,$(OLDEST_TRITON))
 endif
@@ -77,9 +80,9 @@ $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
 	@touch $@
 
-clean:
+clean: ## remove caches and builds
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean
+distclean: clean ## and the virtual environment
 	rm -rf $(VENV)

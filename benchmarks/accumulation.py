@@ -20,7 +20,7 @@ import torch
 
 import gradfold
 from gradfold.backends import accumulation_dtype
-from gradfold.plan.step import step_memory
+from gradfold.planner.step import step_memory
 
 from .common import (
     DTYPES,

@@ -148,7 +148,7 @@ def has_hooks(module: nn.Module, forward: bool = True) -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for all modules."""
-    return _has_any_global_hook()
+    return bool(_has_any_global_hook())
 
 
 def active_ddp() -> Any | None:

@@ -6,7 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import gradfold
-from tests.cases import Given, both_routes, each_rule, problem
+from tests.cases import BUSY_ROWS, Given, both_routes, each_rule, problem
+from tests.pairs import in_turn
 
 LAYOUTS = {"contiguous": lambda x: x, "transposed": lambda x: x.t().contiguous().t()}
 
@@ -92,8 +93,7 @@ def a_few_steps(row, dtype):
     return model, optimizer, fold
 
 
-@each_rule
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_turn(row=BUSY_ROWS, dtype=[torch.float32, torch.bfloat16])
 def test_a_folded_step_runs_on_fake_tensors(row, dtype):
     """What the planner counts must be what happens: same states, same scratch, no real memory."""
     real_model, real, real_fold = a_few_steps(row, dtype)

@@ -14,7 +14,7 @@ from gradfold.provenance import canonical_bytes, read_document
 from tests.provenance.makers import FOLDER, bundle_of, event, record_event, signer
 
 BUNDLE, STATE = FOLDER / "forge_bundle.json", FOLDER / "chunkft_state.json"
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "step_time.json"
+RESULT = Path(__file__).parents[1] / "fixtures" / "results" / "step_time.json"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 import gradfold
 from gradfold.errors import FoldError
 from tests.accumulated import check, step_plain
+from tests.pairs import each_pair
 from tests.zoo import CHECKPOINTS, SCENES, Net, batches, distance, ours, torchs, twins
 
 MICRO = 4
@@ -24,7 +25,6 @@ MODES = {
     "accumulated, by value": {"accumulate": MICRO, "clip_value": 1e-3},
     "two passes": {"clip_norm": 0.05, "clip": "two_pass"},
 }
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def scene_loss(kind, model, step):
@@ -32,9 +32,7 @@ def scene_loss(kind, model, step):
     return model.loss(ids[:, : 3 + step % 3], kind, step)  # micro-batches of different lengths
 
 
-@each_mode
-@pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("kind", ["none", pytest.param("reentrant", marks=pytest.mark.slow), "non_reentrant"])
+@each_pair(scene=SCENES, mode=MODES, kind=["none", "reentrant", "non_reentrant"])
 def test_scenes(scene, kind, mode):
     check(functools.partial(Net, scene), functools.partial(scene_loss, kind), MODES[mode])
 

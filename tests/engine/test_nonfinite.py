@@ -9,6 +9,7 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import FoldError, NonFiniteError
+from tests.pairs import each_pair
 from tests.zoo import Net, batches, ours
 
 TIMINGS = {
@@ -39,10 +40,9 @@ def spoilt(x, value):
     return x
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("where", ["X", "dY"])
-@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [{}, {"states": "int8", "small_size": 0}], ids=["plain", "int8"])
+@each_pair(
+    timing=TIMINGS, where=["X", "dY"], value=[math.nan, math.inf], options=[{}, {"states": "int8", "small_size": 0}]
+)
 def test_nothing_that_is_not_finite_reaches_a_weight_or_state(timing, where, value, options):
     """Injected at every folded layer in turn."""
     names = [name for name, _ in Net("untied").named_modules() if name == "head" or name.endswith(("up", "down"))]

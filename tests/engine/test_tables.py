@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gradfold
+from tests.pairs import in_turn
 from tests.zoo import (
     CHECKPOINTS,
     RULES,
@@ -27,8 +28,9 @@ from tests.zoo import (
 
 # the whole product is large: all rules on the issue's own table, and every other pair of scene and checkpointing once
 CORE = list(itertools.product(["untied", "tied", "bptt", "partial"], ["none", "reentrant", "non_reentrant"]))
+# (once more in the slow run: each gradient of all of these is compared below)
 PAIRS = [
-    (scene, kind, TORCH_RULES[index % len(TORCH_RULES)])
+    pytest.param(scene, kind, TORCH_RULES[index % len(TORCH_RULES)], marks=pytest.mark.slow if index % 2 else ())
     for index, (scene, kind) in enumerate(itertools.product(SCENES, CHECKPOINTS))
     if (scene, kind) not in CORE
 ]
@@ -70,10 +72,9 @@ def check_against_torch(scene, kind, rule, steps):
     assert distance(folded, plain) <= 1e-10
 
 
-@pytest.mark.parametrize(("scene", "kind"), CORE)
-@pytest.mark.parametrize("rule", TORCH_RULES)
-def test_ten_steps_equal_torchs(scene, kind, rule):
-    check_against_torch(scene, kind, rule, steps=10)
+@in_turn(3, where=CORE, rule=TORCH_RULES)
+def test_ten_steps_equal_torchs(where, rule):
+    check_against_torch(*where, rule, steps=10)
 
 
 @pytest.mark.parametrize(("scene", "kind", "rule"), PAIRS)
@@ -91,9 +92,9 @@ def test_lion_folded_equals_lion_unfolded(scene, kind):
     assert distance(folded, plain) <= 1e-10
 
 
-@pytest.mark.parametrize(("scene", "kind"), [("untied", "none"), ("tied", "reentrant"), ("bptt", "non_reentrant")])
-@pytest.mark.parametrize("rule", TORCH_RULES)
-def test_fp32_is_as_near_to_fp64_as_torch_is(scene, kind, rule):
+@in_turn(rule=TORCH_RULES, where=[("untied", "none"), ("tied", "reentrant"), ("bptt", "non_reentrant")])
+def test_fp32_is_as_near_to_fp64_as_torch_is(rule, where):
+    scene, kind = where
     plain, folded = twins(lambda: Net(scene), torch.float32)
     truth, _ = twins(lambda: Net(scene))
     truth.load_state_dict(plain.state_dict())

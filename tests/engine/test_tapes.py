@@ -14,6 +14,7 @@ from gradfold.backends import MatmulTerm
 from gradfold.engine.offload import Host
 from gradfold.errors import FoldError
 from tests.accumulated import check
+from tests.pairs import each_pair
 from tests.zoo import Net, batches
 
 
@@ -99,9 +100,11 @@ class Elsewhere(Host):
         return tensor.clone()
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 3, "clip_norm": 0.05}])
-@pytest.mark.parametrize("scene", ["untied", "tied"])
-@pytest.mark.parametrize("width", ["tape", "collapsed"])
+@each_pair(
+    options=[{"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 3, "clip_norm": 0.05}],
+    scene=["untied", "tied"],
+    width=["tape", "collapsed"],
+)
 def test_in_host_memory(options, scene, width, monkeypatch):
     monkeypatch.setattr("gradfold.engine.context.Host", Elsewhere)
     if width == "tape":  # else micro-batches of this size collapse

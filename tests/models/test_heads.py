@@ -14,6 +14,7 @@ import gradfold
 from gradfold import FoldError
 from gradfold.head.lazy_logits import LazyLogits
 from gradfold.head.loss import KEEP_BYTES, FoldedHead
+from tests.llama import small_llama
 from tests.zoo import RULES, distance, no_gradients, ours, torchs, twins
 
 transformers = pytest.importorskip("transformers")
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("precise")
 
 SMALL = dict(vocab_size=53, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
 MODELS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "llama_tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama": lambda: small_llama(**SMALL),
+    "llama_tied": lambda: small_llama(**SMALL, tie_word_embeddings=True),
     "gemma2": lambda: transformers.Gemma2Config(
         **SMALL, head_dim=4, num_key_value_heads=2, final_logit_softcapping=2.0
     ),

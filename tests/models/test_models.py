@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("precise")
 
 import gradfold  # noqa: E402
+from tests.llama import small_llama  # noqa: E402
 from tests.zoo import compare, distance, no_gradients, ours, recorded, torchs, twins  # noqa: E402
 
 V, H, T = 23, 16, 6  # vocabulary, width, tokens
@@ -28,8 +29,7 @@ def language(model, step):
 
 
 def llama(tied):
-    config = transformers.LlamaConfig(**SIZE, num_key_value_heads=1, tie_word_embeddings=tied)
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(small_llama(**SIZE, num_key_value_heads=1, tie_word_embeddings=tied))
 
 
 def gpt2():

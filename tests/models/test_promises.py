@@ -13,6 +13,7 @@ import gradfold
 from gradfold import FoldError
 from gradfold.head.lazy_logits import LazyLogits
 from tests.models.test_heads import MODELS, batch, build
+from tests.pairs import each_pair
 from tests.zoo import distance, ours, torchs, twins
 
 transformers = pytest.importorskip("transformers")
@@ -75,9 +76,7 @@ def _saved(logits):
     return torch.load(file)
 
 
-@pytest.mark.parametrize("how", ASKED)
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+@each_pair(how=ASKED.keys(), autocast=[False, True], name=["llama", "gemma2", "phi"])
 def test_whoever_asks_gets_the_plain_heads_logits(how, autocast, name):
     """Also outside the autocast they belong to."""
     plain, folded, _ = made(name, torch.float32)

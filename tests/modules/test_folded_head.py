@@ -8,7 +8,8 @@ from torch import nn
 import gradfold
 from gradfold import FoldError, WorkingSet, linear_cross_entropy
 from gradfold.head import loss as head
-from tests.modules.heads import CLOSE, B, H, T, V, each_option, gap, some, torchs_losses, words
+from tests.modules.heads import CLOSE, EACH_OPTION, KEPT, B, H, T, V, gap, some, torchs_losses, words
+from tests.pairs import each_pair, in_turn
 from tests.zoo import CHECKPOINTS, RULES, distance, no_gradients, ours, torchs, twins
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -78,9 +79,9 @@ def test_folded_steps_are_transformers_and_torchs(tied, bias, items, monkeypatch
         assert distance(folded, plain) <= CLOSE
 
 
-@each_option
-@pytest.mark.parametrize("tied", [False, True])
-def test_folded_options(options, tied):
+@each_pair(**EACH_OPTION, tied=[False, True])
+def test_folded_options(label_smoothing, z_loss, softcap, tied):
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     plain, folded = twins(lambda: Tiny(tied, bias=True))
     optimizers = torchs(plain), ours(folded)
     gradfold.fold(folded, optimizers[1], scratch_bytes=1000)
@@ -129,9 +130,10 @@ FOLDS = {
 WAYS = [(how, tied) for how in FOLDS for tied in (False, True) if not (tied and "two_bands" in how)]
 
 
-@pytest.mark.parametrize(("how", "tied"), WAYS)
-def test_every_way_to_fold(how, tied):
+@in_turn(way=WAYS, small_blocks=KEPT, indirect=["small_blocks"])
+def test_every_way_to_fold(way):
     """Against the same fold of a head that has its logits in memory."""
+    how, tied = way
     plain, folded = twins(lambda: Tiny(tied))
     folds = []
     for model in (plain, folded):
@@ -151,8 +153,7 @@ def test_every_way_to_fold(how, tied):
         assert no_gradients(folded)
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.parametrize("tied", [False, True])
+@each_pair(kind=CHECKPOINTS, tied=[False, True], small_blocks=KEPT, indirect=["small_blocks"])
 def test_checkpointed_heads(kind, tied):
     plain, folded = twins(lambda: Tiny(tied))
     optimizers = torchs(plain), ours(folded)

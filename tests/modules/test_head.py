@@ -6,15 +6,15 @@ import torch.nn.functional as F
 
 from gradfold import FoldError, linear_cross_entropy, linear_log_probs
 from gradfold.head import online_softmax as sweep
-from tests.modules.heads import CLOSE, B, H, T, V, each_option, gap, some, torchs_losses, words
+from tests.modules.heads import CLOSE, EACH_OPTION, B, H, T, V, gap, some, torchs_losses, words
+from tests.pairs import each_pair
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-@each_option
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "items"])
-def test_loss_and_gradients_are_torchs(options, with_bias, reduction):
+@each_pair(**EACH_OPTION, with_bias=[False, True], reduction=["mean", "sum", "none", "items"])
+def test_loss_and_gradients_are_torchs(label_smoothing, z_loss, softcap, with_bias, reduction):
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     leaves = [some(B, T, H), some(V, H, seed=1), *([some(V, seed=2)] if with_bias else [])]
     x, weight, bias = leaves if with_bias else (*leaves, None)
     labels = words(B, T)

@@ -1,22 +1,17 @@
 """A small model whose weights are stored in every way, and how to compare all of its bits."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
 
 import gradfold
+from tests.pairs import each_pair
 
 STATES = [None, "fp32", "bf16", "int8", "int4"]
 ROUNDINGS = [None, "nearest", "stochastic"]
 MASTERS = [None, "split8", "split16"]
 each_states = pytest.mark.parametrize("states", STATES, ids=str)
-COMBINATIONS = [
-    dict(states=states, rounding=rounding, master=master)
-    for states, rounding, master in itertools.product(STATES, ROUNDINGS, MASTERS)
-]
-each_combination = pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(map(str, o.values())))
+each_combination = each_pair(states=STATES, rounding=ROUNDINGS, master=MASTERS)
 
 
 class Model(nn.Module):

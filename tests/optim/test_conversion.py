@@ -59,8 +59,8 @@ def test_loading_fp32_states_into_int8_is_close():
 
 
 @each_combination
-def test_state_dict_survives_safetensors(options):
-    model, optimizer = make(options)
+def test_state_dict_survives_safetensors(states, rounding, master):
+    model, optimizer = make({"states": states, "rounding": rounding, "master": master})
     train(model, optimizer, 2)
     packed = optimizer.state_dict()
     flat = {f"{index}/{key}": value for index, state in packed["state"].items() for key, value in state.items()}

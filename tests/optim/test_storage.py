@@ -12,8 +12,11 @@ from torch import nn
 import gradfold
 from gradfold.codecs import state_codec, weight_codec
 from gradfold.errors import FoldError
-from tests.cases import each_state_set
+from tests.cases import STATE_ROWS
 from tests.optim.coded import (
+    MASTERS,
+    ROUNDINGS,
+    STATES,
     Model,
     assert_same,
     each_combination,
@@ -22,10 +25,12 @@ from tests.optim.coded import (
     make,
     train,
 )
+from tests.pairs import each_pair, in_turn
 
 
 @each_combination
-def test_folded_in_any_tiles_and_unfolded_are_bit_identical(options):
+def test_folded_in_any_tiles_and_unfolded_are_bit_identical(states, rounding, master):
+    options = {"states": states, "rounding": rounding, "master": master}
     runs = []
     for folded, scratch_bytes in ((False, None), (True, 4_000), (True, 50_000), (True, 8 * 2**20)):
         model, optimizer = make(options, folded=folded, scratch_bytes=scratch_bytes)
@@ -35,9 +40,9 @@ def test_folded_in_any_tiles_and_unfolded_are_bit_identical(options):
         assert_same(runs[0], run)
 
 
-@each_combination
-@pytest.mark.parametrize("named", [False, True], ids=["places", "names"])
-def test_resuming_is_bit_identical(options, named):
+@each_pair(states=STATES, rounding=ROUNDINGS, master=MASTERS, named=[False, True])
+def test_resuming_is_bit_identical(states, rounding, master, named):
+    options = {"states": states, "rounding": rounding, "master": master}
     model, optimizer = make(options, named=named)
     train(model, optimizer, 3)
     file = io.BytesIO()
@@ -54,8 +59,7 @@ def test_resuming_is_bit_identical(options, named):
 
 
 @pytest.mark.filterwarnings("ignore:Lion with states='int4'")
-@each_state_set
-@each_states
+@in_turn(2, row=STATE_ROWS, states=STATES)
 def test_any_rule_with_any_states(row, states):
     if states not in (None, "fp32") and row.hyper.get("centered"):
         with pytest.raises(ValueError, match="centered=False"):

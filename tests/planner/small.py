@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.llama import small_llama
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
@@ -18,7 +20,7 @@ SIZES = {
 
 
 def llama(layers=2, **options):
-    return transformers.LlamaConfig(num_hidden_layers=layers, **{**SIZES, "dtype": "float32", **options})
+    return small_llama(num_hidden_layers=layers, **{**SIZES, "dtype": "float32", **options})
 
 
 def gemma2(layers=2, **options):

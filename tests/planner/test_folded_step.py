@@ -9,6 +9,7 @@ from torch import nn
 import gradfold
 from gradfold.backends import Backend
 from gradfold.planner.step import measure_step, step_memory
+from tests.llama import small_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,16 +38,7 @@ def torch_adamw(params):
 
 
 def llama_config(layers, hidden=256, vocab=512, **kwargs):
-    return transformers.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=8 * hidden // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        use_cache=False,
-        **kwargs,
-    )
+    return small_llama(vocab, hidden, layers, intermediate_size=8 * hidden // 3, use_cache=False, **kwargs)
 
 
 def batch_of(config, tokens):

@@ -14,6 +14,7 @@ import gradfold
 from gradfold.head import online_softmax as sweep
 from gradfold.head import term as uses
 from gradfold.planner.step import measure_step, step_memory
+from tests.llama import small_llama
 
 MIB = 2**20
 
@@ -88,10 +89,8 @@ def test_fake_equals_real(tied, kept):
 
 
 def test_a_causal_model():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=8192, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
-    )
+    pytest.importorskip("transformers")
+    config = small_llama(8192)
     ids = torch.zeros(4, 512, dtype=torch.int64)
 
     def fold(how):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradfold.planner.step import measure_step, step_memory
+from tests.llama import small_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,14 +32,7 @@ def batch_with(kind):
 
 @pytest.mark.parametrize("kind", ["no mask", "all ones", "padded", "positions", "packed"])
 def test_fake_peak_equals_real_peak(kind):
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        use_cache=False,
-    )
+    config = small_llama(num_hidden_layers=2, use_cache=False)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
     batch = batch_with(kind)

@@ -10,20 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradfold.planner.step import measure_step, step_memory
 from gradfold.planner.trace import CATEGORIES
+from tests.llama import small_llama
 
 transformers = pytest.importorskip("transformers")
 
 
 def llama_config(vocab=1000, hidden=128, layers=3, **kwargs):
-    return transformers.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **kwargs,
-    )
+    return small_llama(vocab, hidden, layers, num_key_value_heads=2, **kwargs)
 
 
 def llama_batch(config, tokens):
@@ -77,7 +70,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["activations", "gradients", pytest.param("tied", marks=pytest.mark.slow), "checkpointed"]
+)
 def test_fake_equals_real_equals_the_allocator(case):
     config, tokens = CASES[case]
     torch.manual_seed(0)

@@ -70,7 +70,7 @@ def test_on_the_device_all_states_count():
     assert (predicted.host_bytes, predicted.disk_bytes, predicted.moved_bytes_per_step) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=slow)])
 def test_on_disk(device, tmp_path):
     predicted = played(WorkingSet(interval=1, chunks=2, offload="disk", folder=tmp_path), device)
     assert resting(predicted)["states"] == pytest.approx(all_states() / 2, rel=0.05)

@@ -1,4 +1,4 @@
-"""Replication records from this repository's own results."""
+"""Replication records from results of this repository's benchmarks."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from gradfold.provenance import ProvenanceError, append, merge, replication_payload, verify
 from gradfold.provenance.replicate import unit_in_name
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "fixtures" / "results"
 GIVEN = {"revision": "0123abc"}
 
 

@@ -11,7 +11,6 @@ from tests.cases import (
     RULE_ROWS,
     SHAPES,
     Given,
-    all_rules,
     both_routes,
     each_rule,
     lion_rows,
@@ -21,6 +20,7 @@ from tests.cases import (
     torch_rules,
     torchs,
 )
+from tests.pairs import in_turn
 
 EXACT = 1e-14  # relative to the largest value of the tensor
 # Error of ours over error of torch's for-loop in the same dtype, both against the fp64 oracle. Issue 2 asks for 2 in
@@ -38,7 +38,7 @@ def assert_exact(got, want, what):
 
 
 @torch_rules
-@both_routes
+@pytest.mark.parametrize("route", ["folded", pytest.param("unfolded", marks=pytest.mark.slow)])
 def test_float64_equals_torch(row, route):
     given = problem()
     model, optimizer = ours(row, given, route)
@@ -74,8 +74,7 @@ def test_the_model_receives_exactly_the_gradients_it_is_given():
             assert torch.equal(weight.grad, grad)
 
 
-@all_rules
-@pytest.mark.parametrize("dtype", FACTOR, ids=str)
+@in_turn(row=RULE_ROWS, dtype=FACTOR)
 def test_low_precision_errs_no_more_than_torch(row, dtype):
     given = problem(FLAT, dtype)
     got, _ = ours(row, given, "folded")

@@ -54,7 +54,9 @@ def test_without_one_nobody_speaks_of_chunks(tiny, texts, tmp_path, no_pictures)
     assert all("chunk" not in record for record in read_metrics(tmp_path / "run" / METRICS))
 
 
-@pytest.mark.parametrize("options", [DISK, {"working_set__by": "layer"}], ids=["disk", "layer"])
+@pytest.mark.parametrize(
+    "options", [DISK, pytest.param({"working_set__by": "layer"}, marks=pytest.mark.slow)], ids=["disk", "layer"]
+)
 def test_a_whole_run_with_its_pictures(tiny, texts, tmp_path, options):
     display, text = shown()
     out = tmp_path / "run"

@@ -6,6 +6,7 @@ import torch
 
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import unflatten
+from tests.llama import small_llama
 
 WORDS = "the cat sat on a mat and saw the dog run to its bowl while rain fell in the long green yard".split()
 
@@ -38,14 +39,12 @@ def build_tokenizer():
 
 def build_model(**changes):
     """A Llama of 30 thousand parameters, tied, with dropout so that random numbers matter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     settings = {
         "vocab_size": 300,
         "hidden_size": 32,
-        "intermediate_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "attention_dropout": 0.1,
@@ -55,7 +54,7 @@ def build_model(**changes):
         "pad_token_id": 0,
     }
     torch.manual_seed(7)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return LlamaForCausalLM(small_llama(**(settings | changes)))
 
 
 def save_tiny(folder: Path, **changes) -> Path:

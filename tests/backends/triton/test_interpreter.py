@@ -21,7 +21,10 @@ OLDEST_PATH = Path(sys.prefix, f"triton-{OLDEST}")  # of the Makefile
 
 
 class Shard(NamedTuple):
-    """Tests of one process, and how many there are at least: a process that runs nothing must not pass."""
+    """Tests of one process, and how many there are at least: a process that runs nothing must not pass.
+
+    Starting one takes seconds, so there are no more than cores that most machines have.
+    """
 
     files: list[str]
     quick: int
@@ -29,10 +32,8 @@ class Shard(NamedTuple):
 
 
 SHARDS = {
-    "rules": Shard(["test_repairs.py", "test_rules.py"], 80, 190),
-    "storages": Shard(["test_storages.py"], 70, 32),
-    "gradients": Shard(["test_gradients.py"], 60, 360),
-    "folds": Shard(["test_changes.py", "test_folds.py", "test_heads.py"], 64, 0),
+    "rules and storages": Shard(["test_repairs.py", "test_rules.py", "test_storages.py"], 150, 222),
+    "gradients and folds": Shard(["test_gradients.py", "test_changes.py", "test_folds.py", "test_heads.py"], 130, 360),
 }
 FILES = [file for shard in SHARDS.values() for file in shard.files]
 QUICK_OLDEST = 60

@@ -13,7 +13,7 @@ ON_DEVICE = ("lr", "step", "rate", "grad_rate", "avg_rate", "adaptive")  # with 
 
 
 @pytest.mark.parametrize("row", RULE_ROWS, ids=lambda row: row.id)
-@pytest.mark.parametrize("step", [1, 2, 12, 1000])
+@pytest.mark.parametrize("step", [1, 1000])  # RAdam changes over between them
 def test_tensors_give_the_scalars_of_floats(row, step):
     given = case(row, step=step)
     twin = triton_scalars.twin_of(given.rule)

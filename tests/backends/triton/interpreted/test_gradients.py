@@ -55,10 +55,10 @@ def test_dtypes(weight, dtype):
 
 
 @quick
-@each_use
-def test_no_further_from_the_truth_than_pytorch(name):
+@pytest.mark.parametrize("index, name", list(enumerate(TABLE)), ids=list(TABLE))
+def test_no_further_from_the_truth_than_pytorch(index, name):
     """Within the bound of any fp32 sum, element by element; as a whole, twice PyTorch's error or one rounding."""
-    for dtype in DTYPES.values():
+    for dtype in [DTYPES["fp32"], [DTYPES["bf16"], DTYPES["fp16"]][index % 2]]:
         summands = TABLE[name](gradients.normal(dtype))
         grad, power = captured([one.use for one in summands])
         exact = gradients.exact(summands)
