@@ -15,9 +15,9 @@ import torch
 
 from gradfold.codecs import BLOCK
 
+from .nodes import F32, Node
 from .program import Program, Stored, of, scalars
 from .statements import Body, element, function, indent, loop, scope
-from .trace import F32, Node
 
 PRELUDE = Path(__file__).with_name("prelude.h")
 C_TYPES = {

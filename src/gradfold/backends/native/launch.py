@@ -275,7 +275,7 @@ def _matrix(t: Tensor, rows: int, columns: int, name: str) -> tuple[int, int, in
 
 
 def _shared(streams: Sequence[Stream | None], random: Sequence[int]) -> list[int]:
-    """The words that the kernel's keys are made of: one of the parameter, and one for each stream that it draws from."""
+    """The words that the keys of a step are made of: one of the parameter, and one for each stream in use."""
     drawn = [stream for i in random if (stream := streams[i]) is not None]
     if any(stream.shared != drawn[0].shared for stream in drawn):
         raise ValueError("streams: those of one parameter share their first word")

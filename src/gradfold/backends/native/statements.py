@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .trace import F32, I32, Node
+from .nodes import F32, I32, Node
 
 # Nodes as C expressions. Compiled with -fwrapv: integers wrap around.
 EXPRESSIONS = {
