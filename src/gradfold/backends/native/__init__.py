@@ -76,7 +76,7 @@ def bind(
         shape: rows and columns of the weight as the parts have them.
         first_offset, row_stride: element ``[r, c]`` is number ``first_offset + r * row_stride + c`` of the whole
             parameter; row_stride is the number of columns unless told.
-        scratch: gives a uint8 tensor of at least so many bytes; a thread's own memory unless told.
+        scratch: lends a uint8 tensor of at least so many bytes, which it keeps; a thread's own memory unless told.
 
     Raises:
         ValueError: a tensor of another shape, dtype, device or layout, or streams of several parameters.

@@ -8,7 +8,6 @@ the same rows of the weight and its states.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import struct
 import threading
@@ -45,7 +44,7 @@ class Kernel:
         self.codecs = [stored.codec for stored in program.tensors]
         self.blocked = program.blocked
         self.random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
-        self.rows_function = ctypes.cast(library.gradfold_rows, ctypes.c_void_p).value
+        self.at = ctypes.cast(library.gradfold_rows, ctypes.c_void_p).value
         self.step_function, self.bound_function, self.scratch_function = _functions(products)
         sources = [scalar.source for scalar in scalars(program)]
         self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in sources)})")
@@ -84,9 +83,10 @@ class Kernel:
         words = [_words(keys[i], i) for i in self.random]
         if any(shared != words[0][0] for shared, _ in words):
             raise ValueError("keys: those of one parameter share their first word")
-        streams = [None] * len(self.codecs)
-        bound = Bound(self, lambda numbers: None, (weight, *states), streams, (*grad.shape,), first_offset, row_stride)
-        bound.keys = array("i", [*words[0][:1], *(own for _, own in words)] if words else [])
+        nowhere, streams = (lambda numbers: None), [None] * len(self.codecs)
+        bound = Bound(self, nowhere, (weight, *states), streams, (*grad.shape,), first_offset, row_stride)
+        if words:
+            bound.take([words[0][0], *(own for _, own in words)])
         bound(numbers, grad=grad)
 
 
@@ -117,16 +117,18 @@ class Bound:
         self._arguments = array("q", arguments)
         self._arguments_at = self._arguments.buffer_info()[0]
         self._words = _shared(streams, kernel.random)
-        self.keys, self._draw = array("i"), None
-        self._numbers, self._inputs = None, array("f")
+        self._draw: int | None = None
+        self._keys_at = self._inputs_at = 0
+        self._numbers: Any = None
+        self._floats: dict[tuple[int, int], int] = {}  # of scratch memory, by tokens and columns
         self._make_room(1)
 
     def _make_room(self, products: int) -> None:
         """For the arguments of a call with so many products."""
-        self._format = struct.Struct(f"={_CALL}{_PRODUCT * products}")
-        self._call = ctypes.create_string_buffer(self._format.size)
+        layout = struct.Struct(f"={_CALL}{_PRODUCT * products}")
+        self._call = ctypes.create_string_buffer(layout.size)
         self._call_at = ctypes.addressof(self._call)
-        self._products = products
+        self._pack, self._count = layout.pack_into, products
 
     def ready(self, numbers: Any) -> bool:
         """Whether there is a kernel for a step's numbers. One object is one step's: it is looked at once."""
@@ -138,7 +140,18 @@ class Bound:
                 return False
             self.kernel = found
         self._inputs, self._numbers = self.kernel.inputs(numbers), numbers
+        self._inputs_at = self._inputs.buffer_info()[0]
         return True
+
+    def _draws(self, draw: int) -> None:
+        """Make the keys of a step's random bits."""
+        self.take([key_word(word, draw) for word in self._words])
+        self._draw = draw
+
+    def take(self, keys: Sequence[int]) -> None:
+        """Take these keys."""
+        self._keys = array("i", keys)
+        self._keys_at = self._keys.buffer_info()[0]
 
     def __call__(
         self,
@@ -173,13 +186,14 @@ class Bound:
         if numbers is not self._numbers and not self.ready(numbers):
             raise ValueError("numbers: there is no kernel for them")
         if draw != self._draw and self._words:
-            self.keys, self._draw = array("i", [key_word(word, draw) for word in self._words]), draw
-        run, shares, shape = self._prepared(products, grad, float(scale), clip_value, start, stop)
-        if guarded and not self.kernel.bound_function(self._call_at, *shape) * max(1.0, abs(scale)) < _CERTAIN:
-            squares = over_threads(functools.partial(run, _MEASURE), shares)
+            self._draws(draw)
+        scale = float(scale)
+        shares, rows, columns = self._prepared(products, grad, scale, clip_value, start, stop)
+        if guarded and not self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN:
+            squares = self._run(_MEASURE, shares)
             if not math.isfinite(squares):
                 return squares
-        squares = over_threads(functools.partial(run, _STEP), shares)
+        squares = self._run(_STEP, shares)
         torch.autograd.graph.increment_version(self._written)  # a graph that saved the old weight is stale
         return squares
 
@@ -187,8 +201,7 @@ class Bound:
         self, products: Sequence[Product] = (), grad: Tensor | None = None, start: int = 0, stop: int | None = None
     ) -> float:
         """The sum of squares of such a gradient; nothing is stepped."""
-        run, shares, _ = self._prepared(products, grad, 1.0, None, start, stop)
-        return over_threads(functools.partial(run, _MEASURE), shares)
+        return self._run(_MEASURE, self._prepared(products, grad, 1.0, None, start, stop)[0])
 
     def _prepared(
         self,
@@ -198,41 +211,41 @@ class Bound:
         clip_value: float | None,
         start: int,
         stop: int | None,
-    ) -> tuple[Callable[..., float], list[Share], tuple[int, int]]:
-        """Write the arguments of a call; the function that runs a share of it, the shares, and the matrix they cut."""
-        rows, columns = (self.shape[0] if stop is None else stop) - start, self.shape[1]
-        if not 0 <= start <= start + rows <= self.shape[0]:
-            raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
+    ) -> tuple[Sequence[Share], int, int]:
+        """Write the arguments of a call; the shares, and rows and columns of the matrix they are cut from."""
+        rows, columns = self.shape
+        if start or stop is not None:
+            rows = (rows if stop is None else stop) - start
+            if not 0 <= start <= start + rows <= self.shape[0]:
+                raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
         fields, depth = [], 0
         for left, right in products:
             tokens = left.shape[0]
             fields += (tokens, *_matrix(left, tokens, rows, "left"), *_matrix(right, tokens, columns, "right"))
             depth += tokens
-        found = _NONE if grad is None else _matrix(grad, rows, columns, "grad")
-        column = 0
-        if self._joins and not products and (found[1] == columns or rows == 1):  # narrow rows are mostly padding
+        given = _NONE if grad is None else _matrix(grad, rows, columns, "grad")
+        column, count = 0, len(products)
+        if self._joins and not count and (given[1] == columns or rows == 1):  # narrow rows are mostly padding
             rows, columns, start, column = 1, rows * columns, 0, start * columns
         shares = shares_of(rows, columns, depth)
-        kernel, scratch_at, floats = self.kernel, 0, 0
-        if products or scale != 1.0 or clip_value is not None or found[2] or grad is None:  # it needs a tile
-            floats = kernel.scratch_function(depth, columns)
+        scratch_at = floats = 0
+        if count or scale != 1.0 or clip_value is not None or given[2] or grad is None:  # it needs a tile
+            if (depth, columns) not in self._floats:
+                self._floats[depth, columns] = self.kernel.scratch_function(depth, columns)
+            floats = self._floats[depth, columns]
             scratch_at = self._scratch(4 * floats * len(shares)).data_ptr()
-        if len(products) != self._products:
-            self._make_room(len(products))
-        addresses = (self._inputs.buffer_info()[0], self.keys.buffer_info()[0], scratch_at, floats)
+        if count != self._count:
+            self._make_room(count)
+        addresses = (self._inputs_at, self._keys_at, scratch_at, floats)
         most = math.inf if clip_value is None else clip_value
-        self._format.pack_into(self._call, 0, *addresses, start, column, scale, most, *found, len(products), *fields)
-        step, rows_function, arguments_at, call_at = (
-            kernel.step_function,
-            kernel.rows_function,
-            self._arguments_at,
-            self._call_at,
-        )
+        self._pack(self._call, 0, *addresses, start, column, scale, most, *given, count, *fields)
+        return shares, rows, columns
 
-        def run(mode: int, index: int, share: Share) -> float:
-            return step(rows_function, arguments_at, call_at, mode, index, *share)
-
-        return run, shares, (rows, columns)
+    def _run(self, mode: int, shares: Sequence[Share]) -> float:
+        step, at, arguments_at, call_at = self.kernel.step_function, self.kernel.at, self._arguments_at, self._call_at
+        if len(shares) == 1:
+            return step(at, arguments_at, call_at, mode, 0, *shares[0])
+        return over_threads(lambda index, share: step(at, arguments_at, call_at, mode, index, *share), shares)
 
 
 _CALL = "4q2q2d3qq"  # struct call

@@ -167,7 +167,7 @@ int64_t gradfold_scratch(int64_t depth, int64_t columns) {
 double gradfold_step(rows_function *rows_function, const int64_t *bound, const struct call *call, int64_t mode,
                      int64_t share, int64_t rows_start, int64_t rows_end, int64_t columns_start, int64_t columns_end) {
   const int changed = call->scale != 1 || call->clip_value < INFINITY;
-  const int direct = !call->count && !changed && call->grad.kind == FP32;
+  const int direct = call->grad.at && call->grad.kind == FP32 && !call->count && !changed;
   const int step = mode == STEP;
   double squares = 0;
   int64_t depth = 0;

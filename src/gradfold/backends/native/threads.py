@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -30,10 +30,8 @@ def shares_of(rows: int, columns: int, tokens: int = 0) -> list[Share]:
     return [(0, rows, 0, columns)] if threads <= 1 else cut(rows, columns, threads)
 
 
-def over_threads(run: Callable[[int, Share], float], shares: list[Share]) -> float:
-    """Run all shares; the sum of their results. run: takes a share's number and the share."""
-    if len(shares) == 1:
-        return run(0, shares[0])
+def over_threads(run: Callable[[int, Share], float], shares: Sequence[Share]) -> float:
+    """Run all shares, the first on this thread; the sum of their results. run: takes a share's number and the share."""
     others: list[Future[float]] = [_executor().submit(run, *numbered) for numbered in enumerate(shares[1:], 1)]
     return run(0, shares[0]) + sum(other.result() for other in others)
 
