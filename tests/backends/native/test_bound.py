@@ -243,6 +243,29 @@ def test_numbers_without_a_kernel(monkeypatch):
     assert native.bind(first.rule, first.numbers, first.codecs, parts, first.streams(), (5, 130)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathers(dtype):
+    """Rows that meet in one are added; ids of other rows are passed over."""
+    ids = torch.tensor([3, 29, 0, 3, 12, -1, 30, 3, 700])
+    rows = torch.randn(9, 300).to(dtype)
+    wanted = torch.zeros(30, 300)
+    for i, one in zip(ids.tolist(), rows.float(), strict=True):
+        if 0 <= i < 30:
+            wanted[i] += one
+    got, squares = seen(gathers=[(ids, rows)], shape=(30, 300))
+    assert torch.equal(got, wanted) and squares == pytest.approx(wanted.double().square().sum().item())
+    left, right = operands(30, 300, 20)
+    both, _ = seen([(left, right)], gathers=[(ids, rows), (ids, rows)], shape=(30, 300), guarded=True)
+    torch.testing.assert_close(both.double(), oracle([(left, right)]) + 2 * wanted.double(), rtol=1e-5, atol=1e-5)
+    part, _ = seen(gathers=[(ids - 5, rows)], shape=(30, 300), start=5, stop=20)
+    assert torch.equal(part[5:20], wanted[5:20]) and not part[:5].any() and not part[20:].any()
+    rows[4, 2] = float("nan")
+    nothing, squares = seen(gathers=[(ids, rows)], shape=(30, 300), guarded=True)
+    assert not nothing.any() and squares != squares
+    with pytest.raises(ValueError, match=r"ids: torch.int32 \[9\]"):
+        seen(gathers=[(ids.int(), rows)], shape=(30, 300))
+
+
 def test_measure_steps_nothing():
     left, right = operands(20, 300, 30)
     weight = torch.zeros(20, 300)

@@ -25,11 +25,13 @@ from .program import Program, scalars
 from .threads import Share, over_threads, shares_of
 
 Product = tuple[Tensor, Tensor]  # left [T, R] and right [T, C]: the gradient left.T @ right
+Gather = tuple[Tensor, Tensor]  # ids int64 [N] and grad [N, C]: row ids[i] of the gradient gets grad[i]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in products.c
 _STEP, _MEASURE = 0, 1
 _CERTAIN = 1e37  # a gradient bounded by less, give or take rounding errors, has no infinity
 _NONE = (0, 0, 0)  # no gradient
+_NO_TERMS = (0, 0)  # neither products nor gathers
 
 
 class Kernel:
@@ -121,14 +123,14 @@ class Bound:
         self._keys_at = self._inputs_at = 0
         self._numbers: Any = None
         self._floats: dict[tuple[int, int], int] = {}  # of scratch memory, by tokens and columns
-        self._make_room(1)
+        self._make_room(1, 0)
 
-    def _make_room(self, products: int) -> None:
-        """For the arguments of a call with so many products."""
-        layout = struct.Struct(f"={_CALL}{_PRODUCT * products}")
-        self._call = ctypes.create_string_buffer(layout.size)
+    def _make_room(self, products: int, gathers: int) -> None:
+        """For the arguments of a call with so many of them."""
+        form = struct.Struct(f"={_CALL}{_PRODUCT * products}{_GATHER * gathers}")
+        self._call = ctypes.create_string_buffer(form.size)
         self._call_at = ctypes.addressof(self._call)
-        self._pack, self._count = layout.pack_into, products
+        self._pack, self._layout = form.pack_into, (products, gathers)
 
     def ready(self, numbers: Any) -> bool:
         """Whether there is a kernel for a step's numbers. One object is one step's: it is looked at once."""
@@ -158,6 +160,7 @@ class Bound:
         numbers: Any,
         products: Sequence[Product] = (),
         grad: Tensor | None = None,
+        gathers: Sequence[Gather] = (),
         *,
         draw: int = 0,
         scale: float | Tensor = 1.0,
@@ -166,13 +169,15 @@ class Bound:
         stop: int | None = None,
         guarded: bool = False,
     ) -> float:
-        """Step rows ``[start, stop)`` in place; their gradient is the sum of ``grad`` and of the products.
+        """Step rows ``[start, stop)`` in place; their gradient is the sum of all terms.
 
         Args:
             numbers: of this step (``rule.advance``).
             products: pairs of left ``[T, stop - start]`` and right ``[T, columns]`` whose columns are adjacent; fp32,
                 bf16 or fp16, summed in fp32.
             grad: ``[stop - start, columns]``, likewise; only read.
+            gathers: pairs of ids ``[N]`` (int64) and grad ``[N, columns]``: row ``start + ids[i]`` gets ``grad[i]``.
+                Ids of other rows are passed over.
             draw: which random bits, where any round: the ``step`` of the streams.
             scale, clip_value: the first multiplies the gradient, the second then bounds its elements.
             guarded: nothing moves where an element of the gradient is not finite.
@@ -188,7 +193,7 @@ class Bound:
         if draw != self._draw and self._words:
             self._draws(draw)
         scale = float(scale)
-        shares, rows, columns = self._prepared(products, grad, scale, clip_value, start, stop)
+        shares, rows, columns = self._prepared(products, grad, gathers, scale, clip_value, start, stop)
         if guarded and not self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN:
             squares = self._run(_MEASURE, shares)
             if not math.isfinite(squares):
@@ -198,15 +203,21 @@ class Bound:
         return squares
 
     def measure(
-        self, products: Sequence[Product] = (), grad: Tensor | None = None, start: int = 0, stop: int | None = None
+        self,
+        products: Sequence[Product] = (),
+        grad: Tensor | None = None,
+        gathers: Sequence[Gather] = (),
+        start: int = 0,
+        stop: int | None = None,
     ) -> float:
         """The sum of squares of such a gradient; nothing is stepped."""
-        return self._run(_MEASURE, self._prepared(products, grad, 1.0, None, start, stop)[0])
+        return self._run(_MEASURE, self._prepared(products, grad, gathers, 1.0, None, start, stop)[0])
 
     def _prepared(
         self,
         products: Sequence[Product],
         grad: Tensor | None,
+        gathers: Sequence[Gather],
         scale: float,
         clip_value: float | None,
         start: int,
@@ -223,22 +234,29 @@ class Bound:
             tokens = left.shape[0]
             fields += (tokens, *_matrix(left, tokens, rows, "left"), *_matrix(right, tokens, columns, "right"))
             depth += tokens
+        if gathers:
+            self._sorted = [ids.sort(stable=True) for ids, _ in gathers]  # C reads them: they live until the next call
+            for (ids, rows_of), (values, order) in zip(gathers, self._sorted, strict=True):
+                if ids.dtype != torch.int64 or ids.dim() != 1:
+                    raise ValueError(f"ids: {ids.dtype} {list(ids.shape)}, where torch.int64 [N] is needed")
+                found = _matrix(rows_of, len(ids), columns, "grad of ids")
+                fields += (len(ids), values.data_ptr(), order.data_ptr(), *found)
         given = _NONE if grad is None else _matrix(grad, rows, columns, "grad")
-        column, count = 0, len(products)
-        if self._joins and not count and (given[1] == columns or rows == 1):  # narrow rows are mostly padding
+        column, layout = 0, (len(products), len(gathers))
+        if self._joins and layout == _NO_TERMS and (given[1] == columns or rows == 1):  # narrow rows are mostly padding
             rows, columns, start, column = 1, rows * columns, 0, start * columns
         shares = shares_of(rows, columns, depth)
         scratch_at = floats = 0
-        if count or scale != 1.0 or clip_value is not None or given[2] or grad is None:  # it needs a tile
+        if layout != _NO_TERMS or scale != 1.0 or clip_value is not None or given[2] or grad is None:  # it needs a tile
             if (depth, columns) not in self._floats:
                 self._floats[depth, columns] = self.kernel.scratch_function(depth, columns)
             floats = self._floats[depth, columns]
             scratch_at = self._scratch(4 * floats * len(shares)).data_ptr()
-        if count != self._count:
-            self._make_room(count)
+        if layout != self._layout:
+            self._make_room(*layout)
         addresses = (self._inputs_at, self._keys_at, scratch_at, floats)
         most = math.inf if clip_value is None else clip_value
-        self._pack(self._call, 0, *addresses, start, column, scale, most, *given, count, *fields)
+        self._pack(self._call, 0, *addresses, start, column, scale, most, *given, *layout, *fields)
         return shares, rows, columns
 
     def _run(self, mode: int, shares: Sequence[Share]) -> float:
@@ -248,8 +266,9 @@ class Bound:
         return over_threads(lambda index, share: step(at, arguments_at, call_at, mode, index, *share), shares)
 
 
-_CALL = "4q2q2d3qq"  # struct call
+_CALL = "4q2q2d3q2q"  # struct call
 _PRODUCT = "q3q3q"  # struct product
+_GATHER = "3q3q"  # struct gather
 
 
 def _functions(products: Any) -> tuple[Any, Any, Any]:

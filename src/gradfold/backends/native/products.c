@@ -1,7 +1,7 @@
 /* From a gradient's terms to stepped rows: one pass over the weight and its states.
 
-   The gradient of rows [R, C] is a sum of products `left.T @ right` (left [T, R], right [T, C]) and of a matrix that is
-   there already. A few of its rows at a time are computed into a tile that stays in cache, measured, changed, and
+   The gradient of rows [R, C] is a sum of products `left.T @ right` (left [T, R], right [T, C]), of rows gathered by their
+   numbers, and of a matrix that is there already. A few of its rows at a time are computed into a tile that stays in cache, measured, changed, and
    handed to a generated kernel (emit.py), which steps the same rows of the weight and its states.
 
    Products are register-blocked: HEIGHT x WIDTH sums over at most DEPTH tokens, operands packed in the order they are
@@ -50,6 +50,11 @@ struct product {
   int64_t tokens;
   struct matrix left, right;
 };
+struct gather { /* row order[i] of grad is added to row ids[i], which ascend; those that are not there are left out */
+  int64_t count;
+  const int64_t *ids, *order;
+  struct matrix grad;
+};
 struct call {
   const float *scalars;
   const int32_t *keys;
@@ -58,7 +63,7 @@ struct call {
   int64_t row, column; /* of the bound matrices: where the gradient begins */
   double scale, clip_value;
   struct matrix grad; /* at == NULL: none */
-  int64_t count;
+  int64_t count, gathers; /* of products, and of gathers, which follow them */
   struct product products[];
 };
 typedef void rows_function(const int64_t *bound, const int32_t *keys, const float *scalars, const float *grad,
@@ -150,6 +155,31 @@ static void change(float *x, int64_t n, float scale, float most) {
   }
 }
 
+static const struct gather *gathers_of(const struct call *call) {
+  return (const struct gather *)(call->products + call->count);
+}
+
+/* Add to a tile of some rows and columns what is gathered there. */
+static void add_gathered(const struct gather *x, int64_t top, int64_t rows, int64_t first, int64_t columns,
+                         float *restrict tile, int64_t stride) {
+  int64_t low = 0, high = x->count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (x->ids[middle] < top)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  for (; low < x->count && x->ids[low] < top + rows; low++) {
+    float *restrict to = tile + (x->ids[low] - top) * stride, part[BLOCK];
+    for (int64_t c = 0; c < columns; c += BLOCK) {
+      const int64_t n = MIN(BLOCK, columns - c);
+      read_row(element(&x->grad, x->order[low], first + c), x->grad.kind, n, n, part);
+      for (int64_t i = 0; i < n; i++) to[c + i] += part[i];
+    }
+  }
+}
+
 static int64_t tile_columns(int64_t depth, int64_t columns) {
   const int64_t packed = depth ? MOST_PACKED / depth / BLOCK * BLOCK : MOST_COLUMNS;
   return MIN(MIN(packed < BLOCK ? BLOCK : packed, MOST_COLUMNS), CEIL(columns, WIDTH));
@@ -167,7 +197,7 @@ int64_t gradfold_scratch(int64_t depth, int64_t columns) {
 double gradfold_step(rows_function *rows_function, const int64_t *bound, const struct call *call, int64_t mode,
                      int64_t share, int64_t rows_start, int64_t rows_end, int64_t columns_start, int64_t columns_end) {
   const int changed = call->scale != 1 || call->clip_value < INFINITY;
-  const int direct = call->grad.at && call->grad.kind == FP32 && !call->count && !changed;
+  const int direct = call->grad.at && call->grad.kind == FP32 && !call->count && !call->gathers && !changed;
   const int step = mode == STEP;
   double squares = 0;
   int64_t depth = 0;
@@ -214,6 +244,8 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
         }
       }
       if (!add) memset(tile, 0, 4 * TILE_ROWS * stride);
+      for (int64_t g = 0; g < call->gathers; g++)
+        add_gathered(&gathers_of(call)[g], top, rows, first, columns, tile, stride);
       for (int64_t r = 0; r < rows; r++) {
         squares += squares_of(tile + r * stride, columns);
         if (changed) change(tile + r * stride, columns, (float)call->scale, (float)call->clip_value);
@@ -250,6 +282,10 @@ double gradfold_bound(const struct call *call, int64_t rows, int64_t columns) {
   for (int64_t p = 0; p < call->count; p++) {
     const struct product *x = &call->products[p];
     bound += norm(&x->left, x->tokens, rows) * norm(&x->right, x->tokens, columns);
+  }
+  for (int64_t g = 0; g < call->gathers; g++) {
+    const struct gather *x = &gathers_of(call)[g];
+    bound += (double)x->count * norm(&x->grad, x->count, columns);
   }
   return bound;
 }
