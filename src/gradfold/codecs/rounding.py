@@ -66,7 +66,7 @@ class Stream(NamedTuple):
 
     def key(self, device: torch.device | str | None = None) -> Tensor:
         """Return the hash key of this step: int32 ``[2]``; all streams of the parameter share the first word."""
-        keys = [_key(word, int(self.step)) for word in (self.shared, self.own)]
+        keys = [key_word(word, int(self.step)) for word in (self.shared, self.own)]
         return torch.tensor(keys, dtype=torch.int32, device=device)
 
 
@@ -81,7 +81,7 @@ def _word(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _key(word: int, step: int) -> int:
+def key_word(word: int, step: int) -> int:
     """Return murmur3's finalizer of ``word + step * 0x9E3779B1``, as int32."""
     x = (word + step * _GOLDEN) & 0xFFFFFFFF
     x = ((x ^ x >> 16) * (_MIX1 & 0xFFFFFFFF)) & 0xFFFFFFFF

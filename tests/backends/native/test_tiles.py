@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradfold.backends.native import launch
+from gradfold.backends.native import threads as over
 from tests.cases import BUSY
 
 from .eager import Case, case, clone, differences, make, native_step, tile_of
@@ -79,7 +79,7 @@ def test_rows_that_lie_apart(weight, states):
 def test_threads(weight, states, rows, threads, monkeypatch):
     given = case(BUSY["AdamW"], weight, states)
     parts, grad, wanted = whole(given, rows)
-    monkeypatch.setattr(launch, "THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(over, "THREAD_WORK", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     native_step(given, parts, grad, 5)
     assert differences(wanted, parts) == {}
@@ -88,7 +88,7 @@ def test_threads(weight, states, rows, threads, monkeypatch):
 @pytest.mark.parametrize("rows, columns, count", [(12, 700, 5), (1, 700, 3), (1, 100, 4), (3, 1, 7), (2, 1280, 4)])
 def test_shares_cover_a_tile_once(rows, columns, count):
     seen = torch.zeros(rows, columns)
-    shares = launch.cut(rows, columns, count)
+    shares = over.cut(rows, columns, count)
     for top, bottom, left, right in shares:
         seen[top:bottom, left:right] += 1
         assert left % 128 == 0 and (right % 128 == 0 or right == columns)
@@ -100,7 +100,7 @@ def test_shares_cover_a_tile_once(rows, columns, count):
 def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     given = case(BUSY["Lion"])
     parts, grad = make(given, (8, 200))
-    monkeypatch.setattr(launch, "THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(over, "THREAD_WORK", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     native_step(given, parts, grad)
     child = os.fork()

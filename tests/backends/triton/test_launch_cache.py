@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 import gradfold
 from benchmarks.compiled import Listening
 from gradfold.backends import UNCHANGED, Change, MatmulTerm, Scratch, StepNumbers
-from gradfold.backends.triton import Triton, backend, launch_cache
+from gradfold.backends.triton import Triton, backend, launch_cache, tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.engine.storage import allocate_state, bind, storage_of
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gradfold.codecs import Codec
+from torch import Tensor
+
+from gradfold.codecs import Codec, Stream
 from gradfold.rules import Rule
 
 from .build import load
 from .emit import emit
-from .launch import Kernel
+from .launch import Bound, Kernel
 from .program import trace
 from .scalars import Unsupported
 
-__all__ = ["Kernel", "kernel", "reason"]
+__all__ = ["Bound", "Kernel", "bind", "kernel", "reason"]
+
+PRODUCTS = Path(__file__).with_name("products.c")
 
 _kernels: dict[tuple, list[Kernel]] = {}
 _failed: dict[tuple, str] = {}
@@ -45,6 +52,47 @@ def kernel(
     return _make(key, rule, numbers, [weight, *states], stochastic)
 
 
+def bind(
+    rule: Rule,
+    numbers: Any,
+    codecs: Sequence[Codec],
+    parts: Sequence[Mapping[str, Tensor]],
+    streams: Sequence[Stream | None],
+    shape: tuple[int, int],
+    *,
+    first_offset: int = 0,
+    row_stride: int | None = None,
+    scratch: Callable[[int], Tensor] | None = None,
+) -> Bound | None:
+    """Bind the kernel of a rule to a weight and its states, or None where eager operations must do (``reason()``).
+
+    Args:
+        rule: the update.
+        numbers: of a step; those of later steps may take another kernel, which ``Bound.ready`` finds.
+        codecs: of the weight and each state; a plain tensor's is ``weight_codec(dtype)``.
+        parts: of the same, as 2-D views (``codec.rows_of``, ``codec.view``) whose rows may lie apart. They are bound:
+            nobody moves their memory while the result is in use.
+        streams: of the random bits that round them; None: to nearest.
+        shape: rows and columns of the weight as the parts have them.
+        first_offset, row_stride: element ``[r, c]`` is number ``first_offset + r * row_stride + c`` of the whole
+            parameter; row_stride is the number of columns unless told.
+        scratch: lends a uint8 tensor of at least so many bytes, which it keeps; a thread's own memory unless told.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype, device or layout, or streams of several parameters.
+    """
+    find = functools.partial(_find, rule, list(codecs), [stream is not None for stream in streams])
+    first = find(numbers)
+    if first is None:
+        return None
+    row_stride = shape[1] if row_stride is None else row_stride
+    return Bound(first, find, parts, streams, shape, first_offset, row_stride, scratch)
+
+
+def _find(rule: Rule, codecs: Sequence[Codec], stochastic: Sequence[bool], numbers: Any) -> Kernel | None:
+    return kernel(rule, numbers, codecs[0], codecs[1:], stochastic)
+
+
 def reason() -> str | None:
     """Why there are no kernels, or why the last one asked for could not be made; None while there are."""
     if os.environ.get("GRADFOLD_COMPILE") == "0":
@@ -56,14 +104,18 @@ def _make(key: tuple, rule: Rule, numbers: Any, codecs: Sequence[Codec], stochas
     try:
         program = trace(rule, numbers, codecs, stochastic)
         source = emit(program)
-        if source not in _loaded:
-            _loaded[source] = load(source).gradfold_step
-        made = Kernel(program, source, _loaded[source])
+        made = Kernel(program, source, _load(source), _load(PRODUCTS.read_text()))
     except Exception as error:  # training goes on without: whatever a rule or a codec does to a symbolic tile
         _fall_back(key, str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}")
         return None
     _kernels.setdefault(key, []).append(made)
     return made
+
+
+def _load(source: str) -> ctypes.CDLL:
+    if source not in _loaded:
+        _loaded[source] = load(source)
+    return _loaded[source]
 
 
 def _fall_back(key: tuple, why: str) -> None:

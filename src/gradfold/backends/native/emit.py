@@ -15,9 +15,9 @@ import torch
 
 from gradfold.codecs import BLOCK
 
+from .nodes import F32, Node
 from .program import Program, Stored, of, scalars
 from .statements import Body, element, function, indent, loop, scope
-from .trace import F32, Node
 
 PRELUDE = Path(__file__).with_name("prelude.h")
 C_TYPES = {
@@ -31,7 +31,7 @@ C_TYPES = {
 
 
 def emit(program: Program) -> str:
-    """The source of a shared object with one function, ``gradfold_step`` (see ``launch.py`` for its arguments)."""
+    """The source of a shared object with one function, ``gradfold_rows`` (``products.c`` calls it for each tile)."""
     inputs = {scalar.source: f"scalars[{i}]" for i, scalar in enumerate(scalars(program))}
     random = [stored for stored in program.tensors if stored.bits is not None]
     hashes = [_random_bits(random, inputs)] if random else []
@@ -63,10 +63,12 @@ def _keys(random: Sequence[Stored], prefix: str = "") -> list[str]:
 def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
     lines = ["const int half = (n + 1) / 2;"]
     for stored in program.tensors:
-        lines.append(f"float {stored.name}[BLOCK];")
+        if not _in_place(stored):
+            lines.append(f"float {stored.name}[BLOCK];")
         lines += [f"const {C_TYPES[a.dtype]} {a.name} = *{a.name}_at;" for a in stored.arrays if a.per_block == 1]
     for stored in program.tensors:
-        lines += scope(f"decode: {stored.codec.name}", _decode(stored, inputs))
+        if not _in_place(stored):
+            lines += scope(f"decode: {stored.codec.name}", _decode(stored, inputs))
     lines += [f"int32_t {name} = INT32_MIN;" for stored in program.tensors for name in _largest(stored)]
     lines += scope("rule", _rule(program, inputs))
     if any(stored.largest for stored in program.tensors):
@@ -79,7 +81,8 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
         lines += [f"random_bits(0, low, high, {arguments});"]
         lines += [f"if (low > -(uint32_t)BLOCK) random_bits_after(-low, low, high + 1, {arguments});"]
     for stored in program.tensors:
-        lines += scope(f"encode: {stored.codec.name}", _encode(stored, inputs))
+        if not _in_place(stored):
+            lines += scope(f"encode: {stored.codec.name}", _encode(stored, inputs))
     return function(f"NOINLINE static void block({', '.join(_block_parameters(program, random))})", lines)
 
 
@@ -129,12 +132,20 @@ def _decode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def _in_place(stored: Stored) -> bool:
+    """Whether the rule can read and write what is stored, since it is fp32 as it is."""
+    if len(stored.arrays) != 1 or stored.lanes != 1 or stored.arrays[0].dtype != F32:
+        return False
+    (decoded,), encoded, array = stored.decoded, stored.encoded[stored.arrays[0].part], stored.arrays[0]
+    return (decoded.op, encoded.op) == ("load", "load") and decoded.args[0] == array.name and array.per_block == BLOCK
+
+
 def _rule(program: Program, inputs: Mapping[str, str]) -> list[str]:
     """New values, and on the way the maxima that their encoding needs."""
-    body = Body(inputs)
-    stores = []
+    at = {stored.name: stored.arrays[0].name if _in_place(stored) else stored.name for stored in program.tensors}
+    body, stores = Body(inputs, at=at), []
     for stored, node in zip(program.tensors, program.updated, strict=True):
-        stores.append(f"{stored.name}[c] = {body.name(node)};")
+        stores.append(f"{at[stored.name]}[c] = {body.name(node)};")
         stores += _update_largest(stored, body, body.name(node))
     return [*body.before, *loop("BLOCK", [*body.inside, *stores])]
 
@@ -206,18 +217,15 @@ def _unwrapped(node: Node) -> Node:
 def _entry(program: Program, random: Sequence[Stored]) -> str:
     """Walk over rows and blocks; short blocks by way of buffers."""
     matrices = _matrices(program)
-    lines = []
-    for i, (c_type, name, *_) in enumerate(matrices):
-        lines.append(f"{c_type} *const {name}_base = ({c_type} *)(intptr_t)arguments[{2 * i}];")
-        lines.append(f"const int64_t {name}_stride = arguments[{2 * i + 1}];")
-    for i, stored in enumerate(random):
-        words, at = f"words_{stored.name}", 2 * len(matrices) + i
-        lines.append(f"const int32_t *const {words} = (const int32_t *)(intptr_t)arguments[{at}];")
-        lines.append(f"const int32_t key_{stored.name} = {words}[1];")
-        lines.append(f"if ({words}[0] != key) return 1;" if i else f"const int32_t key = {words}[0];")
+    lines = ["const int64_t first_offset = bound[0], row_stride = bound[1];"]
+    for i, (c_type, name, *_) in enumerate(matrices[1:]):
+        lines.append(f"{c_type} *const {name}_base = ({c_type} *)(intptr_t)bound[{2 * i + 2}];")
+        lines.append(f"const int64_t {name}_stride = bound[{2 * i + 3}];")
+    lines += [f"const int32_t {key} = keys[{i}];" for i, key in enumerate(_keys(random))]
     step = ["const int n = columns_end - c < BLOCK ? (int)(columns_end - c) : BLOCK;"]
     step += ["const int64_t offset = first_offset + r * row_stride + c;"]
-    for c_type, name, per_block, *_ in matrices:
+    step += ["const float *const grad = tile + (r - rows_start) * tile_stride + (c - columns_start);"]
+    for c_type, name, per_block, *_ in matrices[1:]:
         step.append(f"{c_type} *const {name} = {name}_base + r * {name}_stride + c / BLOCK * {per_block};")
     before, keys = ["offset", "scalars"], _keys(random)
     direct = [*before, *(matrix.name for matrix in matrices), *keys]
@@ -231,9 +239,9 @@ def _entry(program: Program, random: Sequence[Stored]) -> str:
     step.append(f"block(n, {', '.join(short)});")
     step += [f"memcpy({m.name}, {m.name}_short, {m.count} * sizeof *{m.name});" for m in buffered if not m.is_read_only]
     columns = ["for (int64_t c = columns_start; c < columns_end; c += BLOCK) {", *indent(step), "}"]
-    lines += ["for (int64_t r = rows_start; r < rows_end; r++) {", *indent(columns), "}", "return 0;"]
+    lines += ["for (int64_t r = rows_start; r < rows_end; r++) {", *indent(columns), "}"]
     head = (
-        "int gradfold_step(const int64_t *arguments, const float *scalars, int64_t rows_start, int64_t rows_end, "
-        "int64_t columns_start, int64_t columns_end, int64_t first_offset, int64_t row_stride)"
+        "void gradfold_rows(const int64_t *bound, const int32_t *keys, const float *scalars, const float *tile, "
+        "int64_t tile_stride, int64_t rows_start, int64_t rows_end, int64_t columns_start, int64_t columns_end)"
     )
     return function(head, lines)

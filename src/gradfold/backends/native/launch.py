@@ -1,43 +1,62 @@
-"""A kernel that has been loaded: from tensors to pointers, and over threads."""
+"""A kernel that has been loaded, and a kernel bound to one parameter.
+
+Binding works out pointers, strides and widths once, so that a step costs little Python. A call hands ``products.c`` the
+terms of the gradient; it computes a few rows at a time, measures and changes them, and has the generated kernel step
+the same rows of the weight and its states.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-import os
+import math
+import struct
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.codecs import BLOCK
+from gradfold.codecs import Stream
+from gradfold.codecs.rounding import key_word
 
 from .program import Program, scalars
+from .threads import Share, over_threads, shares_of
 
-THREAD_ELEMENTS = 2**16  # below this many per thread, handing out costs more than it saves
+Product = tuple[Tensor, Tensor]  # left [T, R] and right [T, C]: the gradient left.T @ right
+Gather = tuple[Tensor, Tensor]  # ids int64 [N] and grad [N, C]: row ids[i] of the gradient gets grad[i]
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in products.c
+_STEP, _MEASURE = 0, 1
+_CERTAIN = 1e37  # a gradient bounded by less, give or take rounding errors, has no infinity
+_NONE = (0, 0, 0)  # no gradient
+_NO_TERMS = (0, 0)  # neither products nor gathers
 
 
 class Kernel:
-    """Steps one tile: decode, rule, encode, for one rule with one set of codecs and guards.
+    """Decode, rule, encode, for one rule with one set of codecs and guards.
 
     The kernel holds while ``holds(numbers)``; ``kernel()`` in ``__init__.py`` finds the right one.
     """
 
-    def __init__(self, program: Program, source: str, function: Any):
+    def __init__(self, program: Program, source: str, library: Any, products: Any):
         self.source = source  # of the C it was compiled from
         self.holds = program.guards.compile()
-        self._function = function
-        self._blocked = program.blocked
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 6]
-        function.restype = ctypes.c_int
-        self._codecs = [stored.codec for stored in program.tensors]
-        self._random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
-        inputs = [scalar.source for scalar in scalars(program)]
-        self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in inputs)})")
-        self._widths: dict[int, list[tuple[tuple[str, int, torch.dtype], ...]]] = {}
+        self.codecs = [stored.codec for stored in program.tensors]
+        self.blocked = program.blocked
+        self.random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
+        self.at = ctypes.cast(library.gradfold_rows, ctypes.c_void_p).value
+        self.step_function, self.bound_function, self.scratch_function = _functions(products)
+        sources = [scalar.source for scalar in scalars(program)]
+        self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in sources)})")
+        self._last: tuple[Any, array] = None, array("f")
+
+    def inputs(self, numbers: Any) -> array:
+        """What the kernel reads of a step's numbers, rounded to fp32 as torch would; kept for the last ones."""
+        if self._last[0] is not numbers:
+            self._last = numbers, array("f", self._scalars(numbers))
+        return self._last[1]
 
     def __call__(
         self,
@@ -49,7 +68,7 @@ class Kernel:
         first_offset: int,
         row_stride: int,
     ) -> None:
-        """Step a tile in place.
+        """Step a tile in place, without keeping anything.
 
         weight, states: 2-D views of parts (``codec.view(codec.rows_of(...))``), whose rows may lie apart.
         grad: fp32 ``[rows, columns]``, rows as well; only read.
@@ -61,34 +80,204 @@ class Kernel:
         Raises:
             ValueError: a tensor of another shape, dtype, device or layout.
         """
-        rows, columns = grad.shape
-        arguments, written = [*_place(grad, rows, columns, torch.float32, "grad")], []
-        for parts, wanted in zip((weight, *states), self._parts(columns), strict=True):
-            for name, width, dtype in wanted:
-                arguments += _place(parts[name], rows, width, dtype, name)
-                written.append(parts[name])
-        if not self._blocked and row_stride == columns and set(arguments[1::2]) == {columns}:
-            rows, columns = 1, rows * columns  # one long row: narrow ones would be mostly padding
-        for i in self._random:
-            arguments.append(_key(keys[i], i))
-        if not rows or not columns:
-            return
-        packed, inputs = array("q", arguments), array("f", self._scalars(numbers))  # rounded to fp32 as torch would
-        function, at, inputs_at = self._function, packed.buffer_info()[0], inputs.buffer_info()[0]
-
-        def run(share: tuple[int, int, int, int]) -> int:
-            return function(at, inputs_at, *share, first_offset, row_stride)
-
-        if over_threads(run, rows, columns):
+        if grad.dtype != torch.float32:
+            raise ValueError(f"grad: {grad.dtype}, where torch.float32 is needed")
+        words = [_words(keys[i], i) for i in self.random]
+        if any(shared != words[0][0] for shared, _ in words):
             raise ValueError("keys: those of one parameter share their first word")
-        torch.autograd.graph.increment_version(written)  # a graph that saved the old weight is stale
+        nowhere, streams = (lambda numbers: None), [None] * len(self.codecs)
+        bound = Bound(self, nowhere, (weight, *states), streams, (*grad.shape,), first_offset, row_stride)
+        if words:
+            bound.take([words[0][0], *(own for _, own in words)])
+        bound(numbers, grad=grad)
 
-    def _parts(self, columns: int) -> list[tuple[tuple[str, int, torch.dtype], ...]]:
-        """Names, widths and dtypes of each tensor's parts."""
-        if columns not in self._widths:
-            widths = [codec.widths(columns) for codec in self._codecs]
-            self._widths[columns] = [tuple((name, *wanted) for name, wanted in one.items()) for one in widths]
-        return self._widths[columns]
+
+class Bound:
+    """A kernel with the weight and the states it steps, whose memory stays where it is. For one thread at a time."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        find: Callable[[Any], Kernel | None],
+        parts: Sequence[Mapping[str, Tensor]],
+        streams: Sequence[Stream | None],
+        shape: tuple[int, int],
+        first_offset: int,
+        row_stride: int,
+        scratch: Callable[[int], Tensor] | None = None,
+    ):
+        """See ``native.bind``; ``find`` gives the kernel of other numbers than the first."""
+        self.kernel, self.shape = kernel, shape
+        self._find = find
+        self._scratch = scratch or _own_scratch
+        arguments, self._written = [first_offset, row_stride], []
+        for codec, one in zip(kernel.codecs, parts, strict=True):
+            for name, (width, dtype) in codec.widths(shape[1]).items():
+                arguments += _place(one[name], shape[0], width, dtype, name)
+                self._written.append(one[name])
+        self._joins = not kernel.blocked and row_stride == shape[1] and {*arguments[3::2]} == {shape[1]}
+        self._arguments = array("q", arguments)
+        self._arguments_at = self._arguments.buffer_info()[0]
+        self._words = _shared(streams, kernel.random)
+        self._draw: int | None = None
+        self._keys_at = self._inputs_at = 0
+        self._numbers: Any = None
+        self._floats: dict[tuple[int, int], int] = {}  # of scratch memory, by tokens and columns
+        self._make_room(1, 0)
+
+    def _make_room(self, products: int, gathers: int) -> None:
+        """For the arguments of a call with so many of them."""
+        form = struct.Struct(f"={_CALL}{_PRODUCT * products}{_GATHER * gathers}")
+        self._call = ctypes.create_string_buffer(form.size)
+        self._call_at = ctypes.addressof(self._call)
+        self._pack, self._layout = form.pack_into, (products, gathers)
+
+    def ready(self, numbers: Any) -> bool:
+        """Whether there is a kernel for a step's numbers. One object is one step's: it is looked at once."""
+        if numbers is self._numbers:
+            return True
+        if not self.kernel.holds(numbers):
+            found = self._find(numbers)
+            if found is None:
+                return False
+            self.kernel = found
+        self._inputs, self._numbers = self.kernel.inputs(numbers), numbers
+        self._inputs_at = self._inputs.buffer_info()[0]
+        return True
+
+    def _draws(self, draw: int) -> None:
+        """Make the keys of a step's random bits."""
+        self.take([key_word(word, draw) for word in self._words])
+        self._draw = draw
+
+    def take(self, keys: Sequence[int]) -> None:
+        """Take these keys."""
+        self._keys = array("i", keys)
+        self._keys_at = self._keys.buffer_info()[0]
+
+    def __call__(
+        self,
+        numbers: Any,
+        products: Sequence[Product] = (),
+        grad: Tensor | None = None,
+        gathers: Sequence[Gather] = (),
+        *,
+        draw: int = 0,
+        scale: float | Tensor = 1.0,
+        clip_value: float | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        guarded: bool = False,
+    ) -> float:
+        """Step rows ``[start, stop)`` in place; their gradient is the sum of all terms.
+
+        Args:
+            numbers: of this step (``rule.advance``).
+            products: pairs of left ``[T, stop - start]`` and right ``[T, columns]`` whose columns are adjacent; fp32,
+                bf16 or fp16, summed in fp32.
+            grad: ``[stop - start, columns]``, likewise; only read.
+            gathers: pairs of ids ``[N]`` (int64) and grad ``[N, columns]``: row ``start + ids[i]`` gets ``grad[i]``.
+                Ids of other rows are passed over.
+            draw: which random bits, where any round: the ``step`` of the streams.
+            scale, clip_value: the first multiplies the gradient, the second then bounds its elements.
+            guarded: nothing moves where an element of the gradient is not finite.
+
+        Returns:
+            The sum of squares of the gradient before scale and clip_value; not finite if an element is not.
+
+        Raises:
+            ValueError: a tensor of another shape, dtype or layout, or numbers for which nothing is ``ready``.
+        """
+        if numbers is not self._numbers and not self.ready(numbers):
+            raise ValueError("numbers: there is no kernel for them")
+        if draw != self._draw and self._words:
+            self._draws(draw)
+        scale = float(scale)
+        shares, rows, columns = self._prepared(products, grad, gathers, scale, clip_value, start, stop)
+        if guarded and not self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN:
+            squares = self._run(_MEASURE, shares)
+            if not math.isfinite(squares):
+                return squares
+        squares = self._run(_STEP, shares)
+        torch.autograd.graph.increment_version(self._written)  # a graph that saved the old weight is stale
+        return squares
+
+    def measure(
+        self,
+        products: Sequence[Product] = (),
+        grad: Tensor | None = None,
+        gathers: Sequence[Gather] = (),
+        start: int = 0,
+        stop: int | None = None,
+    ) -> float:
+        """The sum of squares of such a gradient; nothing is stepped."""
+        return self._run(_MEASURE, self._prepared(products, grad, gathers, 1.0, None, start, stop)[0])
+
+    def _prepared(
+        self,
+        products: Sequence[Product],
+        grad: Tensor | None,
+        gathers: Sequence[Gather],
+        scale: float,
+        clip_value: float | None,
+        start: int,
+        stop: int | None,
+    ) -> tuple[Sequence[Share], int, int]:
+        """Write the arguments of a call; the shares, and rows and columns of the matrix they are cut from."""
+        rows, columns = self.shape
+        if start or stop is not None:
+            rows = (rows if stop is None else stop) - start
+            if not 0 <= start <= start + rows <= self.shape[0]:
+                raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
+        fields, depth = [], 0
+        for left, right in products:
+            tokens = left.shape[0]
+            fields += (tokens, *_matrix(left, tokens, rows, "left"), *_matrix(right, tokens, columns, "right"))
+            depth += tokens
+        if gathers:
+            self._sorted = [ids.sort(stable=True) for ids, _ in gathers]  # C reads them: they live until the next call
+            for (ids, rows_of), (values, order) in zip(gathers, self._sorted, strict=True):
+                if ids.dtype != torch.int64 or ids.dim() != 1:
+                    raise ValueError(f"ids: {ids.dtype} {list(ids.shape)}, where torch.int64 [N] is needed")
+                found = _matrix(rows_of, len(ids), columns, "grad of ids")
+                fields += (len(ids), values.data_ptr(), order.data_ptr(), *found)
+        given = _NONE if grad is None else _matrix(grad, rows, columns, "grad")
+        column, layout = 0, (len(products), len(gathers))
+        if self._joins and layout == _NO_TERMS and (given[1] == columns or rows == 1):  # narrow rows are mostly padding
+            rows, columns, start, column = 1, rows * columns, 0, start * columns
+        shares = shares_of(rows, columns, depth)
+        scratch_at = floats = 0
+        if layout != _NO_TERMS or scale != 1.0 or clip_value is not None or given[2] or grad is None:  # it needs a tile
+            if (depth, columns) not in self._floats:
+                self._floats[depth, columns] = self.kernel.scratch_function(depth, columns)
+            floats = self._floats[depth, columns]
+            scratch_at = self._scratch(4 * floats * len(shares)).data_ptr()
+        if layout != self._layout:
+            self._make_room(*layout)
+        addresses = (self._inputs_at, self._keys_at, scratch_at, floats)
+        most = math.inf if clip_value is None else clip_value
+        self._pack(self._call, 0, *addresses, start, column, scale, most, *given, *layout, *fields)
+        return shares, rows, columns
+
+    def _run(self, mode: int, shares: Sequence[Share]) -> float:
+        step, at, arguments_at, call_at = self.kernel.step_function, self.kernel.at, self._arguments_at, self._call_at
+        if len(shares) == 1:
+            return step(at, arguments_at, call_at, mode, 0, *shares[0])
+        return over_threads(lambda index, share: step(at, arguments_at, call_at, mode, index, *share), shares)
+
+
+_CALL = "4q2q2d3q2q"  # struct call
+_PRODUCT = "q3q3q"  # struct product
+_GATHER = "3q3q"  # struct gather
+
+
+def _functions(products: Any) -> tuple[Any, Any, Any]:
+    """Of ``products.c``, with the types of their arguments."""
+    step, bound, scratch = products.gradfold_step, products.gradfold_bound, products.gradfold_scratch
+    step.argtypes, step.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, ctypes.c_double
+    bound.argtypes, bound.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_double
+    scratch.argtypes, scratch.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    return step, bound, scratch
 
 
 def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> tuple[int, int]:
@@ -105,52 +294,38 @@ def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> t
     return at, strides[0]
 
 
-def _key(key: Tensor | None, index: int) -> int:
+def _matrix(t: Tensor, rows: int, columns: int, name: str) -> tuple[int, int, int]:
+    """As ``_place``, and the kind of its elements."""
+    kind = _KINDS.get(t.dtype)
+    strides = t.stride()
+    if kind is None or t.shape != (rows, columns) or not t.is_cpu or (strides[1] != 1 and columns > 1):
+        raise ValueError(
+            f"{name}: {t.dtype} {list(t.shape)} with strides {strides} on {t.device}, where fp32, bf16 or fp16 "
+            f"[{rows}, {columns}] with adjacent columns on the CPU is needed"
+        )
+    return t.data_ptr(), strides[0], kind
+
+
+def _shared(streams: Sequence[Stream | None], random: Sequence[int]) -> list[int]:
+    """The words that the keys of a step are made of: one of the parameter, and one for each stream in use."""
+    drawn = [stream for i in random if (stream := streams[i]) is not None]
+    if any(stream.shared != drawn[0].shared for stream in drawn):
+        raise ValueError("streams: those of one parameter share their first word")
+    return [drawn[0].shared, *(stream.own for stream in drawn)] if drawn else []
+
+
+def _words(key: Tensor | None, index: int) -> list[int]:
     if key is None or key.dtype != torch.int32 or key.shape != (2,) or not key.is_cpu or not key.is_contiguous():
         raise ValueError(f"keys[{index}]: give the int32 tensor [2] of stream_key, on the CPU")
-    return key.data_ptr()
+    return key.tolist()
 
 
-# threads --------------------------------------------------------------------------------------------------------------
-# Python's own: a second OpenMP runtime beside torch's would fight with it over the cores. ctypes lets go of the
-# interpreter lock while a kernel runs.
-
-_pool: ThreadPoolExecutor | None = None
+_local = threading.local()
 
 
-def over_threads(run: Callable[[tuple[int, int, int, int]], int], rows: int, columns: int) -> int:
-    """Run all of a tile, in shares of (first row, last, first column, last); the largest result. Big tiles only."""
-    threads = min(torch.get_num_threads(), rows * columns // THREAD_ELEMENTS)
-    if threads <= 1:
-        return run((0, rows, 0, columns))
-    shares = cut(rows, columns, threads)
-    others: list[Future[int]] = [_executor().submit(run, share) for share in shares[1:]]
-    return max(run(shares[0]), *(other.result() for other in others))
-
-
-def cut(rows: int, columns: int, count: int) -> list[tuple[int, int, int, int]]:
-    """At most ``count`` shares of a tile: whole rows, or where there are few, whole blocks of columns."""
-    if rows >= count:
-        edges = [rows * i // count for i in range(count + 1)]
-        return [(start, stop, 0, columns) for start, stop in itertools.pairwise(edges)]
-    blocks = -(-columns // BLOCK)
-    count = min(count, blocks)
-    edges = [min(blocks * i // count * BLOCK, columns) for i in range(count + 1)]
-    return [(0, rows, start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-def _executor() -> ThreadPoolExecutor:
-    """Shared by all kernels; it starts threads as they are needed."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="gradfold")
-    return _pool
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None  # a forked process has its threads no longer
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+def _own_scratch(size_bytes: int) -> Tensor:
+    """This thread's scratch memory; it grows, and stays."""
+    held = getattr(_local, "scratch", None)
+    if held is None or held.nbytes < size_bytes:
+        held = _local.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+    return held

@@ -6,15 +6,16 @@ in the last place now and then.
 
 A 16- or 8-bit number is kept in a 32-bit integer: signed ones as their value, bf16 and fp16 as their bits.
 
-To add an operation: a row in ``ELEMENTWISE``, and one in ``emit.py`` for a node of a new name.
+To add an operation: a row in ``ELEMENTWISE``, and one in ``statements.py`` for a node of a new name.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from .nodes import BOOL, F32, I32, I64, Node, array, const
 from .scalars import Scalar, Unsupported
-from .trace import BOOL, F32, I32, I64, Node, Tile, array, const
 
 I8, U8, I16, BF16, F16 = torch.int8, torch.uint8, torch.int16, torch.bfloat16, torch.float16
 
@@ -155,24 +156,23 @@ def copy(_: Node, source: Node) -> Node:
     return source
 
 
-# whole tiles ----------------------------------------------------------------------------------------------------------
+# whole tiles, as arrays of nodes --------------------------------------------------------------------------------------
 
 
-def amax(x: Tile, dim: int, keepdim: bool = False) -> Tile:
+def amax(x: np.ndarray, dim: int, keepdim: bool = False) -> np.ndarray:
     """The largest integer of a block. A block's elements are alike, so the first stands for all (``program.py``)."""
-    if dim not in (-1, x.held.ndim - 1) or not keepdim or x.dtype != I32:
+    first = x[..., :1]
+    if dim not in (-1, x.ndim - 1) or not keepdim or any(node.dtype != I32 for node in first.flat):
         raise Unsupported("torch's amax other than of integers over the last dimension, kept")
-    first = x.held[..., :1]
-    made = [Node("largest", node, dtype=I32) for node in first.flat]
-    return Tile(array(made).reshape(first.shape), I32)
+    return array([Node("largest", node, dtype=I32) for node in first.flat]).reshape(first.shape)
 
 
-def pad(x: Tile, widths: tuple[int, ...], mode: str = "constant", value: float | None = None) -> Tile:
+def pad(x: np.ndarray, widths: tuple[int, ...], mode: str = "constant", value: float | None = None) -> np.ndarray:
     """Zeros after the last element of the last dimension."""
-    if len(widths) != 2 or widths[0] or mode != "constant" or value or x.dtype != I32 or x.held.size != x.shape[-1]:
+    one_row = x.size == x.shape[-1] and all(node.dtype == I32 for node in x.flat)
+    if len(widths) != 2 or widths[0] or mode != "constant" or value or not one_row:
         raise Unsupported("torch's pad other than of one row of integers, with zeros at its end")
-    nodes = [*x.held.flat, *[const(0, I32)] * widths[1]]
-    return Tile(array(nodes).reshape(*x.shape[:-1], -1), I32)
+    return array([*x.flat, *[const(0, I32)] * widths[1]]).reshape(*x.shape[:-1], -1)
 
 
 WHOLE = {"amax": amax, "pad": pad}

@@ -18,8 +18,9 @@ import torch
 from gradfold.codecs import BLOCK, Codec, random_bits
 from gradfold.rules import Rule
 
+from .nodes import F32, I32, I64, Node, array
 from .scalars import Guards, Scalar, Unsupported, symbolic
-from .trace import F32, I32, I64, Node, Tile, array
+from .trace import Tile
 
 SCRATCH_TILES = 8  # more than any rule asks for; they cost nothing here
 

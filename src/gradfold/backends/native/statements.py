@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .trace import F32, I32, Node
+from .nodes import F32, I32, Node
 
 # Nodes as C expressions. Compiled with -fwrapv: integers wrap around.
 EXPRESSIONS = {
@@ -56,10 +56,13 @@ EXPRESSIONS = {
 
 
 class Body:
-    """Statements for some nodes: what is the same for a whole block goes before the loop, the rest into it."""
+    """Statements for some nodes: what is the same for a whole block goes before the loop, the rest into it.
 
-    def __init__(self, inputs: Mapping[str, str], prefix: str = "t"):
-        self.inputs, self.prefix = inputs, prefix
+    at: the arrays that some loads read, where they have another name.
+    """
+
+    def __init__(self, inputs: Mapping[str, str], prefix: str = "t", at: Mapping[str, str] | None = None):
+        self.inputs, self.prefix, self.at = inputs, prefix, at or {}
         self.before: list[str] = []
         self.inside: list[str] = []
         self._names: dict[Node, str] = {}
@@ -80,7 +83,8 @@ class Body:
         if node.op == "scalar":
             text = self.inputs[node.args[0].source]
         elif node.op == "load":
-            text = element(*node.args)
+            name, lane = node.args
+            text = element(self.at.get(name, name), lane)
         else:
             form = EXPRESSIONS[node.op]
             form = form[node.operands[0].dtype] if isinstance(form, dict) else form

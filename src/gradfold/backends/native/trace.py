@@ -17,31 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .nodes import F32, I32, I64, Node, array, const
+from .ops import ELEMENTWISE, WHOLE
 from .scalars import Scalar, Unsupported, source_of
-
-F32, I32, I64, BOOL = torch.float32, torch.int32, torch.int64, torch.bool
-
-
-class Node:
-    """One number: the operation, its operands (nodes, or plain values for leaves) and its dtype.
-
-    Leaves: ``const`` (value), ``scalar`` (a Scalar), ``load`` (array, lane), ``uniform`` (name of a variable that is
-    the same for a whole block), ``low`` (the low word of an element's offset). ``largest`` is the maximum of its
-    operand over a block.
-    """
-
-    __slots__ = ("args", "dtype", "op")
-
-    def __init__(self, op: str, *args: Any, dtype: torch.dtype):
-        self.op, self.args, self.dtype = op, args, dtype
-
-    @property
-    def operands(self) -> list[Node]:
-        return [arg for arg in self.args if isinstance(arg, Node)]
-
-
-def const(value: float, dtype: torch.dtype) -> Node:
-    return Node("const", value, dtype=dtype)
 
 
 class Tile:
@@ -141,16 +119,7 @@ for _symbol, _name in {"neg": "neg", "invert": "bitwise_not"}.items():
     setattr(Tile, f"__{_symbol}__", lambda self, name=_name: apply(name, self))
 
 
-def array(nodes: Any) -> np.ndarray:
-    """An object array of a node or a list of them."""
-    made = np.empty(len(nodes) if isinstance(nodes, list) else (), dtype=object)
-    made[...] = nodes
-    return made
-
-
 def known(name: str) -> bool:
-    from .ops import ELEMENTWISE, WHOLE
-
     return name in WHOLE or name.removesuffix("_") in ELEMENTWISE
 
 
@@ -160,12 +129,11 @@ def apply(name: str, *args: Any, out: Tile | None = None, **kwargs: Any) -> Tile
     Raises:
         Unsupported: an operation, dtype or argument that is not known here.
     """
-    from .ops import ELEMENTWISE, WHOLE
-
     if not known(name):
         raise Unsupported(f"torch's {name}")
     if name in WHOLE:
-        return WHOLE[name](*args, **kwargs)
+        x, *rest = args
+        return Tile(WHOLE[name](x.held, *rest, **kwargs), x.dtype)
     made = _elementwise(ELEMENTWISE[name.removesuffix("_")], args, kwargs)
     if name == "to" and made.dtype == args[0].dtype:
         return args[0]
