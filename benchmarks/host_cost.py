@@ -29,7 +29,8 @@ from torch import nn
 import gradfold
 from gradfold.backends import Backend
 
-from .common import SteppedInHooks, print_table, write_result
+from .common import print_table, write_result
+from .peers.hooks import SteppedInHooks
 
 LAYERS, TOKENS = 24, 4
 LR = 1e-7  # a linear loss has no minimum: small enough that nothing grows over all rounds
@@ -54,7 +55,7 @@ def way(name: str, size: int) -> Callable[[], None]:
     if name == "torch":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     elif name == "hooks":
-        optimizer = SteppedInHooks(model.parameters(), "adamw", LR)
+        optimizer = SteppedInHooks(model.parameters(), lambda params: torch.optim.AdamW(params, lr=LR, fused=True))
     else:
         options: dict[str, Any] = (
             {"states": "int8", "rounding": "stochastic", "small_size": 0} if name == "int8" else {}

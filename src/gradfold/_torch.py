@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,19 +59,24 @@ CALLS_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 CALLS_FORWARD = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return a Function's ``apply`` without what it does for functorch; callers look for that themselves."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def at_task_end(callback: Callable[[], None]) -> None:
     """Call back when the running backward completes; not at all if it raises."""
     Variable._execution_engine.queue_callback(callback)
 
 
-def version(tensor: Tensor) -> int:
-    """Return a number that grows with each change in place."""
-    return tensor._version
+version: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""A number that grows with each change in place."""
 
+increment_version: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
+"""Make graphs that saved a tensor notice that it has changed."""
 
-def is_view(tensor: Tensor) -> bool:
-    """Return whether autograd knows the tensor as a view of another."""
-    return tensor._is_view()
+is_view: Callable[[Tensor], bool] = operator.methodcaller("_is_view")
+"""Whether autograd knows the tensor as a view of another."""
 
 
 def unsafe_view(tensor: Tensor) -> Tensor:
@@ -78,14 +84,11 @@ def unsafe_view(tensor: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
 
 
-def gradient_hooks(tensor: Tensor) -> Mapping[int, Any]:
-    """Return the hooks that ``register_hook`` has put on a leaf."""
-    return tensor._backward_hooks or {}
+gradient_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.attrgetter("_backward_hooks")
+"""The hooks that ``register_hook`` has put on a leaf."""
 
-
-def post_accumulate_hooks(tensor: Tensor) -> Mapping[int, Any]:
-    """Return the hooks that ``register_post_accumulate_grad_hook`` has put on a leaf."""
-    return tensor._post_accumulate_grad_hooks or {}
+post_accumulate_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.attrgetter("_post_accumulate_grad_hooks")
+"""The hooks that ``register_post_accumulate_grad_hook`` has put on a leaf."""
 
 
 # memory ---------------------------------------------------------------------------------------------------------------
@@ -99,12 +102,22 @@ def storage_key(tensor: Tensor) -> int:
 # transforms and modes -------------------------------------------------------------------------------------------------
 
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def is_tracing() -> bool:
+    """Return whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what is computed now."""
+    return torch.compiler.is_compiling() or _tracing_state() is not None
 
 
 def is_transforming() -> bool:
     """Return whether functorch or forward-mode AD sees what is computed now."""
     return _transforms_active() or forward_ad._current_level >= 0
+
+
+unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
+"""The tensor in a wrapper that has outlived its functorch transform; any other as it is."""
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -130,14 +143,11 @@ def tensor_without_memory(kind: type, shape: Any, dtype: torch.dtype, device: to
 # modules --------------------------------------------------------------------------------------------------------------
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the parameters registered on this very module, by name; a parametrized one is not among them."""
-    return module._parameters
+own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = operator.attrgetter("_parameters")
+"""The parameters registered on this very module, by name; a parametrized one is not among them."""
 
-
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the modules registered on this very module, by name."""
-    return module._modules
+own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = operator.attrgetter("_modules")
+"""The modules registered on this very module, by name."""
 
 
 def has_hooks(module: nn.Module, forward: bool = True) -> bool:

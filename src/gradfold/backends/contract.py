@@ -52,24 +52,25 @@ class StepNumbers:
         derived: what a backend computes from them, by a key of its own, so that it is computed once a step.
     """
 
-    __slots__ = ("count", "derived", "rule")
+    __slots__ = ("_on_host", "count", "derived", "rule")
 
     def __init__(self, rule: Any, count: int | Tensor = 0):
         self.rule = rule
         self.count = count
         self.derived: dict[Any, Any] = {}
+        self._on_host: Any = None
 
-
-def on_host(numbers: StepNumbers) -> Any:
-    """Return the rule's numbers as floats and bools; waits for those that are on a device."""
-    found = numbers.derived.get(on_host)
-    if found is None:
-        found = rule = numbers.rule
-        if isinstance(rule, tuple) and any(isinstance(value, Tensor) for value in rule):
-            made: Any = type(rule)
-            found = made(*(value.item() if isinstance(value, Tensor) else value for value in rule))
-        numbers.derived[on_host] = found
-    return found
+    @property
+    def on_host(self) -> Any:
+        """The rule's numbers as floats and bools; waits for those that are on a device."""
+        found = self._on_host
+        if found is None:
+            found = rule = self.rule
+            if isinstance(rule, tuple) and any(isinstance(value, Tensor) for value in rule):
+                made: Any = type(rule)
+                found = made(*(value.item() if isinstance(value, Tensor) else value for value in rule))
+            self._on_host = found
+        return found
 
 
 class Stepper(Protocol):

@@ -98,9 +98,12 @@ def total_power(terms: Sequence[GradTerm], shape: tuple[int, int], tiles: Tiles,
 
 def norm_of(tile: Tensor, norm_type: float = 2.0) -> float:
     """The norm of a tile; infinity only if an element is, not because a sum overflows."""
-    wide = torch.float32 if tile.dtype.itemsize < 4 else None  # else the result would be rounded to 16 bits
-    size = number(torch.linalg.vector_norm(tile, norm_type, dtype=wide))
-    if math.isinf(size) and norm_type != math.inf and tile.dtype != torch.float64:
+    if tile.dtype.itemsize < 4:  # else the result would be rounded to 16 bits
+        found = torch.linalg.vector_norm(tile, norm_type, dtype=torch.float32)
+    else:
+        found = torch.linalg.vector_norm(tile, norm_type)
+    size = found.item() if type(found) is Tensor else number(found)
+    if size == math.inf and norm_type != math.inf and tile.dtype != torch.float64:
         size = number(torch.linalg.vector_norm(tile, norm_type, dtype=torch.float64))
     return size
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from gradfold.rules import Group, Rule
 
-from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper, on_host
+from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper
 from .cpu_gemm import emulated
 from .fake_blocks import visited
-from .norms import accumulation_dtype, certainly_finite, is_finite, norm_of, total_power
+from .norms import accumulation_dtype, certainly_finite, is_finite, norm_of, safe_magnitude, total_power
 from .quantized import QuantizedStepper, block_shape
-from .row_blocks import block_rows, sum_rows
+from .row_blocks import block_rows, sum_all, sum_rows
 from .scratch import Scratch
 from .stored import Stored, quantized
 from .terms import GradTerm
@@ -120,8 +120,10 @@ class PlainStepper:
         self.backend, self.scratch, self.rule = backend, backend.scratch, rule
         self.weight = _at_least_1d(weight.values)
         self.states = [_at_least_1d(state.values) for state in states]
-        self.cut = self._cut(group)
-        self._tiles()
+        self.cut = cut = self._cut(group)
+        self._safe = safe_magnitude((), self.weight.dtype)
+        self._tile = cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device
+        self.scratch.tiles(*self._tile)
 
     def _cut(self, group: Group) -> _Cut:
         weight, states = self.weight, self.states
@@ -137,37 +139,37 @@ class PlainStepper:
         tiles = 1 + self.rule.scratch_tiles(group) + sum(copied)
         return _Cut(False, rows, columns, block_rows(self.scratch, rows, columns, tiles, dtype), tiles, dtype, copied)
 
-    def _tiles(self) -> list[Tensor]:
-        cut = self.cut
-        return self.scratch.tiles(cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device)
-
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step; see ``Stepper``."""
-        cut, weight, n = self.cut, self.weight, on_host(numbers)
-        if cut.fused and len(terms) == 1 and change.none and (dense := terms[0].whole(weight.dtype)) is not None:
-            norm = norm_of(dense)  # the gradient is there: no tile needed
-            if change.guarded and not is_finite(dense, norm, weight.dtype):
-                return math.nan
-            self.rule.fused(weight, dense.reshape(weight.shape), self.states, n)
-            return norm**2
-        if cut.block < cut.rows:
+        cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
+        scale, clip_value, guarded = change
+        changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0
+        alone = len(terms) == 1
+        dense = first.whole(weight.dtype) if alone and cut.fused and not changes else None
+        if dense is not None:  # the gradient is there: no tile needed
+            tiles, grad = (), dense.reshape(weight.shape)
+        elif cut.block < cut.rows:
             return self._in_blocks(terms, n, change)
-        tiles = self._tiles()
-        grad = tiles[0]
-        for term in terms:
-            term.prepare((0,), cut.rows)
-        sum_rows(terms, grad, 0, cut.rows)
+        else:
+            tiles = self.scratch.tiles(*self._tile)
+            grad = tiles[0]
+            if alone and not first.prepares:
+                first.write(grad, 0, cut.rows)
+            else:
+                sum_all(terms, grad, cut.rows)
         norm = norm_of(grad)
-        if change.guarded and not is_finite(grad, norm, weight.dtype):
+        if guarded and not norm < self._safe and not is_finite(grad, norm, weight.dtype):
             return math.nan
-        self._apply(weight, self.states, grad, tiles[1:], n, change)
-        return norm**2
+        if changes:
+            change.apply(grad)
+        self._apply(weight, self.states, grad, tiles[1:], n)
+        return norm * norm
 
     def _in_blocks(self, terms: Sequence[GradTerm], n: Any, change: Change) -> float:
         cut, weight = self.cut, self.weight
         if change.guarded and not self.backend.finite(weight, terms):  # known before the first block moves
             return math.nan
-        tiles, starts, squares = self._tiles(), range(0, cut.rows, cut.block), 0.0
+        tiles, starts, squares = self.scratch.tiles(*self._tile), range(0, cut.rows, cut.block), 0.0
         for term in terms:
             term.prepare(starts, cut.rows)
         for start in visited(starts, weight):
@@ -175,14 +177,12 @@ class PlainStepper:
             grad, *rest = [tile[: stop - start] for tile in tiles] if stop - start < cut.block else tiles
             sum_rows(terms, grad, start, stop)
             squares += norm_of(grad) ** 2
-            self._apply(weight[start:stop], [state[start:stop] for state in self.states], grad, rest, n, change)
+            change.apply(grad)
+            self._apply(weight[start:stop], [state[start:stop] for state in self.states], grad, rest, n)
         return squares
 
-    def _apply(
-        self, weight: Tensor, states: list[Tensor], grad: Tensor, rest: Sequence[Tensor], n: Any, change: Change
-    ) -> None:
+    def _apply(self, weight: Tensor, states: list[Tensor], grad: Tensor, rest: Sequence[Tensor], n: Any) -> None:
         """Apply the rule to a block of weight and states; ``grad`` and ``rest``: tiles that are used up."""
-        change.apply(grad)
         if not self.cut.fused:
             _update(self.rule, [weight, *states], grad, rest, self.cut.copied, n)
             return

@@ -23,6 +23,13 @@ def block_rows(scratch: Scratch, rows: int, columns: int, tiles: int, dtype: tor
     return -(-rows // blocks)
 
 
+def sum_all(terms: Sequence[GradTerm], tile: Tensor, rows: int) -> None:
+    """Write the whole gradient, the sum of the terms, into ``tile`` ``[rows, columns]``."""
+    for term in terms:
+        term.prepare((0,), rows)
+    sum_rows(terms, tile, 0, rows)
+
+
 def sum_rows(terms: Sequence[GradTerm], tile: Tensor, start: int, stop: int) -> None:
     """Write rows ``[start, stop)`` of the gradient, the sum of the terms, into ``tile`` ``[stop - start, columns]``."""
     terms[0].write(tile, start, stop)

@@ -42,6 +42,7 @@ class Ready:
 class GradTerm(Ready, ABC):
     """One term of a weight's gradient."""
 
+    prepares: ClassVar[bool] = False  # ``prepare`` must be called before row blocks are read
     reads_weight: ClassVar[bool] = False  # computing it reads rows of the weight, which must be those of the forward
     in_registers: ClassVar[bool] = True  # GPU kernels can compute it a tile at a time
 
@@ -114,8 +115,8 @@ class MatmulTerm(GradTerm):
     """``left.T @ right``, for a weight ``[R, C]``: of a Linear, left = dY and right = X."""
 
     def __init__(self, left: Tensor, right: Tensor):
-        self.left = gemm_ready(left)  # [T, R]
-        self.right = gemm_ready(right)  # [T, C]
+        self.left = left if left.is_contiguous() else gemm_ready(left)  # [T, R]
+        self.right = right if right.is_contiguous() else gemm_ready(right)  # [T, C]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -140,14 +141,14 @@ class MatmulTerm(GradTerm):
             self.right = self.right.clone()
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
-        accumulate(tile, self._left(start, stop), self.right, beta=0)
+        left = self.left if stop - start == self.left.shape[1] else self.left[:, start:stop]
+        if tile.dtype == left.dtype:
+            torch.mm(left.t(), self.right, out=tile)
+        else:
+            accumulate(tile, left, self.right, beta=0)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
-        accumulate(tile, self._left(start, stop), self.right, beta=1)
-
-    def _left(self, start: int, stop: int) -> Tensor:
-        whole = start == 0 and stop == self.left.shape[1]
-        return self.left if whole else self.left[:, start:stop]
+        accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
     def bound(self) -> float:
         return largest(self.left) * largest(self.right) * self.left.shape[0]
@@ -155,6 +156,8 @@ class MatmulTerm(GradTerm):
 
 class GatherTerm(GradTerm):
     """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
+
+    prepares = True
 
     def __init__(self, ids: Tensor, grad: Tensor, padding_idx: int | None = None, first: int = 0):
         self.first = first  # the row of the weight that is row 0 here; ids of other rows are passed over
@@ -211,6 +214,14 @@ class GatherTerm(GradTerm):
 
     def bound(self) -> float:
         return largest(self.grad) * max(1, self.ids.numel())
+
+    def placed(self) -> tuple[Tensor, Tensor]:
+        """Return row numbers ``[N]`` and what these rows get ``[N, H]``; numbers of other rows are passed over."""
+        ids, grad = self.ids.to(torch.int64), self.grad
+        if self.padding_idx is not None:
+            kept = ids != self.padding_idx
+            ids, grad = ids[kept], grad[kept]
+        return ids - self.first if self.first else ids, grad
 
 
 class DenseTerm(GradTerm):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from operator import is_
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +21,9 @@ class Auditor:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._modules: list[tuple[nn.Module, type, list[nn.Module | None], list[nn.Parameter | None]]] = []
+        self._modules: list[nn.Module] = []
+        self._types: list[type] = []
+        self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
         self._count = -1  # parameters in the fold at that time
 
@@ -47,34 +51,32 @@ class Auditor:
                 raise FoldError(outside(name))
 
     def _remember(self, count: int) -> None:
-        self._modules = [
-            (
-                module,
-                type(module),
-                list(_torch.own_modules(module).values()),
-                list(_torch.own_parameters(module).values()),
-            )
-            for module in self._model.modules()
-        ]
+        self._modules = modules = list(self._model.modules())
+        self._types = list(map(type, modules))
+        self._members = _members(modules)
         self._count = count
 
     def _unchanged(self) -> bool:
         """Return whether the model has the modules and parameters it had at the last whole audit."""
-        for module, kind, children, parameters in self._modules:
-            own, below = _torch.own_parameters(module), _torch.own_modules(module)
-            if type(module) is not kind or len(own) != len(parameters) or len(below) != len(children):
-                return False
-            if not all(map(is_, own.values(), parameters)) or not all(map(is_, below.values(), children)):
-                return False
-        return bool(self._modules)
+        modules = self._modules
+        if not modules or not all(map(is_, map(type, modules), self._types)):
+            return False
+        members = _members(modules)
+        return len(members) == len(self._members) and all(map(is_, members, self._members))
+
+
+def _members(modules: list[nn.Module]) -> list[Any]:
+    dicts: Any = (*map(_torch.own_modules, modules), *map(_torch.own_parameters, modules))
+    return list(chain.from_iterable(map(dict.values, dicts)))
 
 
 def refuse_moved(params: Iterable[FoldParam]) -> None:
     """Raise if a parameter has changed its shape, dtype or device since it was folded."""
     for param in params:
-        if change := param.moved():
+        now, (shape, dtype, device) = param.param, param.placement
+        if now.dtype is not dtype or now.shape != shape or now.device != device:
             raise FoldError(
-                f"{param.name}: {change} since it was folded, and its states did not; call "
+                f"{param.name}: {param.how_moved()} since it was folded, and its states did not; call "
                 "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
             )
 

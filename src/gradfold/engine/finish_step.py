@@ -42,7 +42,7 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
             step.refresh()
         for one in deferred:
             power = step.power_sums.get(one)
-            one.take_step(step.deferred.pop(one).take(), step.change(one.param, step.guarded and captured))
+            one.take_step(step.deferred.pop(one).take(), guarded=step.guarded and captured)
             if power is not None:
                 step.power_sums[one] = power
     step_rest(fold)
@@ -62,7 +62,7 @@ def step_rest(fold: FoldContext) -> None:
     step = fold.step
     for weight in list(step.biases):
         bias, terms = step.biases.pop(weight)
-        bias.take_step([term.resolved() for term in terms], step.change(bias.param, step.guarded))
+        bias.take_step([term.resolved() for term in terms], step.guarded)
     if step.together:
         together, step.together = step.together, []
         step_together(together)

@@ -58,7 +58,8 @@ class Gate:
                 method(found)
 
         self._node = node_of(param)
-        self._address = _address(param)
+        self._fake = hasattr(param, "fake_mode")
+        self._address = 0 if self._fake else param.data_ptr()
         self._on_param = hook_fires_without_gradient()
         if self._on_param:
             self._handle = param.register_post_accumulate_grad_hook(fire)
@@ -75,8 +76,8 @@ class Gate:
             return _captures(error)
 
     def attached(self) -> bool:
-        """Return whether the leaf still carries the hook: ``Module.to`` can swap a tensor's contents and lose it."""
-        return not self._on_param or self._handle.id in _torch.post_accumulate_hooks(self._param)
+        """Return whether the leaf still carries the hook."""
+        return not self._on_param or self._handle.id in (_torch.post_accumulate_hooks(self._param) or {})
 
     def lost(self) -> bool:
         """Return whether the leaf has become another tensor under the same name, whose node knows no hook.
@@ -84,14 +85,14 @@ class Gate:
         ``swap_tensors`` does that (``Module.to`` and ``load_state_dict`` can be told to use it): the hook is still
         listed, and autograd does not call it.
         """
-        if _address(self._param) == self._address:
+        if self._fake or self._param.data_ptr() == self._address:
             return False
-        self._address = _address(self._param)
+        self._address = self._param.data_ptr()
         return node_of(self._param) is not self._node
 
     def others(self, folded: bool) -> bool:
         """Return whether another hook waits for this leaf's gradient; ``folded``: even before it is accumulated."""
-        hooks = _torch.post_accumulate_hooks(self._param)
+        hooks = _torch.post_accumulate_hooks(self._param) or {}
         theirs = len(hooks) > 1 or (len(hooks) == 1 and self._handle.id not in hooks)
         return theirs or bool(folded and _torch.gradient_hooks(self._param))
 
@@ -108,10 +109,6 @@ def demand(param: Tensor) -> Demand:
         return Demand.STEP if _torch.will_execute(node_of(param)) else Demand.NOTHING
     except RuntimeError as error:
         return _captures(error)
-
-
-def _address(param: Tensor) -> int:
-    return 0 if hasattr(param, "fake_mode") else param.data_ptr()
 
 
 def node_of(param: Tensor) -> Any:

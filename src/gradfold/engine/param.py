@@ -24,6 +24,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
 from .segments import Segment, node_in_forward, running_node
+from .step import Step
 
 _PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # id of a Parameter -> its place
 
@@ -36,6 +37,7 @@ class FoldParam:
         slices: what of it steps now: the whole, or the active slices of a working set.
         weight: for a bias, the last weight that could take it along.
         gate: its hook; None while it is frozen, and after ``remove()``.
+        device_type: "cpu", "cuda".
     """
 
     def __init__(self, param: Parameter, name: str, fold: FoldContext):
@@ -46,9 +48,12 @@ class FoldParam:
         self.slices = [ParamSlice(fold, param, name)]
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
+        self._fired: Step | None = None  # the step its last terms were for
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
         self._read_unseen = False  # one of them read it through something that is not folded
-        self._shape, self._dtype, self._device = param.shape, param.dtype, param.device
+        self.placement = param.shape, param.dtype, param.device
+        self._on_cpu = param.is_cpu
+        self.device_type = param.device.type
         _PARAMS[id(param)] = self
 
     def slice(self, region: Region | None, draw: str = "") -> ParamSlice:
@@ -71,10 +76,12 @@ class FoldParam:
         """Hook a trainable parameter and allocate its states; a frozen one waits until it is unfrozen."""
         if not self.param.requires_grad:
             return
-        if self.gate and self.gate.lost():
-            raise FoldError(hook_lost(self.name))
-        if self.gate and self.gate.attached():
-            return
+        gate = self.gate
+        if gate is not None:
+            if gate.lost():
+                raise FoldError(hook_lost(self.name))
+            if gate.attached():
+                return
         refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
         self.disarm()
         self.gate = Gate(self.param, self, FoldParam.join)
@@ -99,13 +106,10 @@ class FoldParam:
     def __deepcopy__(self, memo: dict) -> None:
         """A copied module is in no fold."""
 
-    def moved(self) -> str | None:
+    def how_moved(self) -> str:
         """Return how the parameter's shape, dtype or device changed since it was folded, in words."""
         now = self.param
-        if now.shape == self._shape and now.dtype == self._dtype and now.device == self._device:
-            return None
-        before = _placement(self._shape, self._dtype, self._device)
-        return f"{before} became {_placement(now.shape, now.dtype, now.device)}"
+        return f"{_placement(*self.placement)} became {_placement(now.shape, now.dtype, now.device)}"
 
     # what it has done in the open step --------------------------------------------------------------------------------
 
@@ -113,7 +117,7 @@ class FoldParam:
     def stepped(self) -> bool:
         """Whether it has stepped."""
         step = self.fold.step
-        return any(one._stepped is step for one in self.slices)
+        return self._fired is step or any(one._stepped is step for one in self.slices)
 
     @property
     def defers(self) -> bool:
@@ -125,9 +129,8 @@ class FoldParam:
     def done(self) -> bool:
         """Whether this step takes no further term of it."""
         fold, step = self.fold, self.fold.step
-        for one in self.slices:
-            if one._stepped is step:
-                return True
+        if self._fired is step:
+            return True
         return bool(step.deferred) and fold.full and self.defers
 
     @property
@@ -147,8 +150,9 @@ class FoldParam:
         Raises:
             FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never made.
         """
-        fold, wanted = self.fold, self.demand()
-        if fold.paused or self.gate is None:
+        fold, gate = self.fold, self.gate
+        wanted = demand(self.param) if gate is None else gate.demand()
+        if fold.paused or gate is None:
             # a dense gradient, as plain autograd would write: paused, removed, or thawed since the forward began
             return Demand.CAPTURE if wanted is Demand.STEP else wanted
         if torch.is_grad_enabled():
@@ -165,8 +169,9 @@ class FoldParam:
         """Keep a term until the gate opens."""
         fold = self.fold
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
-        term.record(self._device)
-        fold.enter(_torch.current_graph_task()).add(self, term)
+        if not self._on_cpu:
+            term.record(self.param.device)
+        fold.step.backwards[_torch.current_graph_task()].add(self, term)
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Return whether this bias needs no gradient of its own, since it can be read off its weight's term."""
@@ -273,6 +278,8 @@ class FoldParam:
             if sum(one.region is not None and one.region.dim == 1 for one in self.slices) > 1:
                 # bands of columns share their rows: once the first has stepped, these are not the old ones any more
                 terms = [term.written_out() for term in terms]
+        if not (step.defers or step.measuring):
+            self._fired = step
         for one in self.slices:
             one.fire(terms)
 
@@ -287,6 +294,7 @@ class FoldParam:
         if len(sums) < len(arrived) or not backward.terms.get(weight) or weight.param in step.biases:
             return False
         one.mark_stepped()
+        self._fired = step
         step.biases[weight.param] = (one, sums)
         return True
 

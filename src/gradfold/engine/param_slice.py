@@ -41,8 +41,8 @@ class ParamSlice(ParamStepper):
 
     def mark_stepped(self) -> None:
         """Note that it may not step again before ``optimizer.step()``."""
-        self._stepped = step = self.fold.step
-        step.moved = True
+        step = self.fold.step
+        self._stepped, step.moved = step, True
 
     @property
     def deferred(self) -> DeferredGrads | None:
@@ -74,7 +74,7 @@ class ParamSlice(ParamStepper):
         else:
             if step.deferred and (kept := step.deferred.pop(self, None)) is not None:
                 terms = kept.take() + terms
-            self.take_step(terms, step.change(self.param, step.guarded))
+            self.take_step(terms, step.guarded)
 
     def _defer(self, terms: list[GradTerm]) -> None:
         fold, step = self.fold, self.fold.step
@@ -101,17 +101,23 @@ class ParamSlice(ParamStepper):
 
     # stepping ---------------------------------------------------------------------------------------------------------
 
-    def take_step(self, terms: list[GradTerm], change: Change) -> None:
-        """Step with the sum of the terms, unless ``change.guarded`` and it is not finite."""
+    def take_step(self, terms: list[GradTerm], guarded: bool) -> None:
+        """Step with the sum of the terms, unless ``guarded`` and it is not finite."""
         step = self.fold.step
-        self.mark_stepped()
-        self.wait(terms)
+        self._stepped, step.moved = step, True
+        for term in terms:
+            if term.ready is not None:
+                term.wait(self.param.device)
+        group = step.group_of(self.param)
+        change = group.changes.get(guarded) or step.change(group, guarded)
         if step.biases and (bias := step.biases.pop(self.param, None)) is not None:
             self._step_along(terms, change, *bias)
         elif self._may_gather and self.backend.gathers(self.view, terms):
             step.together.append((self, terms, change))
         else:
-            self._note(self.step(terms, self.group, change), change)
+            power = step.power_sums[self] = self.step(terms, group, change)
+            if guarded and power != power:
+                step.nonfinite.append(self.name)
 
     def step_gradient(self, grad: Tensor, group: GroupStep) -> None:
         """Step with a gradient of the whole parameter, as plain PyTorch's ``step()``."""
@@ -127,22 +133,22 @@ class ParamSlice(ParamStepper):
     def _step_along(self, terms: list[GradTerm], change: Change, bias: ParamSlice, sums: list[BiasTerm]) -> None:
         """Step, and a bias whose gradient is the sum of the terms' ``left`` rows along with it."""
         step = self.fold.step
-        wanted = step.change(bias.param, change.guarded)
+        wanted = step.change(bias.group, change.guarded)
         theirs = [term.left for term in terms if isinstance(term, MatmulTerm)]
         same = len(theirs) == len(terms) == len(sums) and all(a is b.left for a, b in zip(theirs, sums))
         if self.region is None and same and wanted == change:
             with plainly(self.param.device.type):
-                job, begun = self.begin(terms, self.group, change)
-                bias_job, bias_begun = bias.begin([], bias.group, change)
+                job, end = self.begin(terms, self.group, change)
+                bias_job, bias_end = bias.begin([], bias.group, change)
                 powers = self.backend.step_along(job, bias_job)
                 if powers is None:
                     alone = bias_job._replace(terms=[term.resolved() for term in sums])
                     powers = tuple(one.stepper(one.terms, one.numbers, one.change) for one in (job, alone))
-                for one, power, what in zip((self, bias), powers, (begun, bias_begun), strict=True):
-                    one.end(power, what)
+                for one, power, done in zip((self, bias), powers, (end, bias_end), strict=True):
+                    done(power)
                     one._note(power, change)
             return
-        bias.take_step([term.resolved() for term in sums], wanted)
+        bias.take_step([term.resolved() for term in sums], change.guarded)
         self._note(self.step(terms, self.group, change), change)
 
     def wait(self, terms: Sequence[GradTerm]) -> None:
@@ -167,13 +173,13 @@ def step_together(slices: Sequence[tuple[ParamSlice, list[GradTerm], Change]]) -
     if not slices:
         return
     with plainly(slices[0][0].param.device.type):
-        jobs, begun = [], []
+        jobs, ends = [], []
         for one, terms, change in slices:
             one.wait(terms)
-            job, what = one.begin(terms, one.group, change)
+            job, end = one.begin(terms, one.group, change)
             jobs.append(job)
-            begun.append(what)
+            ends.append(end)
         powers = slices[0][0].backend.step_all(jobs)
-        for (one, _, change), power, what in zip(slices, powers, begun, strict=True):
-            one.end(power, what)
+        for (one, _, change), power, end in zip(slices, powers, ends, strict=True):
+            end(power)
             one._note(power, change)

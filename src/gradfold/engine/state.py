@@ -132,6 +132,9 @@ class FoldState(FoldContext):
         if not step.open:  # a functional_call has given the parameters back by now
             self._auditor.audit(self.params)
         for param in self.params.values():
+            hooks = _torch.post_accumulate_hooks(param.param)
+            if (hooks is None or len(hooks) < 2) and _torch.gradient_hooks(param.param) is None:
+                continue
             if param.others() and param.demand() is Demand.STEP:
                 raise FoldError(
                     f"{param.name}: a hook registered on this tensor waits for a gradient that is never made; "
@@ -284,7 +287,9 @@ class FoldState(FoldContext):
                 one.add_late(grad.detach())  # type: ignore[union-attr]
         if self.turns is not None:
             self.turns.look()
-        self._arm()
+        for param in self.params.values():
+            if param.gate is None:
+                param.arm()
         step.unscale = self._marker.take()
         try:
             finish_step(self, self.slices())

@@ -33,6 +33,7 @@ class Step:
         nonfinite: names of parameters whose gradient was not finite.
         coefficients: what clipping multiplies gradients by, of each pool (``pool``).
         unscale: the inverse of the loss scale, where a GradScaler has looked.
+        guarded: gradients that are not finite must stay out.
         together: small parameters that step together when backward ends.
         biases: biases that may step along with their weight.
         deferred: terms that wait for ``optimizer.step()``, by the slice they are of.
@@ -56,6 +57,7 @@ class Step:
         self.nonfinite: list[str] = []
         self.coefficients: dict[int, float | Tensor] = {}
         self.unscale = 1.0
+        self.guarded = options.on_nonfinite != "ignore"
         self.together: list[tuple[Any, list[GradTerm], Change]] = []
         self.biases: dict[Any, tuple[Any, list[BiasTerm]]] = {}
         self.deferred: dict[Any, DeferredGrads] = {}
@@ -82,9 +84,8 @@ class Step:
             found = self._groups[id(param)]
         return found
 
-    def change(self, param: Parameter, guarded: bool = False) -> Change:
-        """Return what happens to this parameter's gradient on its way to the rule."""
-        group = self.group_of(param)
+    def change(self, group: GroupStep, guarded: bool) -> Change:
+        """Return what happens to this group's gradients on their way to the rule."""
         found = group.changes.get(guarded)
         if found is None:
             scale = self.unscale * self.coefficients.get(self.pool(group.group), 1.0)
@@ -106,11 +107,6 @@ class Step:
     def waits(self) -> bool:
         """Whether every parameter waits for ``optimizer.step()``."""
         return self.options.timing == "deferred" or (self.options.clip == "exact" and self.clips)
-
-    @property
-    def guarded(self) -> bool:
-        """Whether gradients that are not finite must stay out."""
-        return self.options.on_nonfinite != "ignore"
 
     @property
     def power_type(self) -> float:

@@ -8,13 +8,14 @@ ours and torch's, does that), the parameter's memory. Folded, hooked, paused and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
 from gradfold.rules import Group, Rule, number, on_device
 
@@ -75,15 +76,6 @@ class _Bound(NamedTuple):
     counters: list[tuple[str, Tensor]]  # name without region, tensor
     count: int  # which of them the random bits follow; -1: none
     stepper: Stepper
-
-
-class _Begun(NamedTuple):
-    """What a step has changed before the rule runs, to be undone where the gradient is not finite."""
-
-    counters: list[tuple[str, Tensor]]
-    before: tuple[Any, ...]  # their values
-    lazy: dict[str, Tensor]  # states that were new in this step
-    guarded: bool
 
 
 class ParamStepper:
@@ -201,34 +193,43 @@ class ParamStepper:
         """
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self._device_type):
             with plainly(self._device_type):
-                return self._step(terms, group, change)
-        return self._step(terms, group, change)
-
-    def _step(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> PowerSum:
-        job, begun = self.begin(terms, group, change)
-        power = job.stepper(terms, job.numbers, change)
-        self.end(power, begun)
-        return power
-
-    def begin(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> tuple[Job, _Begun]:
-        """Count the step, and return what a backend has to do for it; then ``end`` must follow."""
+                return self.step(terms, group, change)
         bound, new = self._current(group.settings), _NONE
         if bound is None:
             bound, new = self._rebind(group)
         numbers, before = self._count(bound, group, bool(new), change.guarded)
-        return Job(bound.stepper, terms, numbers, change), _Begun(bound.counters, before, new, change.guarded)
+        power = bound.stepper(terms, numbers, change)
+        if power != power and change.guarded:
+            self._undo(bound, before, new)
+        else:  # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
+            _torch.increment_version((self.param,))
+        return power
 
-    def end(self, power: PowerSum, begun: _Begun) -> None:
-        """Note that the rule has run; where the gradient was not finite, it has not, and nothing was counted."""
-        if begun.guarded and isinstance(power, float) and power != power:
-            for (_, counter), value in zip(begun.counters, begun.before, strict=True):
-                counter.copy_(value) if isinstance(value, Tensor) else counter.fill_(value)
-            if begun.lazy:
-                states = self.states
-                self.lazy.update({name: states.pop(name) for name in begun.lazy})
-            return
-        # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
-        torch.autograd.graph.increment_version(self.param)
+    def begin(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> tuple[Job, Callable[..., None]]:
+        """Count a step that is taken together with others.
+
+        Returns:
+            What a backend has to do for it, and what must be called with the sum of squares when that is done.
+        """
+        bound, new = self._current(group.settings), _NONE
+        if bound is None:
+            bound, new = self._rebind(group)
+        numbers, before = self._count(bound, group, bool(new), change.guarded)
+
+        def end(power: PowerSum) -> None:
+            if change.guarded and power != power:
+                self._undo(bound, before, new)
+            else:
+                _torch.increment_version((self.param,))
+
+        return Job(bound.stepper, terms, numbers, change), end
+
+    def _undo(self, bound: _Bound, before: Sequence[Any], new: Mapping[str, Tensor]) -> None:
+        """Count nothing: the gradient was not finite, and the rule has not run."""
+        for (_, counter), value in zip(bound.counters, before, strict=True):
+            counter.copy_(value) if isinstance(value, Tensor) else counter.fill_(value)
+        states = self.states
+        self.lazy.update({name: states.pop(name) for name in new})
 
     def _count(self, bound: _Bound, group: GroupStep, fresh: bool, guarded: bool) -> tuple[StepNumbers, tuple]:
         """Advance the counters; return the step's numbers, and the counters' values before."""
@@ -238,8 +239,12 @@ class ParamStepper:
             with on_device():
                 numbers = self._advance(bound, group, fresh)
             return StepNumbers(numbers, counters[bound.count][1] if bound.count >= 0 else 0), before
-        before = (number(counters[0][1]),) if len(counters) == 1 else tuple(number(t) for _, t in counters)
-        key = (before, fresh, bound.count) if len(counters) < 2 else (before, fresh, *[t.dtype for _, t in counters])
+        if len(counters) == 1:
+            before = (counters[0][1].item() if bound.addressed else 0.5,)
+            key = (before, fresh, bound.count)
+        else:
+            before = tuple([number(counter) for _, counter in counters])
+            key = (before, fresh, *[counter.dtype for _, counter in counters])
         found = group.numbers.get(key)
         if found is None:
             numbers = self._advance(bound, group, fresh)

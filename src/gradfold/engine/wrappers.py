@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import CodeType
 from typing import Any
@@ -63,12 +64,13 @@ def _wrapper_classes() -> tuple[Any, ...]:
     return tuple(kinds)
 
 
-def _wrapper_forwards() -> dict[CodeType, str]:
-    return {kind.forward.__code__: kind.__name__ for kind in _wrapper_classes() if hasattr(kind, "forward")}
+@functools.lru_cache(maxsize=4)
+def _forwards_of(kinds: tuple[Any, ...]) -> dict[CodeType, str]:
+    return {kind.forward.__code__: kind.__name__ for kind in kinds if hasattr(kind, "forward")}
 
 
 def _wrapper_on_stack() -> str | None:
-    forwards = _wrapper_forwards()
+    forwards = _forwards_of(_wrapper_classes())
     frame = sys._getframe(1)
     while frame is not None:
         if (name := forwards.get(frame.f_code)) is not None:

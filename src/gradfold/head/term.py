@@ -35,6 +35,7 @@ class HeadTerm(GradTerm):
     before the rule changes it, and a parameter steps once. For words whose softmax is ``kept`` the weight is not read.
     """
 
+    prepares = True
     reads_weight = True
     in_registers = False
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gradfold import _torch
 from gradfold.backends import MatmulTerm, linear, multiply, rows
 from gradfold.engine import Demand, FoldParam
 
@@ -14,59 +16,75 @@ from .routing import Folded, is_plain, not_a_view, routed
 
 
 class FoldedMatmul(torch.autograd.Function):
-    """A matrix product with a weight ``[N, K]`` (Linear) or, ``transposed``, ``[K, N]`` (Conv1D)."""
+    """A matrix product with the weight ``[N, K]`` of a Linear."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam, transposed: bool) -> Tensor:
+    transposed = False
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam) -> Tensor:
         # x: [*, K] -> [*, N]; the bias stands before the weight: of two gates autograd comes to the earlier one first
-        ctx.param, ctx.transposed = param, transposed
-        ctx.bias = None if bias is None or transposed else param.fold.companion(bias)
-        if torch.is_autocast_enabled(x.device.type):
+        ctx.param = param
+        ctx.bias = None if bias is None or cls.transposed else param.fold.companion(bias)
+        if torch.is_autocast_enabled(param.device_type):
             # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.get_autocast_dtype(param.device_type)
+            with torch.autocast(param.device_type, enabled=False):
                 x = _autocast(x, dtype)
                 bias = None if bias is None else _autocast(bias, dtype)
-                y = _affine(x, _autocast(weight, dtype), bias, transposed)
+                y = _affine(x, _autocast(weight, dtype), bias, cls.transposed)
+        elif x.dtype.itemsize == 2 or cls.transposed:
+            y = _affine(x, weight, bias, cls.transposed)
         else:
-            y = _affine(x, weight, bias, transposed)
+            y = F.linear(x, weight, bias)
         # as torch does: the weight is only needed for dX, and a graph without one outlives the weight's step
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         ctx.set_materialize_grads(False)
-        return not_a_view(y)
+        return not_a_view(y) if _torch.is_view(y) else y
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
-            return (None,) * 5
+            return (None,) * 4
         demand = ctx.param.admit() if ctx.needs_input_grad[2] else Demand.NOTHING
         x, weight = ctx.saved_tensors
-        if torch.is_autocast_enabled(dY.device.type):
-            with torch.autocast(dY.device.type, enabled=False):
-                return _backward(ctx, demand, dY, x, weight)
-        return _backward(ctx, demand, dY, x, weight)
+        if torch.is_autocast_enabled(ctx.param.device_type):
+            with torch.autocast(ctx.param.device_type, enabled=False):
+                return _backward(ctx, demand, dY, x, weight, cls.transposed)
+        return _backward(ctx, demand, dY, x, weight, cls.transposed)
 
 
-def _backward(ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+class FoldedTransposedMatmul(FoldedMatmul):
+    """A matrix product with the weight ``[K, N]`` of a Conv1D."""
+
+    transposed = True
+
+
+_linear, _conv1d = _torch.direct_apply(FoldedMatmul), _torch.direct_apply(FoldedTransposedMatmul)
+
+
+def _backward(
+    ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | None, transposed: bool
+) -> tuple[Tensor | None, ...]:
     dX = dW = db = None
     if weight is not None:  # before the step, with the weight forward used
-        w = weight.to(dY.dtype)
-        w = w.t() if ctx.transposed else w
-        dX = dY @ w if torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
+        w = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
+        if transposed:
+            w = w.t()
+        dX = dY @ w if dY.dtype.itemsize != 2 or torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
     along = False
     if demand is not Demand.NOTHING:
         dY2, x2 = rows(dY), rows(x)  # [T, N], [T, K]
-        left, right = (x2, dY2) if ctx.transposed else (dY2, x2)
+        left, right = (x2, dY2) if transposed else (dY2, x2)
         if demand is Demand.STEP:
             term = MatmulTerm(left, right)
             ctx.param.hand(term)
             along = ctx.bias is not None and ctx.needs_input_grad[1] and ctx.bias.take_along(term, ctx.param)
         else:
             dW = left.t() @ right
-    if ctx.needs_input_grad[1] and not along:
+    if not along and ctx.needs_input_grad[1]:
         db = rows(dY).sum(0)  # [N]
-    return dX, db, dW, None, None
+    return dX, db, dW, None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -85,7 +103,10 @@ class FoldedLinear(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedMatmul.apply(input, self.bias, param.param, param, False)  # type: ignore[attr-defined]
+        own = _torch.own_parameters(self)  # type: ignore[arg-type]
+        if "bias" not in own:  # parametrized
+            own = {"bias": self.bias}  # type: ignore[attr-defined]
+        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.param, param)
 
 
 class FoldedConv1D(Folded):
@@ -95,4 +116,4 @@ class FoldedConv1D(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return FoldedMatmul.apply(x, self.bias, param.param, param, True)  # type: ignore[attr-defined]
+        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.param, param)  # type: ignore[attr-defined]

@@ -17,12 +17,13 @@ FOLD_PARAM = "_gradfold_param"  # a folded module's attribute: its weight's plac
 
 def routed(module: nn.Module) -> FoldParam | None:
     """Return the place of ``module.weight`` in the fold if this call can hand it a term; None for the plain path."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _torch.is_tracing():
         return None  # a compiled region writes its gradient out, and the gate takes it from there
     param: FoldParam | None = module.__dict__.get(FOLD_PARAM)
     if param is None:  # paused or not: a checkpoint must take the same path again, so it is backward that decides
         return None
-    refuse_ddp()
+    if _torch.active_ddp() is not None:
+        refuse_ddp()
     weight = _torch.own_parameters(module).get("weight")
     if weight is None or weight is not param.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
         refuse_replica(module)
@@ -52,7 +53,7 @@ def usable(param: FoldParam) -> FoldParam | None:
 
 def transformed() -> bool:
     """Return whether this code is being traced or transformed, for which everything takes the plain path."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _torch.is_transforming()
+    return _torch.is_tracing() or _torch.is_transforming()
 
 
 def is_plain(x: torch.Tensor) -> bool:

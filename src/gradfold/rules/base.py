@@ -149,9 +149,9 @@ def descent_gradient(grad: Tensor, maximize: bool) -> Tensor:
 
 def step_tensor(step: float, weight: Tensor) -> Tensor:
     """Return ``step`` the way torch's fused kernels read it: a float32 scalar on the weight's device."""
-    if weight.device.type != "cpu" or hasattr(weight, "fake_mode"):
-        return torch.full((), step, dtype=torch.float32, device=weight.device)
-    return _on_cpu(step)
+    if type(weight) is Tensor and weight.is_cpu:
+        return _on_cpu(step)
+    return torch.full((), step, dtype=torch.float32, device=weight.device)
 
 
 @functools.lru_cache(maxsize=64)
