@@ -83,8 +83,8 @@ class Body:
         if node.op == "scalar":
             text = self.inputs[node.args[0].source]
         elif node.op == "load":
-            name, lane = node.args
-            text = element(self.at.get(name, name), lane)
+            array, lane = node.args
+            text = element(self.at.get(array, array), lane)
         else:
             form = EXPRESSIONS[node.op]
             form = form[node.operands[0].dtype] if isinstance(form, dict) else form
