@@ -317,3 +317,9 @@ def test_a_graph_that_saved_the_old_weight_is_stale():
     bind(case(ECHO), [{"values": weight.detach()}], (2, 3))(case(ECHO).numbers, grad=torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_where_it_pays():
+    assert native.pays(512, 2048, 768, torch.float32) and not native.pays(513, 2048, 768, torch.float32)
+    assert native.pays(16, 16, 16, torch.bfloat16) and not native.pays(16, 4096, 16, torch.bfloat16)
+    assert not native.pays(16, 2048, 768, torch.float64)

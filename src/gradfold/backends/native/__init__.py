@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfold.codecs import Codec, Stream
@@ -17,13 +18,18 @@ from gradfold.rules import Rule
 
 from .build import load
 from .emit import emit
-from .launch import Bound, Kernel
+from .launch import KINDS, Bound, Kernel
 from .program import trace
 from .scalars import Unsupported
 
-__all__ = ["Bound", "Kernel", "bind", "kernel", "reason"]
+__all__ = ["Bound", "Kernel", "bind", "kernel", "pays", "reason"]
 
 PRODUCTS = Path(__file__).with_name("products.c")
+
+# One pass against torch's product in tiles of 2 MiB, norm and fused kernel, fp32 and bf16 (docs/LOG.md, 2026-11-29).
+PAYS_TOKENS = 512  # beyond, torch's product is faster by what the pass saves
+PAYS_COLUMNS = 64  # below, most of a block of 128 is padding ...
+PAYS_ELEMENTS = 2**14  # ... unless all of it is so little that calls are what takes time
 
 _kernels: dict[tuple, list[Kernel]] = {}
 _failed: dict[tuple, str] = {}
@@ -87,6 +93,21 @@ def bind(
         return None
     row_stride = shape[1] if row_stride is None else row_stride
     return Bound(first, find, parts, streams, shape, first_offset, row_stride, scratch)
+
+
+def pays(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether a plain weight steps faster in one native pass than by torch's product and fused kernel.
+
+    Coded weights and states have no fused kernel: for them it says which way to take to the gradient. Of more tokens,
+    torch writes it to tiles of 2 MiB, which ``Bound`` takes as ``grad``.
+
+    Args:
+        tokens: of all products together.
+        rows, columns: of the weight.
+        dtype: of the weight and its states.
+    """
+    wide = columns >= PAYS_COLUMNS or rows * columns <= PAYS_ELEMENTS
+    return tokens <= PAYS_TOKENS and wide and dtype in KINDS
 
 
 def _find(rule: Rule, codecs: Sequence[Codec], stochastic: Sequence[bool], numbers: Any) -> Kernel | None:

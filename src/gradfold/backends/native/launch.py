@@ -27,7 +27,7 @@ from .threads import Share, over_threads, shares_of
 Product = tuple[Tensor, Tensor]  # left [T, R] and right [T, C]: the gradient left.T @ right
 Gather = tuple[Tensor, Tensor]  # ids int64 [N] and grad [N, C]: row ids[i] of the gradient gets grad[i]
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in products.c
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of a term's elements, as in products.c
 _STEP, _MEASURE = 0, 1
 _CERTAIN = 1e37  # a gradient bounded by less, give or take rounding errors, has no infinity
 _NONE = (0, 0, 0)  # no gradient
@@ -86,7 +86,9 @@ class Kernel:
         if any(shared != words[0][0] for shared, _ in words):
             raise ValueError("keys: those of one parameter share their first word")
         nowhere, streams = (lambda numbers: None), [None] * len(self.codecs)
-        bound = Bound(self, nowhere, (weight, *states), streams, (*grad.shape,), first_offset, row_stride)
+        bound = Bound(
+            self, nowhere, (weight, *states), streams, (grad.shape[0], grad.shape[1]), first_offset, row_stride
+        )
         if words:
             bound.take([words[0][0], *(own for _, own in words)])
         bound(numbers, grad=grad)
@@ -296,7 +298,7 @@ def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> t
 
 def _matrix(t: Tensor, rows: int, columns: int, name: str) -> tuple[int, int, int]:
     """As ``_place``, and the kind of its elements."""
-    kind = _KINDS.get(t.dtype)
+    kind = KINDS.get(t.dtype)
     strides = t.stride()
     if kind is None or t.shape != (rows, columns) or not t.is_cpu or (strides[1] != 1 and columns > 1):
         raise ValueError(

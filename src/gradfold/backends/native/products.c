@@ -17,7 +17,7 @@
 #define WIDTH 16
 #define LANES 8
 #define DEPTH 256
-#define TILE_ROWS 12             /* times HEIGHT: the tile stays in the second cache */
+#define TILE_ROWS 48             /* at most, a multiple of HEIGHT */
 #define MOST_COLUMNS (128 * 128) /* of a tile */
 #define MOST_PACKED (1 << 20)    /* floats of `right` packed at a time, unless a block of columns needs more */
 #define ALIGNED 16               /* floats in a cache line */
@@ -184,13 +184,16 @@ static int64_t tile_columns(int64_t depth, int64_t columns) {
   const int64_t packed = depth ? MOST_PACKED / depth / BLOCK * BLOCK : MOST_COLUMNS;
   return MIN(MIN(packed < BLOCK ? BLOCK : packed, MOST_COLUMNS), CEIL(columns, WIDTH));
 }
+/* Few rows, so that the tile stays in the second cache with what it is stepped with; but `right` is read once for each
+   tile, and of many tokens it is larger than that cache. */
+static int64_t tile_rows(int64_t depth) { return depth > DEPTH ? TILE_ROWS : TILE_ROWS / 4; }
 /* One more cache line a row: where rows are a multiple of 4 KiB apart, all of them would fall into the same few lines. */
 static int64_t tile_stride(int64_t width) { return CEIL(width, ALIGNED) + ALIGNED; }
 
 /* Scratch memory of one share, in floats. */
 int64_t gradfold_scratch(int64_t depth, int64_t columns) {
   const int64_t width = tile_columns(depth, columns);
-  return ALIGNED + depth * width + TILE_ROWS * (DEPTH + tile_stride(width));
+  return ALIGNED + depth * width + tile_rows(depth) * (DEPTH + tile_stride(width));
 }
 
 /* Step rows and columns of what is bound, counted from where the gradient begins; returns the gradient's sum of squares. */
@@ -203,8 +206,9 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
   int64_t depth = 0;
   for (int64_t p = 0; p < call->count; p++) depth += call->products[p].tokens;
   const int64_t width = tile_columns(depth, columns_end - columns_start), stride = tile_stride(width);
+  const int64_t height = tile_rows(depth);
   float *const packed = (float *)CEIL((intptr_t)(call->scratch + share * call->scratch_floats), 4 * ALIGNED);
-  float *const lefts = packed + depth * width, *const tile = lefts + TILE_ROWS * DEPTH;
+  float *const lefts = packed + depth * width, *const tile = lefts + height * DEPTH;
   if (direct) {
     for (int64_t r = rows_start; r < rows_end; r++)
       squares += squares_of((const float *)element(&call->grad, r, columns_start), columns_end - columns_start);
@@ -225,8 +229,8 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
         to += tokens * CEIL(columns, WIDTH);
       }
     }
-    for (int64_t top = rows_start; top < rows_end; top += TILE_ROWS) {
-      const int64_t rows = MIN(TILE_ROWS, rows_end - top);
+    for (int64_t top = rows_start; top < rows_end; top += height) {
+      const int64_t rows = MIN(height, rows_end - top);
       const float *from = packed;
       int add = call->grad.at != NULL;
       for (int64_t r = 0; add && r < rows; r++)
@@ -243,7 +247,7 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
           add = 1;
         }
       }
-      if (!add) memset(tile, 0, 4 * TILE_ROWS * stride);
+      if (!add) memset(tile, 0, 4 * height * stride);
       for (int64_t g = 0; g < call->gathers; g++)
         add_gathered(&gathers_of(call)[g], top, rows, first, columns, tile, stride);
       for (int64_t r = 0; r < rows; r++) {

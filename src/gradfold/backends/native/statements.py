@@ -62,7 +62,8 @@ class Body:
     """
 
     def __init__(self, inputs: Mapping[str, str], prefix: str = "t", at: Mapping[str, str] | None = None):
-        self.inputs, self.prefix, self.at = inputs, prefix, at or {}
+        self.inputs, self.prefix = inputs, prefix
+        self.at: Mapping[str, str] = at or {}
         self.before: list[str] = []
         self.inside: list[str] = []
         self._names: dict[Node, str] = {}
@@ -83,8 +84,9 @@ class Body:
         if node.op == "scalar":
             text = self.inputs[node.args[0].source]
         elif node.op == "load":
-            name, lane = node.args
-            text = element(self.at.get(name, name), lane)
+            array: str = node.args[0]
+            lane: int = node.args[1]
+            text = element(self.at.get(array, array), lane)
         else:
             form = EXPRESSIONS[node.op]
             form = form[node.operands[0].dtype] if isinstance(form, dict) else form
