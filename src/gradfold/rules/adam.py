@@ -76,8 +76,16 @@ class AdamRule(Rule):
         if maximum:
             torch.maximum(maximum[0], exp_avg_sq, out=maximum[0])
         denom = torch.sqrt(maximum[0] if maximum else exp_avg_sq, out=scratch[0])
-        denom.mul_(1 / (1 - n.beta2**n.step) ** 0.5).add_(n.eps)
+        self._correct(denom, n).add_(n.eps)
         weight.addcdiv_(exp_avg, denom, value=-n.lr / (1 - n.beta1**n.step))
+
+    def _correct(self, root, n):
+        """Divide the root of the second moment by its bias correction, in place."""
+        return root.mul_(1 / (1 - n.beta2**n.step) ** 0.5)
+
+    def as_fused(self):
+        """Return the rule as torch's fused kernel rounds it."""
+        return _FUSED
 
     def fused(self, weight, grad, states, numbers):
         """Run torch's fused kernel on contiguous tensors."""
@@ -98,3 +106,13 @@ class AdamRule(Rule):
             amsgrad=n.amsgrad,
             maximize=n.maximize,
         )
+
+
+class _AsFused(AdamRule):
+    """The same formula, divided where ``AdamRule`` multiplies by the reciprocal, as torch's fused kernel does."""
+
+    def _correct(self, root, n):
+        return root.div_((1 - n.beta2**n.step) ** 0.5)
+
+
+_FUSED = _AsFused()
