@@ -56,15 +56,15 @@ class PlanCommand:
     batch: int | None = None
     """Sequences per micro-batch, the same as --batch-size."""
     budget: str | None = None
-    """What the card has, such as 24GiB: also search for settings that fit it, and print the fastest."""
+    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the fastest."""
     json: bool = False
     """Print everything as JSON, and no table."""
     plot: str | None = None
-    """Draw the step beside plain AdamW's into this file (.png, .svg or .pdf)."""
+    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf)."""
     measure: bool = False
-    """Also take the step for real, on random weights, here; print predicted, measured and the error."""
+    """Also run the step for real on this machine, with random weights; print predicted, measured and the error."""
     compare: bool = True
-    """--no-compare: leave out plain AdamW, AdamW in hooks and 8-bit AdamW."""
+    """Compare with plain AdamW, AdamW in hooks and 8-bit AdamW."""
 
 
 EXTRA = {

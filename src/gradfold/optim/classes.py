@@ -1,6 +1,6 @@
 """The optimizers: torch's names, arguments and defaults, each a rule from ``gradfold.rules``.
 
-Every one also takes ``states``, ``rounding``, ``master``, ``small_size`` and ``seed``: see ``options.py``.
+Every one also takes ``states``, ``rounding``, ``master``, ``small_size`` and ``seed``: see ``StorageOptions``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from gradfold._options import StorageOptions
 from gradfold.rules import SGD as SGDRule
 from gradfold.rules import Adagrad as AdagradRule
 from gradfold.rules import Adam as AdamRule
@@ -20,7 +21,6 @@ from gradfold.rules import RAdam as RAdamRule
 from gradfold.rules import RMSprop as RMSpropRule
 
 from .base import RuleOptimizer
-from .options import StorageOptions
 
 
 def _at_least_zero(group: dict[str, Any], *names: str) -> None:

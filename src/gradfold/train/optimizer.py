@@ -21,7 +21,9 @@ def make_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any], seed: int
     Raises RecipeError for settings that do not go together or not with these weights.
     """
     kind = getattr(gradfold, recipe.name)
-    storage = recipe.storage() | ({"seed": seed} if recipe.storage() else {})
+    storage = recipe.storage_options()
+    if storage:
+        storage["seed"] = seed
     try:
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.settings(), **storage)
     except ValueError as error:
