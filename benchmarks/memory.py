@@ -29,9 +29,9 @@ from common import (
     write_result,
 )
 from gradfold.backends import Backend
+from gradfold.planner.bytes import format_bytes
 from gradfold.planner.plot import draw_step_memory
 from gradfold.planner.step import StepMemory, measure_step, step_memory
-from gradfold.planner.units import format_bytes
 
 
 class NullBackend(Backend):

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import gradfold
 from common import RESULTS, fill_table, fold_plain_head, print_table, write_result
-from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.schedule import make_schedule
 from tasks import Task, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"

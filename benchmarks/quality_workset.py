@@ -32,8 +32,8 @@ import torch
 from common import RESULTS, fill_table, print_table, write_result
 from contests import CHUNKS, INTERVAL, Contest, badam, distance_from_masked, full, lora, of_all, working_set
 from gradfold.errors import NonFiniteError
-from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.schedule import make_schedule
 from tasks import Task, shakespeare, smollm2
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, Tape, Timing
+from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose, tensors_of
 from .engine import Ledger, outside, refuse_parameter, wrapper_of
 from .errors import FoldError
@@ -42,8 +42,8 @@ def fold(
     clip: Clip = "exact",
     error_if_nonfinite: bool = False,
     on_nonfinite: OnNonfinite = "raise",
-    timing: Timing = "auto",
-    tape: Tape = "device",
+    timing: TimingMode = "auto",
+    tape: TapePlace = "device",
     working_set: WorkingSet | None = None,
     head: Head = "fold",
     head_keep_bytes: int | None = None,
@@ -235,9 +235,11 @@ class Fold:
         return turns.describe() if isinstance(turns, Rotation) else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step takes from the last one beside weights and the optimizer's states: with
-        ``clip="delayed"``, by which factor gradients are scaled (of each param_group that is clipped by its own norm;
-        -1: of all others). Else it is empty."""
+        """Return what the next step takes from the last one beside weights and optimizer states.
+
+        With ``clip="delayed"`` that is the factor by which gradients are scaled: of each param_group that is clipped
+        by its own norm, and under -1 of all others. Else it is empty.
+        """
         self._ledger.require_closed("fold.state_dict()")
         return {"following": {str(pool): float(factor) for pool, factor in self._ledger.following.items()}}
 

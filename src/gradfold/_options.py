@@ -16,9 +16,9 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]
 Head = Literal["fold", "plain"]
 OnNonfinite = Literal["raise", "skip", "ignore"]
-Timing = Literal["auto", "deferred"]
-Tape = Literal["device", "host"]
-States = Literal["fp32", "bf16", "int8", "int4"]
+TimingMode = Literal["auto", "deferred"]
+TapePlace = Literal["device", "host"]
+StateFormat = Literal["fp32", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["split8", "split16"]
 Axis = Literal["out", "in"]
@@ -66,8 +66,8 @@ class FoldOptions(GradientFields):
     norm_type: float = 2.0
     error_if_nonfinite: bool = False
     on_nonfinite: OnNonfinite = "raise"
-    timing: Timing = "auto"
-    tape: Tape = "device"
+    timing: TimingMode = "auto"
+    tape: TapePlace = "device"
 
     def __post_init__(self) -> None:
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
@@ -76,7 +76,7 @@ class FoldOptions(GradientFields):
             refuse_limit(name, getattr(self, name))
         if not isinstance(self.norm_type, int | float) or not self.norm_type > 0:
             raise FoldError(f"norm_type={self.norm_type!r}: 2.0, another number above 0, or float('inf')")
-        for name, kind in (("clip", Clip), ("on_nonfinite", OnNonfinite), ("tape", Tape), ("timing", Timing)):
+        for name, kind in (("clip", Clip), ("on_nonfinite", OnNonfinite), ("tape", TapePlace), ("timing", TimingMode)):
             if getattr(self, name) not in get_args(kind):
                 raise FoldError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, get_args(kind)))}")
         if self.clip != "exact" and self.timing == "deferred":
@@ -121,7 +121,7 @@ class StorageOptions(TypedDict, total=False):
         so that a CUDA graph can capture folded steps.
     """
 
-    states: States | None
+    states: StateFormat | None
     rounding: Rounding | None
     master: Master | None
     small_size: int
@@ -133,7 +133,7 @@ class StorageOptions(TypedDict, total=False):
 class StorageFields:
     """The storage options that decide memory, as fields of plans and recipes. None: not given."""
 
-    states: States | None = None
+    states: StateFormat | None = None
     """Storage of optimizer states; int8 and int4 are block-quantized. None: the weights' dtype, as torch does."""
     rounding: Rounding | None = None
     """Rounding of 16-bit weights and states. None: states stochastically where that helps, weights to nearest."""

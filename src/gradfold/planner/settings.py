@@ -24,8 +24,9 @@ from gradfold._options import (
 )
 from gradfold.errors import FoldError
 from gradfold.optim import RuleOptimizer
-from gradfold.planner.errors import PlanError
 from gradfold.workset import WorkingSet
+
+from .errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ from gradfold._options import (
     WakingStates,
 )
 from gradfold.errors import FoldError
-from gradfold.train.conform import conform_fields
-from gradfold.train.errors import RecipeError
+
+from .errors import RecipeError
+from .validate import conform_fields
 
 if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
@@ -213,6 +214,7 @@ class WorkingSetRecipe:
 
     @property
     def used(self) -> bool:
+        """Whether the run has a working set."""
         return self.chunks is not None or self.by == "layer"
 
     def build(self, folder: str | Path | None = None, **changes: Any) -> WorkingSet | None:
