@@ -86,7 +86,7 @@ def test_a_budget(plan, small):
 
 
 @pytest.mark.slow
-def test_peers_a_picture_and_a_real_step(tmp_path, small):
+def test_baselines_a_picture_and_a_real_step(tmp_path, small):
     """As a user runs it: with a second process for the baselines."""
     picture = tmp_path / "step.png"
     words = ["--model", small, "--tokens", "32", "--plot", str(picture), "--measure", "--budget", "2GiB"]
