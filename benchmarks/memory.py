@@ -19,7 +19,7 @@ import gradfold
 from gradfold.backends import Backend
 from gradfold.planner.plot import draw_step_memory
 from gradfold.planner.step import StepMemory, measure_step, step_memory
-from gradfold.planner.units import format_bytes
+from gradfold.planner.bytes import format_bytes
 
 from .common import (
     DTYPES,

@@ -23,12 +23,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gradfold import WorkingSet
+from gradfold.planner.bytes import format_bytes
 from gradfold.planner.models import Subject
 from gradfold.planner.predict import predict
-from gradfold.planner.scene import Scene, enable_checkpointing, trainable
 from gradfold.planner.settings import Settings
 from gradfold.planner.step import run_step
-from gradfold.planner.units import format_bytes
+from gradfold.planner.workload import Workload, enable_checkpointing, trainable
 
 from .common import llama_config, print_table, write_result
 
@@ -165,13 +165,13 @@ def allocator_peak_bytes(number: int) -> int:
     """Train one configuration for real; return the allocator's peak, weights included."""
     torch.set_num_threads(1)
     one = CONFIGURATIONS[number]
-    scene, settings = Scene(one.subject(), one.settings, "cpu"), one.settings
-    batch = scene.batch()
+    workload, settings = Workload(one.subject(), one.settings, "cpu"), one.settings
+    batch = workload.batch()
     batch = {name: torch.randint(0, 1000, ids.shape) for name, ids in batch.items()}
     batch["labels"] = batch["input_ids"]
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        model = scene.subject.build(settings.torch_dtype(None), None)
+        model = workload.subject.build(settings.torch_dtype(None), None)
         if settings.checkpointing:
             enable_checkpointing(model)
         turns = settings.working_set and dataclasses.replace(settings.working_set, interval=1)

@@ -25,8 +25,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradfold
-from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.schedule import make_schedule
 
 from .common import RESULTS, fill_table, fold_plain_head, print_table, read_rows, write_result
 from .datasets import Task, shakespeare, smollm2

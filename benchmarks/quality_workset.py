@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from gradfold.errors import NonFiniteError
-from gradfold.train.optimizer import make_schedule
 from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.schedule import make_schedule
 
 from .common import RESULTS, fill_table, print_table, read_rows, write_result
 from .datasets import Task, shakespeare, smollm2

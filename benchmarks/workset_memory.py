@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradfold
 from gradfold.planner.fake import SkipWrites
-from gradfold.planner.played import PlayedHost
+from gradfold.planner.fake_host import FakeHost
 from gradfold.planner.trace import LiveBytes
 
 from .common import fold_plain_head, llama_config, print_table, write_result
@@ -82,7 +82,7 @@ def measure_round(args: argparse.Namespace, batch: int, prefetch: int) -> dict[s
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, args.tokens, dtype=torch.int64)
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, states=args.states, rounding="stochastic")
-        store = PlayedHost()
+        store = FakeHost()
         working_set = gradfold.WorkingSet(interval=1, chunks=args.chunks, offload=store, prefetch=prefetch)
         fold = fold_plain_head(model, optimizer, working_set=working_set)
         rotation = fold._state.turns

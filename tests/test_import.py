@@ -13,7 +13,7 @@ assert set(gradfold.__all__) <= set(dir(gradfold))
 from gradfold import Fold, fold, plan
 assert callable(fold) and fold is gradfold.fold and gradfold.Fold is Fold
 assert callable(plan) and plan is gradfold.plan and "torch" in sys.modules
-import gradfold._fold, gradfold.planner.units  # no module has the name of a function
+import gradfold._fold, gradfold.planner.bytes  # no module has the name of a function
 assert gradfold.fold is fold and gradfold.plan is plan
 from gradfold import *
 assert fold is gradfold.fold and AdamW is gradfold.AdamW

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from . import _torch
-from ._options import FoldOptions
+from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
 from .engine import FoldState, outside, refuse_parameter, wrapper_of
 from .errors import FoldError
@@ -41,13 +41,13 @@ def fold(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     norm_type: float = 2.0,
-    clip: Literal["exact", "two_pass", "delayed"] = "exact",
+    clip: Clip = "exact",
     error_if_nonfinite: bool = False,
-    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise",
-    timing: Literal["auto", "deferred"] = "auto",
-    tape: Literal["device", "host"] = "device",
+    on_nonfinite: OnNonfinite = "raise",
+    timing: TimingMode = "auto",
+    tape: TapePlace = "device",
     working_set: WorkingSet | None = None,
-    head: Literal["fold", "plain"] = "fold",
+    head: Head = "fold",
     head_keep_bytes: int | None = None,
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
@@ -105,7 +105,7 @@ def fold(
         timing=timing,
         tape=tape,
     )
-    if head not in ("fold", "plain"):
+    if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
     _check_optimizer(optimizer)
@@ -184,12 +184,9 @@ def _check_optimizer(optimizer: object) -> None:
     if name in _UNFOLDABLE:
         raise FoldError(f"{name} cannot be folded: {_UNFOLDABLE[name]}; use gradfold.AdamW or another of gradfold's")
     raise FoldError(
-        f"optimizer={name} is not one of gradfold's; use gradfold.{name if name in _COUNTERPARTS else 'AdamW'} "
+        f"optimizer={name} is not one of gradfold's; use gradfold.{name if name in OPTIMIZERS else 'AdamW'} "
         "(its load_state_dict takes torch's state_dict)"
     )
-
-
-_COUNTERPARTS = {kind.__name__ for kind in RuleOptimizer.__subclasses__()} | {"AdamW"}
 
 
 def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
@@ -240,9 +237,11 @@ class Fold:
         return turns.describe() if isinstance(turns, Rotation) else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step takes from the last one beside weights and the optimizer's states: with
-        ``clip="delayed"``, by which factor gradients are scaled (of each param_group that is clipped by its own norm;
-        -1: of all others). Else it is empty."""
+        """Return what the next step takes from the last one beside weights and optimizer states.
+
+        With ``clip="delayed"`` that is the factor by which gradients are scaled: of each param_group that is clipped
+        by its own norm, and under -1 of all others. Else it is empty.
+        """
         self._state.require_closed("fold.state_dict()")
         return {"following": {str(pool): float(factor) for pool, factor in self._state.following.items()}}
 

@@ -1,37 +1,73 @@
-"""The options of ``fold``, declared and checked once; the planner's settings and the trainer's recipes hold them."""
+"""The options of ``fold`` and of the optimizers, declared and checked once.
+
+``fold()``, the planner's settings, the trainer's recipes and the command line's flags all take these from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_args
 
 from .errors import FoldError
 
+OptimizerName = Literal["AdamW", "Adam", "SGD", "Lion", "RMSprop", "Adagrad", "NAdam", "RAdam"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+Clip = Literal["exact", "two_pass", "delayed"]
+Head = Literal["fold", "plain"]
+OnNonfinite = Literal["raise", "skip", "ignore"]
+TimingMode = Literal["auto", "deferred"]
+TapePlace = Literal["device", "host"]
+StateFormat = Literal["fp32", "bf16", "int8", "int4"]
+Rounding = Literal["nearest", "stochastic"]
+Master = Literal["split8", "split16"]
+Axis = Literal["out", "in"]
+Order = Literal["forward", "backward", "random", "importance"]
+WakingStates = Literal["keep", "reset"]
+Offload = Literal["cpu", "disk"]
+
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+"""The names of gradfold's optimizers."""
+DTYPES: tuple[str, ...] = get_args(Dtype)
+"""The dtypes that weights may train in."""
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 512
 """Sequences per micro-batch, and tokens per sequence, of a training run and of a plan, where neither is given."""
 INTERVAL = 4
 """Steps before the next chunk of a working set wakes."""
 
-TAPES = ("device", "host")
-TIMINGS = ("auto", "deferred")
-CLIPS = ("exact", "two_pass", "delayed")
-ON_NONFINITE = ("raise", "skip", "ignore")
+
+@dataclasses.dataclass(frozen=True)
+class GradientFields:
+    """What becomes of gradients between a backward and the step: fields of `fold()`, of plans and of recipes."""
+
+    accumulate: int = 1
+    """Gradient accumulation: micro-batches per optimizer step. The step is that of one larger batch."""
+    clip_norm: float | None = None
+    """Clip the norm of all gradients together to this, as clip_grad_norm_ does. None: no clipping."""
+    clip_value: float | None = None
+    """Clip every element of the gradients to plus or minus this, after clip_norm. None: no clipping."""
+    clip: Clip = "exact"
+    """How clip_norm gets the norm. exact: weights step once it is known. two_pass: backward runs twice, in less memory.
+    delayed: use the last step's norm, an approximation."""
+
+    def gradient_options(self) -> dict[str, Any]:
+        """These fields as keyword arguments of `gradfold.fold`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GradientFields)}
 
 
 @dataclasses.dataclass(frozen=True)
-class FoldOptions:
-    """What ``fold()`` was asked for; see there."""
+class FoldOptions(GradientFields):
+    """What ``fold()`` was asked for; see there.
 
-    accumulate: int = 1
-    clip_norm: float | None = None
-    clip_value: float | None = None
+    Raises:
+        FoldError: an option is out of range, or does not go with another.
+    """
+
     norm_type: float = 2.0
-    clip: Literal["exact", "two_pass", "delayed"] = "exact"
     error_if_nonfinite: bool = False
-    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
-    timing: Literal["auto", "deferred"] = "auto"
-    tape: Literal["device", "host"] = "device"
+    on_nonfinite: OnNonfinite = "raise"
+    timing: TimingMode = "auto"
+    tape: TapePlace = "device"
 
     def __post_init__(self) -> None:
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
@@ -40,14 +76,9 @@ class FoldOptions:
             refuse_limit(name, getattr(self, name))
         if not isinstance(self.norm_type, int | float) or not self.norm_type > 0:
             raise FoldError(f"norm_type={self.norm_type!r}: 2.0, another number above 0, or float('inf')")
-        if self.clip not in CLIPS:
-            raise FoldError(f"clip={self.clip!r}: one of {', '.join(map(repr, CLIPS))}")
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise FoldError(f"on_nonfinite={self.on_nonfinite!r}: one of {', '.join(map(repr, ON_NONFINITE))}")
-        if self.tape not in TAPES:
-            raise FoldError(f"tape={self.tape!r}: one of {', '.join(map(repr, TAPES))}")
-        if self.timing not in TIMINGS:
-            raise FoldError(f"timing={self.timing!r}: one of {', '.join(map(repr, TIMINGS))}")
+        for name, kind in (("clip", Clip), ("on_nonfinite", OnNonfinite), ("tape", TapePlace), ("timing", TimingMode)):
+            if getattr(self, name) not in get_args(kind):
+                raise FoldError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, get_args(kind)))}")
         if self.clip != "exact" and self.timing == "deferred":
             raise FoldError(
                 f"timing='deferred' with clip={self.clip!r}, which steps inside backward: use clip='exact', whose "
@@ -72,5 +103,51 @@ class FoldOptions:
 
 
 def refuse_limit(name: str, value: Any) -> None:
+    """Raise FoldError unless a clipping limit is None or a number above 0."""
     if value is not None and (not isinstance(value, int | float) or not value > 0 or math.isnan(value)):
         raise FoldError(f"{name}={value!r}: a number above 0, or None")
+
+
+class StorageOptions(TypedDict, total=False):
+    """Storage options: keyword arguments of every optimizer, and keys of its param_groups.
+
+    Attributes:
+        states: How optimizer states are stored: "fp32", "bf16", or quantized to "int8" or "int4" in blocks of 128
+            elements along a row, with an fp32 scale each. None keeps them in the weight's dtype, as torch does.
+        rounding: How values are rounded to fewer bits than fp32: "nearest" or "stochastic". None rounds states and
+            masters stochastically where they need it (see `gradfold/codecs/README.md`), and a weight without master to
+            nearest.
+        master: Keep more bits of a bf16 weight: "split8" adds one byte per element (a 24-bit master weight), "split16"
+            two bytes (an fp32 master weight). None keeps the bf16 weight only.
+        small_size: Parameters with fewer elements, and all vectors (norms, biases), keep fp32 states; 0 gives every
+            parameter the states of ``states``.
+        seed: Seed of the random bits for stochastic rounding; two runs with the same seed round alike.
+        capturable: As in torch: step counters live on the device of the weights, and a learning rate that is a tensor
+            is read there, so that a CUDA graph can capture folded steps.
+    """
+
+    states: StateFormat | None
+    rounding: Rounding | None
+    master: Master | None
+    small_size: int
+    seed: int
+    capturable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageFields:
+    """The storage options that decide memory, as fields of plans and recipes. None: not given."""
+
+    states: StateFormat | None = None
+    """Storage of optimizer states; int8 and int4 are block-quantized. None: the weights' dtype, as torch does."""
+    rounding: Rounding | None = None
+    """Rounding of 16-bit weights and states. None: states stochastically where that helps, weights to nearest."""
+    master: Master | None = None
+    """Master weights of bf16 weights, stored as the 8 or 16 bits that bf16 drops. None: no masters."""
+    small_size: int | None = None
+    """Weights with fewer elements than this (default 4,096), norms and biases keep fp32 states."""
+
+    def storage_options(self) -> dict[str, Any]:
+        """The options that are given, as keyword arguments of an optimizer."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(StorageFields)}
+        return {name: value for name, value in given.items() if value is not None}

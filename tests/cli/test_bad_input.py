@@ -178,15 +178,15 @@ CASES = {
         lambda place, m: ["--model", m, "--data", "pydoc", "--device", "abacus"],
         "device = 'abacus': cannot be used",
     ),
-    "no batch to sum": (lambda place, m: ["--gradient.accumulate", 0], "gradient.accumulate = 0: give a whole number"),
-    "clipping to nothing": (lambda place, m: ["--gradient.clip-norm", 0], "gradient.clip_norm = 0.0: give a number"),
+    "no batch to sum": (lambda place, m: ["--gradient.accumulate", 0], "gradient.accumulate = 0: how many backwards"),
+    "clipping to nothing": (lambda place, m: ["--gradient.clip-norm", 0], "gradient.clip_norm = 0.0: a number above 0"),
     "clipping by no norm": (
         lambda place, m: ["--gradient.clip", "two_pass"],
-        "gradient.clip = 'two_pass': clips nothing without gradient.clip_norm; say how far to clip",
+        "gradient.clip = 'two_pass' without clip_norm: say how far to clip",
     ),
     "clipping a sum by two passes": (
         lambda place, m: ["--gradient.clip", "two_pass", "--gradient.clip-norm", 1, "--gradient.accumulate", 4],
-        "gradient.clip = 'two_pass': does not go with gradient.accumulate = 4",
+        "gradient.clip = 'two_pass' with accumulate=4: the norm of a sum",
     ),
     "delayed clipping of stored gradients": (
         lambda place, m: ["--gradient.clip", "delayed", "--gradient.clip-norm", 1, "--no-fold"],

@@ -86,8 +86,8 @@ def test_a_budget(plan, small):
 
 
 @pytest.mark.slow
-def test_peers_a_picture_and_a_real_step(tmp_path, small):
-    """As a user runs it: with a second process for the peers."""
+def test_baselines_a_picture_and_a_real_step(tmp_path, small):
+    """As a user runs it: with a second process for the baselines."""
     picture = tmp_path / "step.png"
     words = ["--model", small, "--tokens", "32", "--plot", str(picture), "--measure", "--budget", "2GiB"]
     done = subprocess.run(
@@ -144,10 +144,10 @@ def test_errors_are_one_line(plan, words, message, tmp_path, monkeypatch):
 
 
 def test_every_peer_is_traced():
-    from gradfold.cli.plan_peers import COUNT
-    from gradfold.planner.peers import PEERS
+    from gradfold.cli.plan_baselines import COUNT
+    from gradfold.planner.baselines import BASELINES
 
-    assert len(PEERS) == COUNT
+    assert len(BASELINES) == COUNT
 
 
 def test_help_names_every_flag(plan):

@@ -33,11 +33,11 @@ def predicted():
 @pytest.fixture
 def told(monkeypatch, tmp_path, capsys, predicted):
     """What `train` and `plan` print for the same words, up to where they would load or trace a model."""
-    from gradfold.planner import make
+    from gradfold.planner import api
     from gradfold.train import loop
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(make, "predict", lambda *_: predicted)
+    monkeypatch.setattr(api, "predict", lambda *_: predicted)
 
     def train(recipe, out, saved):
         data = types.SimpleNamespace(tokens=Rows(), train=[0], held_out=[], steps_per_epoch=1)

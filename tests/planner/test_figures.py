@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from gradfold.planner.baselines import BASELINES
 from gradfold.planner.models import find_subject
-from gradfold.planner.peers import PEERS
-from gradfold.planner.predict import predict, predict_peer
+from gradfold.planner.predict import predict, predict_baseline
 from gradfold.planner.settings import Settings
 from gradfold.workset import WorkingSet
 
@@ -35,10 +35,10 @@ def test_llama_8b(states, checkpointing, most):
     assert (2 + each) * 8_030_261_248 / GIB < memory.peak_bytes / GIB <= most
 
 
-@pytest.mark.parametrize(("peer", "measured"), [("plain AdamW", 60.08), ("8-bit AdamW", 45.36)])
-def test_peers_on_llama_8b(peer, measured):
+@pytest.mark.parametrize(("baseline", "measured"), [("plain AdamW", 60.08), ("8-bit AdamW", 45.36)])
+def test_peers_on_llama_8b(baseline, measured):
     """An H200's torch.cuda.max_memory_allocated, as the FORGE authors give it for torch's AdamW and bitsandbytes'."""
-    memory = predict_peer(find_subject("llama-3.1-8b"), EIGHT, PEERS[peer], peer)
+    memory = predict_baseline(find_subject("llama-3.1-8b"), EIGHT, BASELINES[baseline], baseline)
     assert memory.peak_bytes / GIB == pytest.approx(measured, rel=0.01)
 
 

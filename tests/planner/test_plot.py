@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.planner.bytes import format_bytes
 from gradfold.planner.plot import COLORS, _resampled, draw_step_memory
 from gradfold.planner.step import step_memory
-from gradfold.planner.units import format_bytes
 
 pytest.importorskip("matplotlib")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gradfold.planner.models import find_subject
-from gradfold.planner.predict import predict, predict_peer, resting_of
-from gradfold.planner.scene import enable_checkpointing, trainable
+from gradfold.planner.predict import predict, predict_baseline, resting_of
 from gradfold.planner.settings import Settings
 from gradfold.planner.step import measure_step
 from gradfold.planner.trace import CATEGORIES
+from gradfold.planner.workload import enable_checkpointing, trainable
 from tests.planner.small import llama
 
 slow = pytest.mark.slow
@@ -88,13 +88,13 @@ def test_resting_is_that_of_the_whole_model(monkeypatch):
 
 
 def test_a_peer_stores_its_gradients():
-    import gradfold.planner.peers as peers
+    import gradfold.planner.baselines as baselines
 
     subject = find_subject(llama(2))
-    memory = predict_peer(subject, SHORT, peers.plain, "AdamW")
+    memory = predict_baseline(subject, SHORT, baselines.plain, "AdamW")
     assert memory.label == "AdamW"
     assert memory.most_bytes("gradients") == 4 * subject.parameters
-    hooks = predict_peer(subject, SHORT, peers.SteppedInHooks, "hooks")
+    hooks = predict_baseline(subject, SHORT, baselines.SteppedInHooks, "hooks")
     assert hooks.most_bytes("gradients") < memory.most_bytes("gradients") // 2
     states = CATEGORIES.index("states")
     last = hooks.timeline.live_bytes[-1, states], memory.timeline.live_bytes[-1, states]
@@ -102,8 +102,8 @@ def test_a_peer_stores_its_gradients():
 
 
 def test_peers_that_cannot_do_what_is_asked_are_left_out():
-    from gradfold.planner.peers import PEERS, peers_of
+    from gradfold.planner.baselines import BASELINES, baselines_of
 
-    assert peers_of(SHORT) == list(PEERS)
+    assert baselines_of(SHORT) == list(BASELINES)
     for changes in ({"accumulate": 2}, {"clip_norm": 1.0}):
-        assert "AdamW in hooks" not in peers_of(dataclasses.replace(SHORT, **changes))
+        assert "AdamW in hooks" not in baselines_of(dataclasses.replace(SHORT, **changes))

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold._options import OPTIMIZERS
 from gradfold.planner.errors import PlanError
-from gradfold.planner.settings import KINDS, Settings
+from gradfold.planner.settings import Settings
 from gradfold.workset import WorkingSet
 
 ALWAYS_A_LIST = WorkingSet(chunks=2, always=["norm"])
@@ -35,7 +36,7 @@ def test_refused(changes, message):
 
 def test_every_optimizer_of_the_library_is_offered():
     made = {name for name in gradfold.__all__ if isinstance(getattr(gradfold, name), type)}
-    assert set(KINDS) == {name for name in made if issubclass(getattr(gradfold, name), torch.optim.Optimizer)}
+    assert set(OPTIMIZERS) == {name for name in made if issubclass(getattr(gradfold, name), torch.optim.Optimizer)}
 
 
 def test_dtype():

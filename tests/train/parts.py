@@ -7,8 +7,9 @@ from gradfold.train.checkpoint import (
     Progress,
     save_checkpoint,
 )
-from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_groups
+from gradfold.train.optimizer import make_optimizer, parameter_groups
 from gradfold.train.recipe import OptimizerRecipe, ScheduleRecipe
+from gradfold.train.schedule import make_schedule
 from tests.train.tiny import build_model, recipe
 
 

@@ -13,7 +13,7 @@ from gradfold.train.checkpoint import (
     TRAINER,
     list_checkpoints,
     read_checkpoint,
-    restore,
+    restore_run,
 )
 from gradfold.train.recipe import OPTIMIZER_SETTINGS
 from tests.train.parts import Parts
@@ -37,7 +37,7 @@ def test_states_come_back_to_the_bit(tokenizer, tmp_path, name):
     other = Parts(tokenizer, tmp_path, name, steps=0)
     other.model.load_state_dict(AutoModelForCausalLM.from_pretrained(path).state_dict())
     assert not equal(other.tensors(), expected) or name == "SGD"
-    restore(read_checkpoint(path), other.model, other.optimizer, other.scheduler)
+    restore_run(read_checkpoint(path), other.model, other.optimizer, other.scheduler)
     assert equal(other.tensors(), expected)
     assert other.optimizer.param_groups[0]["lr"] == lr
     assert other.optimizer.state_dict()["param_groups"] == parts.optimizer.state_dict()["param_groups"]
@@ -56,7 +56,7 @@ def test_random_numbers_go_on_where_they_were(parts):
 
     expected = draw()
     assert draw() != expected
-    restore(read_checkpoint(path), parts.model, parts.optimizer, parts.scheduler)
+    restore_run(read_checkpoint(path), parts.model, parts.optimizer, parts.scheduler)
     assert draw() == expected
 
 

@@ -10,7 +10,7 @@ from gradfold.train.checkpoint import (
     STATES,
     TRAINER,
     read_checkpoint,
-    restore,
+    restore_run,
 )
 from gradfold.train.errors import CheckpointError
 from tests.train.tiny import tree_bytes
@@ -120,6 +120,6 @@ def test_states_that_do_not_fit_are_one_message(parts, what):
     reseal(path)
     saved = read_checkpoint(path)
     with pytest.raises(CheckpointError) as caught:
-        restore(saved, parts.model, parts.optimizer, parts.scheduler)
+        restore_run(saved, parts.model, parts.optimizer, parts.scheduler)
     assert FOREIGN[what][1] in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import gradfold
+from gradfold._options import OPTIMIZERS, FoldOptions, StorageFields, StorageOptions
+from gradfold.planner.settings import Settings
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import (
     DEMO,
@@ -53,17 +55,17 @@ BAD_FIELDS = [
         {"momentum": 0.9},
         "optimizer.momentum = 0.9: AdamW has no such setting; it has lr, weight_decay, betas",
     ),
-    (GradientRecipe, {"accumulate": 0}, "gradient.accumulate = 0: give a whole number, 1 or more"),
+    (GradientRecipe, {"accumulate": 0}, "gradient.accumulate = 0: how many backwards one step sums, 1 or more"),
     (GradientRecipe, {"accumulate": 2.0}, "gradient.accumulate = 2.0: takes a whole number"),
-    (GradientRecipe, {"clip_norm": 0}, "gradient.clip_norm = 0.0: give a number above 0, or None not to clip"),
+    (GradientRecipe, {"clip_norm": 0}, "gradient.clip_norm = 0.0: a number above 0, or None"),
     (GradientRecipe, {"clip_norm": float("inf")}, "gradient.clip_norm = inf: takes a finite number"),
-    (GradientRecipe, {"clip_value": -1}, "gradient.clip_value = -1.0: give a number above 0, or None"),
+    (GradientRecipe, {"clip_value": -1}, "gradient.clip_value = -1.0: a number above 0, or None"),
     (GradientRecipe, {"clip": "twice"}, "gradient.clip = 'twice': takes exact, two_pass, delayed"),
-    (GradientRecipe, {"clip": "two_pass"}, "gradient.clip = 'two_pass': clips nothing without gradient.clip_norm"),
+    (GradientRecipe, {"clip": "two_pass"}, "gradient.clip = 'two_pass' without clip_norm: say how far to clip"),
     (
         GradientRecipe,
         {"clip": "delayed", "clip_norm": 1, "accumulate": 2},
-        "gradient.clip = 'delayed': does not go with gradient.accumulate = 2",
+        "gradient.clip = 'delayed' with accumulate=2: the norm of a sum",
     ),
     (GradientRecipe, {"on_nonfinite": "ignore"}, "gradient.on_nonfinite = 'ignore': takes raise, skip"),
     (
@@ -137,7 +139,7 @@ BAD_FILES = [
     ("sequence_lenght: 12\n", "did you mean 'sequence_length'?"),
     ("max_grad_norm: 1.0\n", "unknown field max_grad_norm; did you mean 'gradient.clip_norm'?"),
     ("gradient:\n  clip_nrm: 1.0\n", "did you mean 'gradient.clip_norm'?"),
-    ("gradient:\n  clip: delayed\n", "gradient.clip = 'delayed': clips nothing without gradient.clip_norm"),
+    ("gradient:\n  clip: delayed\n", "gradient.clip = 'delayed' without clip_norm: say how far to clip"),
     ("working_set:\n  chunk: 4\n", "unknown field working_set.chunk; did you mean 'working_set.chunks'?"),
     ("working_set:\n  order: random\n", "working_set.order = 'random': does nothing without working_set.chunks"),
     ("fold: false\nworking_set:\n  chunks: 4\n", "working_set with fold = False"),
@@ -218,8 +220,20 @@ def test_each_setting_of_a_working_set_counts_as_a_difference():
     assert others.keys() == {spec.name for spec in dataclasses.fields(WorkingSetRecipe)}
     for name, value in others.items():
         assert list(differing_fields(base, unflatten({f"working_set.{name}": value}, base))) == [f"working_set.{name}"]
-    taken = {spec.name for spec in dataclasses.fields(gradfold.WorkingSet)}
-    assert others.keys() | {"folder", "seed"} == taken
+    taken = {spec.name: spec.default for spec in dataclasses.fields(gradfold.WorkingSet)}
+    assert others.keys() | {"folder", "seed"} == taken.keys()
+    assert {spec.name: spec.default for spec in dataclasses.fields(WorkingSetRecipe)}.items() <= taken.items()
+
+
+def test_options_have_one_default_wherever_they_stand():
+    given = inspect.signature(gradfold.fold).parameters
+    for kind in (FoldOptions, GradientRecipe, Settings):
+        for spec in dataclasses.fields(kind):
+            if spec.name in given and spec.name not in ("optimizer", "working_set"):
+                assert given[spec.name].default == spec.default, (kind, spec.name)
+    storage = {spec.name for spec in dataclasses.fields(StorageFields)}
+    assert storage <= StorageOptions.__annotations__.keys()
+    assert set(OPTIMIZER_SETTINGS) == set(OPTIMIZERS)
 
 
 def test_only_what_changes_the_run_counts_as_a_difference():

@@ -17,7 +17,7 @@ from gradfold.train.interrupt import Interrupted
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
 from gradfold.train.recipe_file import unflatten
-from gradfold.train.setup import STATES as STATES_FOLDER
+from gradfold.train.setup import SLEEPING_STATES as STATES_FOLDER
 from tests.train.tiny import recipe, save_tiny, sentence, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -214,11 +214,11 @@ def test_a_finished_run_can_be_measured_again(tiny, texts, tmp_path, silent):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, texts, tmp_path, silent, monkeypatch):
-    def measured(*args, plain=loop.measure):
+    def measured(*args, plain=loop.evaluate):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(loop, "measure", measured)
+    monkeypatch.setattr(loop, "evaluate", measured)
     with pytest.raises(Interrupted, match="nothing was trained"):
         train(recipe(tiny, texts), tmp_path / "run", None, silent)
     assert not (tmp_path / "run").exists()
@@ -346,7 +346,7 @@ def test_untied_models_and_models_of_several_kinds(texts, tmp_path, silent):
 
 def test_a_longer_run_follows_its_own_schedule_at_once(tiny, texts, tmp_path, silent):
     """The rate at the end of the short cosine is 0; the step after it must not be lost."""
-    from gradfold.train.optimizer import lr_factor
+    from gradfold.train.schedule import lr_factor
 
     chosen = recipe(tiny, texts, steps=4)
     train(chosen, tmp_path / "run", None, silent)

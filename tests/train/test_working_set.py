@@ -14,7 +14,7 @@ from gradfold.train.display import Display
 from gradfold.train.errors import CheckpointError, RecipeError, TrainError
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
-from gradfold.train.setup import STATES
+from gradfold.train.setup import SLEEPING_STATES
 from gradfold.workset import DiskStore
 from tests.train.tiny import recipe, tree_bytes
 
@@ -77,27 +77,27 @@ def test_they_are_in_the_runs_folder_while_it_trains(tiny, texts, tmp_path, sile
     seen = []
 
     def step(run, progress, meter, plain=loop._step):
-        seen.append(len(list((run.out / STATES).glob("*.safetensors"))))
+        seen.append(len(list((run.out / SLEEPING_STATES).glob("*.safetensors"))))
         return plain(run, progress, meter)
 
     monkeypatch.setattr(loop, "_step", step)
     train(recipe(tiny, texts, steps=6, **DISK), tmp_path / "run", None, silent)
     assert seen[0] == 0 and seen[2] > 0
-    assert not (tmp_path / "run" / STATES).exists()
+    assert not (tmp_path / "run" / SLEEPING_STATES).exists()
 
 
 def test_what_a_killed_run_left_is_deleted_by_the_next(tiny, texts, tmp_path, silent, monkeypatch, no_pictures):
     out = tmp_path / "run"
     train(recipe(tiny, texts, steps=3, **DISK), out, None, silent)
-    (out / STATES).mkdir()
-    left = out / STATES / f"x.{'0' * 24}.00000001.safetensors"
+    (out / SLEEPING_STATES).mkdir()
+    left = out / SLEEPING_STATES / f"x.{'0' * 24}.00000001.safetensors"
     left.write_bytes(b"whole, of another turn")
     seen = []
     monkeypatch.setattr(
         loop, "_step", lambda run, *rest, plain=loop._step: seen.append(left.exists()) or plain(run, *rest)
     )
     train(recipe(tiny, texts, steps=4, **DISK), out, read_checkpoint(find_checkpoint(out)), silent)
-    assert seen == [False] and not (out / STATES).exists()
+    assert seen == [False] and not (out / SLEEPING_STATES).exists()
 
 
 def test_a_recipe_that_does_not_fit_leaves_nothing(tiny, texts, tmp_path, silent):
@@ -130,7 +130,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(
         with pytest.raises(TrainError, match=r"^step \d: .*the disk is full.*--resume the run from its last") as caught:
             train(chosen, out, None, silent)
     assert "\n" not in str(caught.value)
-    assert not (out / STATES).exists()
+    assert not (out / SLEEPING_STATES).exists()
     saved = find_checkpoint(out)
     before = tree_bytes(saved)
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(
         with pytest.raises(CheckpointError, match="cannot be continued from: .*the disk is full") as caught:
             train(chosen, out, read_checkpoint(saved), silent)
     assert "damaged" not in str(caught.value)
-    assert tree_bytes(saved) == before and not (out / STATES).exists()
+    assert tree_bytes(saved) == before and not (out / SLEEPING_STATES).exists()
     again = train(chosen, out, read_checkpoint(saved), silent)
     assert again["held_out_loss"] == whole["held_out_loss"] and again["train_loss"] == whole["train_loss"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import tyro
 
-from gradfold.train.conform import did_you_mean, from_words
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe_file import field_types
+from gradfold.train.validate import did_you_mean, from_words
 
 
 def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_help(command: Any, default: Any, prog: str) -> None:
+    """Print what the option parser says of a command's flags."""
     with contextlib.suppress(SystemExit):
         tyro.cli(command, default=default, args=["--help"], prog=prog)
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gradfold.cli.chosen import Chosen, choose_recipe
-from gradfold.cli.flags import given_fields, parsed_again, print_help, quiet_environment
-from gradfold.cli.plan_target import device_of, subject_of
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import Recipe
 
+from .chosen import Chosen, choose_recipe
+from .flags import given_fields, parsed_again, print_help, quiet_environment
+from .plan_target import device_of, subject_of
+
 if TYPE_CHECKING:
     from gradfold.planner.report import Plan
-    from gradfold.planner.search import Found
+    from gradfold.planner.search import SearchResult
 
 PROG = "gradfold plan"
 ENDINGS = (".png", ".svg", ".pdf")
@@ -56,15 +57,15 @@ class PlanCommand:
     batch: int | None = None
     """Sequences per micro-batch, the same as --batch-size."""
     budget: str | None = None
-    """What the card has, such as 24GiB: also search for settings that fit it, and print the fastest."""
+    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the fastest."""
     json: bool = False
     """Print everything as JSON, and no table."""
     plot: str | None = None
-    """Draw the step beside plain AdamW's into this file (.png, .svg or .pdf)."""
+    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf)."""
     measure: bool = False
-    """Also take the step for real, on random weights, here; print predicted, measured and the error."""
+    """Also run the step for real on this machine, with random weights; print predicted, measured and the error."""
     compare: bool = True
-    """--no-compare: leave out plain AdamW, AdamW in hooks and 8-bit AdamW."""
+    """Compare with plain AdamW, AdamW in hooks and 8-bit AdamW."""
 
 
 EXTRA = {
@@ -90,11 +91,11 @@ def run(arguments: Sequence[str]) -> int:
         _check_plot(options.plot, options.compare)
     quiet_environment()
 
-    from gradfold.planner.units import parse_bytes
+    from gradfold.planner.bytes import parse_bytes
 
     budget_bytes = None if options.budget is None else parse_bytes(options.budget)
-    with _beside(options) as peers, _progress(options.json) as progress:
-        plan, found, measured = _work(options, chosen, budget_bytes, peers, progress)
+    with _beside(options) as baselines, _progress(options.json) as progress:
+        plan, found, measured = _work(options, chosen, budget_bytes, baselines, progress)
         if options.plot is not None:
             progress("drawing")
             plan.plot(options.plot, budget_bytes)
@@ -147,12 +148,12 @@ def _work(
     options: PlanCommand,
     chosen: Chosen,
     budget_bytes: int | None,
-    peers: Callable[[], tuple],
+    baselines: Callable[[], tuple],
     progress: Callable[[str], None],
-) -> tuple[Plan, Found | None, Any]:
+) -> tuple[Plan, SearchResult | None, Any]:
     """The plan, what a search found, what was measured."""
+    from gradfold.planner.api import plan
     from gradfold.planner.fake import frozen_objects
-    from gradfold.planner.make import plan
     from gradfold.planner.measure import measure
     from gradfold.planner.search import search
 
@@ -161,13 +162,13 @@ def _work(
     subject = subject_of(recipe.model)
     found = measured = None
     with frozen_objects(collect=False):
-        made = plan(subject, settings, device=device, peers=False, progress=progress)
+        made = plan(subject, settings, device=device, baselines=False, progress=progress)
         if budget_bytes is not None:
             fixed = {SEARCHED[name] for name in chosen.sources if name in SEARCHED}
             found = search(subject, settings, budget_bytes, device=device, fixed=fixed, progress=progress)
         if options.compare:
             progress("tracing: what it is compared with")
-            made = dataclasses.replace(made, peers=peers())
+            made = dataclasses.replace(made, baselines=baselines())
     if options.measure:
         progress("taking the step for real")
         measured = measure(subject, settings, device, made.peak_bytes)
@@ -176,14 +177,14 @@ def _work(
 
 @contextlib.contextmanager
 def _beside(options: PlanCommand) -> Iterator[Callable[[], tuple]]:
-    """What waits for the peers' steps."""
+    """What waits for the baselines' steps."""
     if not options.compare:
         yield lambda: ()
         return
-    from gradfold.cli.plan_peers import tracing_beside
+    from .plan_baselines import tracing_beside
 
-    with tracing_beside(options.recipe, options.measure) as peers:
-        yield peers
+    with tracing_beside(options.recipe, options.measure) as baselines:
+        yield baselines
 
 
 @contextlib.contextmanager
@@ -206,7 +207,7 @@ def _assumptions(chosen: Chosen) -> dict[str, tuple[Any, str]]:
     return values
 
 
-def _as_json(plan: Plan, chosen: Chosen, found: Found | None, measured: Any) -> dict[str, Any]:
+def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: Any) -> dict[str, Any]:
     made = plan.as_dict()
     made["assumptions"] = {
         name: {"value": value, "from": source} for name, (value, source) in _assumptions(chosen).items()

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradfold.planner.allocator import CONTEXT_BYTES, allocated
+from gradfold.planner.bytes import byte_unit, format_bytes
 from gradfold.planner.measure import Measured
 from gradfold.planner.report import Plan
-from gradfold.planner.search import Found
+from gradfold.planner.search import SearchResult
 from gradfold.planner.step import StepMemory
 from gradfold.planner.trace import CATEGORIES
-from gradfold.planner.units import format_bytes, unit_of
 
 GIB = 2**30
 MISSES = 4  # that are shown
@@ -45,9 +45,9 @@ def print_plan(
         console.print(f"[dim]assumed: {escape(said)}[/dim]")
     console.print()
 
-    steps = (plan.memory, *plan.peers)
+    steps = (plan.memory, *plan.baselines)
     most_bytes = max(step.peak_bytes for step in steps)
-    unit, unit_bytes = unit_of(most_bytes)
+    unit, unit_bytes = byte_unit(most_bytes)
 
     def sizes(of: Iterable[float]) -> list[str]:
         return [f"{size / unit_bytes:.2f}" for size in of]
@@ -55,8 +55,8 @@ def print_plan(
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
     table.add_column(unit, style="dim", no_wrap=True)
     table.add_column("this plan", justify="right", style="bold")
-    for peer in plan.peers:
-        table.add_column(peer.label, justify="right")
+    for baseline in plan.baselines:
+        table.add_column(baseline.label, justify="right")
     at_peak = [step.at_peak() for step in steps]
     for category in CATEGORIES:
         if any(figures[category] >= most_bytes / 5000 for figures in at_peak):
@@ -89,6 +89,7 @@ def print_plan(
 
 
 def print_measured(plan: Plan, measured: Measured, console: Console | None = None) -> None:
+    """Print the predicted and the measured peak, and the prediction's error."""
     console = console or Console(highlight=False)
     error = plan.peak_bytes / measured.peak_bytes - 1
     console.print(
@@ -97,7 +98,7 @@ def print_measured(plan: Plan, measured: Measured, console: Console | None = Non
     )
 
 
-def print_found(plan: Plan, found: Found, console: Console | None = None) -> None:
+def print_found(plan: Plan, found: SearchResult, console: Console | None = None) -> None:
     """Settings that fit, and the nearest that do not."""
     console = console or Console(highlight=False)
     table = Table(

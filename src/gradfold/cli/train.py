@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gradfold.cli.chosen import base_recipe, choose_recipe, overlay
-from gradfold.cli.flags import given_fields, parsed_again, print_help, quiet_environment
 from gradfold.train.errors import CheckpointError, RecipeError
+from gradfold.train.readers import SUFFIXES
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
-from gradfold.train.rows import SUFFIXES
+
+from .chosen import base_recipe, choose_recipe, overlay
+from .flags import given_fields, parsed_again, print_help, quiet_environment
 
 if TYPE_CHECKING:
     from gradfold.train.checkpoint import Saved

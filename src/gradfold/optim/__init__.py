@@ -1,9 +1,10 @@
 """gradfold's optimizers: true ``torch.optim.Optimizer``s, folded or not."""
 
+from gradfold._options import StorageOptions
+
 from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from .masters import export_masters, import_masters
-from .options import StorageOptions
 
 __all__ = [
     "SGD",

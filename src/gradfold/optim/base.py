@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
+from gradfold._options import StorageOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.engine import (
     FoldState,
@@ -26,7 +27,6 @@ from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
 from .convert import place, plain_states
-from .options import StorageOptions
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 
 # Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups

@@ -11,10 +11,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from gradfold._options import StorageOptions
 from gradfold.rules import AdagradRule, AdamRule, LionRule, NAdamRule, RAdamRule, RMSpropRule, SGDRule
 
 from .base import RuleOptimizer
-from .options import StorageOptions
 
 
 def _at_least_zero(group: dict[str, Any], *names: str) -> None:

@@ -2,7 +2,7 @@
 
     gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8")  # the function `plan` of this package
     from gradfold.planner import LiveBytes, Settings, step_memory
-    from gradfold.planner.search import search
+    from .search import search
 
 README.md in this folder says which file does what.
 """
@@ -11,13 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradfold.planner.errors import PlanError
-    from gradfold.planner.make import plan
-    from gradfold.planner.models import find_subject
-    from gradfold.planner.report import Plan
-    from gradfold.planner.settings import Settings
-    from gradfold.planner.step import measure_step, step_memory
-    from gradfold.planner.trace import LiveBytes
+    from .api import plan
+    from .errors import PlanError
+    from .models import find_subject
+    from .report import Plan
+    from .settings import Settings
+    from .step import measure_step, step_memory
+    from .trace import LiveBytes
 
 _HOMES = {
     "LiveBytes": ".trace",
@@ -26,7 +26,7 @@ _HOMES = {
     "Settings": ".settings",
     "find_subject": ".models",
     "measure_step": ".step",
-    "plan": ".make",
+    "plan": ".api",
     "step_memory": ".step",
 }
 __all__ = ["LiveBytes", "Plan", "PlanError", "Settings", "find_subject", "measure_step", "plan", "step_memory"]

@@ -17,7 +17,7 @@ import bisect
 from collections import defaultdict
 from typing import NamedTuple
 
-from gradfold.planner.trace import Timeline
+from .trace import Timeline
 
 ROUND_BYTES = 512
 SMALL_BYTES, SMALL_SEGMENT_BYTES = 2**20, 2 * 2**20

@@ -8,13 +8,13 @@ import os
 import torch
 from torch import nn
 
-from gradfold.planner.errors import PlanError
-from gradfold.planner.models import Subject
-from gradfold.planner.scene import Scene, enable_checkpointing, trainable
-from gradfold.planner.settings import Settings
-from gradfold.planner.step import record_step, run_step
-from gradfold.planner.turns import in_turns
-from gradfold.planner.units import format_bytes
+from .bytes import format_bytes
+from .errors import PlanError
+from .models import Subject
+from .settings import Settings
+from .step import record_step, run_step
+from .working_set import trace_working_set
+from .workload import Workload, enable_checkpointing, trainable
 
 ROOM = 1.25  # times the predicted peak: what operators allocate inside, and the processor's own needs
 
@@ -33,27 +33,27 @@ def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: 
     Raises PlanError if it would not fit, or there is no such device.
     """
     _refuse_too_large(subject, device, predicted_bytes)
-    scene = Scene(subject, settings, device)
+    workload = Workload(subject, settings, device)
     model = subject.build(settings.torch_dtype(subject.dtype), None)
     if settings.checkpointing and not enable_checkpointing(model):
         raise PlanError(f"checkpointing=True: {type(model).__name__} has none; leave it out")
     if device == "cuda":
-        return Measured(_on_cuda(scene, model), "torch.cuda.max_memory_allocated")
+        return Measured(_on_cuda(workload, model), "torch.cuda.max_memory_allocated")
     if settings.working_set is not None:
-        return Measured(in_turns(scene, model, settings.working_set).memory.peak_bytes, "live tensors")
+        return Measured(trace_working_set(workload, model, settings.working_set).memory.peak_bytes, "live tensors")
     optimizer = settings.make_optimizer(trainable(model))
     fold = settings.make_fold(model, optimizer, None) if settings.fold else None
     parts = settings.accumulate
-    run_step(model, optimizer, scene.batch(), fold, micro_batches=parts)
-    memory = record_step(model, optimizer, scene.batch(), fold, micro_batches=parts)
+    run_step(model, optimizer, workload.batch(), fold, micro_batches=parts)
+    memory = record_step(model, optimizer, workload.batch(), fold, micro_batches=parts)
     return Measured(memory.peak_bytes, "live tensors")
 
 
-def _on_cuda(scene: Scene, model: nn.Module) -> int:
+def _on_cuda(workload: Workload, model: nn.Module) -> int:
     """Steps enough for every chunk to have had a turn; the peak of those after."""
-    settings = scene.settings
+    settings = workload.settings
     model = model.to("cuda")
-    batch = {name: tensor.cuda() for name, tensor in scene.batch().items()}
+    batch = {name: tensor.cuda() for name, tensor in workload.batch().items()}
     turns = settings.working_set
     if turns is not None:
         turns = dataclasses.replace(turns, interval=1)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradfold.planner.errors import PlanError
-from gradfold.planner.fake import fake_copy, plain_torch
-from gradfold.planner.presets import PRESETS, config_of, preset_of
+from .errors import PlanError
+from .fake import fake_copy, plain_torch
+from .presets import PRESETS, config_of, preset_of
 
 
 @dataclass(eq=False)
@@ -51,10 +51,15 @@ class Subject:
         return None if self.config is None else getattr(self.config, "num_hidden_layers", None)
 
     def build(self, dtype: torch.dtype | None, mode: FakeTensorMode | None, layers: int | None = None) -> nn.Module:
-        """The model in training mode, on fake tensors of `mode`; without one, of real random numbers. `dtype` None: in
-        its own, or its own ones.
+        """Build the model in training mode.
 
-        Raises PlanError for what transformers cannot build, and for what is no causal model.
+        Args:
+            dtype: of all floating-point tensors; None: the model's own.
+            mode: the fake tensors' mode; None: real tensors of random numbers.
+            layers: how many layers to build; None: all.
+
+        Raises:
+            PlanError: transformers cannot build it, or it is no causal model.
         """
         if self.config is None:
             return _of_source(self.source, dtype, mode)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gradfold.planner.step import PHASES, StepMemory
-from gradfold.planner.trace import CATEGORIES, Moment, Timeline
-from gradfold.planner.units import format_bytes, unit_of
+from .bytes import byte_unit, format_bytes
+from .step import PHASES, StepMemory
+from .trace import CATEGORIES, Moment, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def draw_step_memory(
 
     steps = (plain, folded)
     top_bytes = max(plain.peak_bytes, folded.peak_bytes, budget_bytes or 0) * 1.14
-    unit, unit_bytes = unit_of(top_bytes / 1.14)
+    unit, unit_bytes = byte_unit(top_bytes / 1.14)
     figure = Figure(figsize=(10, 6.9), dpi=160, facecolor="white")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1, sharey=True)
@@ -196,7 +196,7 @@ def _phase_edges(timeline: Timeline) -> np.ndarray:
 
 
 def _resampled(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
-    """x [B] and live bytes [B, C]: of all events that share a bin the largest and the latest, so no peak is lost."""
+    """Resample to x [B] and live bytes [B, C]: of each bin its largest and its latest event, so no peak is lost."""
     edges = _phase_edges(timeline)
     phases = _phases(timeline)
     first, last = phases[0].first, phases[-1].last

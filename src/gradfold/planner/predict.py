@@ -11,12 +11,13 @@ from torch import nn
 
 from gradfold._fold import Fold, fold
 from gradfold.optim import RuleOptimizer
-from gradfold.planner.models import Subject
-from gradfold.planner.scene import Scene, trainable
-from gradfold.planner.settings import Settings
-from gradfold.planner.step import StepMemory, make_states, record_step
-from gradfold.planner.turns import in_turns
 from gradfold.workset.store import bytes_of
+
+from .models import Subject
+from .settings import Settings
+from .step import StepMemory, make_states, record_step
+from .working_set import trace_working_set
+from .workload import Workload, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Predicted:
 
 def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
     """Run the step that `settings` describe. Raises PlanError or FoldError for what cannot be done."""
-    scene = Scene(subject, settings, device)
+    workload = Workload(subject, settings, device)
     if (config := settings.working_set) is not None:
-        with scene.model() as model:
-            turns = in_turns(scene, model, config)
+        with workload.model() as model:
+            turns = trace_working_set(workload, model, config)
         away = config.offload is not None
         return Predicted(
             memory=turns.memory,
@@ -56,36 +57,36 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
         if made is None:
             _allocate(model, optimizer)
         try:
-            return _step(scene, model, optimizer, made, settings.describe())
+            return _step(workload, model, optimizer, made, settings.describe())
         finally:
             if made is not None:
                 made.remove()
 
-    return Predicted(scene.over_layers(run), subject.parameters)
+    return Predicted(workload.over_layers(run), subject.parameters)
 
 
-def predict_peer(
+def predict_baseline(
     subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
 ) -> StepMemory:
     """The same batches trained with another optimizer, and without a fold."""
-    scene = Scene(subject, settings, device)
+    workload = Workload(subject, settings, device)
 
     def run(model: nn.Module) -> StepMemory:
         optimizer = make_optimizer(trainable(model))
         for one in getattr(optimizer, "optimizers", [optimizer]):
             _allocate(model, one)
-        return _step(scene, model, optimizer, None, label)
+        return _step(workload, model, optimizer, None, label)
 
-    return scene.over_layers(run)
+    return workload.over_layers(run)
 
 
 def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
     """Bytes of the weights and of the states, without a step."""
-    scene = Scene(subject, settings, "cuda")
+    workload = Workload(subject, settings, "cuda")
     found: list[tuple[int, int]] = []
     depths = subject.depths
     for layers in depths[:2] if depths else (None,):
-        with scene.model(layers) as model:
+        with workload.model(layers) as model:
             optimizer = settings.make_optimizer(trainable(model))
             made = settings.make_fold(model, optimizer, None)
             states = [*(state for held in optimizer.state.values() for state in held.values()), *made.waiting_tensors()]
@@ -107,7 +108,7 @@ def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         make_states(optimizer)
 
 
-def _step(scene: Scene, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
+def _step(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
     """One with all states there already: a fold makes them when it is made."""
-    parts = scene.settings.accumulate
-    return record_step(model, optimizer, scene.batch(), made, loss=scene.loss, label=label, micro_batches=parts)
+    parts = workload.settings.accumulate
+    return record_step(model, optimizer, workload.batch(), made, loss=workload.loss, label=label, micro_batches=parts)

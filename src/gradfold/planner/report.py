@@ -6,11 +6,11 @@ import dataclasses
 from os import PathLike
 from typing import Any
 
-from gradfold.planner.allocator import CONTEXT_BYTES, Allocated
-from gradfold.planner.predict import Predicted
-from gradfold.planner.settings import Settings
-from gradfold.planner.step import StepMemory
-from gradfold.planner.units import format_bytes
+from .allocator import CONTEXT_BYTES, Allocated
+from .bytes import format_bytes
+from .predict import Predicted
+from .settings import Settings
+from .step import StepMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Plan:
     device: str  # "cuda": as an accelerator runs it; "cpu": as this processor does
     predicted: Predicted
     allocated: Allocated
-    peers: tuple[StepMemory, ...] = ()
+    baselines: tuple[StepMemory, ...] = ()
     seconds: float = 0.0  # that making it took
 
     @property
@@ -69,20 +69,20 @@ class Plan:
             "disk_bytes": self.predicted.disk_bytes,
             "moved_bytes_per_step": self.predicted.moved_bytes_per_step,
             "chunks": self.predicted.chunks,
-            "compared_with": [peer.as_dict() for peer in self.peers],
+            "compared_with": [baseline.as_dict() for baseline in self.baselines],
             "seconds": self.seconds,
         }
 
     def plot(self, path: str | PathLike[str], budget_bytes: int | None = None) -> None:
-        """Draw the step of plain AdamW above this one's, on one scale. Raises ValueError where there is no peer."""
-        from gradfold.planner.plot import draw_step_memory
+        """Draw the step of plain AdamW above this one's, on one scale. Raises ValueError where there is no baseline."""
+        from .plot import draw_step_memory
 
-        if not self.peers:
-            raise ValueError("plot() draws plain AdamW above the plan: make it with peers=True")
+        if not self.baselines:
+            raise ValueError("plot() draws plain AdamW above the plan: make it with baselines=True")
         tokens = self.settings.tokens * self.settings.batch
         title = f"Memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
         ours = dataclasses.replace(self.memory, label=f"gradfold: {self.memory.label}")
-        draw_step_memory(self.peers[0], ours, path, title=title, budget_bytes=budget_bytes)
+        draw_step_memory(self.baselines[0], ours, path, title=title, budget_bytes=budget_bytes)
 
     def __str__(self) -> str:
         lines = [
@@ -92,7 +92,7 @@ class Plan:
             f"peak {format_bytes(self.peak_bytes)} ({self.moment})",
         ]
         lines += [f"  {name:<12} {format_bytes(size):>9}" for name, size in self.memory.at_peak().items() if size]
-        lines += [f"{peer.label}: peak {format_bytes(peer.peak_bytes)}" for peer in self.peers]
+        lines += [f"{baseline.label}: peak {format_bytes(baseline.peak_bytes)}" for baseline in self.baselines]
         return "\n".join(lines)
 
 

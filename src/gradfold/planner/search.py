@@ -15,17 +15,18 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from gradfold.head.loss import KEEP_BYTES
-from gradfold.planner.allocator import CONTEXT_BYTES, allocated
-from gradfold.planner.errors import PlanError
-from gradfold.planner.models import Subject
-from gradfold.planner.predict import Predicted, predict, resting_of
-from gradfold.planner.report import settings_dict
-from gradfold.planner.settings import Settings
-from gradfold.planner.step import StepMemory
-from gradfold.planner.units import format_bytes
 from gradfold.workset import WorkingSet
 
-STATES = (None, "int8", "int4")
+from .allocator import CONTEXT_BYTES, allocated
+from .bytes import format_bytes
+from .errors import PlanError
+from .models import Subject
+from .predict import Predicted, predict, resting_of
+from .report import settings_dict
+from .settings import Settings
+from .step import StepMemory
+
+TRIED_STATES = (None, "int8", "int4")
 CHUNKS = (8, 32, 128, 512)
 EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
 """States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
@@ -50,7 +51,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What fits a budget: the fastest ways first, then the most exact one, then a working set; and what does not."""
 
     budget_bytes: int
@@ -88,7 +89,7 @@ def search(
     device: str = "cuda",
     fixed: Collection[str] = (),
     progress: Callable[[str], None] = lambda what: None,
-) -> Found:
+) -> SearchResult:
     """Settings for the same step that fit a budget. `fixed`: names of settings that stay as they are.
 
     A batch may be split into several forwards (`accumulate`). Raises PlanError if nothing fits, saying what the least
@@ -120,7 +121,7 @@ class _Search:
         self._traced: dict[Settings, Choice] = {}
         self._predicted: dict[Settings, Predicted] = {}
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         self._refuse_hopeless()
         whole = self._whole()
         turning = self._turning()
@@ -132,7 +133,7 @@ class _Search:
             choices.append(self._least([*every, *self._split(turning)]))
         sizes = sorted(((self._guess(one), n) for n, one in enumerate(every)))
         missed = [(every[n], size) for size, n in sizes if size > self.budget_bytes]
-        return Found(self.budget_bytes, tuple(choices), tuple(missed))
+        return SearchResult(self.budget_bytes, tuple(choices), tuple(missed))
 
     def _least(self, candidates: list[Settings]) -> Choice:
         """Of all these; raises PlanError if even that does not fit."""
@@ -149,7 +150,7 @@ class _Search:
         if base.working_set is not None:
             return []
         made = []
-        for states in self._free("states", STATES):
+        for states in self._free("states", TRIED_STATES):
             for checkpointing in self._free("checkpointing", (False, True)):
                 for batch, accumulate in self._splits():
                     unsplit = accumulate == base.accumulate

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 import gradfold.optim as optimizers
 from gradfold._fold import Fold, fold
-from gradfold._options import BATCH_SIZE, SEQUENCE_LENGTH
+from gradfold._options import (
+    BATCH_SIZE,
+    DTYPES,
+    OPTIMIZERS,
+    SEQUENCE_LENGTH,
+    Dtype,
+    FoldOptions,
+    GradientFields,
+    Head,
+    StorageFields,
+)
+from gradfold.errors import FoldError
 from gradfold.optim import RuleOptimizer
-from gradfold.planner.errors import PlanError
 from gradfold.workset import WorkingSet
 
-DTYPES = ("float32", "bfloat16", "float64")
+from .errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """One way to train, as far as memory goes. Raises PlanError naming the setting and its value."""
+class Settings(GradientFields, StorageFields):
+    """One way to train, as far as memory goes.
+
+    Raises:
+        PlanError: naming the setting and its value.
+    """
 
     tokens: int = SEQUENCE_LENGTH
     """Tokens per sequence; every sequence is taken to be full."""
     batch: int = BATCH_SIZE
     """Sequences per micro-batch; one step uses `accumulate` of them."""
-    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    dtype: Dtype | None = None
     """Of weights and arithmetic; None: what the model is published in, bfloat16 where that is not said."""
     fold: bool = True
     """False: the same optimizer steps from stored gradients."""
@@ -35,37 +49,30 @@ class Settings:
     """One of gradfold's."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Keyword arguments of the optimizer beside how it stores: `betas`, `amsgrad`, `momentum`."""
-    states: Literal["fp32", "bf16", "int8", "int4"] | None = None
-    """How the states are stored; None: in the weights' dtype."""
-    rounding: Literal["nearest", "stochastic"] | None = None
-    master: Literal["split8", "split16"] | None = None
-    """What bf16 weights keep of what bf16 drops."""
-    small_size: int | None = None
-    """Weights of fewer elements keep fp32 states."""
     checkpointing: bool = False
     """Compute activations again in backward instead of keeping them."""
-    head: Literal["fold", "plain"] = "fold"
+    head: Head = "fold"
     """Whether the loss head is folded as well."""
     head_keep_bytes: int | None = None
     """How much of the softmax a folded head keeps instead of computing it twice; None: its own default."""
-    accumulate: int = 1
-    clip_norm: float | None = None
-    clip_value: float | None = None
-    clip: Literal["exact", "two_pass", "delayed"] = "exact"
     working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "accumulate"):
+        for name in ("tokens", "batch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name}={value!r}: give a whole number, 1 or more")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise PlanError(f"dtype={self.dtype!r}: one of {', '.join(map(repr, DTYPES))}, or None")
-        if self.optimizer not in KINDS:
-            raise PlanError(f"optimizer={self.optimizer!r}: one of {', '.join(KINDS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PlanError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
         if not self.fold and (self.working_set is not None or self.clip != "exact"):
             name = "working_set" if self.working_set is not None else "clip"
             raise PlanError(f"{name}={getattr(self, name)!r} with fold=False: only a folded model has one")
+        try:
+            FoldOptions(**self.gradient_options())
+        except FoldError as error:
+            raise PlanError(str(error)) from None
 
     @property
     def whole(self) -> bool:
@@ -78,10 +85,9 @@ class Settings:
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> RuleOptimizer:
         """The optimizer; raises PlanError for settings that do not go together, or not with these weights."""
-        names = ("states", "rounding", "master", "small_size")
-        storage = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        kind = getattr(optimizers, self.optimizer)
         try:
-            return getattr(optimizers, self.optimizer)(parameters, lr=1e-5, **self.options, **storage)
+            return kind(parameters, lr=1e-5, **self.options, **self.storage_options())
         except (TypeError, ValueError) as error:
             raise PlanError(f"{self.optimizer}: {error}") from None
 
@@ -92,10 +98,7 @@ class Settings:
         return fold(
             model,
             optimizer,
-            accumulate=self.accumulate,
-            clip_norm=self.clip_norm,
-            clip_value=self.clip_value,
-            clip=self.clip,
+            **self.gradient_options(),
             working_set=working_set,
             head=self.head,
             head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
@@ -132,7 +135,3 @@ def batches_of_tokens(batch: int, tokens: int, accumulate: int) -> str:
     """The size of one step in words, for the planner and the trainer alike."""
     size = f"{batch} x {tokens:,} tokens"
     return f"{accumulate} batches of {size}" if accumulate > 1 else size
-
-
-KINDS = ("AdamW", *(kind.__name__ for kind in RuleOptimizer.__subclasses__()))  # AdamW is a subclass of Adam
-"""Optimizers that a plan can be made for."""

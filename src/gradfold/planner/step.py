@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_map_only
 from gradfold._fold import Fold
 from gradfold._fold import fold as fold_model
 from gradfold.optim.masters import RESIDUAL
-from gradfold.planner.fake import SkipWrites, fake_copy, fake_tensor
-from gradfold.planner.masks import packing_known, without_idle_mask
-from gradfold.planner.place import Place
-from gradfold.planner.trace import CATEGORIES, LiveBytes, Timeline
+
+from .fake import SkipWrites, fake_copy, fake_tensor
+from .hf_masks import packing_known, without_idle_mask
+from .module_tracker import ModuleTracker
+from .trace import CATEGORIES, LiveBytes, Timeline
 
 PHASES = ("forward", "backward", "step")
 """The moments of a step's timeline. `step` is `optimizer.step()` and `zero_grad()`."""
@@ -191,7 +192,7 @@ def record_step(
 ) -> StepMemory:
     """Run one step and count its live bytes. `meet` is given the meter before it, to tell it what it cannot see."""
     gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
-    place = Place(model)
+    place = ModuleTracker(model)
     with LiveBytes(place=place) as live:
         live.moment("weights")
         live.track(model)
@@ -244,8 +245,10 @@ def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch
 
 
 def _labelled(live: LiveBytes, model: nn.Module, fold: Fold | None) -> ExitStack:
-    """Label each gradient as autograd hands it to its parameter, also one that a hook consumes before backward ends;
-    and what waits on a tape from then on."""
+    """Label each gradient as autograd hands it to its parameter, and what waits on a tape from then on.
+
+    So gradients that a hook consumes before backward ends are seen too.
+    """
 
     def hand_over(grads: tuple[torch.Tensor | None, ...]) -> None:
         for grad in grads:

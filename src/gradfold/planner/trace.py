@@ -31,8 +31,10 @@ _DEVICE_OF = torch.ops.prim.device.default
 
 
 class _Block:
-    """One storage: how many bytes it holds now. Its number in the timeline says what they are for; it gets another one
-    when that changes."""
+    """One storage, and how many bytes it holds now.
+
+    Its number in the timeline says what the bytes are for; it gets another one when that changes.
+    """
 
     __slots__ = ("aside", "index", "nbytes", "ref")
 

@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 
 from gradfold import _io
 from gradfold.errors import FoldError
-from gradfold.train.errors import CheckpointError, RecipeError, one_line
-from gradfold.train.model import quiet_transformers
-from gradfold.train.recipe import Recipe
-from gradfold.train.recipe_file import dump_recipe, load_recipe
-from gradfold.train.state import pack, pack_optimizer, pack_random, restore_random, unpack, unpack_optimizer
+
+from .errors import CheckpointError, RecipeError, one_line
+from .model import quiet_transformers
+from .recipe import Recipe
+from .recipe_file import dump_recipe, load_recipe
+from .state import pack, pack_optimizer, pack_random, restore_random, unpack, unpack_optimizer
 
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
@@ -53,7 +54,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint read from disk and found whole; `restore` puts it into a model's optimizer."""
+    """A checkpoint read from disk and found whole; `restore_run` puts it into a model's optimizer."""
 
     path: Path
     recipe: Recipe
@@ -185,7 +186,7 @@ def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
         raise _damaged(path, f"{name} has changed since it was written")
 
 
-def restore(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any = None) -> None:
+def restore_run(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any = None) -> None:
     """Put the saved states into the optimizer, the scheduler and the fold, and then into the random-number generators.
 
     Lets go of the saved tensors. Raises CheckpointError if they are not of this model and optimizer.

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradfold.train.encode import Tokens, encode_prompt, encode_rows
-from gradfold.train.errors import DataError
-from gradfold.train.recipe import Recipe
-from gradfold.train.rows import Row, Shape, read_rows
-from gradfold.train.windows import Batch, Window, build_batch, cut_windows
+from .errors import DataError
+from .packing import Batch, Window, build_batch, cut_windows
+from .readers import DataRow, Shape, read_rows
+from .recipe import Recipe
+from .tokens import Tokens, encode_prompt, encode_rows
 
 SAMPLE_PROMPT_TOKENS = 24
 
@@ -73,7 +73,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Read, tokenize, split, cut and pack what the recipe names. Raises DataError; ModelError without a template."""
     shapes: set[Shape] = set()
 
-    def noting_shapes(rows: Iterator[Row]) -> Iterator[Row]:
+    def noting_shapes(rows: Iterator[DataRow]) -> Iterator[DataRow]:
         for row in rows:
             shapes.add(row.shape)
             yield row
@@ -121,8 +121,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
 
 
 def split_rows(tokens: Tokens, fraction: float, seed: int) -> tuple[list[Range], list[Range]]:
-    """(train, held out), as token ranges. Whole rows, chosen by the seed; where there are so few rows that less than
-    one would be held out, the end of each document instead. Raises DataError if a single row cannot be split."""
+    """Split into (train, held out), as token ranges.
+
+    Whole rows are held out, chosen by the seed; where there are so few that less than one would be, the end of each
+    document instead.
+
+    Raises:
+        DataError: a single row cannot be split.
+    """
     rows = _all_rows(tokens)
     if fraction == 0:
         return rows, []

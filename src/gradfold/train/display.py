@@ -15,12 +15,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from gradfold.planner.bytes import format_bytes
 from gradfold.planner.settings import batches_of_tokens
-from gradfold.planner.units import format_bytes
 
 if TYPE_CHECKING:
-    from gradfold.train.recipe import GradientRecipe
-    from gradfold.train.run import Run
+    from .recipe import GradientRecipe
+    from .run import Run
 
 LOG_LINES = 20  # how often a run without a terminal says how far it is
 
@@ -38,6 +38,7 @@ class Display:
             yield
 
     def note(self, text: str) -> None:
+        """Print a remark, in yellow."""
         self.console.print(Text(text, style="yellow"))
 
     def started(self, run: Run) -> None:
@@ -76,6 +77,7 @@ class Display:
             self.console.print(f"continuing after step {run.progress.step}")
 
     def measured(self, step: int, loss: float) -> None:
+        """Print a held-out loss."""
         self.console.print(f"step {step:>5}  held-out loss {loss:.4f}", highlight=False)
 
     @contextlib.contextmanager
@@ -155,6 +157,7 @@ class Bar:
             self._display.console.print(f"step {record['step']:>5}  {figures}", highlight=False, soft_wrap=True)
 
     def measured(self, step: int, loss: float) -> None:
+        """Print a held-out loss above the bar."""
         self._display.measured(step, loss)
 
 

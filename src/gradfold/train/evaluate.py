@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradfold.train.data import Data, as_tensors
-from gradfold.train.model import quiet_transformers
+from .data import Data, as_tensors
+from .model import quiet_transformers
 
 if TYPE_CHECKING:
-    from gradfold.train.run import Run
+    from .run import Run
 
 
-def measure(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | None]:
+def evaluate(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | None]:
     """(held-out loss, sample), each None if the recipe wants none or `stop()` says so."""
     loss = held_out_loss(run.model, run.data, run.device, run.recipe.text.packing, stop)
     count = run.recipe.evaluation.sample_tokens

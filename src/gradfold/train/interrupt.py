@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from gradfold.train.errors import TrainError
+from .errors import TrainError
 
 
 class Interrupted(TrainError):

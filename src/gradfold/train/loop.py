@@ -10,18 +10,19 @@ from shlex import quote
 from typing import Any
 
 from gradfold._io import hold_folder, remove_leftovers, write_file
-from gradfold.train.checkpoint import RECIPE, Progress, Saved, save_checkpoint
-from gradfold.train.display import Display
-from gradfold.train.errors import CheckpointError
-from gradfold.train.evaluate import held_out_loss, measure
-from gradfold.train.gradient import step_weights
-from gradfold.train.interrupt import Interrupted, StopRequest, held_back_signals
-from gradfold.train.metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
-from gradfold.train.recipe import Recipe
-from gradfold.train.recipe_file import dump_recipe
-from gradfold.train.report import finish
-from gradfold.train.run import Run
-from gradfold.train.setup import assemble, forget_states
+
+from .checkpoint import RECIPE, Progress, Saved, save_checkpoint
+from .display import Display
+from .errors import CheckpointError
+from .evaluate import evaluate, held_out_loss
+from .interrupt import Interrupted, StopRequest, held_back_signals
+from .metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
+from .recipe import Recipe
+from .recipe_file import dump_recipe
+from .report import finish
+from .run import Run
+from .setup import assemble, forget_states
+from .step import step_weights
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -
 
 def _measure_before(run: Run, metrics: MetricsLog, display: Display, stop: StopRequest) -> None:
     with display.waiting("measuring the held-out loss before training"):
-        loss, sample = measure(run, lambda: bool(stop))
+        loss, sample = evaluate(run, lambda: bool(stop))
     if stop:
         raise Interrupted("stopped before the first step; nothing was trained", None)
     run.progress.before = {"held_out_loss": loss, "sample": sample}

@@ -27,6 +27,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
+        """Append one line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         self.lines += 1
@@ -37,6 +38,7 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from gradfold.planner.scene import enable_checkpointing
-from gradfold.train.data import Data
-from gradfold.train.errors import ModelError, one_line
-from gradfold.train.recipe import Recipe
+from gradfold.planner.workload import enable_checkpointing
+
+from .data import Data
+from .errors import ModelError, one_line
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ PACKAGED = {
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where `from_pretrained` finds a model: a folder or hub id, and a GGUF file in it, if it is one."""
 
     name: str
@@ -52,7 +53,7 @@ class Source:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
-def find_model(name: str) -> Source:
+def find_model(name: str) -> ModelSource:
     """Which kind of model a recipe's `model` names. Raises ModelError, saying how to get what is missing."""
     if name in PACKAGED:
         return _packaged(name, PACKAGED[name])
@@ -64,19 +65,19 @@ def find_model(name: str) -> Source:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"model {name}: is not a GGUF file")
         _require_gguf(name)
-        return Source(name, str(path.parent), path.name)
+        return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: has no config.json; name a folder that save_pretrained wrote")
-        return Source(name, name, None)
+        return ModelSource(name, name, None)
     if path.exists():
         raise ModelError(f"model {name}: is a file; name a folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"model {name}: no such folder")
-    return Source(name, name, None)
+    return ModelSource(name, name, None)
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer. Raises ModelError."""
     from transformers import AutoTokenizer
 
@@ -84,9 +85,12 @@ def load_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.options())
 
 
-def load_model(source: Source, recipe: Recipe, device: torch.device) -> torch.nn.Module:
-    """A causal language model in the recipe's dtype, on `device`, in training mode. Raises ModelError, also for weights
-    that the files do not hold (transformers would make them up)."""
+def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> torch.nn.Module:
+    """Load a causal language model in the recipe's dtype, on `device`, in training mode.
+
+    Raises:
+        ModelError: it cannot be loaded, or the files lack some of its weights (transformers would make them up).
+    """
     from transformers import AutoModelForCausalLM
 
     gguf = _reading_gguf() if source.gguf_file else contextlib.nullcontext()
@@ -176,7 +180,7 @@ def _mend_generation_config(model: Any) -> None:
         settings.do_sample = True
 
 
-def _packaged(name: str, model: PackagedModel) -> Source:
+def _packaged(name: str, model: PackagedModel) -> ModelSource:
     found = importlib.util.find_spec(model.package)  # finds without importing: importing would want a C++ engine
     if found is None or not found.submodule_search_locations:
         raise ModelError(f"model {name}: is not installed; run: {model.install}")
@@ -184,7 +188,7 @@ def _packaged(name: str, model: PackagedModel) -> Source:
     if not (Path(folder) / model.file).is_file():
         raise ModelError(f"model {name}: package {model.package} does not hold {model.file}; run: {model.install}")
     _require_gguf(name)
-    return Source(name, folder, model.file)
+    return ModelSource(name, folder, model.file)
 
 
 def _require_gguf(name: str) -> None:
@@ -214,7 +218,7 @@ def _reading_gguf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_model_error(source: Source, what: str) -> Iterator[None]:
+def _as_model_error(source: ModelSource, what: str) -> Iterator[None]:
     """Whatever transformers, safetensors or the hub raise, as one line."""
     try:
         yield

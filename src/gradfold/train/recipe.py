@@ -7,10 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gradfold._options import BATCH_SIZE, INTERVAL, SEQUENCE_LENGTH
+from gradfold._options import (
+    BATCH_SIZE,
+    INTERVAL,
+    SEQUENCE_LENGTH,
+    Axis,
+    Dtype,
+    FoldOptions,
+    GradientFields,
+    Head,
+    Offload,
+    OptimizerName,
+    Order,
+    StorageFields,
+    WakingStates,
+)
 from gradfold.errors import FoldError
-from gradfold.train.conform import conform_fields
-from gradfold.train.errors import RecipeError
+
+from .errors import RecipeError
+from .validate import conform_fields
 
 if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
@@ -27,8 +42,6 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
-STORAGE_SETTINGS = ("states", "rounding", "master", "small_size")
-"""How weights and states are stored: settings of every optimizer here, of none in torch."""
 
 
 def _bad(group: Any, name: str, way_out: str) -> RecipeError:
@@ -44,20 +57,20 @@ def _at_least(group: Any, low: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """How rows become sequences of tokens."""
+    """Tokenization, packing and loss masking."""
 
     GROUP: ClassVar[str] = "text"
 
     packing: bool = True
-    """Put several rows into one sequence. They never attend to each other: position ids restart at each row."""
+    """Pack several rows into one sequence. Rows never attend to each other: position ids restart at each row."""
     loss_on: Literal["completions", "all"] = "completions"
-    """Which tokens are learned: completions and assistant turns, or prompts too. `text` rows are learned whole."""
+    """Tokens in the loss: completions and assistant turns only, or prompts too. `text` rows count whole."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a prompt/completion or messages row longer than sequence_length. `text` rows are cut."""
+    """What to do with prompt/completion or messages rows longer than sequence_length. `text` rows are cut."""
     held_out: float = 0.05
-    """Fraction of the rows kept away from training, to measure the loss on. 0: none."""
+    """Fraction of rows held out for evaluation. 0: none."""
     held_out_data: tuple[str, ...] = ()
-    """Files to measure the loss on, instead of a fraction of the data."""
+    """Evaluation files, instead of a held-out fraction of the data."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -66,21 +79,19 @@ class TextRecipe:
 
 
 @dataclass(frozen=True)
-class OptimizerRecipe:
-    """The optimizer. A setting left at None takes the optimizer's own default, which is torch's."""
+class OptimizerFields:
+    """The optimizer and its hyper-parameters."""
 
-    GROUP: ClassVar[str] = "optimizer"
-
-    name: Literal["AdamW", "Adam", "SGD", "Lion", "RMSprop", "Adagrad", "NAdam", "RAdam"] = "AdamW"
-    """Which of gradfold's optimizers."""
+    name: OptimizerName = "AdamW"
+    """Name of the optimizer."""
     lr: float = 2e-5
-    """Learning rate, after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     weight_decay: float = 0.0
-    """Decay of every weight but norms and biases, as each optimizer defines it."""
+    """Weight decay, of all weights but norms and biases, as the optimizer defines it."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the moments."""
+    """Decay rates (betas) of the first and second moment."""
     eps: float | None = None
-    """Term in the denominator."""
+    """Epsilon, added to the denominator."""
     momentum: float | None = None
     """SGD and RMSprop: momentum factor."""
     dampening: float | None = None
@@ -94,23 +105,22 @@ class OptimizerRecipe:
     lr_decay: float | None = None
     """Adagrad: decay of the learning rate."""
     initial_accumulator_value: float | None = None
-    """Adagrad: where the sums of squares start."""
+    """Adagrad: initial value of the sums of squares."""
     momentum_decay: float | None = None
     """NAdam: decay of the momentum."""
     decoupled_weight_decay: bool | None = None
-    """Adam, NAdam, RAdam: decay as AdamW does it."""
+    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW."""
     amsgrad: bool | None = None
-    """Adam and AdamW: keep the largest second moment."""
+    """Adam and AdamW: use the AMSGrad variant."""
     maximize: bool | None = None
-    """Climb instead of descend."""
-    states: Literal["fp32", "bf16", "int8", "int4"] | None = None
-    """How the states are stored; None: in the weights' dtype, as torch does."""
-    rounding: Literal["nearest", "stochastic"] | None = None
-    """How 16-bit weights and states are rounded; None: states stochastically where that helps, weights to nearest."""
-    master: Literal["split8", "split16"] | None = None
-    """What bf16 weights keep of what bf16 drops: 8 or 16 bits each."""
-    small_size: int | None = None
-    """Weights of fewer elements (default 4,096), and norms and biases, keep fp32 states."""
+    """Maximize the objective instead of minimizing it."""
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe(StorageFields, OptimizerFields):
+    """Optimizer, and how its states are stored (quantization). None: the optimizer's own default, which is torch's."""
+
+    GROUP: ClassVar[str] = "optimizer"
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -133,50 +143,27 @@ class OptimizerRecipe:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """What was chosen beside lr and weight_decay, as keyword arguments of the optimizer."""
-        apart = ("name", "lr", "weight_decay", *STORAGE_SETTINGS)
-        names = [f.name for f in dataclasses.fields(self) if f.name not in apart]
+        """What was chosen beside lr, weight_decay and storage, as keyword arguments of the optimizer."""
+        names = [f.name for f in dataclasses.fields(OptimizerFields) if f.name not in ("name", "lr", "weight_decay")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def storage(self) -> dict[str, Any]:
-        """What was chosen about storing weights and states, likewise."""
-        return {name: getattr(self, name) for name in STORAGE_SETTINGS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
-class GradientRecipe:
-    """What becomes of gradients between a backward and the step."""
+class GradientRecipe(GradientFields):
+    """Gradient accumulation, gradient clipping, and NaN or infinite gradients."""
 
     GROUP: ClassVar[str] = "gradient"
 
-    accumulate: int = 1
-    """Batches that one optimizer step sums: as one batch so many times as large, in the memory of one."""
-    clip_norm: float | None = None
-    """Scale the gradients of all weights down to this norm together, as clip_grad_norm_ does. None: no clipping."""
-    clip_value: float | None = None
-    """Bring every element of a gradient within plus or minus this, after clip_norm."""
-    clip: Literal["exact", "two_pass", "delayed"] = "exact"
-    """How clip_norm learns the norm. exact: weights wait for it. two_pass: backward runs twice, for less memory.
-    delayed: the last step's norm is taken, an approximation."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """A gradient that is not finite never reaches a weight. raise: the run then stops. skip: it goes on."""
+    """What to do after a NaN or infinite gradient, which never reaches a weight. raise: stop. skip: go on."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
-        _at_least(self, 1, "accumulate")
-        for name in ("clip_norm", "clip_value"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise _bad(self, name, "give a number above 0, or None not to clip")
-        if self.clip != "exact" and self.clip_norm is None:
-            raise _bad(self, "clip", "clips nothing without gradient.clip_norm; say how far to clip")
-        if self.clip != "exact" and self.accumulate > 1:
-            raise _bad(
-                self,
-                "clip",
-                f"does not go with gradient.accumulate = {self.accumulate}, for the norm of a sum is known when its "
-                "last part is; use exact",
-            )
+        try:
+            FoldOptions(**self.fold_options())
+        except FoldError as error:
+            name, _, rest = str(error).partition("=")
+            raise RecipeError(f"{self.GROUP}.{name} = {rest}") from None
 
     @property
     def waits(self) -> bool:
@@ -184,34 +171,34 @@ class GradientRecipe:
         return self.accumulate > 1 or (self.clip_norm is not None and self.clip == "exact")
 
     def fold_options(self) -> dict[str, Any]:
-        """The same as keyword arguments of `gradfold.fold`."""
+        """The group as keyword arguments of `gradfold.fold`."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class WorkingSetRecipe:
-    """Train a chunk of the model at a time while the rest sleeps. Off, unless chunks is given or by is layer."""
+    """Working set: train one chunk of the model at a time. Off, unless chunks is given or by is layer."""
 
     GROUP: ClassVar[str] = "working_set"
 
     chunks: int | None = None
-    """Into how many chunks the model is cut. With by = layer, None makes one of each layer."""
+    """Number of chunks the model is cut into. With by = layer, None makes one of each layer."""
     interval: int = INTERVAL
-    """Optimizer steps before the next chunk wakes."""
+    """Number of optimizer steps before the next chunk trains."""
     by: Literal["bytes", "layer"] = "bytes"
-    """bytes: equal chunks, tensors sliced where a cut falls. layer: whole layers."""
-    axis: Literal["out", "in"] = "out"
-    """Slice tensors by rows (out) or matrices by columns (in)."""
-    order: Literal["forward", "backward", "random", "importance"] = "forward"
-    """Which chunk comes next. importance: the one with the largest gradients, and each within two rounds."""
+    """How to cut. bytes: chunks of equal size, tensors sliced where a cut falls. layer: whole layers."""
+    axis: Axis = "out"
+    """Dimension that tensors are sliced along: rows (out), or columns of matrices (in)."""
+    order: Order = "forward"
+    """Order of the chunks. importance: largest gradients first, and each chunk within two rounds."""
     always: tuple[str, ...] = ()
-    """Parameters whose names contain one of these are always awake, e.g. norm."""
-    states: Literal["keep", "reset"] = "keep"
-    """Optimizer states of a chunk that wakes again: as they were, or new."""
-    offload: Literal["cpu", "disk"] | None = None
-    """Where the states of sleeping chunks are. disk: in the run's folder. None: on the device."""
+    """Parameters that always train: those whose names contain one of these, e.g. norm."""
+    states: WakingStates = "keep"
+    """Optimizer states of a chunk that trains again: as they were (keep), or new (reset)."""
+    offload: Offload | None = None
+    """Where to offload the states of inactive chunks. disk: into the run's folder. None: they stay on the device."""
     prefetch: int = 1
-    """Chunks whose states are fetched before their turn: 1 or 0."""
+    """Number of chunks whose states are prefetched: 1 or 0."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -227,6 +214,7 @@ class WorkingSetRecipe:
 
     @property
     def used(self) -> bool:
+        """Whether the run has a working set."""
         return self.chunks is not None or self.by == "layer"
 
     def build(self, folder: str | Path | None = None, **changes: Any) -> WorkingSet | None:
@@ -252,16 +240,16 @@ class WorkingSetRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """How the learning rate moves."""
+    """Learning-rate schedule."""
 
     GROUP: ClassVar[str] = "schedule"
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up."""
+    """Schedule after warm-up."""
     warmup: float = 0.05
-    """Steps over which the rate climbs from near 0: a fraction of all steps if below 1, else their number."""
+    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     final: float = 0.0
-    """Where cosine and linear end, as a fraction of lr."""
+    """Final learning rate of cosine and linear, as a fraction of lr."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -277,18 +265,18 @@ class ScheduleRecipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """Held-out loss and sample texts."""
+    """Evaluation: held-out loss and sample texts."""
 
     GROUP: ClassVar[str] = "evaluation"
 
     interval_steps: int = 0
-    """Measure the held-out loss every so many steps too. 0: only before and after."""
+    """Steps between evaluations of the held-out loss. 0: only before and after training."""
     sequences: int = 64
-    """Measure on at most so many held-out sequences, chosen once. 0: all."""
+    """Maximum number of held-out sequences to evaluate on, chosen once. 0: all."""
     sample_prompt: str | None = None
-    """What the model continues before and after training. None: the start of a held-out row."""
+    """Prompt of the sample texts before and after training. None: the start of a held-out row."""
     sample_tokens: int = 48
-    """How many tokens it writes. 0: no samples."""
+    """Number of tokens per sample. 0: no samples."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -297,14 +285,14 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True)
 class CheckpointRecipe:
-    """When to save, and how many saves to keep."""
+    """Checkpoints: when to save, how many to keep."""
 
     GROUP: ClassVar[str] = "checkpoint"
 
     interval_steps: int = 500
-    """Save every so many steps. 0: only at the end, and when the run is interrupted."""
+    """Steps between checkpoints. 0: only at the end, and when the run is interrupted."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of checkpoints to keep, the newest ones."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -319,31 +307,31 @@ class Recipe:
     GROUP: ClassVar[str] = ""
 
     model: str = "smollm2"
-    """A folder, a .gguf file, a hub id, or `smollm2` (SmolLM2-135M-Instruct, from a package)."""
+    """Model: a folder, a .gguf file, a hub id, or `smollm2` (SmolLM2-135M-Instruct, from a package)."""
     data: tuple[str, ...] = ("pydoc",)
-    """Files (.jsonl .json .csv .parquet .txt), or `pydoc` (Python's own documentation, 465 KB)."""
+    """Training data: files (.jsonl .json .csv .parquet .txt), or `pydoc` (Python's own documentation, 465 KB)."""
     out: str | None = None
-    """Folder for all results; must be new or empty. None: a new folder under runs/."""
+    """Output folder; must be new or empty. None: a new folder under runs/."""
     fold: bool = True
-    """Fold the optimizer into backward. --no-fold: the same optimizer, stepping from stored gradients."""
-    head: Literal["fold", "plain"] = "fold"
-    """The loss head. fold: neither the logits nor the gradient of its weight are ever whole. plain: the model's own."""
+    """Fold the optimizer step into backward. --no-fold: the same optimizer with stored gradients."""
+    head: Head = "fold"
+    """Loss head. fold: linear cross-entropy without whole logits or a whole gradient. plain: the model's own."""
     steps: int | None = None
-    """Optimizer steps. None: see epochs."""
+    """Number of optimizer steps. None: as many as `epochs` takes."""
     epochs: float | None = None
-    """Passes over the data, if steps is not given. None: 1."""
+    """Number of passes over the data, where `steps` is not given. None: 1."""
     batch_size: int = BATCH_SIZE
     """Sequences per micro-batch; one step uses `gradient.accumulate` of them."""
     sequence_length: int = SEQUENCE_LENGTH
     """Tokens per sequence."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of weights and arithmetic; of the states too, unless optimizer.states says otherwise."""
+    dtype: Dtype = "float32"
+    """Dtype of weights and arithmetic, and of optimizer states unless optimizer.states is given."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ... auto: cuda if there is one."""
+    """Device to train on: cpu, cuda, cuda:1, ... auto: cuda if available."""
     gradient_checkpointing: bool = False
-    """Compute activations again in backward instead of keeping them."""
+    """Gradient (activation) checkpointing: recompute activations in backward instead of keeping them."""
     seed: int = 0
-    """Of the split, the order of the data and dropout."""
+    """Random seed for the held-out split, data order and dropout."""
     text: TextRecipe = field(default_factory=TextRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     gradient: GradientRecipe = field(default_factory=GradientRecipe)
@@ -392,7 +380,6 @@ class Recipe:
         """
         from gradfold.planner.settings import Settings
 
-        gradient = {name: value for name, value in self.gradient.fold_options().items() if name != "on_nonfinite"}
         return Settings(
             tokens=self.sequence_length,
             batch=self.batch_size,
@@ -403,8 +390,8 @@ class Recipe:
             checkpointing=self.gradient_checkpointing,
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
-            **self.optimizer.storage(),
-            **gradient,
+            **self.optimizer.storage_options(),
+            **self.gradient.gradient_options(),
         )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from gradfold.train.conform import annotations_of, conform, did_you_mean, from_words
-from gradfold.train.errors import RecipeError, one_line
-from gradfold.train.recipe import Recipe
+from .errors import RecipeError, one_line
+from .recipe import Recipe
+from .validate import annotations_of, conform, did_you_mean, from_words
 
 MAY_CHANGE_ON_RESUME = (
     "out",

@@ -11,15 +11,16 @@ from typing import Any
 import gradfold
 from gradfold._io import write_file
 from gradfold.planner.step import StepMemory, step_memory
-from gradfold.train.data import as_tensors
-from gradfold.train.display import Display
-from gradfold.train.errors import one_line
-from gradfold.train.evaluate import measure
-from gradfold.train.interrupt import Interrupted, StopRequest
-from gradfold.train.metrics import MetricsLog, read_metrics
-from gradfold.train.optimizer import make_optimizer, make_plain_optimizer
-from gradfold.train.plots import MissingMatplotlib, draw_loss, draw_memory
-from gradfold.train.run import Run
+
+from .data import as_tensors
+from .display import Display
+from .errors import one_line
+from .evaluate import evaluate
+from .interrupt import Interrupted, StopRequest
+from .metrics import MetricsLog, read_metrics
+from .optimizer import make_optimizer, make_plain_optimizer
+from .plots import MissingMatplotlib, draw_loss, draw_memory
+from .run import Run
 
 SUMMARY, LOSS_PLOT, MEMORY_PLOT = "summary.json", "loss.png", "memory.png"
 
@@ -30,7 +31,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         run.fold.remove()
     recipe, progress = run.recipe, run.progress
     with display.waiting("measuring the held-out loss after training"):
-        loss, sample = measure(run, lambda: bool(stop))
+        loss, sample = evaluate(run, lambda: bool(stop))
     if stop:
         raise Interrupted(f"stopped after the last step; finish with --resume {quote(str(run.out))}", checkpoint)
     if loss is not None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gradfold.train.checkpoint import FOLDER, Progress
-from gradfold.train.data import Data
-from gradfold.train.recipe import Recipe
+from .checkpoint import FOLDER, Progress
+from .data import Data
+from .recipe import Recipe
 
 
 @dataclass

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 import gradfold
-from gradfold.train.checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore
-from gradfold.train.data import prepare_data
-from gradfold.train.display import Display
-from gradfold.train.errors import CheckpointError, ModelError, RecipeError, one_line
-from gradfold.train.model import (
-    Source,
+
+from .checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore_run
+from .data import prepare_data
+from .display import Display
+from .errors import CheckpointError, ModelError, RecipeError, one_line
+from .model import (
+    ModelSource,
     check_length,
     check_packing,
     check_tokens,
@@ -28,12 +29,13 @@ from gradfold.train.model import (
     load_tokenizer,
     quiet_transformers,
 )
-from gradfold.train.optimizer import make_optimizer, make_schedule, parameter_groups
-from gradfold.train.recipe import Recipe
-from gradfold.train.recipe_file import differing_fields
-from gradfold.train.run import Run
+from .optimizer import make_optimizer, parameter_groups
+from .recipe import Recipe
+from .recipe_file import differing_fields
+from .run import Run
+from .schedule import make_schedule
 
-STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
+SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
 
 def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -> Run:
@@ -46,7 +48,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         check_continues(saved, recipe)
     check_out(out, saved)
     device = find_device(recipe.device)
-    source = find_model(recipe.model) if saved is None else Source(str(saved.path), str(saved.path), None)
+    source = find_model(recipe.model) if saved is None else ModelSource(str(saved.path), str(saved.path), None)
     with display.waiting("loading the tokenizer"):
         tokenizer = load_tokenizer(source)
     with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
@@ -76,7 +78,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
         seed_all(recipe.seed)
         if saved is not None:
-            restore(saved, model, optimizer, scheduler, fold)
+            restore_run(saved, model, optimizer, scheduler, fold)
     except BaseException:
         forget_states(out, made)
         raise
@@ -85,7 +87,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
 
 def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
     """The fold that a recipe asks for. Raises RecipeError for a working set that this model cannot have."""
-    working_set = recipe.working_set.build(folder=out / STATES, seed=recipe.seed)
+    working_set = recipe.working_set.build(folder=out / SLEEPING_STATES, seed=recipe.seed)
     try:
         return gradfold.fold(
             model, optimizer, working_set=working_set, head=recipe.head, **recipe.gradient.fold_options()
@@ -104,7 +106,7 @@ def _by_option(said: str) -> str:
 
 def forget_states(out: Path, made: bool) -> None:
     """Delete the files of sleeping states, which no checkpoint needs; and the folder around them, if it was `made`."""
-    shutil.rmtree(out / STATES, ignore_errors=True)
+    shutil.rmtree(out / SLEEPING_STATES, ignore_errors=True)
     if made:
         with contextlib.suppress(OSError):  # something else is in it
             out.rmdir()

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradfold.train.errors import CheckpointError
+from .errors import CheckpointError
 
-Tensors = dict[str, torch.Tensor]
+NamedTensors = dict[str, torch.Tensor]
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Tensors, Any]:
+def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[NamedTensors, Any]:
     """The optimizer's state_dict: tensors by `<parameter name>/<state name>`, all else as JSON in the same places."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state_dict = optimizer.state_dict()
-    tensors: Tensors = {}
+    tensors: NamedTensors = {}
     # torch numbers parameters by their place in the groups; a name stays right when the groups change.
     states = {order[index]: pack(state, order[index], tensors) for index, state in state_dict["state"].items()}
     groups = []
@@ -30,7 +30,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[
     return tensors, {"states": states, "param_groups": groups, "rest": pack(rest, "rest", tensors)}
 
 
-def unpack_optimizer(tensors: Tensors, tree: Any, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+def unpack_optimizer(
+    tensors: NamedTensors, tree: Any, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Any]:
     """The state_dict again. Raises CheckpointError if it is not of this model's parameters in these groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -43,7 +45,7 @@ def unpack_optimizer(tensors: Tensors, tree: Any, optimizer: torch.optim.Optimiz
     return {**unpack(tree["rest"], tensors), "state": states, "param_groups": groups}
 
 
-def pack_random(device: torch.device) -> tuple[Tensors, Any]:
+def pack_random(device: torch.device) -> tuple[NamedTensors, Any]:
     """The states of Python's, numpy's and torch's generators, with that of `device` if it has its own."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -58,7 +60,7 @@ def pack_random(device: torch.device) -> tuple[Tensors, Any]:
     return tensors, {"python": [version, gauss], "numpy": numpy_rest}
 
 
-def restore_random(tensors: Tensors, tree: Any, device: torch.device) -> None:
+def restore_random(tensors: NamedTensors, tree: Any, device: torch.device) -> None:
     """Set all generators to a packed state."""
     version, gauss = tree["python"]
     random.setstate((version, tuple(tensors["random/python"].tolist()), gauss))
@@ -70,7 +72,7 @@ def restore_random(tensors: Tensors, tree: Any, device: torch.device) -> None:
         torch.cuda.set_rng_state(tensors["random/cuda"], device)
 
 
-def pack(value: Any, path: str, tensors: Tensors) -> Any:
+def pack(value: Any, path: str, tensors: NamedTensors) -> Any:
     """A JSON twin of nested dicts, lists and tuples; tensors go to `tensors[path]`."""
     if isinstance(value, torch.Tensor):
         # Not contiguous: a state laid out like its (say, channels-last) weight. The loader lays it out again.
@@ -92,7 +94,8 @@ def _scalar(value: Any, path: str) -> Any:
     raise CheckpointError(f"optimizer state {path} is a {type(value).__name__}, which a checkpoint cannot hold")
 
 
-def unpack(value: Any, tensors: Tensors) -> Any:
+def unpack(value: Any, tensors: NamedTensors) -> Any:
+    """Build the value that ``pack`` took apart."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

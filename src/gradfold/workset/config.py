@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from gradfold._options import INTERVAL
+from gradfold._options import INTERVAL, Axis, Offload, Order, WakingStates
 from gradfold.errors import FoldError
 
 from .store import Store
@@ -60,11 +60,11 @@ class WorkingSet:
     chunks: int | None = None
     interval: int = INTERVAL
     by: Literal["bytes", "layer"] | Cut = "bytes"
-    axis: Literal["out", "in"] = "out"
-    order: Literal["forward", "backward", "random", "importance"] = "forward"
+    axis: Axis = "out"
+    order: Order = "forward"
     always: Sequence[str] = ()
-    states: Literal["keep", "reset"] = "keep"
-    offload: Literal["cpu", "disk"] | Store | None = None
+    states: WakingStates = "keep"
+    offload: Offload | Store | None = None
     folder: str | Path | None = None
     prefetch: int = 1
     seed: int = 0
@@ -91,14 +91,14 @@ class WorkingSet:
             raise FoldError(f"WorkingSet(always={self.always!r}): a list of names")
         if isinstance(self.always, str):
             raise FoldError(f"WorkingSet(always={self.always!r}): give a list of names, [{self.always!r}]")
-        _one_of("axis", self.axis, ("out", "in"))
-        _one_of("order", self.order, ("forward", "backward", "random", "importance"))
-        _one_of("states", self.states, ("keep", "reset"))
+        _one_of("axis", self.axis, get_args(Axis))
+        _one_of("order", self.order, get_args(Order))
+        _one_of("states", self.states, get_args(WakingStates))
         if self.prefetch not in (0, 1):
             raise FoldError(f"WorkingSet(prefetch={self.prefetch!r}): 0 or 1 chunks ahead")
         if self.offload is None or isinstance(self.offload, str):
             if self.offload is not None:
-                _one_of("offload", self.offload, ("cpu", "disk"))
+                _one_of("offload", self.offload, get_args(Offload))
             if (self.offload == "disk") != (self.folder is not None):
                 raise FoldError(
                     f"WorkingSet(offload={self.offload!r}, folder={self.folder!r}): a folder goes with offload='disk', "

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from gradfold.planner.fake_host import FakeHost
 from gradfold.planner.models import find_subject
-from gradfold.planner.played import PlayedHost
 from gradfold.planner.predict import predict
-from gradfold.planner.scene import trainable
 from gradfold.planner.settings import Settings
 from gradfold.planner.step import record_step
 from gradfold.planner.trace import LiveBytes
+from gradfold.planner.workload import trainable
 from gradfold.workset import WorkingSet
 from tests.planner.small import llama
 
@@ -137,7 +137,7 @@ def test_on_a_processor_it_is_the_real_round(chunks, offload):
 
 
 def test_a_played_host():
-    host = PlayedHost()
+    host = FakeHost()
     with LiveBytes() as live:
         tensors = {"exp_avg": torch.zeros(256), "exp_avg_sq": torch.zeros(256)}
         live.track(tensors, category="states")

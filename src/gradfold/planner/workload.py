@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from gradfold.backends import as_accelerator
-from gradfold.planner.errors import PlanError
-from gradfold.planner.fake import SkipWrites, plain_torch
-from gradfold.planner.layers import repeated
-from gradfold.planner.masks import packing_known
-from gradfold.planner.models import Subject
-from gradfold.planner.settings import Settings
-from gradfold.planner.step import StepMemory
+
+from .errors import PlanError
+from .fake import SkipWrites, plain_torch
+from .hf_masks import packing_known
+from .models import Subject
+from .repeat_layers import repeated
+from .settings import Settings
+from .step import StepMemory
 
 _INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
 gradfold.planner.step.step_memory takes a loss function for any other model"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class Workload:
     """A model and how it is trained."""
 
     subject: Subject
@@ -116,4 +117,5 @@ def enable_checkpointing(model: Any) -> bool:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

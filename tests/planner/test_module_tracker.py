@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.planner.place import Place
+from gradfold.planner.module_tracker import ModuleTracker
 from gradfold.planner.step import record_step, run_step
 from gradfold.planner.trace import LiveBytes
 from tests.planner.small import llama
@@ -43,7 +43,7 @@ class Spied(nn.Module):
 
 def two(said):
     model = nn.Sequential(Spied(said), nn.Sequential(Spied(said)))
-    place = Place(model)
+    place = ModuleTracker(model)
     model[0].ask = model[1][0].ask = place
     return model, place
 
@@ -80,7 +80,7 @@ def test_an_exception_in_forward_leaves_no_name():
             raise ArithmeticError
 
     model = nn.Sequential(nn.Linear(3, 3), Broken())
-    place = Place(model)
+    place = ModuleTracker(model)
     with place:
         with pytest.raises(ArithmeticError):
             model(torch.ones(3))
@@ -89,14 +89,14 @@ def test_an_exception_in_forward_leaves_no_name():
 
 def test_nothing_is_left_behind():
     model = transformers.AutoModelForCausalLM.from_config(llama(1))
-    with pytest.raises(ArithmeticError), Place(model):
+    with pytest.raises(ArithmeticError), ModuleTracker(model):
         raise ArithmeticError
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in model.modules())
 
 
 def test_the_graph_is_not_kept():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    with LiveBytes() as live, Place(model):
+    with LiveBytes() as live, ModuleTracker(model):
         live.track(model)
         before = live.now_bytes
         y = model(torch.ones(3, requires_grad=True)).exp()

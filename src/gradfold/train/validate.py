@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gradfold.train.errors import RecipeError
+from .errors import RecipeError
 
 TRAINER_NAMES = {
     "gradient_accumulation_steps": "accumulate",

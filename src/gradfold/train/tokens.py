@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradfold.train.errors import DataError, ModelError, one_line
-from gradfold.train.rows import Row
+from .errors import DataError, ModelError, one_line
+from .readers import DataRow
 
 ROWS_AT_ONCE = 256  # fast tokenizers work on many texts in parallel
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows as one flat run of tokens. Row r is `ids[starts[r]:starts[r + 1]]`.
+    """Rows as one flat run of tokens. DataRow r is `ids[starts[r]:starts[r + 1]]`.
 
     `ids`: int32 [T]. `learned`: bool [T], whether the token is a target. `starts`: int64 [R + 1].
     `is_document`: bool [R], a `text` row, which may be cut anywhere. `skipped`: rows that had nothing to learn.
@@ -40,7 +40,7 @@ class Tokens:
 
 
 def encode_rows(
-    rows: Iterable[Row], tokenizer: Any, *, loss_on: Literal["completions", "all"], too_long: str, limit: int
+    rows: Iterable[DataRow], tokenizer: Any, *, loss_on: Literal["completions", "all"], too_long: str, limit: int
 ) -> Tokens:
     """Tokenize rows. `limit`: most tokens of a row that is not a document.
 
@@ -82,7 +82,7 @@ def encode_rows(
 def encode_prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
     """A prompt's tokens, as the model would see them at inference; `chat`: as a user's message."""
     if chat:
-        row = Row("evaluation.sample_prompt", "messages", messages=({"role": "user", "content": prompt},))
+        row = DataRow("evaluation.sample_prompt", "messages", messages=({"role": "user", "content": prompt},))
         return _ids(tokenizer, [render_chat(row, tokenizer, answer=True)], special=False)[0]
     return _open(_ids(tokenizer, [prompt])[0], tokenizer)
 
@@ -90,7 +90,7 @@ def encode_prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
 Encoded = tuple[list[int], list[bool]]
 
 
-def _encode_batch(rows: Sequence[Row], tokenizer: Any, loss_on: str) -> Iterator[Encoded]:
+def _encode_batch(rows: Sequence[DataRow], tokenizer: Any, loss_on: str) -> Iterator[Encoded]:
     whole = loss_on == "all"
     texts = iter(_ids(tokenizer, [row.text for row in rows if row.shape == "text"]))
     prompts = iter(_ids(tokenizer, [row.prompt for row in rows if row.shape == "completion"]))
@@ -127,7 +127,7 @@ def _open(ids: list[int], tokenizer: Any) -> list[int]:
 # ---- messages --------------------------------------------------------------------------------------------------
 
 
-def _encode_messages(row: Row, tokenizer: Any, whole: bool) -> Encoded:
+def _encode_messages(row: DataRow, tokenizer: Any, whole: bool) -> Encoded:
     """The whole chat as its template writes it; learned are the tokens that start inside an assistant's turn."""
     text = render_chat(row, tokenizer)
     spans = [(0, len(text))] if whole else _assistant_spans(row, text, tokenizer)
@@ -140,7 +140,7 @@ def _encode_messages(row: Row, tokenizer: Any, whole: bool) -> Encoded:
 
 
 def render_chat(
-    row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]] | None = None, answer: bool = False
+    row: DataRow, tokenizer: Any, messages: Sequence[dict[str, Any]] | None = None, answer: bool = False
 ) -> str:
     """The row's messages (or some of them) as the template writes them; `answer`: up to where an answer begins.
 
@@ -156,7 +156,7 @@ def render_chat(
         raise DataError(f"{row.where}: the chat template refuses the messages ({one_line(error)})") from None
 
 
-def _assistant_spans(row: Row, text: str, tokenizer: Any) -> list[tuple[int, int]]:
+def _assistant_spans(row: DataRow, text: str, tokenizer: Any) -> list[tuple[int, int]]:
     """Character ranges of the assistant's turns: from where a generation prompt ends to the end of the turn."""
     spans = []
     for index, message in enumerate(row.messages):

@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from gradfold.planner.trace import LiveBytes
 from gradfold.workset import HostStore
 from gradfold.workset.store import bytes_of
 
+from .trace import LiveBytes
 
-class PlayedHost(HostStore):
-    """The working set's host memory. What is put here leaves the meter; what is fetched is on its way (`staging`)
-    until it is taken."""
+
+class FakeHost(HostStore):
+    """The working set's host memory.
+
+    What is put here leaves the meter; what is fetched counts as ``staging`` until it is taken.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,16 +27,19 @@ class PlayedHost(HostStore):
         self._coming: set[str] = set()  # type: ignore[assignment]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors, whose bytes leave the device's meter."""
         super().put(key, tensors)
         self.left_bytes += bytes_of(tensors.values())
         if self.meter is not None:
             self.meter.set_aside(*tensors.values())
 
     def prefetch(self, keys: Sequence[str], device: Any) -> None:
+        """Begin to fetch: the bytes are on the device from now on, as staging."""
         for key in keys:
             self._arrive(key)
 
     def take(self, key: str, device: Any) -> dict[str, Tensor] | None:
+        """Give the tensors back, which are states on the device again; None for an unknown key."""
         self._arrive(key)
         self._coming.discard(key)
         made = super().take(key, device)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradfold.planner.trace import Moment, Timeline
+from .trace import Moment, Timeline
 
 _LOOPS = 6  # over all layers, in one phase
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -40,8 +40,17 @@ class _Phase(NamedTuple):
 
 
 def repeated(shallow: Timeline, deeper: Timeline, more: int, period: int = 1) -> Timeline | None:
-    """The timeline of a model `more` periods of layers deeper than `shallow`; `deeper` is one deeper. None: they differ
-    in more than a repeated stretch of events."""
+    """Build the timeline of a deep model from those of two shallow ones.
+
+    Args:
+        shallow: the timeline of the shallowest model.
+        deeper: the timeline of a model one period of layers deeper.
+        more: how many periods deeper than ``shallow`` the result is.
+        period: layers per period.
+
+    Returns:
+        None where the two differ in more than a repeated stretch of events.
+    """
     names = {name: index for index, name in enumerate(shallow.names)}
     for name in deeper.names:
         names.setdefault(name, len(names))
@@ -137,8 +146,10 @@ def _renumbered(stretch: _Stretch, by: int, names: dict[str, int]) -> _Stretch:
 
 
 def _turn(stretch: _Stretch, met: np.ndarray, down: bool, names: dict[str, int]) -> int:
-    """The first event that goes back to where a way through the layers begins; its length: none does. `met`: the layers
-    of the events before."""
+    """Return the first event that goes back to where a way through the layers begins, or the length if none does.
+
+    ``met`` holds the layers of the events before.
+    """
     layers = _layers_of(stretch, names)
     events = np.flatnonzero(layers >= 0)
     before = met[met >= 0][-1:]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from gradfold.planner.bytes import byte_unit, format_bytes, parse_bytes
 from gradfold.planner.errors import PlanError
-from gradfold.planner.units import format_bytes, parse_bytes, unit_of
 
 GIB = 2**30
 
@@ -61,5 +61,5 @@ def test_format(nbytes, text):
 
 
 def test_units():
-    assert unit_of(5 * GIB) == ("GiB", GIB)
-    assert unit_of(5) == ("B", 1)
+    assert byte_unit(5 * GIB) == ("GiB", GIB)
+    assert byte_unit(5) == ("B", 1)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradfold.train.encode import Tokens
+from .tokens import Tokens
 
 IGNORED = -100  # the label torch's cross-entropy skips
 
-Piece = tuple[int, int]
+TokenSpan = tuple[int, int]
 """Token range [start, stop) of `Tokens.ids`, all of one row."""
-Window = tuple[Piece, ...]
+Window = tuple[TokenSpan, ...]
 """The pieces of one sequence."""
 
 
@@ -72,10 +72,10 @@ def build_batch(tokens: Tokens, windows: list[Window], pad_id: int) -> Batch:
     return Batch(input_ids, labels, position_ids, count, int((labels != IGNORED).sum()))
 
 
-def _fill(pieces: list[Piece], length: int) -> list[Window]:
+def _fill(pieces: list[TokenSpan], length: int) -> list[Window]:
     """One piece after another, cut where a sequence is full."""
     windows: list[Window] = []
-    current: list[Piece] = []
+    current: list[TokenSpan] = []
     room = length
     for start, stop in pieces:
         while start < stop:
@@ -88,9 +88,9 @@ def _fill(pieces: list[Piece], length: int) -> list[Window]:
     return [*windows, tuple(current)] if current else windows
 
 
-def _best_fit(pieces: list[Piece], length: int) -> list[Window]:
+def _best_fit(pieces: list[TokenSpan], length: int) -> list[Window]:
     """Longest first, each into the sequence that it leaves least room in."""
-    windows: list[list[Piece]] = []
+    windows: list[list[TokenSpan]] = []
     by_room: list[list[int]] = [[] for _ in range(length + 1)]  # room left -> sequences with it
     rooms = 0  # bit r: by_room[r] is not empty
     for start, stop in sorted(pieces, key=lambda piece: (piece[0] - piece[1], piece[0])):

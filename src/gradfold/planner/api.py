@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gradfold.planner.allocator import allocated
-from gradfold.planner.errors import PlanError
-from gradfold.planner.fake import frozen_objects
-from gradfold.planner.models import Subject, find_subject
-from gradfold.planner.peers import PEERS, peers_of
-from gradfold.planner.predict import predict, predict_peer
-from gradfold.planner.report import Plan
-from gradfold.planner.settings import Settings
+from .allocator import allocated
+from .baselines import BASELINES, baselines_of
+from .errors import PlanError
+from .fake import frozen_objects
+from .models import Subject, find_subject
+from .predict import predict, predict_baseline
+from .report import Plan
+from .settings import Settings
 
 DEVICES = ("cuda", "cpu")
 
@@ -24,7 +24,7 @@ def plan(
     settings: Settings | None = None,
     *,
     device: str = "cuda",
-    peers: bool = True,
+    baselines: bool = True,
     progress: Callable[[str], None] = lambda what: None,
     **changes: Any,
 ) -> Plan:
@@ -35,9 +35,10 @@ def plan(
     Args:
         model: a preset (``gradfold.planner.presets``), a folder or its config.json, a hub id, a transformers config, a
             module (copied), or a function that builds one.
-        settings: how to train; ``changes`` replace some of its fields, and alone are enough.
+        settings: how to train: a ``Settings``, or a recipe; its defaults unless given.
+        **changes: fields of ``settings`` to replace, such as ``batch=1``; they are enough alone.
         device: "cuda": as an accelerator runs it; "cpu": as this processor does.
-        peers: trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW too.
+        baselines: trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW too.
         progress: is told what is being traced.
 
     Raises:
@@ -63,9 +64,9 @@ def plan(
     with frozen_objects():
         predicted = predict(subject, settings, device)
         others = []
-        for name in peers_of(settings) if peers else ():
+        for name in baselines_of(settings) if baselines else ():
             progress(f"tracing: {name}")
-            others.append(predict_peer(subject, settings, PEERS[name], name, device))
+            others.append(predict_baseline(subject, settings, BASELINES[name], name, device))
     return Plan(
         model=subject.name,
         settings=settings,
@@ -73,6 +74,6 @@ def plan(
         device=device,
         predicted=predicted,
         allocated=allocated(predicted.memory.timeline),
-        peers=tuple(others),
+        baselines=tuple(others),
         seconds=time.perf_counter() - started,
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gradfold.train.errors import DataError
-from gradfold.train.rows import read_rows
+from gradfold.train.readers import read_rows
 
 # Texts that readers like to improve: numbers, dates, missing values, quotes, line ends inside, other scripts.
 TEXTS = ["007", "NA", "null", "2024-01-01", 'say "hi", twice', "two\nlines", "naïve 日本語", " spaces ", "1e5", "True"]

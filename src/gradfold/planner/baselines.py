@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gradfold.optim import AdamW
-from gradfold.planner.settings import Settings
+
+from .settings import Settings
 
 
 class SteppedInHooks:
@@ -29,12 +30,15 @@ class SteppedInHooks:
         optimizer.step()
         parameter.grad = None
 
-    def step(self) -> None: ...
+    def step(self) -> None:
+        """Do nothing: every weight has stepped in its hook."""
 
-    def zero_grad(self) -> None: ...
+    def zero_grad(self) -> None:
+        """Do nothing: the hooks let go of the gradients."""
 
 
 def plain(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make torch's fused AdamW."""
     return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
@@ -43,7 +47,7 @@ def eight_bit(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return AdamW(parameters, lr=1e-5, states="int8")
 
 
-PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
+BASELINES: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "plain AdamW": plain,
     "AdamW in hooks": SteppedInHooks,
     "8-bit AdamW": eight_bit,
@@ -51,7 +55,7 @@ PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
 """Name -> what makes the optimizer."""
 
 
-def peers_of(settings: Settings) -> list[str]:
+def baselines_of(settings: Settings) -> list[str]:
     """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip."""
     waits = settings.accumulate > 1 or settings.clip_norm is not None
-    return [name for name, peer in PEERS.items() if not (waits and peer is SteppedInHooks)]
+    return [name for name, baseline in BASELINES.items() if not (waits and baseline is SteppedInHooks)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gradfold.planner.errors import PlanError
+from .errors import PlanError
 
 _UNITS = {
     "": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib": 2**20, "mb": 10**6,
@@ -26,14 +26,14 @@ def parse_bytes(text: str | float) -> int:
 
 def format_bytes(nbytes: float) -> str:
     """Three figures and a binary unit: 1.25 GiB, 310 MiB."""
-    unit, unit_bytes = unit_of(nbytes)
+    unit, unit_bytes = byte_unit(nbytes)
     if unit == "B":
         return f"{nbytes:.0f} B"
     value = nbytes / unit_bytes
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
-def unit_of(nbytes: float) -> tuple[str, int]:
+def byte_unit(nbytes: float) -> tuple[str, int]:
     """The unit that a size is written in, and its bytes."""
     for name, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if nbytes >= 0.9995 * (1 << power):  # 1.00 MiB rather than 1024 KiB

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_MARK = "gradfold.planner.place"
+_MARK = "gradfold.planner.module_tracker"
 
 
-class Place:
+class ModuleTracker:
     """The module that runs, in forward or in backward; what is inside this `with` can ask it.
 
     In backward it is the last module whose output's gradient arrived. Nothing of the graph is held, since that would
@@ -25,7 +25,7 @@ class Place:
         find = getattr(model, "get_output_embeddings", None)
         self._without_hooks = find() if callable(find) else None  # a head with hooks is not folded
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> ModuleTracker:
         for module in self._names:
             if module is not self._without_hooks:
                 self._handles.append(module.register_forward_pre_hook(self._begin))

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.planner.played import PlayedHost
-from gradfold.planner.scene import Scene, trainable
-from gradfold.planner.step import StepMemory, record_step, run_step
-from gradfold.planner.trace import LiveBytes
 from gradfold.workset import Rotation, WorkingSet
 from gradfold.workset.store import bytes_of
+
+from .fake_host import FakeHost
+from .step import StepMemory, record_step, run_step
+from .trace import LiveBytes
+from .workload import Workload, trainable
 
 ALL_TURNS = 6  # of so many chunks every turn is traced
 
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
+class WorkingSetMemory:
     """What a round of the working set takes."""
 
     memory: StepMemory  # of the turn with the higher peak
@@ -33,17 +34,17 @@ class Turns:
     moved_bytes_per_turn: float  # in and out; nothing moves where it sleeps on the device
 
 
-def in_turns(scene: Scene, model: nn.Module, config: WorkingSet) -> Turns:
+def trace_working_set(workload: Workload, model: nn.Module, config: WorkingSet) -> WorkingSetMemory:
     """Run both steps. With `offload` what sleeps is elsewhere; on a processor only the disk is."""
-    return _Round(scene, model, config).run()
+    return _Round(workload, model, config).run()
 
 
 class _Round:
-    def __init__(self, scene: Scene, model: nn.Module, config: WorkingSet):
-        self.model, self.config, self.settings, self.batch = model, config, scene.settings, scene.batch()
-        self.loss = scene.loss
-        away = config.offload == "disk" or (config.offload is not None and scene.device != "cpu")
-        self.host = PlayedHost() if away else None
+    def __init__(self, workload: Workload, model: nn.Module, config: WorkingSet):
+        self.model, self.config, self.settings, self.batch = model, config, workload.settings, workload.batch()
+        self.loss = workload.loss
+        away = config.offload == "disk" or (config.offload is not None and workload.device != "cpu")
+        self.host = FakeHost() if away else None
         # Every step changes chunks, in an order that is set here.
         watched = dataclasses.replace(config, interval=1, order="forward", offload=self.host, folder=None)
         self.optimizer = self.settings.make_optimizer(trainable(model))
@@ -55,7 +56,7 @@ class _Round:
         weights = bytes_of(slot.param for slot in rotation.turning)
         self.state_bytes = int(sum(rotation.chunk_bytes(index) for index in range(self.chunks))) - weights
 
-    def run(self) -> Turns:
+    def run(self) -> WorkingSetMemory:
         try:
             steps = [self._step_of(turn) for turn in self._turns()]
         finally:
@@ -66,7 +67,7 @@ class _Round:
         kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
         a_chunk = self.state_bytes / self.chunks * kept
         moves = self.host is not None and self.chunks > 1
-        return Turns(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0)
+        return WorkingSetMemory(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0)
 
     def _turns(self) -> list[int]:
         """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""

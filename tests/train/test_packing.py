@@ -6,10 +6,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradfold.train.data import as_tensors
-from gradfold.train.encode import Tokens
 from gradfold.train.errors import ModelError
 from gradfold.train.model import check_packing
-from gradfold.train.windows import IGNORED, build_batch, cut_windows
+from gradfold.train.packing import IGNORED, build_batch, cut_windows
+from gradfold.train.tokens import Tokens
 from tests.train.tiny import build_model, recipe
 
 

@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("transformers")
 
 import gradfold
-from gradfold.planner.layers import repeated
-from gradfold.planner.peers import SteppedInHooks
-from gradfold.planner.scene import enable_checkpointing
+from gradfold.planner.baselines import SteppedInHooks
+from gradfold.planner.repeat_layers import repeated
 from gradfold.planner.step import StepMemory, step_memory
 from gradfold.planner.trace import Moment, Timeline
+from gradfold.planner.workload import enable_checkpointing
 from tests.planner.small import differing, gemma2, gemma3, llama
 
 slow = pytest.mark.slow

@@ -10,12 +10,13 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 from gradfold._io import is_disk_full
 from gradfold.errors import FoldError, NonFiniteError
-from gradfold.train.data import as_tensors
-from gradfold.train.errors import TrainError
+
+from .data import as_tensors
+from .errors import TrainError
 
 if TYPE_CHECKING:
-    from gradfold.train.run import Run
-    from gradfold.train.windows import Batch
+    from .packing import Batch
+    from .run import Run
 
 
 def step_weights(run: Run, batches: list[Batch]) -> tuple[float, float | None]:

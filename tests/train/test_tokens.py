@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gradfold.train.encode import encode_rows
 from gradfold.train.errors import DataError, ModelError
-from gradfold.train.rows import Row
+from gradfold.train.readers import DataRow
+from gradfold.train.tokens import encode_rows
 
 CHAT = (
     {"role": "system", "content": "be kind"},
@@ -30,25 +30,25 @@ def texts(tokenizer, tokens, row=0):
 
 
 def test_a_text_is_learned_whole_and_ends(tokenizer):
-    tokens = encode(tokenizer, Row("r", "text", text="the cat sat"))
+    tokens = encode(tokenizer, DataRow("r", "text", text="the cat sat"))
     assert texts(tokenizer, tokens) == ("the cat sat<eos>", "the cat sat<eos>")
     assert tokens.is_document.tolist() == [True]
 
 
 def test_of_a_prompt_and_completion_the_completion_is_learned(tokenizer):
-    row = Row("r", "completion", prompt="the cat", completion=" sat on a mat")
+    row = DataRow("r", "completion", prompt="the cat", completion=" sat on a mat")
     assert texts(tokenizer, encode(tokenizer, row)) == ("the cat sat on a mat<eos>", " sat on a mat<eos>")
     assert texts(tokenizer, encode(tokenizer, row, loss_on="all"))[1] == "the cat sat on a mat<eos>"
 
 
 def test_a_prompt_is_tokenized_as_it_is_at_inference(tokenizer):
     """`th` + `e` would merge into one token; the model will only ever be given `th`."""
-    tokens = encode(tokenizer, Row("r", "completion", prompt="th", completion="e"))
+    tokens = encode(tokenizer, DataRow("r", "completion", prompt="th", completion="e"))
     assert tokens.ids[: tokens.learned.argmax()].tolist() == tokenizer("th")["input_ids"]
 
 
 def test_of_messages_the_answers_are_learned_with_their_ends(tokenizer):
-    row = Row("r", "messages", messages=CHAT)
+    row = DataRow("r", "messages", messages=CHAT)
     whole, learned = texts(tokenizer, encode(tokenizer, row))
     assert whole == tokenizer.apply_chat_template(list(CHAT), tokenize=False)
     assert learned == "sat on a mat<eos>in the rain<eos>"
@@ -56,7 +56,7 @@ def test_of_messages_the_answers_are_learned_with_their_ends(tokenizer):
 
 
 def test_messages_become_the_tokens_that_the_template_gives(tokenizer):
-    tokens = encode(tokenizer, Row("r", "messages", messages=CHAT))
+    tokens = encode(tokenizer, DataRow("r", "messages", messages=CHAT))
     expected = tokenizer.apply_chat_template(list(CHAT), tokenize=True, return_dict=True)["input_ids"]
     assert tokens.ids.tolist() == expected
 
@@ -70,8 +70,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_rather_than_masked_wr
     )
     try:
         with pytest.raises(DataError, match="r: the chat template rewrites earlier turns, so message 3"):
-            encode(tokenizer, Row("r", "messages", messages=CHAT))
-        assert len(encode(tokenizer, Row("r", "messages", messages=CHAT[:3])))
+            encode(tokenizer, DataRow("r", "messages", messages=CHAT))
+        assert len(encode(tokenizer, DataRow("r", "messages", messages=CHAT[:3])))
     finally:
         tokenizer.chat_template = old
 
@@ -80,10 +80,10 @@ def test_a_refusal_of_the_template_names_the_row(tokenizer):
     tokenizer.chat_template, old = "{{ raise_exception('no system role') }}", tokenizer.chat_template
     try:
         with pytest.raises(DataError, match=r"r: the chat template refuses the messages \(no system role\)"):
-            encode(tokenizer, Row("r", "messages", messages=CHAT))
+            encode(tokenizer, DataRow("r", "messages", messages=CHAT))
         tokenizer.chat_template = None
         with pytest.raises(ModelError, match="no chat template"):
-            encode(tokenizer, Row("r", "messages", messages=CHAT))
+            encode(tokenizer, DataRow("r", "messages", messages=CHAT))
     finally:
         tokenizer.chat_template = old
 
@@ -91,8 +91,8 @@ def test_a_refusal_of_the_template_names_the_row(tokenizer):
 @pytest.mark.parametrize(("too_long", "lengths"), [("truncate", [None, 8]), ("drop", [None])])
 def test_long_rows(tokenizer, too_long, lengths):
     rows = [
-        Row("short", "completion", prompt="the", completion=" cat"),
-        Row("long", "completion", prompt="the", completion=" cat" * 40),
+        DataRow("short", "completion", prompt="the", completion=" cat"),
+        DataRow("long", "completion", prompt="the", completion=" cat" * 40),
     ]
     tokens = encode(tokenizer, *rows, too_long=too_long, limit=8)
     short = len(encode(tokenizer, rows[0]).ids)
@@ -104,14 +104,14 @@ def test_long_rows(tokenizer, too_long, lengths):
 
 
 def test_a_truncated_row_with_nothing_left_to_learn_is_left_out(tokenizer):
-    row = Row("r", "completion", prompt="the cat " * 20, completion="sat")
-    tokens = encode(tokenizer, row, Row("s", "text", text="the dog"), too_long="truncate", limit=8)
+    row = DataRow("r", "completion", prompt="the cat " * 20, completion="sat")
+    tokens = encode(tokenizer, row, DataRow("s", "text", text="the dog"), too_long="truncate", limit=8)
     assert (len(tokens), tokens.skipped) == (1, 1)
 
 
 def test_blank_texts_are_left_out_and_counted(tokenizer):
     tokens = encode(
-        tokenizer, Row("a", "text", text=" \n"), Row("b", "text", text="the cat"), Row("c", "text", text="")
+        tokenizer, DataRow("a", "text", text=" \n"), DataRow("b", "text", text="the cat"), DataRow("c", "text", text="")
     )
     assert (len(tokens), tokens.skipped) == (1, 2)
     assert texts(tokenizer, tokens)[0] == "the cat<eos>"
@@ -119,7 +119,7 @@ def test_blank_texts_are_left_out_and_counted(tokenizer):
 
 def test_many_rows_keep_their_order(tokenizer):
     rows = [
-        Row(str(i), "text", text=f"{i}") if i % 2 else Row(str(i), "completion", prompt=f"{i}", completion="x")
+        DataRow(str(i), "text", text=f"{i}") if i % 2 else DataRow(str(i), "completion", prompt=f"{i}", completion="x")
         for i in range(700)
     ]
     tokens = encode(tokenizer, *rows)
@@ -136,6 +136,6 @@ def test_a_tokenizer_that_ends_prompts_by_itself_does_not_end_them_here(tokenize
     ending = type(tokenizer)(tokenizer_object=ending.backend_tokenizer.from_str(json.dumps(copy)), eos_token="<eos>")
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
     assert ending("the")["input_ids"][-1] == 0
-    row = Row("r", "completion", prompt="the cat", completion=" sat")
+    row = DataRow("r", "completion", prompt="the cat", completion=" sat")
     assert texts(ending, encode(ending, row)) == ("the cat sat<eos>", " sat<eos>")
-    assert texts(ending, encode(ending, Row("r", "text", text="the cat")))[0] == "the cat<eos>"
+    assert texts(ending, encode(ending, DataRow("r", "text", text="the cat")))[0] == "the cat<eos>"

@@ -10,9 +10,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradfold.planner.allocator import CONTEXT_BYTES
+from gradfold.planner.api import plan
+from gradfold.planner.baselines import BASELINES
 from gradfold.planner.errors import PlanError
-from gradfold.planner.make import plan
-from gradfold.planner.peers import PEERS
 from gradfold.planner.settings import Settings
 from tests.planner.small import llama
 
@@ -20,7 +20,9 @@ transformers = pytest.importorskip("transformers")
 
 
 def made(model=None, settings=None, **changes):
-    return plan(llama(1) if model is None else model, settings, **{"tokens": 8, "batch": 1, "peers": False, **changes})
+    return plan(
+        llama(1) if model is None else model, settings, **{"tokens": 8, "batch": 1, "baselines": False, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,8 @@ def test_changes_override_settings():
 
 def test_a_plan():
     said = []
-    result = made(llama(1, dtype="bfloat16"), peers=True, progress=said.append)
-    assert [peer.label for peer in result.peers] == list(PEERS)
+    result = made(llama(1, dtype="bfloat16"), baselines=True, progress=said.append)
+    assert [baseline.label for baseline in result.baselines] == list(BASELINES)
     assert len(said) == 4
     assert result.dtype == "bfloat16"
     assert result.device_bytes == result.allocated.allocated_bytes + CONTEXT_BYTES

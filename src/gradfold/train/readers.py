@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gradfold.train.errors import DataError, one_line
+from .errors import DataError, one_line
 
 Shape = Literal["text", "completion", "messages"]
 FIELDS: dict[Shape, tuple[str, ...]] = {
@@ -32,7 +32,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One checked row. `where` says where it stands, for messages: `notes.jsonl line 3`."""
 
     where: str
@@ -43,7 +43,7 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
 
 
-def read_rows(sources: Sequence[str]) -> Iterator[Row]:
+def read_rows(sources: Sequence[str]) -> Iterator[DataRow]:
     """All rows of all sources in order. Raises DataError naming the file and the line of the first bad row."""
     for source in sources:
         found = False
@@ -54,15 +54,15 @@ def read_rows(sources: Sequence[str]) -> Iterator[Row]:
             raise DataError(f"{source}: holds no rows")
 
 
-def _pydoc_rows() -> Iterator[Row]:
+def _pydoc_rows() -> Iterator[DataRow]:
     """Python's own documentation of its topics, which comes with CPython."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
-        yield Row(f"pydoc topic {name!r}", "text", text=text)
+        yield DataRow(f"pydoc topic {name!r}", "text", text=text)
 
 
-def _file_rows(source: str) -> Iterator[Row]:
+def _file_rows(source: str) -> Iterator[DataRow]:
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source}: no such file (data is a file, or `pydoc`)")
@@ -222,7 +222,7 @@ def _shape_of(fields: Any, where: str) -> Shape:
     raise DataError(f"{where}: has {got}; needs `text`, or `prompt` and `completion`, or `messages`")
 
 
-def _checked(fields: Any, shape: Shape, where: str) -> Row:
+def _checked(fields: Any, shape: Shape, where: str) -> DataRow:
     if not isinstance(fields, dict):
         raise DataError(f"{where}: is a {type(fields).__name__}, not an object with named fields")
     for name in FIELDS[shape]:
@@ -230,12 +230,12 @@ def _checked(fields: Any, shape: Shape, where: str) -> Row:
             raise DataError(f"{where}: has no `{name}`, which the rows before it have" if name not in fields
                             else f"{where}: `{name}` is null")  # fmt: skip
     if shape == "messages":
-        return Row(where, shape, messages=_checked_messages(fields["messages"], where))
+        return DataRow(where, shape, messages=_checked_messages(fields["messages"], where))
     texts = {name: fields[name] for name in FIELDS[shape]}
     for name, value in texts.items():
         if not isinstance(value, str):
             raise DataError(f"{where}: `{name}` is a {type(value).__name__}, not text")
-    return Row(where, shape, **texts)
+    return DataRow(where, shape, **texts)
 
 
 def _checked_messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:

@@ -15,12 +15,13 @@ from gradfold.train.checkpoint import find_checkpoint, list_checkpoints, read_ch
 from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
 from gradfold.train.errors import TrainError
-from gradfold.train.gradient import step_weights
 from gradfold.train.loop import train
 from gradfold.train.metrics import METRICS, read_metrics
-from gradfold.train.optimizer import lr_factor, parameter_groups
+from gradfold.train.optimizer import parameter_groups
 from gradfold.train.recipe_file import unflatten
+from gradfold.train.schedule import lr_factor
 from gradfold.train.setup import assemble
+from gradfold.train.step import step_weights
 from tests.train.tiny import recipe, save_tiny, sentence
 
 SGD = {"optimizer.name": "SGD", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "schedule.name": "constant"}
