@@ -1,6 +1,6 @@
 """What the Triton kernels cost, compiled for processors that need not be there: registers, spills, stores, occupancy.
 
-Compiles every row of `backends/triton/tile_configs.py` as training launches it, with several ways to store weight and
+Compiles every row of ``backends/triton/tile_configs.py`` as training launches it, with several ways to store weight and
 states, and writes the table of docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything but weight,
 states, scales and one norm per tile, does not fit its processor, or if two programs of a default kernel (bf16 products)
 do not fit a Hopper multiprocessor.

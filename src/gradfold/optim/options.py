@@ -12,8 +12,8 @@ class StorageOptions(TypedDict, total=False):
         states: How optimizer states are stored: "fp32", "bf16", or quantized to "int8" or "int4" in blocks of 128
             elements along a row, with an fp32 scale each. None keeps them in the weight's dtype, as torch does.
         rounding: How values are rounded to fewer bits than fp32: "nearest" or "stochastic". None rounds states and
-            masters stochastically where they need it (see `gradfold/codecs/README.md`), and a weight without master to
-            nearest.
+            masters stochastically where they need it (see ``gradfold/codecs/README.md``), and a weight without master
+            to nearest.
         master: Keep more bits of a bf16 weight: "split8" adds one byte per element (a 24-bit master weight), "split16"
             two bytes (an fp32 master weight). None keeps the bf16 weight only.
         small_size: Parameters with fewer elements, and all vectors (norms, biases), keep fp32 states; 0 gives every

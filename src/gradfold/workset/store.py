@@ -49,6 +49,7 @@ class Store(Protocol):
 
     def keys(self) -> list[str]:
         """List the keys."""
+        ...
 
     def host_tensors(self) -> Iterator[Tensor]:
         """Yield tensors that a memory meter must not count as device memory, even if the device is the host."""
