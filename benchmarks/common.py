@@ -62,7 +62,7 @@ def llama_config(
     kv_heads: int | None = None,
     max_positions: int = 2048,
 ) -> Any:
-    """The `LlamaConfig` of every benchmark; by default 100.7 M parameters.
+    """The ``LlamaConfig`` of every benchmark; by default 100.7 M parameters.
 
     Those are 12 untied layers: 84.9 M in the layers, 7.9 M each in embedding and head.
 

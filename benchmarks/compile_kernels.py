@@ -67,7 +67,7 @@ class CompiledKernel(NamedTuple):
     job: KernelJob
     asm: dict[str, Any]  # "ttir", "ptx": text; "cubin": bytes
     metadata: Any
-    store_bytes: dict[str, int]  # what one program may store: bytes by the kernel's argument
+    store_bytes: dict[str, int]  # bytes that one program may store, by kernel argument
     tile: int  # elements
 
 

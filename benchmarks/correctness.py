@@ -39,7 +39,7 @@ COLUMNS = {
     "resume": "resume identical?",
 }
 STEPS = 8  # enough for BAdam to go through all four of its blocks, and back
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the update; the figure stands beside the verdict
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # largest distance that counts as exact, relative to the update
 VOCABULARY, WIDTH, TOKENS, MICRO = 23, 12, 7, 4
 CLIP_NORM = 0.05  # below every step's norm, which is checked
 SPIKE = 3  # while clipping, every third step's loss is 20 times larger
@@ -289,7 +289,7 @@ def judge_all(kind: type[Contestant]) -> dict[str, Any]:
         return {**result, "version": kind.version(), "unavailable": f"not run here ({message(error)})"}
     result |= {"version": kind.version(), "defined_by": kind.defined_by}
     result["note"] = kind.missing("") or kind.notes.get("", "")
-    with warnings.catch_warnings():  # that schedulers step before an optimizer whose step() nobody calls
+    with warnings.catch_warnings():  # torch warns that the scheduler steps first if optimizer.step() is never called
         warnings.filterwarnings("ignore", message="(?s).*`lr_scheduler.step.*`optimizer.step")
         for column in COLUMNS:
             cell = judge(kind, column)

@@ -30,7 +30,7 @@ class Task:
 
     build: Callable[[str, int], nn.Module]  # dtype, seed
     batch: Callable[[int], dict[str, Tensor]]
-    held_out: Callable[[nn.Module], float]  # of an fp32 model, in nats per token
+    held_out: Callable[[nn.Module], float]  # loss of an fp32 model, in nats per token
 
 
 def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:

@@ -15,7 +15,15 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # stores in Triton's own language -----------------------------------------------------------------------------------
 
-_FOLLOWED = ("addptr", "splat", "broadcast", "expand_dims", "bitcast", "reshape", "trans")  # of a pointer: still it
+_FOLLOWED = (
+    "addptr",
+    "splat",
+    "broadcast",
+    "expand_dims",
+    "bitcast",
+    "reshape",
+    "trans",
+)  # operations that keep the pointer's origin
 _DEFINITION = re.compile(r"\s*(%[\w.$-]+)(?::\d+)? = (?:tt\.(\w+)|\S+) (%[\w.$-]+)?")
 _STORE = re.compile(r"\s*tt\.store (%[\w.$-]+), .*: (.*?)(?: loc\(.*)?$")
 _POINTER = re.compile(r"^(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>>?$")
@@ -27,8 +35,8 @@ _WRITES = re.compile(
 class KernelStore(NamedTuple):
     """One ``tl.store``."""
 
-    argument: str  # of the kernel, whose memory it writes
-    elements: int  # of one program, masked ones included
+    argument: str  # kernel argument whose memory it writes
+    elements: int  # per program, masked ones included
     nbytes: int
     wide: bool  # a tile, not one number per row
 
@@ -103,12 +111,12 @@ class Code(NamedTuple):
     """Instructions of one kernel."""
 
     straight: int  # up to the last exit and outside of loops; slow paths of roots, divisions and waits lie behind it
-    looped: int  # in loops before it, over tokens
+    looped: int  # instructions in loops over tokens
     stg_bytes: int  # global stores, of one thread
-    other_writes: tuple[str, ...]  # to global memory, by other instructions
+    other_writes: tuple[str, ...]  # other instructions that write to global memory
     spills: int  # loads and stores of local memory, up to that exit
     slow_spills: int  # behind it
-    matrix: str  # what multiplies: wgmma, tcgen05, mma, or "fma"
+    matrix: str  # instruction of the products: wgmma, tcgen05, mma, or "fma"
 
 
 class Usage(NamedTuple):

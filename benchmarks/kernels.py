@@ -1,6 +1,6 @@
 """What the Triton kernels cost, compiled for processors that need not be there: registers, spills, stores, occupancy.
 
-Compiles every row of `backends/triton/tile_configs.py` as training launches it, with several ways to store weight and
+Compiles every row of ``backends/triton/tile_configs.py`` as training launches it, with several ways to store weight and
 states, and writes the table of docs/kernels.md. Exits with 1 if a kernel spills registers, stores anything but weight,
 states, scales and one norm per tile, does not fit its processor, or if two programs of a default kernel (bf16 products)
 do not fit a Hopper multiprocessor.
@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # not code; it only makes files larger
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # line info is no code and makes files larger
 
 import triton
 
@@ -54,9 +54,9 @@ PROCESSORS = {
     100: Processor(228 * KIB, 227 * KIB, 2048, 32),
     120: Processor(100 * KIB, 99 * KIB, 1536, 24),
 }
-REGISTERS = 64 * KIB  # of a multiprocessor, in all of them
-RESERVED_BYTES = 1 * KIB  # of shared memory, by the system, for each program
-TENSOR_COLUMNS = 512  # of a Blackwell multiprocessor's tensor memory
+REGISTERS = 64 * KIB  # registers per multiprocessor, the same on all processors
+RESERVED_BYTES = 1 * KIB  # shared memory that the system reserves per program
+TENSOR_COLUMNS = 512  # columns of tensor memory per Blackwell multiprocessor
 
 STORAGES = (
     {"weight": "fp32", "states": "fp32", "rounding": None},

@@ -54,7 +54,7 @@ def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:
     from badam import BlockOptimizer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that fp32 weights lose the benefit of mixed precision
+        warnings.simplefilter("ignore")  # it warns that fp32 weights lose the benefit of mixed precision
         optimizer = BlockOptimizer(
             base_optimizer=torch.optim.AdamW(model.parameters(), lr=lr, **ADAM),
             named_parameters_list=list(model.named_parameters()),

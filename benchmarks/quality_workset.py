@@ -39,7 +39,7 @@ from .methods import CHUNKS, INTERVAL, Method, badam, distance_from_masked, full
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 1.5e-1)
 SCHEDULE = ScheduleRecipe(name="cosine", warmup=0.1, final=0.1)
-Tasks = dict[int, tuple[Task, float]]  # by seed, with the held-out loss they begin with
+Tasks = dict[int, tuple[Task, float]]  # by seed: task and its initial held-out loss
 
 
 @dataclasses.dataclass(frozen=True)

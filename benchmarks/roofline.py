@@ -33,7 +33,7 @@ class Gpu(NamedTuple):
 
     bytes_per_s: float
     flops_per_s: float  # bf16, dense
-    instructions_per_s: float  # of single threads: 128 per clock and multiprocessor
+    instructions_per_s: float  # thread instructions: 128 per clock and multiprocessor
 
 
 LANES = 128 * 132 * 1.755e9
@@ -46,7 +46,7 @@ SHAPES = {
     "down": (4096, 14336, 32),
     "head": (128256, 4096, 1),
 }
-EFFICIENCIES = (0.7, 0.8, 0.9)  # of the fused kernel's product, to a library's
+EFFICIENCIES = (0.7, 0.8, 0.9)  # speed of the fused kernel's product relative to a library's
 EFFICIENCY = 0.8
 
 

@@ -4,7 +4,7 @@ The three take one step each in turn. The working set's chunk (and BAdam's block
 mean over a round covers every depth of backward. Reports each method's mean over whole rounds as a fraction of torch's
 mean over the same steps.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # on a quiet machine; BAdam only if `badam` is installed
+    OMP_NUM_THREADS=1 python -m benchmarks.workset_time      # on a quiet machine; BAdam only if ``badam`` is installed
 """
 
 from __future__ import annotations

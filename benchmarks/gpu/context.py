@@ -24,8 +24,8 @@ class Context:
     """What a suite is given: device, time, and timing functions."""
 
     dry: bool
-    seconds: float  # for this suite in this process
-    folder: Path  # of the paths
+    seconds: float  # time limit of this suite in this process
+    folder: Path  # folder of the result files
     start: float = field(default_factory=time.monotonic)
 
     @property

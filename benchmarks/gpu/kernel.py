@@ -36,7 +36,7 @@ from gradfold.codecs import WEIGHTS, Plain, matrix
 from gradfold.engine import Region, allocate
 from gradfold.engine.storage import STEP, bind, keys_of
 
-NAME = "weight"  # of the parameter, in the streams of random bits
+NAME = "weight"  # name of the parameter for its random bits
 DRY_TILES = tile_configs.TileConfig(
     32, 128, 16, 1, warps=4, stages=1
 )  # the interpreter's time goes by tiles and sub-tiles
@@ -65,7 +65,7 @@ class Cell:
             self.storage = allocate(self.param, self.state, self.rule, self.group, waiting, NAME, self.place)
         self.state.update(waiting)
         if self.storage.weight is None and dtype in WEIGHTS:
-            # as torch keeps it, but through the codecs: the reference's plain form is not of the same bits
+            # fp32 without codecs would take torch's fused kernel, whose bits differ: store it through codecs
             plain = WEIGHTS[dtype]
             self.storage = self.storage._replace(weight=plain, codecs=(plain,) * len(self.storage.codecs))
         self._fill()
@@ -93,7 +93,7 @@ class Cell:
             size = (Cell._rows(lead), columns)
             noise = torch.randn(size, device=self.whole.device)
             values = noise * 1e-2 if spec.signed else noise.square() * 1e-3 + 1e-6
-            if spec.name == "grad_avg":  # whose square is taken from the mean of squares, and is no larger
+            if spec.name == "grad_avg":  # its square is subtracted from the mean of squares, so it must not be larger
                 values = values * 1e-2
             keys = keys_of(spec.name, codec)
             if codec is None:

@@ -97,7 +97,7 @@ def without_paths(text: str) -> str:
     for path, name in sorted(known.items(), key=lambda pair: -len(pair[0])):
         if len(path) > 1:
             text = text.replace(path, name)
-    return re.sub(r"(?<![\w.>)])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])", "", text)  # of others, only the file's name
+    return re.sub(r"(?<![\w.>)])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])", "", text)  # other paths: keep the file name only
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 BF16_BYTES = 2  # bytes of a weight, and of its gradient where one is kept
-INSIDE = 0.94  # of the memory that is free: the allocator's own and what libraries take are not counted here
+INSIDE = 0.94  # fraction of the free memory to use; the rest is for the allocator and for libraries
 
 # bytes per parameter at the peak: weights, gradients and temporaries of whole models, states
 PER_PARAMETER = {

@@ -158,6 +158,6 @@ def training(name: str, shape: dict[str, int], layers: int, context: Context) ->
     try:
         yield made
     finally:
-        with contextlib.suppress(Exception):  # of a step that raised half-way: that is what the row tells
+        with contextlib.suppress(Exception):  # the step may have failed half-way; its row says so
             made.optimizer.zero_grad()
             made.close()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from .result_files import ERROR, FAILED, LEFT_OUT, MEMORY, OK, ResultFile
 
 TIME_UP, AGAIN = 3, 75
-HELD_BYTES = 2**30  # that nothing should hold between two cases
+HELD_BYTES = 2**30  # start a new process if more is still allocated between two cases
 
 
 class Case(NamedTuple):
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
     key: str
     measure: Callable[[], dict[str, Any]]
-    seconds: float = 0.0  # that it needs at least: not begun with less left
+    seconds: float = 0.0  # not started if less time is left
     alone: bool = False  # a process that has run it runs no other
 
 

@@ -51,7 +51,7 @@ class BAdam(Contestant):
         super().__init__(model, accumulate, clip_norm)
         module = self.load()
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # that fp32 weights lose the benefit of mixed precision
+            warnings.simplefilter("ignore")  # it warns that fp32 weights lose the benefit of mixed precision
             self.optimizer = module.BlockOptimizer(
                 base_optimizer=torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0),
                 named_parameters_list=list(model.named_parameters()),

@@ -53,15 +53,15 @@ class Contestant:
     package: ClassVar[str | None] = None  # installed as
     dtype: ClassVar[torch.dtype] = torch.float64
     defined_by: ClassVar[str] = "torch AdamW"
-    notes: ClassVar[dict[str, str]] = {}  # by column; "" is for the row
+    notes: ClassVar[dict[str, str]] = {}  # by column; "" is the note of the whole row
 
     def __init__(self, model: nn.Module, accumulate: int = 1, clip_norm: float | None = None):
         self.model = model
         self.accumulate = accumulate
         self.clip_norm = clip_norm
-        self.norm: float | None = None  # of the last step's gradient, as a training log would have it
+        self.norm: float | None = None  # gradient norm of the last step, as a training log would show it
 
-    # what a user writes -----------------------------------------------------------------------------------------------
+    # What a user writes -----------------------------------------------------------------------------------------------
 
     def step(self, losses: Sequence[Loss]) -> None:
         """Take one optimizer step on the sum of these micro-batches' losses."""
@@ -82,9 +82,9 @@ class Contestant:
     orders: ClassVar[tuple[str, ...]] = ("",)
     """Ways to load a state, where the documentation leaves them open or the documented one (the first) fails."""
 
-    order: str = ""  # of these, set before load_state_dict
+    order: str = ""  # one of ``orders``, set before load_state_dict
 
-    # what the judge asks ----------------------------------------------------------------------------------------------
+    # What the judge asks ----------------------------------------------------------------------------------------------
 
     @classmethod
     def define(cls, model: nn.Module) -> Definition:

@@ -66,7 +66,7 @@ class FlashOptim(Contestant):
             loss().backward()
         self.norm = clip_as_torch(self.model, self.clip_norm)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that these two do nothing now
+            warnings.simplefilter("ignore", UserWarning)  # it warns that step and zero_grad do nothing
             self.optimizer.step()
             self.optimizer.zero_grad()
 

@@ -16,7 +16,7 @@ from benchmarks.gpu import training
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.worker import Case, Failed
 
-FACTOR, NEGLIGIBLE = 2.0, 1e-4  # as in correctness.py, in units of what training has moved
+FACTOR, NEGLIGIBLE = 2.0, 1e-4  # as in correctness.py, relative to the distance that training covers
 STEPS = 4
 LR = 1e-2  # far enough for bf16 weights to see
 

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gradfold.cli.record_options import build_parser
-from gradfold.cli.record_show import card_of, print_card, print_report
 from gradfold.provenance import (
     Merger,
     NeedsPassphrase,
@@ -30,6 +28,9 @@ from gradfold.provenance import (
     write_document,
 )
 from gradfold.provenance.files import read_bytes
+
+from .record_options import build_parser
+from .record_show import card_of, print_card, print_report
 
 VERIFIED, FAILED, UNREADABLE = 0, 1, 2
 PASSPHRASE_BYTES = 1024

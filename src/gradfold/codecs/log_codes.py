@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OCTAVE = 1 << 23  # of an fp32's bits
+OCTAVE = 1 << 23  # one octave in the bits of an fp32
 ONE = 127 * OCTAVE  # the bits of 1.0
 _SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
 

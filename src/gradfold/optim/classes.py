@@ -1,6 +1,6 @@
 """The optimizers: torch's names, arguments and defaults, each running a rule from ``gradfold.rules``.
 
-Every optimizer also takes the keyword arguments of `StorageOptions`.
+Every optimizer also takes the keyword arguments of ``StorageOptions``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Adam(RuleOptimizer):
         decoupled_weight_decay: Multiply the weight by ``1 - lr * weight_decay`` instead: AdamW.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -119,7 +119,7 @@ class AdamW(Adam):
         amsgrad: Divide by the running maximum of ``exp_avg_sq``.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -170,7 +170,7 @@ class SGD(RuleOptimizer):
         nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -233,7 +233,7 @@ class Lion(RuleOptimizer):
         weight_decay: Decoupled weight decay.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -289,7 +289,7 @@ class RMSprop(RuleOptimizer):
         centered: Divide by an estimate of the variance instead of the second moment.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -349,7 +349,7 @@ class Adagrad(RuleOptimizer):
         eps: Added to the denominator for numerical stability.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -409,7 +409,7 @@ class NAdam(RuleOptimizer):
         decoupled_weight_decay: Decouple the weight decay as AdamW does.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -470,7 +470,7 @@ class RAdam(RuleOptimizer):
         decoupled_weight_decay: Decouple the weight decay as AdamW does.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see `StorageOptions`.
+            ``capturable``, see ``StorageOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

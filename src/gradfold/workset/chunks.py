@@ -50,7 +50,7 @@ class Slice(NamedTuple):
     stop: int
 
 
-Chunk = tuple[Slice, ...]  # in model order
+Chunk = tuple[Slice, ...]  # slices in model order
 Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]  # member of a user's set
 
 

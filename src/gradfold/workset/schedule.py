@@ -174,9 +174,8 @@ def _importance(schedule: Schedule, turn: int) -> int:
 
     def weight(chunk: int) -> tuple[float, int]:
         norm = schedule.norms[chunk]
-        return math.inf if last[chunk] < 0 else norm or 0.0, -last[
-            chunk
-        ]  # of equal norms, the chunk that has waited longest
+        # Of equal norms, prefer the chunk that has waited longest.
+        return math.inf if last[chunk] < 0 else norm or 0.0, -last[chunk]
 
     now = schedule.index if turn else -1
     return max((chunk for chunk in oldest_first if chunk != now), key=weight, default=0)

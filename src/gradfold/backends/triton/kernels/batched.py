@@ -10,7 +10,7 @@ import triton.language as tl
 from . import codecs
 from .step import changed, norm_of, update
 
-COLUMNS = tl.constexpr(3)  # of a parameter's row before its tensors: gradient, elements, offset in the whole parameter
+COLUMNS = tl.constexpr(3)  # entries before the tensors in a row: gradient, elements, offset in the whole parameter
 
 
 @triton.jit

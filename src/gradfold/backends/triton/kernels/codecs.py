@@ -26,7 +26,7 @@ ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(0x7F800000)
 
-GOLDEN = tl.constexpr(0x9E3779B1)  # of the hash in gradfold/codecs/rounding.py
+GOLDEN = tl.constexpr(0x9E3779B1)  # constants of the hash in gradfold/codecs/rounding.py
 MIX1 = tl.constexpr(0x85EBCA6B)
 MIX2 = tl.constexpr(0xC2B2AE35)
 
@@ -232,7 +232,7 @@ def load(
             if RAGGED:
                 half = (tl.minimum(K - start, BLOCK) + 1) // 2
                 byte = start // 2 + tl.where(inside < half, inside, inside - half)
-            else:  # as the compiler sees that neighbours are neighbours: one load and one address for several
+            else:  # written so that the compiler sees adjacent elements, and loads several at once
                 half = BLOCK // 2
                 byte = start // 2 + inside % half
             code = tl.load(first + rows[:, None] * first_stride + byte[None, :], mask=mask, other=0).to(tl.int32)

@@ -148,7 +148,7 @@ def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def norm_of(acc, factor):
     """Return the tile's norm; NaN if an element is not finite, or becomes so when multiplied by the factor."""
-    largest = codecs.float_of(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE))  # as integers, for which NaN is largest
+    largest = codecs.float_of(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE))  # as integers, where NaN is the largest
     # squares neither overflow nor vanish
     unit = tl.where(largest > 1e15, 2.0**-75, tl.where(largest < 1e-15, 2.0**60, 1.0))
     scaled = acc * unit
@@ -219,7 +219,7 @@ def fold_step(
     further, further_gathers, further_dense, products, gathers, denses,  # how many more, and tables of them
     firsts, seconds, first_strides, second_strides,  # weight and states
     scalars, words, offset, row_stride,  # the rule's numbers and the step's, the random bits', and a slice's place
-    scale, scale_there, limit, norms,  # of the gradient, and where the norm of each tile goes
+    scale, scale_there, limit, norms,  # factor and limit of the gradient; the norm of each tile
     N, K,
     bias_firsts, bias_seconds, bias_scalars, bias_words,  # a bias that steps along; its norms lie behind the others
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
