@@ -17,9 +17,9 @@ import torch
 
 import gradfold
 from gradfold.backends import Backend
+from gradfold.planner.bytes import format_bytes
 from gradfold.planner.plot import draw_step_memory
 from gradfold.planner.step import StepMemory, measure_step, step_memory
-from gradfold.planner.bytes import format_bytes
 
 from .common import (
     DTYPES,

@@ -15,7 +15,7 @@ from gradfold.engine.offload import Host
 from gradfold.errors import FoldError
 from tests.accumulated import check
 from tests.pairs import each_pair
-from tests.zoo import Net, batches
+from tests.zoo import Net, batches, ours
 
 
 class Shared(nn.Module):
@@ -115,6 +115,27 @@ def test_in_host_memory(options, scene, width, monkeypatch):
     assert host.brought and host.sent
     gc.collect()
     assert all(ref() is None for ref in host.sent)  # nothing of what was sent stays on the device
+
+
+@pytest.mark.parametrize("width", ["tape", "collapsed"])
+def test_all_that_waits_for_the_step_is_in_host_memory(width, monkeypatch):
+    made = []
+
+    class Remembering(Elsewhere):
+        def to_host(self, tensor):
+            made.append(super().to_host(tensor))
+            return made[-1]
+
+    monkeypatch.setattr("gradfold.engine.ledger.Host", Remembering)
+    if width == "tape":
+        monkeypatch.setattr("gradfold.engine.tape.Tape.gradient_bytes", 1 << 30)
+    model = Net("untied")
+    fold = gradfold.fold(model, ours(model), accumulate=3, tape="host")
+    for ids in batches(2):
+        model.loss(ids).backward()
+        there = {tensor.untyped_storage().data_ptr() for tensor in made}
+        waiting = fold.tape_tensors()
+        assert waiting and all(tensor.untyped_storage().data_ptr() in there for tensor in waiting)
 
 
 def test_what_three_weights_share_is_sent_once():

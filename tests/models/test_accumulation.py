@@ -3,19 +3,20 @@
 import pytest
 
 from tests.accumulated import check
-from tests.models.test_models import CHECKPOINTED, MODELS, each_model
+from tests.models.test_models import CHECKPOINTED
+from tests.models.test_models import MODELS as ARCHITECTURES
+from tests.pairs import each_pair, in_turn
 
 MODES = {
     "accumulated": {"accumulate": 4},
     "clipped": {"clip_norm": 1e-2},
     "both": {"accumulate": 4, "clip_norm": 1e-2},
 }
-each_mode = pytest.mark.parametrize("mode", MODES)
 pytestmark = pytest.mark.usefixtures("precise")
 
 
 def trained(name, mode, prepare=lambda model: None):
-    make, loss = MODELS[name]
+    make, loss = ARCHITECTURES[name]
 
     def prepared():
         model = make().train()
@@ -26,16 +27,13 @@ def trained(name, mode, prepare=lambda model: None):
     assert fold.grad_norm is not None and fold.grad_norm > MODES[mode].get("clip_norm", 0)  # clipping was active
 
 
-@each_model
-@each_mode
+@in_turn(name=ARCHITECTURES, mode=MODES)
 def test_three_steps(name, mode):
     trained(name, mode)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@each_pair(name=CHECKPOINTED, reentrant=[True, False], mode=MODES)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("reentrant", [True, False])
-@each_mode
 def test_with_its_own_gradient_checkpointing(name, reentrant, mode):
     def prepare(model):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})

@@ -148,7 +148,7 @@ def trained(name, prepare=lambda model: None, steps=3, rule="AdamW"):
 
 
 @each_model
-@pytest.mark.parametrize("rule", ["AdamW", "SGD"])
+@pytest.mark.parametrize("rule", ["AdamW", pytest.param("SGD", marks=pytest.mark.slow)])
 def test_ten_steps(name, rule):
     assert trained(name, steps=10, rule=rule) <= 1e-10
 

@@ -7,6 +7,7 @@ import gradfold
 from gradfold.backends import DenseTerm, Reference, Scratch, Stored
 from gradfold.rules import Rule
 from tests.cases import BUSY, BUSY_ROWS, all_rules, each_rule, problem
+from tests.pairs import each_pair
 
 FUSED = [row for row in BUSY_ROWS if type(getattr(gradfold, row.name).rule).fused is not Rule.fused]
 PLAIN = [row for row in BUSY_ROWS if row not in FUSED]
@@ -65,9 +66,11 @@ def test_torchs_fused_kernels_are_used(row):
     assert row in FUSED
 
 
-@each_rule
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(37, 11), (64, 16), (101,), (5, 3, 2, 2)], ids=str)
+@each_pair(
+    row=BUSY_ROWS,
+    dtype=[torch.float64, torch.float32, torch.bfloat16],
+    shape=[(37, 11), (64, 16), (101,), (5, 3, 2, 2)],
+)
 def test_plain_path_is_the_same_bit_for_bit_in_any_tiles(row, dtype, shape):
     weight, grads = one(shape, dtype, steps=3)
     whole = run(row, weight, grads, plain=True)

@@ -202,10 +202,13 @@ NOT_FINITE = {
     "stored": {"fold": False},
     "stored, accumulated and clipped": {"fold": False, "gradient.accumulate": 2, "gradient.clip_norm": 1.0},
 }
+BOTH = ("accumulated", "clipped")  # one case has both
 
 
 @pytest.mark.filterwarnings("error:Detected call of")  # the scheduler saw no step
-@pytest.mark.parametrize("way", NOT_FINITE)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way in BOTH else ()) for way in NOT_FINITE]
+)
 def test_a_step_that_is_skipped_is_said_everywhere(tiny, texts, tmp_path, no_pictures, monkeypatch, way):
     wanted = {"steps": 4, "gradient.on_nonfinite": "skip", "checkpoint.interval_steps": 1, "checkpoint.keep": 9}
     chosen = unflatten(wanted | NOT_FINITE[way], recipe(tiny, texts))

@@ -76,8 +76,10 @@ def test_killed_and_resumed_under_a_cap(tmp_path, case):
     assert outcome(found) == outcome(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "plain"])
 def test_the_cap_is_too_low_without_the_disk(tmp_path, mode):
+    """What the test above rests on."""
     layers, steps, share, _ = SMALL
     process = begin(tmp_path, mode, layers, steps, share)
     said, error = process.communicate(timeout=300)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import gradfold
 from gradfold.errors import FoldError
 from tests.models.test_models import MODELS
+from tests.pairs import each_pair
 from tests.workset.sliced import active_slices, snapshot, untouched
 from tests.workset.test_steps import coded_loss, coded_pair
 from tests.zoo import Net, batches, distance, no_gradients, ours, torchs, twins
@@ -49,11 +50,8 @@ def reloaded(state_dict):
 # states ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offload", [None, "cpu", "disk"])
-@pytest.mark.parametrize("order", ["forward", "random", "importance"])
-@pytest.mark.parametrize(
-    "stop", [1, 5, pytest.param(13, marks=pytest.mark.slow)]
-)  # in the first turn, in the middle of a turn, in the second round
+# in the first turn, in the middle of a turn, in the second round
+@each_pair(offload=[None, "cpu", "disk"], order=["forward", "random", "importance"], stop=[1, 5, 13])
 def test_resume(offload, order, stop, tmp_path):
     def make(folder):
         place = {"folder": tmp_path / folder} if offload == "disk" else {}

@@ -8,6 +8,7 @@ from torch import nn
 
 import gradfold
 from tests.models.test_models import MODELS
+from tests.pairs import each_pair
 from tests.workset.sliced import SlicedTorch, active_slices, snapshot, untouched
 from tests.zoo import CHECKPOINTS, SCENES, Net, batches, distance, no_gradients, ours, twins
 
@@ -41,10 +42,19 @@ def check(make, loss, steps, rule="AdamW", fold_options=None, **options):
     return fold, seen
 
 
-@each_axis
-@pytest.mark.parametrize("chunks", [1, 2, 7, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5"])
+@each_pair(name=["llama", "llama_tied", "gpt2", "t5"], chunks=[1, 2, 7], axis=["out", "in"])
 def test_models(name, chunks, axis):
+    in_chunks(name, chunks, axis)
+
+
+@pytest.mark.slow
+@each_axis
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5"])
+def test_models_in_many_chunks(name, axis):
+    in_chunks(name, 64, axis)
+
+
+def in_chunks(name, chunks, axis):
     make, loss = MODELS[name]
     fold, seen = check(lambda: make().train(), loss, min(2 * chunks, 64), chunks=chunks, axis=axis)
     assert seen == {tuple(slice_) for chunk in fold._state.turns.chunks for slice_ in chunk}
