@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradfold.codecs import Matrix, Parts, matrix
+from gradfold.codecs import matrix
 from gradfold.rules import Group, Rule
 
-from . import native
+from .compiled import CompiledStep
 from .contract import UNCHANGED, Backend, Change, StepNumbers
 from .decode_step_encode import step_tile
 from .fake_blocks import visited
@@ -20,7 +19,7 @@ from .norms import is_finite, norm_of
 from .row_blocks import block_rows, sum_rows
 from .scratch import Scratch
 from .stored import VALUES, Stored
-from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
+from .terms import DenseTerm, GradTerm
 
 
 def block_shape(weight: Tensor, terms: Sequence[GradTerm] = ()) -> tuple[int, int]:
@@ -50,74 +49,20 @@ class QuantizedStepper:
         self.stored = [weight, *states]
         self.weight = weight.values
         self.offset, self.stride = (0, None) if weight.place is None else weight.place[1:]
-        self._matrix = matrix(self.weight.shape)
-        self._parts = self._as_matrices()
-        self._bound: native.Bound | None = None
+        self._compiled = CompiledStep.of(scratch, self.stored, rule)
         self._exact = self.weight.dtype != torch.float16  # a finite fp32 gradient is finite in the weight's dtype
         rows, columns = block_shape(self.weight)
         self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step; see ``Stepper``."""
-        n = numbers.on_host
-        if self._parts is not None and self._is_bound(n):
-            found = operands(terms, self._matrix)
+        if self._compiled is not None and self._compiled.ready(numbers):
+            found = self._compiled.operands(terms)
             if found is not None:
-                return self._step_bound(found, terms, n, numbers, change)
-        return self._step_blocks(terms, n, numbers, change)
-
-    # by a compiled kernel ---------------------------------------------------------------------------------------------
-
-    def _as_matrices(self) -> list[Parts] | None:
-        """View all parts as matrices; None where that needs a copy, or nothing can be compiled for them."""
-        if not self.weight.is_cpu or hasattr(self.weight, "fake_mode"):
-            return None
-        try:
-            return [one.codec.rows_of(one.parts, self.weight.shape) for one in self.stored]  # type: ignore[union-attr]
-        except RuntimeError:  # of ``view``
-            return None
-
-    def _is_bound(self, n: Any) -> bool:
-        """Return whether a kernel is bound to the parameter that takes a step's numbers."""
-        if self._bound is not None:
-            return self._bound.ready(n)
-        assert self._parts is not None
-        seen = self._matrix
-        self._bound = native.bind(
-            self.rule,
-            n,
-            [one.codec for one in self.stored],  # type: ignore[misc]
-            self._parts,
-            [one.stream for one in self.stored],
-            (seen.rows, seen.columns),
-            first_offset=self.offset,
-            row_stride=self._row_stride(seen.columns),
-            scratch=lambda size_bytes: self.scratch.reserve(self.weight.device, size_bytes),
-        )
-        return self._bound is not None
-
-    def _row_stride(self, columns: int) -> int:
-        """Return the distance of two rows in the whole parameter; slices of other than matrices are contiguous."""
-        return self.stride if self.stride is not None and self.weight.dim() == 2 else columns
-
-    def _step_bound(
-        self, found: Operands, terms: Sequence[GradTerm], n: Any, numbers: StepNumbers, change: Change
-    ) -> float:
-        bound, guarded = self._bound, change.guarded
-        assert bound is not None
-        if guarded and not self._exact and not self.backend.finite(self.weight, terms):
-            return math.nan
-        squares = bound(
-            n,
-            found.products,
-            found.grad,
-            found.gathers,
-            draw=int(numbers.count),
-            scale=change.scale,
-            clip_value=change.clip_value,
-            guarded=guarded,
-        )
-        return math.nan if guarded and not math.isfinite(squares) else squares
+                if change.guarded and not self._exact and not self.backend.finite(self.weight, terms):
+                    return math.nan
+                return self._compiled(found, numbers, change)
+        return self._step_blocks(terms, numbers, change)
 
     # by blocks of rows ------------------------------------------------------------------------------------------------
 
@@ -125,7 +70,7 @@ class QuantizedStepper:
         (tile,) = self.scratch.tiles(1, rows, columns, torch.float32, self.weight.device)
         return tile
 
-    def _step_blocks(self, terms: Sequence[GradTerm], n: Any, numbers: StepNumbers, change: Change) -> float:
+    def _step_blocks(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change) -> float:
         shape = rows, columns = block_shape(self.weight, terms)
         terms = [term.reshaped(shape) for term in terms]
         whole = terms[0].whole(torch.float32) if len(terms) == 1 and change.none else None
@@ -139,7 +84,8 @@ class QuantizedStepper:
         tile = self._tile(block, columns) if whole is None else None
         views = Views(self.stored, shape)
         keys = [stored.key(numbers.count) for stored in self.stored]
-        stride = self._row_stride(columns)
+        # slices of other than matrices are contiguous, and a block may begin at any of the codecs' rows
+        stride = self.stride if self.stride is not None and self.weight.dim() == 2 else columns
         for start, stop, (first, *rest) in views.blocks(starts, rows):
             if tile is None:
                 grad = whole[start:stop]  # type: ignore[index]
@@ -153,36 +99,18 @@ class QuantizedStepper:
             change.apply(grad)
             grad = grad.view((stop - start) * views.each, -1)
             row_stride = stride if self.weight.dim() == 2 else grad.shape[1]
-            step_tile(first, rest, grad, self.rule, self.group, n, self.offset + start * stride, row_stride, keys)
+            step_tile(
+                first,
+                rest,
+                grad,
+                self.rule,
+                self.group,
+                numbers.on_host,
+                self.offset + start * stride,
+                row_stride,
+                keys,
+            )
         return squares
-
-
-class Operands(NamedTuple):
-    """A gradient as compiled kernels take it: the sum of all of these."""
-
-    products: list[tuple[Tensor, Tensor]]  # left [T, R], right [T, C]
-    grad: Tensor | None  # [R, C]
-    gathers: list[tuple[Tensor, Tensor]]  # ids [N], grad [N, C]
-
-
-def operands(terms: Sequence[GradTerm], seen: Matrix) -> Operands | None:
-    """Return the terms as compiled kernels take them; None where they do not."""
-    products, grad, gathers = [], None, []
-    for term in terms:
-        if term.factor.dtype not in _OPERANDS:
-            return None
-        if isinstance(term, MatmulTerm):
-            products.append((term.left, term.right))
-        elif isinstance(term, GatherTerm):
-            gathers.append(term.placed())
-        elif isinstance(term, DenseTerm) and grad is None:
-            grad = term.grad.reshape(seen.rows, seen.columns)
-        else:
-            return None
-    return Operands(products, grad, gathers)
-
-
-_OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Views:

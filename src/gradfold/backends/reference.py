@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfold.codecs import weight_codec
 from gradfold.rules import Group, Rule
 
+from . import native
+from .compiled import CompiledStep, Operands
 from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper
 from .cpu_gemm import emulated
 from .fake_blocks import visited
@@ -26,6 +29,8 @@ from .row_blocks import block_rows, sum_all, sum_rows
 from .scratch import Scratch
 from .stored import Stored, quantized
 from .terms import GradTerm
+
+VECTOR = 64  # elements: a multiple of what any processor's vector holds
 
 
 class Reference(Backend):
@@ -124,6 +129,28 @@ class PlainStepper:
         self._safe = safe_magnitude((), self.weight.dtype)
         self._tile = cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device
         self.scratch.tiles(*self._tile)
+        self._compiled = self._as_compiled(group)
+
+    def _as_compiled(self, group: Group) -> CompiledStep | None:
+        """Return a compiled step whose results are those of torch's fused kernel, bit for bit.
+
+        That kernel takes the last elements of a block one by one, and rounds these in other places.
+        """
+        weight, rule = self.weight, self.rule.as_fused()
+        whole_vectors = self.cut.columns % VECTOR == 0 or (
+            weight.numel() % VECTOR == 0 and self.cut.block >= self.cut.rows
+        )
+        if (
+            not self.cut.fused
+            or rule is None
+            or weight.dtype != torch.float32
+            or weight.dim() != 2
+            or not whole_vectors
+        ):
+            return None
+        codec = weight_codec(torch.float32, None)
+        stored = [Stored.plain(one)._replace(codec=codec) for one in (weight, *self.states)]
+        return CompiledStep.of(self.scratch, stored, rule)
 
     def _cut(self, group: Group) -> _Cut:
         weight, states = self.weight, self.states
@@ -141,6 +168,9 @@ class PlainStepper:
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step; see ``Stepper``."""
+        compiled = self._compiled
+        if compiled is not None and (found := self._paying(compiled, terms)) is not None and compiled.ready(numbers):
+            return compiled(found, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
         scale, clip_value, guarded = change
         changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0
@@ -164,6 +194,14 @@ class PlainStepper:
             change.apply(grad)
         self._apply(weight, self.states, grad, tiles[1:], n)
         return norm * norm
+
+    def _paying(self, compiled: CompiledStep, terms: Sequence[GradTerm]) -> Operands | None:
+        """Return the operands of a compiled step, where that is the faster way."""
+        found = compiled.operands(terms)
+        if found is None or found.gathers or not (found.products or len(terms) == 1):
+            return None
+        cut = self.cut
+        return found if native.pays(found.tokens, cut.rows, cut.columns, torch.float32) else None
 
     def _in_blocks(self, terms: Sequence[GradTerm], n: Any, change: Change) -> float:
         cut, weight = self.cut, self.weight

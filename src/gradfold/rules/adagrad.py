@@ -64,6 +64,10 @@ class AdagradRule(Rule):
         """Return whether torch has a fused kernel of this rule for the weight."""
         return weight.device.type == "cpu"  # torch has this kernel for CPUs only
 
+    def as_fused(self):
+        """Return the rule as torch's fused kernel rounds it: as written."""
+        return self
+
     def fused(self, weight, grad, states, numbers):
         """Run torch's fused kernel on contiguous tensors."""
         n = numbers

@@ -124,6 +124,10 @@ class Rule:
         """Return whether torch has a fused kernel of this rule for the weight."""
         return type(self).fused is not Rule.fused
 
+    def as_fused(self) -> Rule | None:
+        """Return a rule whose ``update`` rounds as torch's fused kernel does; None if there is none."""
+        return None
+
     def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> None:
         """Do the same update with torch's fused kernel: contiguous tensors, and the gradient is left unchanged."""
         raise NotImplementedError(f"{type(self).__name__}.fused")

@@ -77,6 +77,10 @@ class SGDRule(Rule):
         # torch 2.13's CPU kernel updates only the last few elements of a 16-bit weight: pytorch issue 191763
         return weight.device.type != "cpu" or weight.dtype.itemsize >= 4
 
+    def as_fused(self):
+        """Return the rule as torch's fused kernel rounds it: as written."""
+        return self
+
     def fused(self, weight, grad, states, numbers):
         """Run torch's fused kernel on contiguous tensors."""
         n = numbers

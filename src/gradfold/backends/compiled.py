@@ -1,0 +1,108 @@
+"""A parameter's step in one compiled pass: tiles of its gradient, their norm and the rule, while they are in cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfold.codecs import Codec, Parts, matrix
+from gradfold.rules import Rule
+
+from . import native
+from .contract import Change, StepNumbers
+from .scratch import Scratch
+from .stored import Stored
+from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
+
+
+class Operands(NamedTuple):
+    """A gradient as compiled kernels take it: the sum of all of these."""
+
+    products: list[tuple[Tensor, Tensor]]  # left [T, R], right [T, C]
+    grad: Tensor | None  # [R, C]
+    gathers: list[tuple[Tensor, Tensor]]  # ids [N], grad [N, C]
+    tokens: int  # of all products
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CompiledStep:
+    """A kernel of ``native``, bound to a weight and its states when the first step's numbers are there."""
+
+    def __init__(self, scratch: Scratch, stored: Sequence[Stored], parts: Sequence[Parts], rule: Rule):
+        weight = stored[0]
+        self._scratch, self._stored, self._parts, self._rule = scratch, stored, parts, rule
+        self._seen = seen = matrix(weight.values.shape)
+        self._offset, row_stride = (0, seen.columns) if weight.place is None else weight.place[1:]
+        # slices of other than matrices are contiguous
+        self._row_stride = row_stride if weight.values.dim() == 2 else seen.columns
+        self._bound: native.Bound | None = None
+
+    @classmethod
+    def of(cls, scratch: Scratch, stored: Sequence[Stored], rule: Rule) -> CompiledStep | None:
+        """Return the compiled step of a parameter with codecs; None where its memory is not as kernels need it."""
+        weight = stored[0].values
+        if not weight.is_cpu or hasattr(weight, "fake_mode"):
+            return None
+        try:
+            parts = [one.codec.rows_of(one.parts, weight.shape) for one in stored]  # type: ignore[union-attr]
+        except RuntimeError:  # of ``view``: it would need a copy
+            return None
+        return cls(scratch, stored, parts, rule)
+
+    def ready(self, numbers: StepNumbers) -> bool:
+        """Return whether there is a kernel for a step's numbers."""
+        n = numbers.on_host
+        if self._bound is not None:
+            return self._bound.ready(n)
+        codecs: list[Codec] = [one.codec for one in self._stored]  # type: ignore[misc]
+        self._bound = native.bind(
+            self._rule,
+            n,
+            codecs,
+            self._parts,
+            [one.stream for one in self._stored],
+            (self._seen.rows, self._seen.columns),
+            first_offset=self._offset,
+            row_stride=self._row_stride,
+            scratch=lambda size_bytes: self._scratch.reserve(self._stored[0].values.device, size_bytes),
+        )
+        return self._bound is not None
+
+    def operands(self, terms: Sequence[GradTerm]) -> Operands | None:
+        """Return the terms as kernels take them; None where they do not."""
+        products, grad, gathers, tokens = [], None, [], 0
+        for term in terms:
+            if term.factor.dtype not in _DTYPES:
+                return None
+            if isinstance(term, MatmulTerm):
+                products.append((term.left, term.right))
+                tokens += term.left.shape[0]
+            elif isinstance(term, GatherTerm):
+                gathers.append(term.placed())
+            elif isinstance(term, DenseTerm) and grad is None:
+                grad = term.grad.reshape(self._seen.rows, self._seen.columns)
+            else:
+                return None
+        return Operands(products, grad, gathers, tokens)
+
+    def __call__(self, found: Operands, numbers: StepNumbers, change: Change) -> float:
+        """Step with the sum of the operands; NaN if ``change.guarded`` and it is not finite: nothing has moved then."""
+        bound, (scale, clip_value, guarded) = self._bound, change
+        assert bound is not None
+        squares = bound(
+            numbers.on_host,
+            found.products,
+            found.grad,
+            found.gathers,
+            draw=int(numbers.count),
+            scale=scale,
+            clip_value=clip_value,
+            guarded=guarded,
+        )
+        return math.nan if guarded and not math.isfinite(squares) else squares
