@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def at_task_end(callback: Callable[[], None]) -> None:
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """A number that grows with each change in place."""
 
-increment_version: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
+increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 """Make graphs that saved a tensor notice that it has changed."""
 
 is_view: Callable[[Tensor], bool] = operator.methodcaller("_is_view")
@@ -133,6 +133,10 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
 def without_torch_function() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a tensor subclass's ``__torch_function__`` is not asked."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+data_ptr: Callable[[Tensor], int] = operator.methodcaller("data_ptr")
+"""Where a tensor's data lies."""
 
 
 def tensor_without_memory(kind: type, shape: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> Any:

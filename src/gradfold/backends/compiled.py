@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +18,22 @@ from .stored import Stored
 from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 
 
-class Operands(NamedTuple):
+class Operands:
     """A gradient as compiled kernels take it: the sum of all of these."""
 
-    products: list[tuple[Tensor, Tensor]]  # left [T, R], right [T, C]
-    grad: Tensor | None  # [R, C]
-    gathers: list[tuple[Tensor, Tensor]]  # ids [N], grad [N, C]
-    tokens: int  # of all products
+    __slots__ = ("gathers", "grad", "products", "tokens")
+
+    def __init__(
+        self,
+        products: list[tuple[Tensor, Tensor]],
+        grad: Tensor | None,
+        gathers: list[tuple[Tensor, Tensor]],
+        tokens: int,
+    ):
+        self.products = products  # left [T, R], right [T, C]
+        self.grad = grad  # [R, C]
+        self.gathers = gathers  # ids [N], grad [N, C]
+        self.tokens = tokens  # of all products
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +78,7 @@ class CompiledStep:
             (self._seen.rows, self._seen.columns),
             first_offset=self._offset,
             row_stride=self._row_stride,
-            scratch=lambda size_bytes: self._scratch.reserve(self._stored[0].values.device, size_bytes),
+            scratch=self._scratch.on_cpu,
         )
         return self._bound is not None
 
@@ -78,11 +86,13 @@ class CompiledStep:
         """Return the terms as kernels take them; None where they do not."""
         products, grad, gathers, tokens = [], None, [], 0
         for term in terms:
-            if term.factor.dtype not in _DTYPES:
-                return None
             if isinstance(term, MatmulTerm):
+                if term.left.dtype not in _DTYPES or term.right.dtype not in _DTYPES:
+                    return None
                 products.append((term.left, term.right))
                 tokens += term.left.shape[0]
+            elif term.factor.dtype not in _DTYPES:
+                return None
             elif isinstance(term, GatherTerm):
                 gathers.append(term.placed())
             elif isinstance(term, DenseTerm) and grad is None:

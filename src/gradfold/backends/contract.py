@@ -63,13 +63,14 @@ class StepNumbers:
     @property
     def on_host(self) -> Any:
         """The rule's numbers as floats and bools; waits for those that are on a device."""
-        found = self._on_host
-        if found is None:
-            found = rule = self.rule
-            if isinstance(rule, tuple) and any(isinstance(value, Tensor) for value in rule):
-                made: Any = type(rule)
-                found = made(*(value.item() if isinstance(value, Tensor) else value for value in rule))
-            self._on_host = found
+        return self._on_host or self._copied()
+
+    def _copied(self) -> Any:
+        found = rule = self.rule
+        if isinstance(rule, tuple) and any(isinstance(value, Tensor) for value in rule):
+            made: Any = type(rule)
+            found = made(*(value.item() if isinstance(value, Tensor) else value for value in rule))
+        self._on_host = found
         return found
 
 

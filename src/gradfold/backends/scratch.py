@@ -10,6 +10,7 @@ from torch import Tensor
 TILE_ALIGNMENT = 8  # bytes: of the widest dtype
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
 MOST_TILES = 256  # that are remembered
+_CPU = torch.device("cpu")
 
 
 class Scratch:
@@ -20,6 +21,7 @@ class Scratch:
             raise ValueError(f"scratch_bytes={limit_bytes}: give a positive number of bytes")
         self.limit_bytes = limit_bytes
         self._buffers: dict[tuple, Tensor] = {}
+        self._cpu: Tensor | None = None
         self._tiles: dict[tuple, list[Tensor]] = {}  # those cut from these buffers so far
 
     def reserve(self, device: torch.device, size_bytes: int) -> Tensor:
@@ -29,7 +31,15 @@ class Scratch:
         if held is None or held.numel() < size_bytes:
             self._buffers.pop((device, stream), None)
             self._tiles.clear()
+            self._cpu = None
             held = self._buffers[device, stream] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        return held
+
+    def on_cpu(self, size_bytes: int) -> Tensor:
+        """Return the CPU's buffer, of at least ``size_bytes``."""
+        held = self._cpu
+        if held is None or held.numel() < size_bytes:
+            held = self._cpu = self.reserve(_CPU, size_bytes)
         return held
 
     def tiles(self, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

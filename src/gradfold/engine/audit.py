@@ -25,11 +25,34 @@ class Auditor:
         self._types: list[type] = []
         self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
-        self._count = -1  # parameters in the fold at that time
+        self._inside: list[nn.Parameter] = []  # those of the fold
+        self._addresses: list[int] = []  # where these lie
 
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
-        refuse_wrappers(None if self._unchanged() else self._model)
+        known = bool(self._modules) and all(map(is_, map(type, self._modules), self._types))
+        refuse_wrappers(None if known else self._model)
+
+    def refuse_moved(self, params: Mapping[int, FoldParam]) -> bool:
+        """Raise if a parameter has changed its shape, dtype or device since it was folded.
+
+        Returns:
+            Whether all of them lie where they lay at the last call.
+        """
+        if self._addresses and len(self._inside) == len(params):
+            if list(map(_torch.data_ptr, self._inside)) == self._addresses:
+                return True
+        for param in params.values():
+            now, (shape, dtype, device) = param.param, param.placement
+            if now.dtype is not dtype or now.shape != shape or now.device != device:
+                raise FoldError(
+                    f"{param.name}: {param.how_moved()} since it was folded, and its states did not; call "
+                    "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
+                )
+        self._inside = [param.param for param in params.values()]
+        fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these lie nowhere
+        self._addresses = [] if fake else list(map(_torch.data_ptr, self._inside))
+        return False
 
     def audit(self, params: Mapping[int, FoldParam]) -> None:
         """Check that every trainable parameter of the model is in the fold, as it was when it was folded.
@@ -38,23 +61,21 @@ class Auditor:
             params: the fold's, by id of the Parameter.
 
         Raises:
-            FoldError: a parameter was moved or replaced; a trainable one is not in the fold.
+            FoldError: a parameter was moved or replaced; a trainable one is not in the fold; a data-parallel wrapper is
+                in the model.
         """
-        refuse_moved(params.values())
-        if len(params) != self._count or not self._unchanged():
-            self._modules = []
-            self._outside = refuse_strangers(self._model, params)
-            self._remember(len(params))
+        self.refuse_moved(params)
+        if self._unchanged():
+            for name, param in self._outside:
+                if param.requires_grad and id(param) not in params:
+                    raise FoldError(outside(name))
             return
-        for name, param in self._outside:
-            if param.requires_grad:
-                raise FoldError(outside(name))
-
-    def _remember(self, count: int) -> None:
-        self._modules = modules = list(self._model.modules())
-        self._types = list(map(type, modules))
-        self._members = _members(modules)
-        self._count = count
+        refuse_wrappers(self._model)
+        self._modules = []
+        self._outside = refuse_strangers(self._model, params)
+        self._modules = list(self._model.modules())
+        self._types = list(map(type, self._modules))
+        self._members = _members(self._modules)
 
     def _unchanged(self) -> bool:
         """Return whether the model has the modules and parameters it had at the last whole audit."""
@@ -68,17 +89,6 @@ class Auditor:
 def _members(modules: list[nn.Module]) -> list[Any]:
     dicts: Any = (*map(_torch.own_modules, modules), *map(_torch.own_parameters, modules))
     return list(chain.from_iterable(map(dict.values, dicts)))
-
-
-def refuse_moved(params: Iterable[FoldParam]) -> None:
-    """Raise if a parameter has changed its shape, dtype or device since it was folded."""
-    for param in params:
-        now, (shape, dtype, device) = param.param, param.placement
-        if now.dtype is not dtype or now.shape != shape or now.device != device:
-            raise FoldError(
-                f"{param.name}: {param.how_moved()} since it was folded, and its states did not; call "
-                "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
-            )
 
 
 def refuse_strangers(model: nn.Module, params: Mapping[int, FoldParam]) -> list[tuple[str, nn.Parameter]]:

@@ -24,8 +24,9 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
             the ones it names have not.
     """
     step, options = fold.step, fold.options
-    step.refresh()
-    deferred = [one for one in slices if one.deferred]
+    deferred = [one for one in slices if one.deferred] if step.deferred else []
+    if deferred:
+        step.refresh()
     for one in deferred:
         one.wait(step.deferred[one].held)
     captured, clips = capturing(), step.clips
@@ -132,11 +133,11 @@ def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
     step = fold.step
     sums, norm_type = step.power_sums, step.power_type
     powers = [sums[one] for one in slices if one in sums]
-    if any(isinstance(power, PendingSum) for power in powers):  # squares, then
-        return step.unscale * total(powers).sqrt()
     summed = 0.0
     for power in powers:
-        summed = add_power(summed, float(power), norm_type)
+        if isinstance(power, PendingSum):  # squares, then
+            return step.unscale * total(powers).sqrt()
+        summed = summed + power if norm_type == 2 else add_power(summed, power, norm_type)
     return step.unscale * norm_from(summed, norm_type)
 
 

@@ -75,6 +75,14 @@ class Gate:
         except RuntimeError as error:
             return _captures(error)
 
+    def intact(self) -> bool:
+        """Return whether the leaf is where it was and still carries the hook."""
+        param = self._param
+        if not (self._fake or param.data_ptr() == self._address):
+            return False
+        hooks = _torch.post_accumulate_hooks(param)
+        return not self._on_param or (hooks is not None and self._handle.id in hooks)
+
     def attached(self) -> bool:
         """Return whether the leaf still carries the hook."""
         return not self._on_param or self._handle.id in (_torch.post_accumulate_hooks(self._param) or {})

@@ -78,6 +78,9 @@ class FoldParam:
             return
         gate = self.gate
         if gate is not None:
+            if gate.intact():
+                return
+            self.fold.forget_storages()
             if gate.lost():
                 raise FoldError(hook_lost(self.name))
             if gate.attached():
@@ -85,6 +88,7 @@ class FoldParam:
         refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
         self.disarm()
         self.gate = Gate(self.param, self, FoldParam.join)
+        self.fold.forget_storages()
         self.allocate()
 
     def allocate(self) -> None:
@@ -171,7 +175,11 @@ class FoldParam:
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
         if not self._on_cpu:
             term.record(self.param.device)
-        fold.step.backwards[_torch.current_graph_task()].add(self, term)
+        found = fold.step.backwards[_torch.current_graph_task()].terms
+        if self in found:
+            found[self].append(term)
+        else:
+            found[self] = [term]
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Return whether this bias needs no gradient of its own, since it can be read off its weight's term."""
@@ -202,7 +210,8 @@ class FoldParam:
             terms.append(DenseTerm(self._checked(grad)))
         if backward.parent is None and not fold.segments:  # no reentrant checkpoints: nothing more can come
             if terms:
-                self._refuse_second_step()
+                if self.done:
+                    raise FoldError(second_backward(self.name, self.stepped))
                 self.fire(backward, terms)
             return
         self._join_segments(backward, terms)
@@ -215,7 +224,8 @@ class FoldParam:
         elif backward.parent not in self._segments:
             self._read_unseen = True
         if terms:  # else: reached, but nothing flowed
-            self._refuse_second_step()
+            if self.done:
+                raise FoldError(second_backward(self.name, self.stepped))
             step.waiting.setdefault(self, []).extend(terms)
         if self.waits and not self.due(backward.parent):
             self.flush(backward)
@@ -297,10 +307,6 @@ class FoldParam:
         self._fired = step
         step.biases[weight.param] = (one, sums)
         return True
-
-    def _refuse_second_step(self) -> None:
-        if self.done:
-            raise FoldError(second_backward(self.name, self.stepped))
 
     def _checked(self, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:

@@ -22,7 +22,7 @@ from gradfold._options import FoldOptions
 from gradfold.backends import Backend
 from gradfold.errors import FoldError
 
-from .audit import Auditor, refuse_moved, unhooked_gradients
+from .audit import Auditor, unhooked_gradients
 from .backward import Backward
 from .context import FoldContext
 from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
@@ -79,17 +79,22 @@ class FoldState(FoldContext):
         if self.step.looked:
             return
         self._auditor.refuse_wrappers()
-        refuse_moved(self.params.values())
+        there = self._auditor.refuse_moved(self.params)
         if self.turns is not None:
             self.turns.catch_up()
             self.turns.look()
-        self._arm()
+        self._arm(there)
         self.step.looked = True
 
-    def _arm(self) -> None:
-        self._storages = None  # a parameter may have new memory
+    def forget_storages(self) -> None:
+        """Note that a parameter has new memory."""
+        self._storages = None
+
+    def _arm(self, there: bool) -> None:
+        """Arm what is not; ``there``: no parameter has new memory, so that every gate is where it was."""
         for param in self.params.values():
-            param.arm()
+            if param.gate is None or not there:
+                param.arm()
 
     def look_in_turns(self) -> None:
         """``look``, where a working set decides what requires grad.
@@ -287,9 +292,7 @@ class FoldState(FoldContext):
                 one.add_late(grad.detach())  # type: ignore[union-attr]
         if self.turns is not None:
             self.turns.look()
-        for param in self.params.values():
-            if param.gate is None:
-                param.arm()
+        self._arm(there=True)
         step.unscale = self._marker.take()
         try:
             finish_step(self, self.slices())

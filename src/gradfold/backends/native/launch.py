@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfold import _torch
 from gradfold.codecs import Stream
 from gradfold.codecs.rounding import key_word
 
@@ -28,8 +29,8 @@ Product = tuple[Tensor, Tensor]  # left [T, R] and right [T, C]: the gradient le
 Gather = tuple[Tensor, Tensor]  # ids int64 [N] and grad [N, C]: row ids[i] of the gradient gets grad[i]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of a term's elements, as in products.c
-_STEP, _MEASURE = 0, 1
-_CERTAIN = 1e37  # a gradient bounded by less, give or take rounding errors, has no infinity
+_STEP, _MEASURE, _GUARDED = 0, 1, 2
+_CERTAIN = 1e37  # a gradient bounded by less, give or take rounding errors, has no infinity; as in products.c
 _NONE = (0, 0, 0)  # no gradient
 _NO_TERMS = (0, 0)  # neither products nor gathers
 
@@ -51,6 +52,10 @@ class Kernel:
         sources = [scalar.source for scalar in scalars(program)]
         self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in sources)})")
         self._last: tuple[Any, array] = None, array("f")
+
+    def takes(self, numbers: Any) -> bool:
+        """Whether the kernel holds for a step's numbers; asked once for all parameters that share them."""
+        return self._last[0] is numbers or self.holds(numbers)
 
     def inputs(self, numbers: Any) -> array:
         """What the kernel reads of a step's numbers, rounded to fp32 as torch would; kept for the last ones."""
@@ -138,7 +143,7 @@ class Bound:
         """Whether there is a kernel for a step's numbers. One object is one step's: it is looked at once."""
         if numbers is self._numbers:
             return True
-        if not self.kernel.holds(numbers):
+        if not self.kernel.takes(numbers):
             found = self._find(numbers)
             if found is None:
                 return False
@@ -196,12 +201,19 @@ class Bound:
             self._draws(draw)
         scale = float(scale)
         shares, rows, columns = self._prepared(products, grad, gathers, scale, clip_value, start, stop)
-        if guarded and not self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN:
+        if not guarded:
+            squares = self._run(_STEP, shares)
+        elif len(shares) == 1:
+            squares = self._run(_GUARDED, shares)
+        else:
+            certain = self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN
+            squares = self._run(_STEP, shares) if certain else -1.0
+        if squares < 0:  # the operands are too large to tell
             squares = self._run(_MEASURE, shares)
             if not math.isfinite(squares):
                 return squares
-        squares = self._run(_STEP, shares)
-        torch.autograd.graph.increment_version(self._written)  # a graph that saved the old weight is stale
+            squares = self._run(_STEP, shares)
+        _torch.increment_version(self._written)  # a graph that saved the old weight is stale
         return squares
 
     def measure(

@@ -38,7 +38,8 @@ typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 #endif
 
 enum kind { FP32, BF16, FP16 };
-enum mode { STEP, MEASURE };
+#define CERTAIN 1e37 /* a gradient bounded by less, give or take rounding errors, has no infinity */
+enum mode { STEP, MEASURE, GUARDED };
 
 /* launch.py writes these; every field has eight bytes. */
 struct matrix {
@@ -196,9 +197,17 @@ int64_t gradfold_scratch(int64_t depth, int64_t columns) {
   return ALIGNED + depth * width + tile_rows(depth) * (DEPTH + tile_stride(width));
 }
 
-/* Step rows and columns of what is bound, counted from where the gradient begins; returns the gradient's sum of squares. */
+double gradfold_bound(const struct call *call, int64_t rows, int64_t columns);
+
+/* Step rows and columns of what is bound, counted from where the gradient begins; returns the gradient's sum of squares.
+   GUARDED: -1, and nothing is stepped, where the operands do not tell that all of the gradient is finite. */
 double gradfold_step(rows_function *rows_function, const int64_t *bound, const struct call *call, int64_t mode,
                      int64_t share, int64_t rows_start, int64_t rows_end, int64_t columns_start, int64_t columns_end) {
+  if (mode == GUARDED) {
+    const double scale = fabs(call->scale);
+    if (!(gradfold_bound(call, rows_end, columns_end) * (scale > 1 ? scale : 1) < CERTAIN)) return -1;
+    mode = STEP;
+  }
   const int changed = call->scale != 1 || call->clip_value < INFINITY;
   const int direct = call->grad.at && call->grad.kind == FP32 && !call->count && !call->gathers && !changed;
   const int step = mode == STEP;
