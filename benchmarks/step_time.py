@@ -30,7 +30,6 @@ import torch
 from .common import (
     DTYPES,
     PEERS,
-    SteppedInHooks,
     fold_plain_head,
     interleaved_ms,
     llama,
@@ -40,6 +39,7 @@ from .common import (
     wall_ms,
     write_result,
 )
+from .peers.hooks import SteppedInHooks
 
 METHODS = ("torch", "floor", "hooks", "folded", "coded")
 COPY_BYTES = 2**28
@@ -135,11 +135,11 @@ def optimizer_of(method: str, model: torch.nn.Module, rule: str, storage: dict[s
     """What steps the model, attached to it."""
     peer, params = PEERS[rule], list(model.parameters())
     if method == "torch":
-        return peer.torch(params, lr=LR, **peer.torch_options)
+        return peer.torch_optimizer(params, LR)
     if method == "floor":
         return Dropped(params)
     if method == "hooks":
-        return SteppedInHooks(params, rule, LR)
+        return SteppedInHooks(params, lambda one: peer.torch_optimizer(one, LR))
     optimizer = peer.gradfold(params, lr=LR, **(storage if method == "coded" else {}))
     fold_plain_head(model, optimizer)
     return optimizer

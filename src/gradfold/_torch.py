@@ -135,6 +135,9 @@ def without_torch_function() -> contextlib.AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+implementation: Callable[[Tensor], int] = operator.attrgetter("_cdata")
+"""A number of what is behind a tensor's Python object, which ``torch.utils.swap_tensors`` exchanges."""
+
 data_ptr: Callable[[Tensor], int] = operator.methodcaller("data_ptr")
 """Where a tensor's data lies."""
 

@@ -13,7 +13,6 @@ from gradfold.backends import (
     Scratch,
     Stored,
     choose,
-    reference,
 )
 from gradfold.backends.scratch import TILE_ALIGNMENT
 from gradfold.planner.trace import LiveBytes
@@ -92,10 +91,10 @@ def test_default_scratch_is_8_mib():
 
 def test_blocks_keep_the_gemm_efficient_where_the_limit_allows():
     """At least 64 rows, however wide."""
-    backend = Reference(Scratch(DEFAULT_SCRATCH_BYTES))
+    scratch = Scratch(DEFAULT_SCRATCH_BYTES)
     for rows, columns in ((4096, 4096), (4096, 16384), (50000, 128), (63, 1000), (1, 10)):
-        block = backend._block_rows(rows, columns, 1, torch.float32)
-        assert min(rows, reference.MIN_BLOCK_ROWS) <= block <= rows
+        block = row_blocks.block_rows(scratch, rows, columns, 1, torch.float32)
+        assert min(rows, row_blocks.MIN_BLOCK_ROWS) <= block <= rows
         assert block * columns * 4 <= DEFAULT_SCRATCH_BYTES
 
 

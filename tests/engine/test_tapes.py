@@ -126,9 +126,9 @@ def test_all_that_waits_for_the_step_is_in_host_memory(width, monkeypatch):
             made.append(super().to_host(tensor))
             return made[-1]
 
-    monkeypatch.setattr("gradfold.engine.ledger.Host", Remembering)
+    monkeypatch.setattr("gradfold.engine.context.Host", Remembering)
     if width == "tape":
-        monkeypatch.setattr("gradfold.engine.tape.Tape.gradient_bytes", 1 << 30)
+        monkeypatch.setattr("gradfold.engine.deferred.DeferredGrads.gradient_bytes", 1 << 30)
     model = Net("untied")
     fold = gradfold.fold(model, ours(model), accumulate=3, tape="host")
     for ids in batches(2):

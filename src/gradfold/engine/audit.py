@@ -39,9 +39,8 @@ class Auditor:
         Returns:
             Whether all of them lie where they lay at the last call.
         """
-        if self._addresses and len(self._inside) == len(params):
-            if list(map(_torch.data_ptr, self._inside)) == self._addresses:
-                return True
+        if self._addresses and len(self._inside) == len(params) and _addresses(self._inside) == self._addresses:
+            return True
         for param in params.values():
             now, (shape, dtype, device) = param.param, param.placement
             if now.dtype is not dtype or now.shape != shape or now.device != device:
@@ -51,7 +50,7 @@ class Auditor:
                 )
         self._inside = [param.param for param in params.values()]
         fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these lie nowhere
-        self._addresses = [] if fake else list(map(_torch.data_ptr, self._inside))
+        self._addresses = [] if fake else _addresses(self._inside)
         return False
 
     def audit(self, params: Mapping[int, FoldParam]) -> None:
@@ -84,6 +83,10 @@ class Auditor:
             return False
         members = _members(modules)
         return len(members) == len(self._members) and all(map(is_, members, self._members))
+
+
+def _addresses(params: list[nn.Parameter]) -> list[int]:
+    return [*map(_torch.data_ptr, params), *map(_torch.implementation, params)]
 
 
 def _members(modules: list[nn.Module]) -> list[Any]:

@@ -80,9 +80,5 @@ class FoldContext(ABC):
         """The storages of all parameters, which change while backward runs."""
 
     @abstractmethod
-    def forget_storages(self) -> None:
-        """Note that a parameter has new memory."""
-
-    @abstractmethod
     def companion(self, bias: Tensor) -> Any | None:
         """Return the place of a bias that its weight's step may take along."""

@@ -58,8 +58,7 @@ class Gate:
                 method(found)
 
         self._node = node_of(param)
-        self._fake = hasattr(param, "fake_mode")
-        self._address = 0 if self._fake else param.data_ptr()
+        self._implementation = _torch.implementation(param)
         self._on_param = hook_fires_without_gradient()
         if self._on_param:
             self._handle = param.register_post_accumulate_grad_hook(fire)
@@ -75,14 +74,6 @@ class Gate:
         except RuntimeError as error:
             return _captures(error)
 
-    def intact(self) -> bool:
-        """Return whether the leaf is where it was and still carries the hook."""
-        param = self._param
-        if not (self._fake or param.data_ptr() == self._address):
-            return False
-        hooks = _torch.post_accumulate_hooks(param)
-        return not self._on_param or (hooks is not None and self._handle.id in hooks)
-
     def attached(self) -> bool:
         """Return whether the leaf still carries the hook."""
         return not self._on_param or self._handle.id in (_torch.post_accumulate_hooks(self._param) or {})
@@ -93,10 +84,7 @@ class Gate:
         ``swap_tensors`` does that (``Module.to`` and ``load_state_dict`` can be told to use it): the hook is still
         listed, and autograd does not call it.
         """
-        if self._fake or self._param.data_ptr() == self._address:
-            return False
-        self._address = self._param.data_ptr()
-        return node_of(self._param) is not self._node
+        return _torch.implementation(self._param) != self._implementation
 
     def others(self, folded: bool) -> bool:
         """Return whether another hook waits for this leaf's gradient; ``folded``: even before it is accumulated."""

@@ -78,9 +78,6 @@ class FoldParam:
             return
         gate = self.gate
         if gate is not None:
-            if gate.intact():
-                return
-            self.fold.forget_storages()
             if gate.lost():
                 raise FoldError(hook_lost(self.name))
             if gate.attached():
@@ -88,7 +85,6 @@ class FoldParam:
         refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
         self.disarm()
         self.gate = Gate(self.param, self, FoldParam.join)
-        self.fold.forget_storages()
         self.allocate()
 
     def allocate(self) -> None:

@@ -86,12 +86,10 @@ class FoldState(FoldContext):
         self._arm(there)
         self.step.looked = True
 
-    def forget_storages(self) -> None:
-        """Note that a parameter has new memory."""
-        self._storages = None
-
     def _arm(self, there: bool) -> None:
         """Arm what is not; ``there``: no parameter has new memory, so that every gate is where it was."""
+        if not there:
+            self._storages = None
         for param in self.params.values():
             if param.gate is None or not there:
                 param.arm()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, gemm, uses
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, terms
 from gradfold.rules import Rule
 from tests import oracle
 from tests.cases import MATMULS, SHAPES
@@ -146,7 +146,7 @@ IDS = {
 @pytest.mark.parametrize("padding_idx", [None, 0, 1, ROWS - 1])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
 def test_gather(ids, padding_idx, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(uses, "GATHER_BYTES", chunk_bytes)  # a token at a time, or all of them
+    monkeypatch.setattr(terms, "GATHER_BYTES", chunk_bytes)  # a token at a time, or all of them
     dY = normal(*ids.shape, 3)
     kept = dY.clone()
     flat = exactly(dY).reshape(-1, 3)

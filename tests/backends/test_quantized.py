@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, chain, native
-from gradfold.backends.quantized import block_shape as shape_of
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, decode_step_encode, native
+from gradfold.backends.quantized import block_shape
 from gradfold.codecs import Stream, state_codec, weight_codec
 from gradfold.planner.trace import LiveBytes
 from gradfold.rules import AdamRule
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_given_stays_as_it_is(form):
 @each_layout
 def test_scratch_is_bounded(layout):
     values = LAYOUTS[layout]()
-    row_bytes = 4 * shape_of(values)[1]
+    row_bytes = 4 * block_shape(values)[1]
     for scratch_bytes in (1, 4 * row_bytes, 64 * KIB):
         held = Coded(values).step([DenseTerm(torch.randn(values.shape).double())], scratch_bytes)
         assert held <= max(scratch_bytes, row_bytes + 8)
@@ -147,8 +147,8 @@ def test_scratch_is_bounded(layout):
 def test_experts_are_cut_inside_one():
     """``[3, 20, 150]`` with its gradient there: a block may begin at any of the 60 rows."""
     values = LAYOUTS["experts"]()
-    assert shape_of(values) == (3, 3_000)
-    assert shape_of(values, [DenseTerm(values)]) == (60, 150)
+    assert block_shape(values) == (3, 3_000)
+    assert block_shape(values, [DenseTerm(values)]) == (60, 150)
     assert Coded(values).step([DenseTerm(torch.randn(values.shape).double())], 10_000) <= 10_000
 
 
@@ -163,13 +163,13 @@ def test_eager_temporaries_do_not_grow_with_the_weight(monkeypatch):
             coded.step([DenseTerm(grad)])
             peaks.append(live.peak_bytes - at_rest)
     assert peaks[1] <= peaks[0] + 64 * KIB  # row indices
-    assert peaks[1] <= 20 * 4 * chain.PANE_ELEMENTS
+    assert peaks[1] <= 20 * 4 * decode_step_encode.PANE_ELEMENTS
 
 
 def test_panes_cover_a_tile_once_and_begin_on_blocks():
     for rows, columns, elements in ((5, 700, 300), (3, 100, 1000), (1000, 7, 50), (1, 1, 1), (0, 5, 10), (4, 0, 10)):
         seen = torch.zeros(rows, columns)
-        for height, width in chain.panes(rows, columns, elements):
+        for height, width in decode_step_encode.panes(rows, columns, elements):
             assert width.start % 128 == 0
             assert (height.stop - height.start) * (width.stop - width.start) <= max(elements, 128 + columns % 128)
             seen[height, width] += 1
