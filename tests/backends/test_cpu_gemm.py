@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradfold import _torch
 from gradfold.backends import cpu_gemm as gemm
 from tests import oracle
 
@@ -16,7 +17,7 @@ ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 @pytest.mark.parametrize("block_bytes", [1, gemm.BLOCK_BYTES])
 def test_multiply(shape, columns, dtype, native, block_bytes, monkeypatch):
-    monkeypatch.setattr(gemm, "_native", lambda dtype: native)
+    monkeypatch.setattr(_torch, "multiplies", lambda dtype: native)
     monkeypatch.setattr(gemm, "BLOCK_BYTES", block_bytes)
     a, b = torch.randn(shape).to(dtype), torch.randn(shape[-1], columns).to(dtype)
     got = gemm.multiply(a, b)
@@ -32,7 +33,7 @@ def test_multiply(shape, columns, dtype, native, block_bytes, monkeypatch):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 def test_linear(shape, columns, dtype, native, biased, monkeypatch):
-    monkeypatch.setattr(gemm, "_native", lambda dtype: native)
+    monkeypatch.setattr(_torch, "multiplies", lambda dtype: native)
     x, weight = torch.randn(shape).to(dtype), torch.randn(columns, shape[-1]).to(dtype)
     bias = torch.randn(columns).to(dtype) if biased else None
     got = gemm.linear(x, weight, bias)

@@ -13,6 +13,7 @@ from gradfold.backends import (
     Scratch,
     Stored,
     choose,
+    row_blocks,
 )
 from gradfold.backends.scratch import TILE_ALIGNMENT
 from gradfold.planner.trace import LiveBytes

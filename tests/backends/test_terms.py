@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, terms
+from gradfold import _torch
+from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Reference, Scratch, Stored, cpu_gemm, terms
 from gradfold.rules import Rule
 from tests import oracle
 from tests.cases import MATMULS, SHAPES
@@ -119,8 +120,8 @@ def test_expanded_dy(expand):
 )
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 def test_low_precision_matmul(shape, operands, weight, tolerance, native, monkeypatch):
-    monkeypatch.setattr(gemm, "_native", lambda dtype: native)  # whether this processor has bf16 instructions
-    monkeypatch.setattr(gemm, "BLOCK_BYTES", 1)  # several blocks of tokens
+    monkeypatch.setattr(_torch, "multiplies", lambda dtype: native)  # whether this processor has bf16 instructions
+    monkeypatch.setattr(cpu_gemm, "BLOCK_BYTES", 1)  # several blocks of tokens
     T, N, K = shape
     dY, X = normal(T, N, dtype=operands), normal(T, K, dtype=operands)
     scale = oracle.linear_grad(abs(exactly(dY)), abs(exactly(X)))
@@ -167,7 +168,7 @@ def test_gather_of_expanded_dy(dtype):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 def test_bfloat16_gather_errs_no_more_than_torch(native, monkeypatch):
     """A frequent token: thousands of summands in one row."""
-    monkeypatch.setattr(gemm, "_native", lambda dtype: native)
+    monkeypatch.setattr(_torch, "multiplies", lambda dtype: native)
     ids = torch.randint(0, 3, (1000,))
     dY = normal(1000, 8, dtype=torch.bfloat16)
     weight = torch.zeros(ROWS, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -229,7 +230,7 @@ def test_uses_of_several_kinds_add_up(kinds):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 def test_uses_of_several_dtypes_add_up(native, monkeypatch):
     """Under autocast one use of a fp32 weight is bf16 and another fp32."""
-    monkeypatch.setattr(gemm, "_native", lambda dtype: native)
+    monkeypatch.setattr(_torch, "multiplies", lambda dtype: native)
     low = [normal(6, n, dtype=torch.bfloat16) for n in (ROWS, 4)]
     full = [normal(5, n, dtype=torch.float32) for n in (ROWS, 4)]
     ids, rows = IDS["unsorted repeats"], normal(7, 4, dtype=torch.bfloat16)
