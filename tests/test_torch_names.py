@@ -1,0 +1,214 @@
+"""torch's private names stand in one file, and each of them is what that file says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradfold
+from gradfold import _torch
+
+SOURCES = Path(gradfold.__file__).parent
+PRIVATE = re.compile(
+    r"""torch(\.\w+)*\._\w+                         # torch._C, torch.nn.modules._x
+    | \bfrom\ torch[\w.]*\ import\ [^\n]*\b_\w+     # from torch.x import _y
+    | \bfrom\ torch(\.\w+)*\._\w+                   # from torch._x
+    | \._(cdata|version|is_view|backward_hooks|backward_pre_hooks|forward_hooks|post_accumulate_grad_hooks
+         |execution_engine|current_level|make_wrapper_subclass|active_ddp_module)\b
+    | \b(module|one|me|model|layer|child)\._(parameters|modules|buffers)\b""",
+    re.VERBOSE,
+)
+
+
+def test_private_names_stand_in_one_file():
+    found = []
+    for path in sorted(SOURCES.rglob("*.py")):
+        if path.name == "_torch.py" or "triton" in path.relative_to(SOURCES).parts:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            code = line.partition("#")[0]
+            if PRIVATE.search(code) and "``" not in code:
+                found.append(f"{path.relative_to(SOURCES)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_the_pattern_finds_what_it_should():
+    for line in (
+        "torch._C._current_graph_task_id()",
+        "from torch._subclasses.fake_tensor import FakeTensorMode",
+        "from torch.utils._pytree import tree_map_only",
+        "from torch.nn.modules.module import _has_any_global_hook",
+        "x.untyped_storage()._cdata",
+        "param._backward_hooks",
+    ):
+        assert PRIVATE.search(line), line
+
+
+class Watching(torch.autograd.Function):
+    """Asks in backward what ``ask`` asks."""
+
+    ask = staticmethod(lambda: None)
+    answers: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Watching.answers.append(Watching.ask())
+        return grad
+
+
+@pytest.fixture
+def watching():
+    Watching.answers.clear()
+    yield Watching
+    Watching.ask = staticmethod(lambda: None)
+
+
+def test_backwards_have_numbers(watching):
+    assert _torch.current_graph_task() == _torch.NO_TASK
+    watching.ask = staticmethod(_torch.current_graph_task)
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        watching.apply(x).sum().backward()
+    assert len(set(watching.answers)) == 2 and _torch.NO_TASK not in watching.answers
+
+
+def test_the_engine_says_what_it_will_execute(watching):
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    nodes = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in (x, y)]
+    watching.ask = staticmethod(lambda: [_torch.will_execute(node) for node in nodes])
+    watching.apply(x).sum().backward()
+    (watching.apply(x) * y).sum().backward()
+    (watching.apply(x) * y).sum().backward(inputs=[y])
+    assert watching.answers[:2] == [[True, False], [True, True]]
+
+
+def test_nodes_and_frames(watching):
+    import sys
+
+    def frames():
+        frame, codes = sys._getframe(), []
+        while frame is not None:
+            codes.append(frame.f_code)
+            frame = frame.f_back
+        return codes
+
+    watching.ask = staticmethod(frames)
+    x = torch.ones(2, requires_grad=True)
+    y = watching.apply(x)
+    assert isinstance(y.grad_fn, _torch.BackwardNode)
+    y.sum().backward()
+    assert _torch.CALLS_BACKWARD in watching.answers[0] and _torch.CALLS_ENGINE in watching.answers[0]
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            assert _torch.CALLS_FORWARD in frames()
+            return x.clone()
+
+    Forward.apply(x)
+
+
+def test_a_function_applied_directly(watching):
+    x = torch.ones(2, requires_grad=True)
+    _torch.direct_apply(watching)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2)) and len(watching.answers) == 1
+
+
+def test_a_callback_at_the_end(watching):
+    order = []
+    watching.ask = staticmethod(lambda: _torch.at_task_end(lambda: order.append("end")))
+    x = torch.ones(2, requires_grad=True)
+    x.register_post_accumulate_grad_hook(lambda _: order.append("leaf"))
+    watching.apply(x).sum().backward()
+    assert order == ["leaf", "end"]
+
+
+def test_versions_views_and_memory():
+    x = torch.ones(4)
+    before = _torch.version(x)
+    _torch.increment_version((x,))
+    x.add_(1)
+    assert _torch.version(x) == before + 2
+    assert _torch.is_view(x[:2]) and not _torch.is_view(x) and not _torch.is_view(x.clone())
+    assert torch.equal(_torch.unsafe_view(x[:2]), x[:2])
+    assert _torch.storage_key(x) == _torch.storage_key(x[1:]) != _torch.storage_key(x.clone())
+    assert _torch.data_ptr(x) == x.data_ptr()
+    other = torch.zeros(4)
+    first, second = _torch.implementation(x), _torch.implementation(other)
+    torch.utils.swap_tensors(x, other)
+    assert (_torch.implementation(x), _torch.implementation(other)) == (second, first)
+
+
+def test_hooks():
+    x = torch.ones(2, requires_grad=True)
+    assert not _torch.gradient_hooks(x) and not _torch.post_accumulate_hooks(x)
+    one, other = x.register_hook(lambda grad: grad), x.register_post_accumulate_grad_hook(lambda leaf: None)
+    assert list(_torch.gradient_hooks(x)) == [one.id] and list(_torch.post_accumulate_hooks(x)) == [other.id]
+    module = nn.Linear(2, 2)
+    assert not _torch.has_hooks(module) and not _torch.has_global_hooks()
+    handle = module.register_forward_hook(lambda *_: None)
+    assert _torch.has_hooks(module) and not _torch.has_hooks(module, forward=False)
+    handle.remove()
+    module.register_full_backward_pre_hook(lambda *_: None)
+    assert _torch.has_hooks(module, forward=False)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert _torch.has_global_hooks()
+    handle.remove()
+
+
+def test_modules():
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert list(_torch.own_modules(module)) == ["0"] and list(_torch.own_parameters(module[0])) == ["weight", "bias"]
+    nn.utils.parametrizations.weight_norm(module[0])
+    assert "weight" not in _torch.own_parameters(module[0])
+    assert _torch.active_ddp() is None
+
+
+def test_transforms():
+    seen = []
+
+    def look(x):
+        seen.append((_torch.is_transforming(), _torch.is_batched(x)))
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(3, 2))
+    torch.func.grad(look)(torch.ones(2))
+    assert seen == [(False, False), (True, True), (True, False)]
+    assert not _torch.is_tracing()
+    x = torch.ones(2)
+    assert _torch.unwrap_if_dead(x) is x
+    traced = []
+    torch.jit.trace(lambda x: traced.append(_torch.is_tracing()) or x + 1, (x,), check_trace=False)
+    assert traced[0]
+
+
+def test_without_modes():
+    with _torch.FakeTensorMode():
+        assert type(torch.ones(2)) is not torch.Tensor
+        with _torch.without_modes():
+            assert type(torch.ones(2)) is torch.Tensor
+
+
+def test_a_tensor_without_memory():
+    class Kind(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "asked"
+
+    made = _torch.tensor_without_memory(Kind, (2, 3), torch.float16, torch.device("cpu"), True)
+    with _torch.without_torch_function():
+        assert made.shape == (2, 3) and made.dtype == torch.float16 and made.requires_grad
+    assert made.sum() == "asked"
+
+
+def test_fused_kernels():
+    for kernel in (_torch.fused_adam, _torch.fused_adamw, _torch.fused_adagrad, _torch.fused_sgd):
+        assert callable(kernel)
+    assert _torch.multiplies(torch.bfloat16) in (True, False)
