@@ -103,7 +103,7 @@ class CompiledStep:
 
     def __call__(self, found: Operands, numbers: StepNumbers, change: Change) -> float:
         """Step with the sum of the operands; NaN if ``change.guarded`` and it is not finite: nothing has moved then."""
-        bound, (scale, clip_value, guarded) = self._bound, change
+        bound, (scale, clip_value, guarded, _) = self._bound, change
         assert bound is not None
         squares = bound(
             numbers.on_host,

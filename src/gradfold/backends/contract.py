@@ -26,6 +26,7 @@ class Change(NamedTuple):
     scale: float | Tensor = 1.0  # of clipping by norm, and of loss scaling; a tensor: 0-d, fp32
     clip_value: float | None = None  # the largest magnitude of an element, after scaling
     guarded: bool = False  # a gradient that is not finite stays out of weight and states
+    torch_norm: bool = False  # its norm decides something later on, and must be rounded as torch rounds it
 
     @property
     def none(self) -> bool:

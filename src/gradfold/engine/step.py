@@ -25,6 +25,7 @@ class Step:
         summed: how many outermost ones have completed, outside of ``accumulating()``.
         looked: the model was examined as the step's first forward began.
         surveyed: the outermost backward has been asked which segments and weights it will reach.
+        torch_norms: norms decide something in later steps.
         last: the backward now running is the last that this step sums.
         defers: ... and leaves its terms for ``optimizer.step()``.
         measuring: this is the first pass of two, which only takes the norm.
@@ -50,6 +51,7 @@ class Step:
         self.looked = False
         self.surveyed = False
         self.last = True
+        self.torch_norms = False
         self.defers = False
         self.measuring = False
         self.measured = False
@@ -89,7 +91,7 @@ class Step:
         found = group.changes.get(guarded)
         if found is None:
             scale = self.unscale * self.coefficients.get(self.pool(group.group), 1.0)
-            found = group.changes[guarded] = change_for(group.group, self.options, scale, guarded)
+            found = group.changes[guarded] = change_for(group.group, self.options, scale, guarded, self.torch_norms)
         return found
 
     def pool(self, group: dict[str, Any]) -> int:
