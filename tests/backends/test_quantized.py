@@ -128,7 +128,7 @@ def test_the_gradient_of_every_use_is_summed_in_fp32(form):
 
 def test_a_gradient_that_is_given_stays_as_it_is(form):
     param = nn.Parameter(torch.randn(64, 128))
-    optimizer = gradfold.AdamRule([param], states="int8", weight_decay=0.1, maximize=True)
+    optimizer = gradfold.Adam([param], states="int8", weight_decay=0.1, maximize=True)
     param.grad = torch.randn(64, 128)
     before = param.grad.clone()
     optimizer.step()
