@@ -25,7 +25,7 @@ class Scratch:
         self._tiles: dict[tuple, list[Tensor]] = {}  # those cut from these buffers so far
 
     def reserve(self, device: torch.device, size_bytes: int) -> Tensor:
-        """The buffer of this device and stream, of at least ``size_bytes``."""
+        """Return the buffer of this device and CUDA stream, of at least ``size_bytes``."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         held = self._buffers.get((device, stream))
         if held is None or held.numel() < size_bytes:
@@ -57,4 +57,5 @@ class Scratch:
         return made
 
     def tensors(self) -> Iterator[Tensor]:
+        """Yield the buffers held now."""
         yield from self._buffers.values()

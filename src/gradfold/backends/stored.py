@@ -33,6 +33,7 @@ class Stored(NamedTuple):
 
     @classmethod
     def plain(cls, values: Tensor) -> Stored:
+        """Return a tensor that is stored as it is, without a codec."""
         return cls({VALUES: values})
 
     def key(self, step: int | Tensor) -> Tensor | None:

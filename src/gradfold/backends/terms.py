@@ -120,27 +120,33 @@ class MatmulTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two matrices."""
         return self.left, self.right
 
     @property
     def factor(self) -> Tensor:
+        """The matrix ``left``."""
         return self.left
 
     def replaced(self, tensors: Sequence[Tensor]) -> MatmulTerm:
+        """Return the term of these tensors."""
         return MatmulTerm(*tensors)
 
     def narrowed(self, dim: int, start: int, stop: int) -> MatmulTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         if dim == 0:
             return MatmulTerm(self.left[:, start:stop], self.right)
         return MatmulTerm(self.left, self.right[:, start:stop])
 
     def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages."""
         if _torch.storage_key(self.left) in storages:
             self.left = self.left.clone()
         if _torch.storage_key(self.right) in storages:
             self.right = self.right.clone()
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` into ``tile``."""
         left = self.left if stop - start == self.left.shape[1] else self.left[:, start:stop]
         if tile.dtype == left.dtype:
             torch.mm(left.t(), self.right, out=tile)
@@ -148,9 +154,11 @@ class MatmulTerm(GradTerm):
             accumulate(tile, left, self.right, beta=0)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` and add them to ``tile``."""
         accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
     def bound(self) -> float:
+        """Return the product of the largest magnitudes, times the number of tokens."""
         return largest(self.left) * largest(self.right) * self.left.shape[0]
 
 
@@ -167,22 +175,27 @@ class GatherTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
+        """The token ids, and the gradient rows they select."""
         return self.ids, self.grad
 
     @property
     def factor(self) -> Tensor:
+        """The gradient's rows."""
         return self.grad
 
     def replaced(self, tensors: Sequence[Tensor]) -> GatherTerm:
+        """Return the term of these tensors."""
         ids, grad = tensors
         return GatherTerm(ids, grad, self.padding_idx, self.first)
 
     def narrowed(self, dim: int, start: int, stop: int) -> GatherTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         if dim == 0:
             return GatherTerm(self.ids, self.grad, self.padding_idx, self.first + start)
         return GatherTerm(self.ids, self.grad[:, start:stop], self.padding_idx, self.first)
 
     def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages."""
         if _torch.storage_key(self.grad) in storages:
             self.grad = self.grad.clone()
 
@@ -199,10 +212,12 @@ class GatherTerm(GradTerm):
         self.bounds = dict(zip(edges, bounds, strict=True))
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Write rows ``[start, stop)``; words that no token has get zeros."""
         tile.zero_()
         self.add(tile, start, stop)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Add the gradient rows of tokens whose id is in ``[start, stop)``."""
         tokens = max(1, GATHER_BYTES // (tile.shape[1] * tile.dtype.itemsize))
         for first in range(self.bounds[start], self.bounds[stop], tokens):
             last = min(first + tokens, self.bounds[stop])
@@ -213,6 +228,7 @@ class GatherTerm(GradTerm):
             tile.index_add_(0, ids - (self.first + start), grad)
 
     def bound(self) -> float:
+        """Return the largest magnitude, times the number of tokens."""
         return largest(self.grad) * max(1, self.ids.numel())
 
     def placed(self) -> tuple[Tensor, Tensor]:
@@ -232,22 +248,28 @@ class DenseTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor]:
+        """The gradient."""
         return (self.grad,)
 
     @property
     def factor(self) -> Tensor:
+        """The gradient."""
         return self.grad
 
     def replaced(self, tensors: Sequence[Tensor]) -> DenseTerm:
+        """Return the term of these tensors."""
         return DenseTerm(*tensors)
 
     def narrowed(self, dim: int, start: int, stop: int) -> DenseTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         return DenseTerm(self.grad.narrow(dim, start, stop - start) if self.grad.dim() else self.grad)
 
     def reshaped(self, shape: tuple[int, int]) -> DenseTerm:
+        """Return the term with the gradient seen as a matrix of ``shape``."""
         return DenseTerm(self.grad.reshape(shape))
 
     def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the gradient, if it is contiguous and in ``dtype``."""
         return self.grad if self.grad.dtype == dtype and self.grad.is_contiguous() else None
 
     def _rows(self, start: int, stop: int) -> Tensor:
@@ -255,12 +277,15 @@ class DenseTerm(GradTerm):
         return grad[start:stop]
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Copy rows ``[start, stop)`` into ``tile``."""
         tile.copy_(self._rows(start, stop).reshape(tile.shape))
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Add rows ``[start, stop)`` to ``tile``."""
         tile.add_(self._rows(start, stop).reshape(tile.shape))
 
     def bound(self) -> float:
+        """Return the largest magnitude."""
         return largest(self.grad)
 
 

@@ -47,4 +47,5 @@ class Host:
         return pinned.copy_(tensor, non_blocking=True)
 
     def from_host(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Copy a tensor to the device, on its current stream."""
         return tensor.to(device, non_blocking=True)

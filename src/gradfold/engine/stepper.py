@@ -309,13 +309,16 @@ def allocate(
     """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``lazy`` until it steps.
 
     Args:
-        param: the values that step, of a slice the view of it.
-        state: what it has already.
+        param: the values that step: a parameter, or the view of a slice of it.
+        state: the states it has already, by name; new ones are added.
+        rule: the optimizer's rule.
+        group: the parameter's param_group.
+        lazy: receives the states that the optimizer shall only have once the parameter has stepped.
         stream: the parameter's name in the streams of random bits.
-        place: of a slice in its parameter.
+        place: where a slice lies in its parameter; None for a whole parameter.
 
     Returns:
-        How the states are stored.
+        How weight and states are stored.
     """
     storage = storage_of(param, rule, group, place)
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

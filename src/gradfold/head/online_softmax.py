@@ -41,9 +41,16 @@ def sweep(
     differentiable: bool,
     keep_bytes: int,
 ) -> Swept:
-    """One pass over the vocabulary; x: ``[T, H]``, weight: ``[V, H]``, labels: ``[T]``.
+    """Pass over the vocabulary once.
 
-    differentiable: with the gradient by x. keep_bytes: as much of the softmax is kept, of the first words.
+    Args:
+        x: ``[T, H]``, the head's input.
+        weight: ``[V, H]``.
+        bias: ``[V]``, or None.
+        labels: ``[T]``.
+        options: of the loss.
+        differentiable: also compute the gradient of each token's loss by ``x``.
+        keep_bytes: so many bytes of the softmax are kept, for the first words of the vocabulary.
     """
     tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], options.label_smoothing
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
@@ -107,7 +114,7 @@ def sweep(
 
 
 def _by_label(lse: Tensor, label: Tensor, options: LossOptions) -> Tensor:
-    """The gradient ``[T]`` of the loss by the label's logit before the soft-cap, less what smoothing takes of all."""
+    """Return the gradient ``[T]`` of the loss by the label's logit before the soft-cap, without smoothing's share."""
     z = 2 * options.z_loss * lse
     own = (1 + z) * torch.expm1(label - lse) + z + options.label_smoothing  # (1 + z) p - (1 - smoothing)
     return own if options.softcap is None else own * (1 - (label / options.softcap) ** 2)
@@ -137,6 +144,7 @@ def _finish(
 
 
 def token_blocks(x: Tensor) -> list[tuple[int, int]]:
+    """Return the ranges of tokens whose rows of ``x`` are worked on at a time."""
     tokens = x.shape[0]
     block = max(1, ROW_BYTES // (x.element_size() * max(1, x.shape[1])))
     return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]

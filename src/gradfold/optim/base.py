@@ -196,7 +196,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     # state_dict -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own layout: states by parameter index, groups with torch's keys.
+        """Return states and groups in torch's own layout: states by parameter index, groups with torch's keys.
 
         Every state is a plain tensor: what is stored in several parts has one entry each (``exp_avg.codes``,
         ``exp_avg.scales``; a master's ``weight.residual``). ``torch_state_dict`` is what torch's optimizers read.

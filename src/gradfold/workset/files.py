@@ -46,6 +46,8 @@ _BLANK_CRC = "????????"
 
 
 class Header(NamedTuple):
+    """What a file's header says: the key, which tensors are counters, the data's CRC-32, and where each tensor lies."""
+
     key: str
     counters: set[str]
     crc: str
@@ -192,6 +194,7 @@ def _view(pages: mmap.mmap, size: int, start: int) -> Tensor:
 
 
 def damaged(path: Path, why: object) -> FoldError:
+    """Return the error of a file that cannot be read back."""
     return FoldError(f"{path}: damaged ({why}); resume from an older checkpoint, or begin with states='reset'")
 
 

@@ -126,4 +126,5 @@ def _region(slice_: Slice, param: Tensor) -> Region | None:
 
 
 def name_of_region(member: FoldParam, region: Region | None) -> str:
+    """Return the name under which a store keeps the states of a slice."""
     return member.name if region is None else f"{member.name}{region}"

@@ -58,7 +58,7 @@ class Rotation(Layout):
         self._loading = False
 
     def describe(self) -> str:
-        """The settings, in one line."""
+        """Return the settings, in one line."""
         config, sizes = self.config, [self.chunk_bytes(index) / 2**20 for index in range(len(self.chunks))]
         by = config.by if isinstance(config.by, str) else "hand"
         return (
@@ -68,6 +68,7 @@ class Rotation(Layout):
         )
 
     def turn(self) -> Turn:
+        """Return which chunk is active, and for how long it has been."""
         return Turn(self.schedule.index, len(self.chunks), self.schedule.step, self.config.interval)
 
     def _store(self) -> Store:
@@ -109,7 +110,7 @@ class Rotation(Layout):
             optimizer.load_state_dict(saved)
 
     def end(self) -> None:
-        """``requires_grad`` as the user would have it, and all states with the optimizer."""
+        """Set ``requires_grad`` as the user would have it, and give all states back to the optimizer."""
         present = dict(self.fold.model.named_parameters())
         self._notice()
         for member in self.turning:
@@ -141,7 +142,7 @@ class Rotation(Layout):
             self._set(member, bool(member.slices) and member not in self.frozen)
 
     def _notice(self) -> None:
-        """What the user has frozen and unfrozen. That a sleeping parameter was frozen cannot be seen."""
+        """Note what the user has frozen and unfrozen; that a sleeping parameter was frozen cannot be seen."""
         for member in self.turning:
             if member.param.requires_grad == self.awake.get(member, member.param.requires_grad):
                 continue
@@ -151,15 +152,18 @@ class Rotation(Layout):
                 self.frozen.add(member)
 
     def _stop_early(self) -> None:
-        """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
-        embeddings' outputs that require grad, so that every backward would run to the bottom."""
+        """Undo a hook of transformers that makes embeddings' outputs require grad.
+
+        ``gradient_checkpointing_enable`` sets it for reentrant checkpoints, which are refused here. Every backward
+        would run to the bottom because of it.
+        """
         for model in self.fold.model.modules():
             if getattr(model, "_require_grads_hooks", None):
                 model.disable_input_require_grads()  # type: ignore[operator]
                 self._let_inputs.append(model)
 
     def fired(self) -> None:
-        """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""
+        """Note a weight's last use; in the last backward of a turn, begin to fetch the next chunk's states."""
         schedule, fold = self.schedule, self.fold
         last = schedule.step == self.config.interval - 1 and fold.step.last and not fold.step.measuring
         if last and self.config.prefetch and not self._fetching:
@@ -172,7 +176,10 @@ class Rotation(Layout):
                     self.store.prefetch(names, member.param.device)
 
     def stepped(self, power: float) -> None:
-        """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake.
+        """Count an optimizer step, and change chunks where it is time.
+
+        Args:
+            power: sum of squares of the gradients of all that is active.
 
         Raises:
             FoldError: a store cannot take a chunk's states, or give them. Nothing is lost: ``state_dict()`` has them
@@ -263,10 +270,12 @@ class Rotation(Layout):
                 yield name, tensors
 
     def regions(self, param: nn.Parameter) -> list[Region | None]:
+        """Return every slice of a parameter; None: the whole."""
         member = self.fold.params.get(id(param))
         return [region for _, region in self.slices[member]] if member in self.slices else [None]
 
     def states(self, param: nn.Parameter) -> dict[str, Any]:
+        """Return the states of all its slices, active or not, to be read."""
         found = dict(self.fold.optimizer.state.get(param, {}))
         member = self.fold.params.get(id(param))
         if member in self.slices:
@@ -275,13 +284,14 @@ class Rotation(Layout):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The cut, and where in it the rotation is: plain numbers and names."""
+        """Return the cut and the place in its rotation, as plain numbers and names."""
         schedule = copy.deepcopy(self.schedule)
         if self._owed is not None:  # a run that goes on from here changes chunks as it loads
             schedule.stepped(self._owed)
         return {"cut": _cut_of(self.chunks), "schedule": schedule.state_dict()}
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
+        """Raise ValueError if this ``state_dict()`` is of another cut or order."""
         if saved is None:
             return
         if not {"cut", "schedule"} <= saved.keys():
@@ -303,6 +313,12 @@ class Rotation(Layout):
         saved: Mapping[str, Any] | None,
         states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
     ) -> None:
+        """Begin, or go on from ``state_dict()``, with these states of every slice.
+
+        Args:
+            saved: what ``state_dict()`` returned; None begins anew.
+            states: returns the states of one slice of a parameter.
+        """
         self.check(saved)
         self._loading = True
         for name in list(self.store.keys()):
