@@ -66,7 +66,7 @@ class Triton(Backend):
         return self.reference.scratch_tensors()
 
     def prepare(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> TritonStepper:
-        """Bind one parameter, and allocate the scratch memory that its step will term."""
+        """Bind one parameter, and allocate the scratch memory that its step will use."""
         made = TritonStepper(self, [weight, *states], rule, group, _reachable(weight.values))
         values = weight.values
         if made.tensors is None:
