@@ -1,4 +1,4 @@
-"""What a step does not close over: parameters that moved or changed places, and gradients nobody accounts for."""
+"""The checks of a step: no parameter has moved or was replaced, and no gradient is left over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .wrappers import refuse_wrappers
 
 
 class Auditor:
-    """Holds a model against the fold's parameters, again and again; cheap where nothing has changed."""
+    """Compares a model with the fold's parameters in every step; cheap where nothing has changed."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -135,7 +135,7 @@ def unhooked_gradients(params: Iterable[FoldParam]) -> Iterator[FoldParam]:
 
 
 def outside(name: str) -> str:
-    """Return what to say about a trainable parameter that no step will reach."""
+    """Return the message about a trainable parameter that is not in the optimizer."""
     return (
         f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
         "optimizer.add_param_group, or freeze it with requires_grad_(False)"

@@ -1,8 +1,8 @@
 """Reentrant checkpoints: segments whose weights are read once without grad, and again in a backward of their own.
 
-The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and tells all
-there is to know: if it is gone, the forward was dropped; the engine says whether the running backward will reach it;
-and the backward it calls from within is the one that brings the segment's gradient terms.
+The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and answers all
+questions: if it is gone, the forward was dropped; autograd says whether the running backward will reach it; and the
+backward that it calls is the one that brings the segment's gradient terms.
 """
 
 from __future__ import annotations

@@ -203,14 +203,14 @@ def bind(
 
 
 def refuse_other_form(state: Mapping[str, Any], spec: State, keys: Iterable[str]) -> None:
-    """Raise if this state is there in another form, where a new one would start from nothing without a word."""
+    """Raise if this state exists in another form; a new one would silently start from its initial value."""
     others = [key for key in state if key.partition(".")[0] == spec.name and key not in set(keys)]
     if others:
         raise FoldError(stored_otherwise(spec.name, ", ".join(others)))
 
 
 def stored_otherwise(name: str, found: object) -> str:
-    """Return what to say about a state that is stored otherwise than its group says."""
+    """Return the message about a state that is stored otherwise than its group says."""
     return (
         f"state {name!r} is stored as {found}, not as its param_group's states= says; to convert, load this "
         "optimizer's torch_state_dict() into a new one made with the states= you want"
