@@ -56,7 +56,7 @@ class QuantizedStepper:
         self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
-        """Step; see ``Stepper``."""
+        """Step the parameter; see ``Stepper``."""
         if self._compiled is not None and self._compiled.ready(numbers):
             found = self._compiled.operands(terms)
             if found is not None:

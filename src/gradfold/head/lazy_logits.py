@@ -25,7 +25,7 @@ PLAIN = "fold with head='plain'"
 
 
 class LazyLogits(Tensor):
-    """The logits ``[*, V]`` of ``head(x)``, once somebody asks for them."""
+    """The logits ``[*, V]`` of ``head(x)``, which are computed when something reads them."""
 
     _head: Any
     _x: Tensor  # [*, H]

@@ -17,13 +17,13 @@ from gradfold.backends import on_accelerator, visited
 from .logits import LossOptions, logits_of, operand, product, within
 from .term import Kept, rows_at_a_time
 
-TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
-CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
-ROW_BYTES = 2**20  # of the input's gradient worked on at a time, token by token
+TILE_BYTES = 8 * 2**20  # bytes of logits at a time, and of widened weight
+CUDA_TILE_BYTES = 64 * 2**20  # more on GPUs, where rescaling the sums costs more than a wider block
+ROW_BYTES = 2**20  # bytes of the input's gradient that are finished at a time
 
 
 class Swept(NamedTuple):
-    """What one pass over the vocabulary finds for each token."""
+    """The results of one pass over the vocabulary, for each token."""
 
     lse: Tensor  # [T]: log-sum-exp of its logits
     label: Tensor  # [T]: its label's logit; 0 where it has none
@@ -151,7 +151,7 @@ def token_blocks(x: Tensor) -> list[tuple[int, int]]:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, out in fp32 or fp64."""
+    """Compute ``out += a @ b``, with ``out`` in fp32 or fp64."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:

@@ -19,7 +19,7 @@ MIN_HEAD_ROWS = 64  # of the vocabulary: below this a GEMM loses efficiency
 
 
 class Kept(NamedTuple):
-    """The softmax of a loss head's first words, as forward came by it: relative to the largest logit so far."""
+    """The softmax of a loss head's first words as forward computed it: relative to the largest logit so far."""
 
     values: Tensor  # [T, words]: exp(logit - base) times the soft-cap's slope; 0 for the label
     bases: Tensor  # [blocks, T]: what was subtracted, for each ``block`` words

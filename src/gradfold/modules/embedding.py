@@ -1,4 +1,4 @@
-"""Embeddings whose backward hands (token ids, dY) on instead of writing a [V, H] gradient."""
+"""Embeddings whose backward hands over (token ids, dY) instead of writing a [V, H] gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .routing import Folded, is_plain, not_a_view, routed
 
 
 class FoldedLookup(torch.autograd.Function):
-    """Rows of a weight ``[V, H]`` by id."""
+    """Looks up rows of a weight ``[V, H]`` by id."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, param: FoldParam) -> Tensor:
@@ -47,7 +47,7 @@ class FoldedLookup(torch.autograd.Function):
 
 
 class FoldedEmbedding(Folded):
-    """``nn.Embedding`` whose weight steps in backward; every row takes the rule, as in torch."""
+    """``nn.Embedding`` whose weight steps in backward; the rule is applied to every row, as in torch."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows, folded where this call can be."""

@@ -1,4 +1,4 @@
-"""Linear layers and transformers' Conv1D: y = x W + b whose backward hands on (dY, X) instead of writing dW."""
+"""Linear layers and transformers' Conv1D, whose backward hands over (dY, X) instead of writing dW."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FoldedMatmul(torch.autograd.Function):
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam) -> Tensor:
         """Multiply ``x`` ``[*, K]`` to ``[*, N]``, and save what backward needs."""
-        # x: [*, K] -> [*, N]; the bias stands before the weight: of two gates autograd comes to the earlier one first
+        # x: [*, K] -> [*, N]; the bias comes before the weight, so that autograd reaches its gate first
         ctx.param = param
         ctx.bias = None if bias is None or cls.transposed else param.fold.companion(bias)
         if torch.is_autocast_enabled(param.device_type):

@@ -1,8 +1,8 @@
-"""A working set at work: which slices are awake, when the next ones wake, and where the others' states are.
+"""A working set during training: which slices are active, when the next ones are, and where the others' states lie.
 
-Sleeping parameters do not require grad. Autograd then neither computes their gradients nor saves what those would need,
-and a backward ends below the lowest one that is awake. ``requires_grad`` remains the user's: what was set here is
-remembered, and any other value found is the user's freezing or unfreezing.
+Inactive parameters do not require grad. Autograd then computes no gradients for them and saves nothing for these, and a
+backward ends below the lowest active one. ``requires_grad`` remains the user's: the values set here are remembered, and
+any other value means that the user has frozen or unfrozen the parameter.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .store import ResidentStore, Store
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Which chunk is awake."""
+    """The active chunk, and how long it has been active."""
 
-    chunk: int  # from 0
-    chunks: int  # how many there are
-    step: int  # optimizer steps taken with this one, since it woke
-    interval: int  # ... before the next one wakes
+    chunk: int  # index of the active chunk, from 0
+    chunks: int  # number of chunks
+    step: int  # optimizer steps taken in this turn
+    interval: int  # optimizer steps in a turn
 
 
 class Rotation(Layout):
@@ -91,9 +91,9 @@ class Rotation(Layout):
     # turns ------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put all but the first chunk to sleep. States that the optimizer has already are cut like their parameters.
+        """Deactivate all chunks but the first; states that the optimizer has already are cut like their parameters.
 
-        Where it raises, ``end`` undoes it, but for the optimizer's states.
+        If it raises, ``end`` undoes it, except for the optimizer's states.
         """
         optimizer = self.fold.optimizer
         self.fold.turns = self
@@ -130,12 +130,12 @@ class Rotation(Layout):
         self.close()
 
     def close(self) -> None:
-        """Let another fold have the folder."""
+        """Release the folder, so that another fold can have it."""
         if self._lock is not None:
             self._lock.close()
 
     def look(self) -> None:
-        """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
+        """Note changes of ``requires_grad`` as the user's, and set again what this working set sets."""
         self._stop_early()
         self._notice()
         for member in self.turning:
@@ -205,7 +205,7 @@ class Rotation(Layout):
             self._wake()
 
     def _wake(self) -> None:
-        """Give the parameters of the active chunk their slices and states. Where it raises, it can be called again."""
+        """Give the parameters of the active chunk their slices and states; if it raises, it can be called again."""
         state = self.fold.optimizer.state
         slices: dict[FoldParam, list[ParamSlice]] = {}
         for member in self.turning:
@@ -223,17 +223,17 @@ class Rotation(Layout):
 
     @property
     def _draw(self) -> str:
-        """States that begin anew count their steps anew, and may not draw the random bits of an earlier turn again."""
+        """A name that keeps the random bits of this turn apart, where states and step counts begin anew each turn."""
         return f"turn {self.schedule.turn}" if self.config.states == "reset" else ""
 
     def _kept(self, one: ParamSlice) -> dict[str, Any]:
-        """What outlives a slice's turn: its states, or only what belongs to the weight itself."""
+        """Return what is kept of a slice after its turn: its states, or only a master's residual ("reset")."""
         keep = self.config.states == "keep"
         states = one.states
         return {one.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
 
     def _sleep(self) -> None:
-        """Take slices and states from those that are awake; where the store raises, from none."""
+        """Take slices and states from the active parameters; if the store raises, from none of them."""
         active = [one for member in self.turning for one in member.slices]
         put: list[str] = []
         try:
@@ -262,7 +262,12 @@ class Rotation(Layout):
     # states -----------------------------------------------------------------------------------------------------------
 
     def _sleeping(self, member: FoldParam, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
+        """Yield the names of slices whose states the store has, and those states.
+
+        Args:
+            member: a parameter.
+            stepping: return tensors that may be changed; otherwise they are only read.
+        """
         look = self.store.detached if stepping and isinstance(self.store, DiskStore) else self.store.peek
         for _, region in self.slices[member]:
             name = name_of_region(member, region)
