@@ -30,6 +30,10 @@ def same(found, wanted, exactly=True):
     found, wanted = flat(found), flat(wanted)
     assert found.keys() == wanted.keys()
     for path, value in wanted.items():
+        if path.startswith("/schedule/norms") and value is not None:
+            # not used in this order of the chunks; then they were rounded to fp32, now squares add up in fp64
+            assert found[path] == pytest.approx(value, rel=1e-7), path
+            continue
         if not isinstance(value, torch.Tensor):
             assert found[path] == (value if exactly else pytest.approx(value, rel=1e-6)), path
             continue

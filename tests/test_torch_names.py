@@ -202,6 +202,10 @@ def test_a_tensor_without_memory():
         def __torch_function__(cls, func, types, args=(), kwargs=None):
             return "asked"
 
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
     made = _torch.tensor_without_memory(Kind, (2, 3), torch.float16, torch.device("cpu"), True)
     with _torch.without_torch_function():
         assert made.shape == (2, 3) and made.dtype == torch.float16 and made.requires_grad

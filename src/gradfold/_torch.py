@@ -95,21 +95,26 @@ post_accumulate_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.a
 # memory ---------------------------------------------------------------------------------------------------------------
 
 
+key_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+"""A number that a living storage has alone."""
+
+
 def storage_key(tensor: Tensor) -> int:
     """Return a number that two living tensors share if they lie in the same storage."""
-    return tensor.untyped_storage()._cdata
+    return key_of(tensor.untyped_storage())
 
 
 # transforms and modes -------------------------------------------------------------------------------------------------
 
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` has recorded so far; None where it does not run."""
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def is_tracing() -> bool:
     """Return whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what is computed now."""
-    return torch.compiler.is_compiling() or _tracing_state() is not None
+    return torch.compiler.is_compiling() or tracing_state() is not None
 
 
 def is_transforming() -> bool:
@@ -169,12 +174,10 @@ def has_global_hooks() -> bool:
     return bool(_has_any_global_hook())
 
 
-def active_ddp() -> Any | None:
-    """Return the DistributedDataParallel wrapper whose forward is running."""
-    return _DDP._active_ddp_module if _DDP is not None else None
-
-
 _DDP: Any = nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
+
+active_ddp: Callable[[], Any | None] = functools.partial(getattr, _DDP, "_active_ddp_module", None)
+"""The DistributedDataParallel wrapper whose forward is running."""
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

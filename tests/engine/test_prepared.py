@@ -60,7 +60,7 @@ class Twins:
 
     def distance(self):
         pairs = zip(self.model.parameters(), self.plain.parameters(), strict=True)
-        return max(float((a - b).abs().max()) for a, b in pairs)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def test_once():
@@ -155,6 +155,18 @@ def test_a_loaded_state_dict(whose):
     twins.torchs.load_state_dict(torchs)
     twins.step(2)
     assert twins.distance() <= CLOSE
+
+
+def test_torchs_loading_and_a_working_set():
+    model = build()
+    optimizer = gradfold.AdamW(model.parameters())
+    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2))
+    step(model, optimizer)
+    before = {name: value.clone() for name, value in optimizer.state[model[2].weight].items()}
+    with pytest.raises(gradfold.FoldError, match=r"call optimizer\.load_state_dict"):
+        torch.optim.Optimizer.load_state_dict(optimizer, torch.optim.AdamW(build().parameters()).state_dict())
+    assert all(torch.equal(optimizer.state[model[2].weight][name], value) for name, value in before.items())
+    step(model, optimizer)
 
 
 def test_a_new_param_group():

@@ -111,7 +111,7 @@ class CompiledStep:
 
         NaN if ``change.guarded`` and the sum is not finite: then nothing has moved.
         """
-        bound, (scale, clip_value, guarded) = self._bound, change
+        bound, (scale, clip_value, guarded, _) = self._bound, change
         assert bound is not None
         squares = bound(
             numbers.on_host,

@@ -26,6 +26,7 @@ class Change(NamedTuple):
     scale: float | Tensor = 1.0  # from clipping by norm, and the inverse loss scale; a tensor is 0-d and fp32
     clip_value: float | None = None  # the largest magnitude of an element, after scaling
     guarded: bool = False  # whether a gradient that is not finite must stay out of weight and states
+    torch_norm: bool = False  # whether its norm must be rounded as torch rounds it, as it decides later steps
 
     @property
     def none(self) -> bool:

@@ -57,7 +57,7 @@ class QuantizedStepper:
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
-        if self._compiled is not None and self._compiled.ready(numbers):
+        if self._compiled is not None and not change.torch_norm and self._compiled.ready(numbers):
             found = self._compiled.operands(terms)
             if found is not None:
                 if change.guarded and not self._exact and not self.backend.finite(self.weight, terms):

@@ -171,10 +171,15 @@ class PlainStepper:
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
         compiled = self._compiled
-        if compiled is not None and (found := self._paying(compiled, terms)) is not None and compiled.ready(numbers):
+        if (
+            compiled is not None
+            and not change.torch_norm
+            and (found := self._paying(compiled, terms)) is not None
+            and compiled.ready(numbers)
+        ):
             return compiled(found, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
-        scale, clip_value, guarded = change
+        scale, clip_value, guarded, _ = change
         changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0
         alone = len(terms) == 1
         dense = first.whole(weight.dtype) if alone and cut.fused and not changes else None

@@ -23,12 +23,16 @@ def limit_of(group: Mapping[str, Any], options: FoldOptions) -> float | None:
 
 
 def change_for(
-    group: Mapping[str, Any], options: FoldOptions, coefficient: float | Tensor = 1.0, guarded: bool = False
+    group: Mapping[str, Any],
+    options: FoldOptions,
+    coefficient: float | Tensor = 1.0,
+    guarded: bool = False,
+    torch_norm: bool = False,
 ) -> Change:
     """Return what happens to this group's gradients before the rule."""
     value = group.get("clip_value", options.clip_value)
     refuse_limit("clip_value", value)
-    return Change(coefficient, value, guarded)
+    return Change(coefficient, value, guarded, torch_norm)
 
 
 def coefficient(limit: float | None, norm: float | Tensor) -> float | Tensor:

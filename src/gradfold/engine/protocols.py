@@ -45,6 +45,11 @@ class Optimizer(Protocol):
 class Turns(Protocol):
     """The part of a working set that the engine uses: it decides which slices of the model are active, and when."""
 
+    @property
+    def by_norm(self) -> bool:
+        """Whether the order of the slices follows from the norms of their gradients."""
+        ...
+
     def look(self) -> None:
         """Take a changed ``requires_grad`` as the user's, and set again what the working set has set."""
         ...

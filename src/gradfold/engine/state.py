@@ -162,6 +162,7 @@ class FoldState(FoldContext):
         step = self.step
         step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
         step.defers = not step.last or step.waits
+        step.torch_norms = self.options.clip == "delayed" or (self.turns is not None and self.turns.by_norm)
 
     @property
     def deferring(self) -> bool:

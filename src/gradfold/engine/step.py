@@ -27,6 +27,7 @@ class Step:
         summed: how many outermost backwards have completed, outside of ``accumulating()``.
         looked: whether the model was examined as the step's first forward began.
         surveyed: whether autograd was asked which segments and weights the outermost backward will reach.
+        torch_norms: whether norms decide something in later steps, and must be rounded as torch's.
         last: whether the running backward is the last that this step sums.
         defers: whether its terms wait for ``optimizer.step()``.
         measuring: whether this is the first pass of ``clip="two_pass"``, which only takes the norm.
@@ -53,6 +54,7 @@ class Step:
         self.looked = False
         self.surveyed = False
         self.last = True
+        self.torch_norms = False
         self.defers = False
         self.measuring = False
         self.measured = False
@@ -92,7 +94,7 @@ class Step:
         found = group.changes.get(guarded)
         if found is None:
             scale = self.unscale * self.coefficients.get(self.pool(group.group), 1.0)
-            found = group.changes[guarded] = change_for(group.group, self.options, scale, guarded)
+            found = group.changes[guarded] = change_for(group.group, self.options, scale, guarded, self.torch_norms)
         return found
 
     def pool(self, group: dict[str, Any]) -> int:

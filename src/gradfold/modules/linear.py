@@ -76,7 +76,8 @@ def _backward(
         dX = dY @ w if dY.dtype.itemsize != 2 or torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
     along = False
     if demand is not Demand.NOTHING:
-        dY2, x2 = rows(dY), rows(x)  # [T, N], [T, K]
+        dY2 = dY if dY.dim() == 2 else rows(dY)  # [T, N]
+        x2 = x if x.dim() == 2 else rows(x)  # [T, K]
         left, right = (x2, dY2) if transposed else (dY2, x2)
         if demand is Demand.STEP:
             term = MatmulTerm(left, right)

@@ -17,7 +17,7 @@ FOLD_PARAM = "_gradfold_param"  # attribute of a folded module: the FoldParam of
 
 def routed(module: nn.Module) -> FoldParam | None:
     """Return the ``FoldParam`` of ``module.weight`` if this call can hand it a term; None for the plain path."""
-    if _torch.is_tracing():
+    if torch.compiler.is_compiling() or _torch.tracing_state() is not None:
         return None  # a compiled region writes its gradient out, and the gate takes it from there
     param: FoldParam | None = module.__dict__.get(FOLD_PARAM)
     if param is None:  # paused or not: a checkpoint must take the same path again, so it is backward that decides

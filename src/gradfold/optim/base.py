@@ -208,6 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is None:
             return
         names = {id(param): name for name, param in self._fold.model.named_parameters()}
+        added = [param for param in added if id(param) not in self._fold.params]  # others only change groups
         for param in added:
             if id(param) not in names:
                 raise FoldError("add_param_group: a parameter that is not in the folded model could never step")
@@ -395,8 +396,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's or a pickle's state; torch's own ``Optimizer.load_state_dict`` ends here, too."""
+        fold = self.__dict__.get("_fold")  # there is none in a new object
+        if fold is not None and fold.turns is not None:
+            raise FoldError(
+                "torch.optim.Optimizer.load_state_dict on an optimizer that is folded with a working set: it knows "
+                "nothing of slices; call optimizer.load_state_dict(...)"
+            )
         super().__setstate__(state)
-        self._fold, self._backend, self._groups, self._streams, self._steppers = None, None, {}, {}, {}
+        self._fold, self._backend, self._groups, self._streams, self._steppers = fold, None, {}, {}, {}
 
 
 def _stream_names(groups: list[dict[str, Any]]) -> list[str]:

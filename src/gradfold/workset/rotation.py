@@ -67,6 +67,11 @@ class Rotation(Layout):
             f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}"
         )
 
+    @property
+    def by_norm(self) -> bool:
+        """Whether the order of the chunks follows from the norms of their gradients."""
+        return self.config.order == "importance"
+
     def turn(self) -> Turn:
         """Return which chunk is active, and for how long it has been."""
         return Turn(self.schedule.index, len(self.chunks), self.schedule.step, self.config.interval)
