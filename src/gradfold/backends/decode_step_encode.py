@@ -81,7 +81,7 @@ def _compiled(
     """Step the tile by a compiled kernel, and return True; False if there is none."""
     codecs = [stored.codec for stored in (weight, *states)]
     fake = hasattr(grad, "fake_mode")
-    with _torch.without_modes() if fake else nullcontext():  # what a kernel is made of is real
+    with _torch.without_modes() if fake else nullcontext():  # kernels are made from real tensors
         kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
     if kernel is None:
         return False

@@ -31,7 +31,7 @@ from .scratch import Scratch
 from .stored import Stored, quantized
 from .terms import GradTerm
 
-VECTOR = 64  # elements: a multiple of what any processor's vector holds
+VECTOR = 64  # elements: a multiple of every processor's vector width
 
 
 class Reference(Backend):

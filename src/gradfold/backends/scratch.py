@@ -26,7 +26,7 @@ class Scratch:
         self.limit_bytes = limit_bytes
         self._buffers: dict[tuple, Tensor] = {}
         self._cpu: Tensor | None = None
-        self._tiles: dict[tuple, list[Tensor]] = {}  # those cut from these buffers so far
+        self._tiles: dict[tuple, list[Tensor]] = {}  # tiles cut from these buffers so far
 
     def reserve(self, device: torch.device, size_bytes: int) -> Tensor:
         """Return the buffer of this device and CUDA stream, of at least ``size_bytes``."""

@@ -25,8 +25,8 @@ class Auditor:
         self._types: list[type] = []
         self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
-        self._inside: list[nn.Parameter] = []  # those of the fold
-        self._addresses: list[int] = []  # where these lie
+        self._inside: list[nn.Parameter] = []  # parameters of the fold
+        self._addresses: list[int] = []  # addresses of these
 
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
@@ -49,7 +49,7 @@ class Auditor:
                     "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
                 )
         self._inside = [param.param for param in params.values()]
-        fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these lie nowhere
+        fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these have no address
         self._addresses = [] if fake else _addresses(self._inside)
         return False
 

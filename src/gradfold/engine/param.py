@@ -115,7 +115,7 @@ class FoldParam:
         now = self.param
         return f"{_placement(*self.placement)} became {_placement(now.shape, now.dtype, now.device)}"
 
-    # what it has done in the open step --------------------------------------------------------------------------------
+    # its part in the open step ----------------------------------------------------------------------------------------
 
     @property
     def stepped(self) -> bool:
@@ -160,7 +160,7 @@ class FoldParam:
         fold, gate = self.fold, self.gate
         wanted = demand(self.param) if gate is None else gate.demand()
         if fold.paused or gate is None:
-            # a dense gradient, as plain autograd would write: paused, removed, or thawed since the forward began
+            # paused, removed, or unfrozen since the forward began: a dense gradient, as plain autograd would write
             return Demand.CAPTURE if wanted is Demand.STEP else wanted
         if torch.is_grad_enabled():
             raise FoldError(create_graph(self.name))
@@ -209,7 +209,7 @@ class FoldParam:
         grad = self.param.grad
         if grad is not None:
             self.param.grad = None
-        if torch.is_grad_enabled():  # not every gradient requires one itself under create_graph
+        if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
             backward = fold.enter(task)
@@ -242,7 +242,7 @@ class FoldParam:
         fold = self.fold
         if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
             return True
-        # first passes of modules that are not folded go unseen: any segment may have read such a parameter
+        # first passes of modules that are not folded are not seen, so any segment may have read such a parameter
         unseen = self._read_unseen or not self.folded
         segments = fold.segments.values() if unseen else self._segments
         return any(segment.open for segment in segments if segment is not parent)
@@ -252,7 +252,7 @@ class FoldParam:
         fold = self.fold
         if fold.paused:
             return
-        # a reentrant one calls a backward of its own for the weight; any other leaves it to this one, if it wants it
+        # a reentrant checkpoint calls a backward of its own; other ones leave the weight to this one, if it reaches it
         with _torch.without_modes():  # a selective checkpoint counts operators, and asking is one
             wanted = self._in_segment() or self.demand() is Demand.STEP
         if not wanted:
@@ -287,13 +287,13 @@ class FoldParam:
         if fold.turns is not None and step.last and not step.measuring:
             fold.turns.fired()
         terms: list[GradTerm] = arrived  # type: ignore[assignment]
-        if self.weight is not None:  # a bias some of whose terms are its weight's
+        if self.weight is not None:  # this is a bias, and some of its terms are sums over its weight's
             if backward is not None and self._goes_along(backward, arrived):
                 return
             terms = [term.resolved() for term in arrived]
         if len(self.slices) > 1 and any(term.reads_weight for term in terms):
             if sum(one.region is not None and one.region.dim == 1 for one in self.slices) > 1:
-                # bands of columns share their rows: once the first has stepped, these are not the old ones any more
+                # bands of columns share their rows, which are no longer the old ones once the first band has stepped
                 terms = [term.written_out() for term in terms]
         if not (step.defers or step.measuring):
             self._fired = step

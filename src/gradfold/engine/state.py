@@ -136,7 +136,7 @@ class FoldState(FoldContext):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
         self._refuse_second()
         self._forget_failed()
-        if not step.open:  # a functional_call has given the parameters back by now
+        if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)
         for param in self.params.values():
             hooks = _torch.post_accumulate_hooks(param.param)
@@ -174,10 +174,10 @@ class FoldState(FoldContext):
         step = self.step
         parents = [backward.parent for backward in step.backwards.values()]
         if parents and None not in parents:
-            return  # the checkpoints of this very backward came first, with nothing of ours around them; they wait
+            return  # checkpoints of this same backward came first, with no folded module around them; their terms wait
         if not step.open:
             return
-        # the engine cannot say what checkpoints will reach, so that after one ran every second backward is refused
+        # autograd cannot say what checkpoints will reach, so after one has run every second backward is refused
         nested = any(parent is not None for parent in parents)
         for param in self.params.values():
             if (param.done or param.waits) and (nested or param.demand() is Demand.STEP):
@@ -200,7 +200,7 @@ class FoldState(FoldContext):
         if parent is None:
             self._flush(backward)
             step_rest(self)
-            step.summed += not self.accumulating  # those come on top of what ``accumulate`` counts
+            step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
             return
         parent.done = True
         for param in list(step.waiting):

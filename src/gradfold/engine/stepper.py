@@ -71,12 +71,12 @@ class _Bound(NamedTuple):
 
     settings: tuple[Any, ...]
     states: Any  # ``optimizer.state[param]``
-    tensors: list[tuple[str, Tensor, int]]  # what is looked up in it: key, tensor, address
+    tensors: list[tuple[str, Tensor, int]]  # the states that were bound: key, tensor, address
     address: int  # of the parameter
-    addressed: bool  # fake tensors have no addresses
+    addressed: bool  # whether tensors have addresses; fake ones do not
     counters: list[tuple[str, Tensor]]  # name without region, tensor
     cells: list[Any]  # the same memory, with ``item()`` and ``fill()``
-    count: int  # which of them the random bits follow; -1: none
+    count: int  # index of the counter that random bits depend on; -1: none
     stepper: Stepper
 
 
@@ -90,7 +90,7 @@ class ParamStepper:
         self.optimizer = optimizer
         self.backend = backend
         self.region = region
-        self.draw = draw  # tells its random bits from those of an earlier turn of the same region
+        self.draw = draw  # keeps its random bits apart from those of an earlier turn of the same region
         self.lazy: dict[str, Tensor] = {}  # states that become the optimizer's with the first step
         self._bound: _Bound | None = None
         self._device_type = param.device.type
@@ -204,7 +204,7 @@ class ParamStepper:
         power = bound.stepper(terms, numbers, change)
         if power != power and change.guarded:
             self._undo(bound, before, new)
-        else:  # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
+        else:  # torch's fused kernels leave the version as it is; a graph that saved the old weight must notice
             _torch.increment_version((self.param,))
         return power
 

@@ -20,7 +20,7 @@ from gradfold.modules.linear import FoldedLinear
 KNOWN = frozenset(
     "shape size dtype device ndim dim numel nelement requires_grad layout is_floating_point is_cuda is_cpu get_device "
     "element_size itemsize".split()
-)  # what is answered without computing
+)  # attributes that are known without computing
 PLAIN = "fold with head='plain'"
 
 

@@ -64,10 +64,12 @@ def sweep(
     if differentiable and smoothing:
         evenly = x.new_zeros(x.shape[1:] if options.softcap is None else x.shape, dtype=dtype)
     block = rows_at_a_time(x, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
-    words = min(vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens)))  # whose softmax is kept
+    words = min(
+        vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens))
+    )  # number of words whose softmax is kept
     if words < vocabulary:
         words -= words % block
-    if smoothing and options.softcap is not None:  # whose slope the share of smoothing would need too
+    if smoothing and options.softcap is not None:  # smoothing's share would need the slope as well
         words = 0
     values = x.new_empty(tokens, words, dtype=keep) if words else None
     bases = x.new_empty(-(-words // block), tokens, dtype=dtype)
@@ -133,7 +135,7 @@ def _finish(
     """Turn the sum of all words but the label into the gradient of the loss, in place."""
     others = (1 + 2 * options.z_loss * lse) / total
     vocabulary = weight.shape[0]
-    ids = labels.clamp(0, vocabulary - 1)  # of those ignored: any
+    ids = labels.clamp(0, vocabulary - 1)  # any word for ignored tokens
     own = torch.where(ids == labels, own, torch.zeros_like(own))
     for start, stop in token_blocks(summed):
         part = summed[start:stop].mul_(others[start:stop, None])

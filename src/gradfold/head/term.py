@@ -53,13 +53,13 @@ class HeadTerm(GradTerm):
         self.x = gemm_ready(x)  # [T, H]
         self.labels = labels  # [T]
         self.lse = lse  # [T]
-        self.scale = scale  # [T]: the gradient of each token's loss, 0 for those ignored
+        self.scale = scale  # [T]: the gradient by each token's loss, 0 if ignored
         self.weight = weight  # [V, H], the parameter itself
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.options = options
         self.kept = kept
         self.first = 0  # the row of the weight that is row 0 here
-        self.columns = slice(None)  # those of the weight that are columns here
+        self.columns = slice(None)  # the columns of the weight that are columns here
         self._operand: Tensor | None = None
         self._rows = -1
 

@@ -53,7 +53,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         storage = storage or {}
         if unknown := storage.keys() - OPTIONS.keys() - {"capturable"}:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-        # options that are not given stay out of the groups, whose keys are then torch's own
+        # options that are not given are not added to the groups, so that their keys are torch's own
         super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}, **storage})
 
     @staticmethod
@@ -182,7 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raise ValueError for hyper-parameters out of range, and for storage a parameter cannot have."""
         self.validate(group)
         for param in group["params"]:
-            # fold and step say what is wrong with others
+            # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
                 storage_of(param, self.rule, group)
         if not isinstance(seed := group.get("seed", 0), int):
@@ -389,7 +389,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer
-        if self._turns is not None:  # with the states of what sleeps now
+        if self._turns is not None:  # with the states of inactive slices
             kept["state"] = defaultdict(
                 dict, {param: found for param in self._params if (found := self._turns.states(param))}
             )

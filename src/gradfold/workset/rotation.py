@@ -49,8 +49,8 @@ class Rotation(Layout):
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
         self._lock: FolderLock | None = None
         self.store = self._store()
-        self.awake: dict[FoldParam, bool] = {}  # what requires_grad was set to here
-        self.frozen: set[FoldParam] = set()  # by the user, of those that take turns
+        self.awake: dict[FoldParam, bool] = {}  # the values of requires_grad that were set here
+        self.frozen: set[FoldParam] = set()  # parameters that take turns and that the user has frozen
         self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
         self._owed: float | None = None  # the power of a step that has not been counted yet
@@ -81,10 +81,10 @@ class Rotation(Layout):
         if config.offload == "disk":
             assert config.folder is not None
             self._lock = lock = sole_user(Path(config.folder))  # before DiskStore sweeps the folder
-            weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
+            weakref.finalize(self, lock.close)  # a fold may be collected without remove()
             try:
                 store = DiskStore(config.folder)
-                store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
+                store.prune()  # files of an earlier run are of no use: state_dict() holds the states themselves
             except FoldError:
                 self.close()
                 raise
