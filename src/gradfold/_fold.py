@@ -20,7 +20,7 @@ from .optim import RuleOptimizer
 from .report import Report, report_of
 from .workset import Rotation, Turn, WorkingSet
 
-# why a torch optimizer's update cannot run inside backward, for those that have no counterpart here
+# optimizers of torch without a counterpart here, and why
 _UNFOLDABLE = {
     "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
     "SparseAdam": "it needs sparse gradients",
@@ -54,45 +54,59 @@ def fold(
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
-    Classes of foldable modules are swapped; names, parameters, ids and state_dict keys stay. Optimizer states are
-    allocated now. Afterwards train as usual: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``.
+    The classes of foldable modules are swapped; names, parameters, ids and state_dict keys stay. Optimizer states are
+    allocated now, so that you know whether they fit. Afterwards train as usual: ``loss.backward()``,
+    ``optimizer.step()``, ``optimizer.zero_grad()``.
 
     Args:
-        model: any module; its trainable parameters must be those of ``optimizer``.
-        optimizer: one of gradfold's.
-        accumulate: how many backwards one ``optimizer.step()`` sums, exactly. All but the last leave the inputs of
-            their gradients on a tape, which is never larger than the gradients would be; the last steps as it goes.
-        clip_norm: the gradients of all parameters together are scaled down to this norm, exactly as
-            ``torch.nn.utils.clip_grad_norm_`` does it; every weight then steps in ``optimizer.step()``. A param_group's
-            own ``clip_norm`` clips it by its own norm, or not at all if None.
-        clip_value: every element of a gradient is brought within +-this, after ``clip_norm``; also by param_group.
-        norm_type: 2.0, ``inf``, or another order of the norm.
-        clip: "exact" keeps a tape; "two_pass" keeps none and runs backward twice, by ``fold.backward(loss)``; "delayed"
-            scales by the norm of the step before: an approximation, which after a sudden large gradient clips one step
-            too late, and the step after it too much.
-        error_if_nonfinite: raise if the norm is not finite, as ``clip_grad_norm_``.
-        on_nonfinite: what to do about a gradient that is not finite. Its parameter does not step in any case, and
-            where all wait for ``optimizer.step()`` none does; "raise" then raises there, "skip" goes on. "ignore"
-            does not look.
-        timing: "auto" lets every weight step inside backward unless clipping makes it wait; "deferred" makes them all
-            wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
-        tape: where the tape lies, the weights' device or (pinned) host memory; on the device there is then one
-            weight's part of it at a time.
-        working_set: train a chunk of the model at a time, see ``WorkingSet``.
-        head: "fold" lets transformers' causal models, given labels, take their loss from ``linear_cross_entropy``,
-            wherever that loss is transformers' own and the head a plain Linear (``Fold.report()`` says it); their
-            logits are computed only if something reads them, which after the head's step is too late and raises.
-            "plain" leaves them as they are.
-        head_keep_bytes: how much of the head's softmax is kept for backward, and not computed twice: the ``keep_bytes``
-            of ``linear_cross_entropy``.
-        backend: ``"triton"`` (GPUs: gradients stay in registers), ``"reference"`` (any device), ``"auto"``: for each
-            weight whichever should be faster here; or an object that steps parameters (``gradfold.backends.Backend``).
-        scratch_bytes: the most gradient and temporary memory one parameter's step may use on a device, in bytes.
+        model: Any module on one device. Its trainable parameters must be those of ``optimizer``.
+        optimizer: One of gradfold's optimizers.
+        accumulate: Backwards that one ``optimizer.step()`` sums, exactly. All but the last keep the terms of their
+            gradients, or the summed gradient where that is smaller; parameters step during the last one.
+        clip_norm: Clip the norm of all gradients together to this, exactly as ``torch.nn.utils.clip_grad_norm_``. Every
+            weight then steps in ``optimizer.step()``. A param_group's own key ``clip_norm`` clips the group by its own
+            norm, or not at all if it is None.
+        clip_value: Clip every element of a gradient to plus or minus this, after ``clip_norm``. Also a key of
+            param_groups.
+        norm_type: Order of the norm: 2.0, another number above 0, or ``inf``.
+        clip: How ``clip_norm`` gets the norm. "exact" defers the steps until it is known. "two_pass" defers nothing and
+            runs backward twice, by ``fold.backward(loss)``. "delayed" uses the norm of the step before, an
+            approximation: a sudden large gradient is clipped one step too late, and the next one too much.
+        error_if_nonfinite: Raise if the norm is not finite, as ``clip_grad_norm_`` does.
+        on_nonfinite: What happens to a gradient that is not finite. With "raise" and "skip" its parameter does not
+            step, and where all parameters wait for ``optimizer.step()`` none of them does; "raise" then raises in
+            ``optimizer.step()``, "skip" goes on. "ignore" does not look.
+        timing: "auto" lets every weight step inside backward, unless clipping makes it wait. "deferred" lets all of
+            them wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
+        tape: Where gradients that wait are kept: "device" (that of the weights) or "host" (pinned memory, with one
+            parameter's gradient at a time on the device).
+        working_set: Train one chunk of the model at a time: see ``WorkingSet``.
+        head: "fold" lets transformers' causal models, given labels, compute their loss by ``linear_cross_entropy``, if
+            it is transformers' own loss and the head is a plain Linear (``Fold.report()`` shows it). Logits are then
+            computed only if something reads them, which raises after the head has stepped. "plain" leaves these
+            models as they are.
+        head_keep_bytes: Bytes of the head's softmax that are kept for backward instead of computed twice: the
+            ``keep_bytes`` of ``linear_cross_entropy``.
+        backend: "triton" (GPUs; gradients stay in registers), "reference" (any device), or "auto", which takes
+            whichever should be faster for each weight; or an object (``gradfold.backends.Backend``).
+        scratch_bytes: The most bytes of gradient and temporary memory that one parameter's step may use on a device.
+
+    Returns:
+        A ``Fold``: reports, contexts and ``remove()``.
 
     Raises:
-        FoldError: an option is out of range; the optimizer has no element-wise rule; a trainable parameter has no
-            optimizer, or the other way round; a module or parameter cannot be routed; a data-parallel wrapper is around
-            the model. Nothing has been changed then.
+        FoldError: An option is out of range; the optimizer's update is not element-wise; a trainable parameter is not
+            in the optimizer, or the other way round; a module or parameter cannot be folded; a data-parallel wrapper is
+            around the model. Nothing has been changed then.
+
+    Example:
+        >>> optimizer = gradfold.AdamW(model.parameters(), lr=2e-5)
+        >>> fold = gradfold.fold(model, optimizer, accumulate=4, clip_norm=1.0)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     if batch_is_the_fourth:
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
     """
     options = FoldOptions(
         accumulate=accumulate,
@@ -190,7 +204,7 @@ def _check_optimizer(optimizer: object) -> None:
 
 
 def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
-    """Two parameters on the same memory: the first to step would change the other under its own backward."""
+    """Raise for two parameters in the same memory: the first to step would change the other during its backward."""
     spans: dict[int, list[tuple[int, int, str, bool]]] = {}
     for name, param in named.items():
         if param.numel():
@@ -208,7 +222,14 @@ def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
 
 
 class Fold:
-    """A folded model and optimizer."""
+    """A folded model and its optimizer; ``fold()`` returns it.
+
+    Example:
+        >>> fold = gradfold.fold(model, optimizer)
+        >>> fold.report()  # prints each parameter's route and bytes
+        >>> fold.grad_norm  # after a step
+        >>> fold.remove()  # plain modules and an ordinary optimizer again
+    """
 
     def __init__(self, state: FoldState, modules: list[nn.Module]):
         self._state = state
@@ -219,7 +240,7 @@ class Fold:
     def grad_norm(self) -> float | None:
         """The norm of the last step's gradient over all parameters, before clipping; None before the first step.
 
-        Of order ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if some gradient was not finite. On a GPU,
+        Its order is ``norm_type`` where ``clip_norm`` is exact, else 2. NaN if a gradient was not finite. On a GPU,
         reading it waits for the step.
         """
         norm = self._state.grad_norm
@@ -227,29 +248,37 @@ class Fold:
 
     @property
     def working_set(self) -> Turn | None:
-        """Which chunk of the working set is awake; None without one."""
+        """The active chunk of the working set, and how long it has been active; None without a working set."""
         turns = self._state.turns
         return turns.turn() if isinstance(turns, Rotation) else None
 
     def describe_working_set(self) -> str:
-        """The cut and its settings, in one line; empty without a working set."""
+        """Return the cut and its settings in one line; empty without a working set."""
         turns = self._state.turns
         return turns.describe() if isinstance(turns, Rotation) else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next step takes from the last one beside weights and optimizer states.
+        """Return what the next step needs of the last one, beside weights and optimizer states.
 
-        With ``clip="delayed"`` that is the factor by which gradients are scaled: of each param_group that is clipped
-        by its own norm, and under -1 of all others. Else it is empty.
+        Returns:
+            With ``clip="delayed"``, the factor by which gradients are scaled: under ``following``, by the index of each
+            param_group that is clipped by its own norm, and by -1 for all others. Otherwise ``following`` is empty.
+
+        Raises:
+            FoldError: in the middle of a step.
         """
         self._state.require_closed("fold.state_dict()")
         return {"following": {str(pool): float(factor) for pool, factor in self._state.following.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue as the fold that gave this would have.
+        """Continue as the fold that returned this would have.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
 
         Raises:
-            FoldError: in the middle of a step; a param_group that the optimizer has not. Nothing has changed then.
+            FoldError: in the middle of a step, or a param_group that the optimizer does not have. Nothing has changed
+                then.
         """
         self._state.require_closed("fold.load_state_dict()")
         following: dict[int, float | Tensor] = {
@@ -262,7 +291,7 @@ class Fold:
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
-        """A context whose backwards leave their uses on the tape, for any number of them before the last."""
+        """A context whose backwards only add to the gradient: any number of micro-batches before the last one."""
         self._state.accumulating += 1
         try:
             yield
@@ -270,11 +299,16 @@ class Fold:
             self._state.accumulating -= 1
 
     def backward(self, loss: Tensor) -> None:
-        """``loss.backward()``; with ``clip="two_pass"`` the norm first, then the step, clipped by it.
+        """Call ``loss.backward()``; with ``clip="two_pass"`` twice: for the norm, and to step, clipped by it.
 
-        With a working set it passes over a loss that uses nothing of what is awake, where torch would raise.
+        With a working set, a loss that uses no active parameter is ignored, where torch would raise. Two passes add the
+        gradient of a leaf that is not a parameter (an input that requires grad) to its ``.grad`` twice.
 
-        Two passes add the gradient of a leaf that is no parameter (an input that requires grad) to its ``.grad`` twice.
+        Args:
+            loss: 0-d.
+
+        Raises:
+            FoldError: what ``loss.backward()`` raises in a fold.
         """
         state = self._state
         if state.turns is not None and not loss.requires_grad:
@@ -302,7 +336,7 @@ class Fold:
             self._state.paused -= 1
 
     def remove(self) -> None:
-        """Plain modules and an ordinary optimizer again, with the states it has.
+        """Undo the fold: plain modules and an ordinary optimizer again, with the states it has.
 
         Raises:
             FoldError: in the middle of a step.
@@ -315,18 +349,22 @@ class Fold:
         self._state.release()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
-        """The temporary memory the fold holds between steps."""
+        """Return the temporary memory that the fold holds between steps."""
         return self._state.backend.scratch_tensors()
 
     def tape_tensors(self, parameter: nn.Parameter | None = None) -> list[Tensor]:
-        """What waits for ``optimizer.step()``, of all parameters or of one."""
+        """Return the tensors of gradients that wait for ``optimizer.step()``.
+
+        Args:
+            parameter: only those of this parameter; None: of all.
+        """
         params = self._state.params
         chosen = params.values() if parameter is None else filter(None, [params.get(id(parameter))])
         kept = [kept for param in chosen for one in param.slices if (kept := one.deferred)]
         return [tensor for one in kept for term in one.held for tensor in term.tensors]
 
     def waiting_tensors(self) -> list[Tensor]:
-        """States that are allocated and become the optimizer's when their parameters first step."""
+        """Return states that are allocated, and become the optimizer's when their parameters first step."""
         return [t for param in self._state.params.values() for one in param.slices for t in one.lazy.values()]
 
     def report(self) -> Report:

@@ -1,6 +1,6 @@
 """The options of ``fold`` and of the optimizers, declared and checked once.
 
-``fold()``, the planner's settings, the trainer's recipes and the command line's flags all take these from here.
+``fold()``, the planner's settings, the trainer's recipes and the flags of the command line use these declarations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INTERVAL = 4
 
 @dataclasses.dataclass(frozen=True)
 class GradientFields:
-    """What becomes of gradients between a backward and the step: fields of `fold()`, of plans and of recipes."""
+    """Options of accumulation and clipping: fields of `fold()`, of plans and of recipes."""
 
     accumulate: int = 1
     """Gradient accumulation: micro-batches per optimizer step. The step is that of one larger batch."""
@@ -51,16 +51,16 @@ class GradientFields:
     delayed: use the last step's norm, an approximation."""
 
     def gradient_options(self) -> dict[str, Any]:
-        """These fields as keyword arguments of `gradfold.fold`."""
+        """Return these fields as keyword arguments of `gradfold.fold`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(GradientFields)}
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldOptions(GradientFields):
-    """What ``fold()`` was asked for; see there.
+    """The options of ``fold()``, which describes them.
 
     Raises:
-        FoldError: an option is out of range, or does not go with another.
+        FoldError: an option is out of range, or does not go with another one.
     """
 
     norm_type: float = 2.0
@@ -148,6 +148,6 @@ class StorageFields:
     """Weights with fewer elements than this (default 4,096), norms and biases keep fp32 states."""
 
     def storage_options(self) -> dict[str, Any]:
-        """The options that are given, as keyword arguments of an optimizer."""
+        """Return the options that are given, as keyword arguments of an optimizer."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(StorageFields)}
         return {name: value for name, value in given.items() if value is not None}

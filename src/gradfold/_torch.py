@@ -1,6 +1,7 @@
-"""Every private name of torch that gradfold uses, one function each; ``tests/test_torch_names.py`` tries each of them.
+"""Every private name of torch that gradfold uses (``backends/triton`` excepted), one function or constant each.
 
-They are not promised to stay. A torch release that changes one is met here, and nowhere else.
+Torch does not promise to keep them. If a release changes one, only this file has to change;
+``tests/test_torch_names.py`` tries each of them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The id of the backward this thread is in, or ``NO_TASK``; an inner backward has an id of its own."""
 
 will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
-"""Whether the running backward will reach this node of the graph; RuntimeError in ``torch.autograd.grad``."""
+"""Whether the running backward will reach this node; raises RuntimeError inside ``torch.autograd.grad``."""
 
 BackwardNode: type = torch.autograd.function.BackwardCFunction
 """The graph nodes of autograd Functions written in Python."""
 
-# code on the stack while a backward runs, ... an autograd Function's backward, ... and its forward
+# code that is on the stack while a backward runs, an autograd Function's backward, and its forward
 CALLS_ENGINE = torch.autograd.graph._engine_run_backward.__code__
 CALLS_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 CALLS_FORWARD = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -65,7 +66,7 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def at_task_end(callback: Callable[[], None]) -> None:
-    """Call back when the running backward completes; not at all if it raises."""
+    """Call a function when the running backward completes; it is not called if that backward raises."""
     Variable._execution_engine.queue_callback(callback)
 
 
@@ -141,7 +142,7 @@ def without_torch_function() -> contextlib.AbstractContextManager[Any]:
 
 
 implementation: Callable[[Tensor], int] = operator.attrgetter("_cdata")
-"""A number of what is behind a tensor's Python object, which ``torch.utils.swap_tensors`` exchanges."""
+"""A number that identifies the tensor behind a Python object; ``torch.utils.swap_tensors`` exchanges it."""
 
 data_ptr: Callable[[Tensor], int] = operator.methodcaller("data_ptr")
 """Where a tensor's data lies."""

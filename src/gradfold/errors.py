@@ -2,7 +2,14 @@
 
 
 class FoldError(RuntimeError):
-    """A fold cannot do what is asked exactly; the message names the parameter and what to do instead."""
+    """The fold cannot do exactly what is asked; the message names the parameter and what to do instead.
+
+    Example:
+        >>> try:
+        ...     fold = gradfold.fold(model, torch.optim.LBFGS(model.parameters()))
+        ... except gradfold.FoldError as error:
+        ...     print(error)  # LBFGS cannot be folded: ...; use gradfold.AdamW or another of gradfold's
+    """
 
 
 class NonFiniteError(FoldError):

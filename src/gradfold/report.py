@@ -24,12 +24,12 @@ class Row:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    route: str  # folded, hooked, frozen; or asleep, where a working set will wake it
+    route: str  # folded, hooked, frozen; or asleep: not in the active chunk of a working set
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int
-    state_bytes: int  # wherever they are
-    tape: str = ""  # what waits for optimizer.step(): "uses", or "gradient" where the tape has collapsed into one
-    tape_bytes: int = 0  # that it pays for: what several weights hold is counted for one of them
+    state_bytes: int  # on the device, in host memory or on disk
+    tape: str = ""  # waits for optimizer.step(): "uses" for gradient terms, "gradient" for their sum
+    tape_bytes: int = 0  # of these; a tensor that several parameters hold is counted for one of them
     chunks: str = ""  # of the working set: "3", "3-5" if it is cut, "always"
 
 
@@ -39,21 +39,21 @@ class ChunkRow:
 
     index: int
     bytes: float  # weights and states
-    first: str  # slice
-    last: str
+    first: str  # name of its first slice
+    last: str  # ... and of its last
     awake: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Every parameter's route and bytes; printing it gives a table."""
+    """Every parameter's route and bytes; printed, it is a table."""
 
     rows: tuple[Row, ...]
-    backend: str  # "reference, compiled" where coded parameters step in native kernels
+    backend: str  # "reference, compiled" where stored codes step in compiled kernels
     scratch_bytes: int
     chunks: tuple[ChunkRow, ...] = ()
     working_set: str = ""  # its settings, in words
-    host_bytes: int = 0  # of sleeping states
+    host_bytes: int = 0  # of inactive states
     disk_bytes: int = 0
     heads: tuple[HeadRow, ...] = ()  # one for each of transformers' causal models in the model
 
@@ -86,7 +86,7 @@ class Report:
 
 
 def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
-    """The report of a fold as it is now."""
+    """Return the report of a fold as it is now."""
     rows = tuple(_row(fold, name, param) for name, param in fold.model.named_parameters())
     scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
     made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
@@ -108,7 +108,7 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
 
 
 def _backend(fold: FoldState) -> str:
-    """The backend's name, and how it steps coded parameters, if there are any."""
+    """Return the backend's name, and how it steps parameters that a codec stores, if there are any."""
     name, optimizer = fold.backend.name, fold.optimizer
     if isinstance(fold.backend, Routed):
         return f"{name}: {_routes(fold, fold.backend)}"
@@ -122,7 +122,7 @@ def _backend(fold: FoldState) -> str:
 
 
 def _routes(fold: FoldState, backend: Routed) -> str:
-    """How many parameters step in which way, and why."""
+    """Return how many parameters step in which way, and why."""
     ways = Counter()
     for param in fold.params.values():
         for one in param.slices if param.param.requires_grad else ():
@@ -168,7 +168,7 @@ def _row(fold: FoldState, name: str, param: nn.Parameter) -> Row:
 
 
 def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], left: int) -> list[str]:
-    """Columns of even width; the first ``left`` of them are words."""
+    """Return lines with columns of equal width; the first ``left`` columns are words."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Backends: the gradient of some uses, a tile at a time, and the rule on that tile."""
+"""Backends: compute a parameter's gradient from its terms, a tile at a time, and apply the rule to the same tile."""
 
 from .choose import choose
 from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper

@@ -1,4 +1,4 @@
-"""Which backend steps the parameters."""
+"""The choice of the backend that steps the parameters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from .contract import Backend
 from .reference import Reference
 from .scratch import Scratch
 
-OLDEST = (8, 0)  # compute capability whose tensor cores take bf16
+OLDEST = (8, 0)  # the first compute capability whose tensor cores take bf16
 
 
 def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.device] = ()) -> Backend:
-    """The backend a user named, or the best one for parameters on these devices.
+    """Return the backend a user named, or the best one for parameters on these devices.
+
+    Args:
+        backend: "auto", "triton", "reference", or a backend object, which is returned as it is.
+        scratch_bytes: the most bytes of temporary memory that one parameter's step may take.
+        devices: devices of the parameters.
 
     Raises:
         FoldError: the name is unknown, or that backend cannot run here.
@@ -40,7 +45,7 @@ def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.d
 
 
 def why_no_triton(devices: Iterable[torch.device]) -> str | None:
-    """Why parameters on these devices cannot step in Triton's kernels; None if they can."""
+    """Return why parameters on these devices cannot step in Triton kernels; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,4 +1,9 @@
-"""A parameter's step in one compiled pass: tiles of its gradient, their norm and the rule, while they are in cache."""
+"""A parameter's step in one compiled pass: gradient, norm and rule of a few rows at a time, while they are in cache.
+
+The kernel is made from the Python of the rule and the codecs (``native``). A guarded step must not move anything if the
+gradient is not finite: the norms of the operands bound it by Cauchy-Schwarz, and only where that bound is not finite is
+the gradient measured first.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 
 
 class Operands:
-    """A gradient as compiled kernels take it: the sum of all of these."""
+    """A gradient as compiled kernels take it: the sum of products, of one dense gradient and of gathered rows."""
 
     __slots__ = ("gathers", "grad", "products", "tokens")
 
@@ -41,7 +46,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CompiledStep:
-    """A kernel of ``native``, bound to a weight and its states when the first step's numbers are there."""
+    """A kernel of ``native``, which is bound to a weight and its states when the first step's numbers are known."""
 
     def __init__(self, scratch: Scratch, stored: Sequence[Stored], parts: Sequence[Parts], rule: Rule):
         weight = stored[0]
@@ -54,7 +59,7 @@ class CompiledStep:
 
     @classmethod
     def of(cls, scratch: Scratch, stored: Sequence[Stored], rule: Rule) -> CompiledStep | None:
-        """Return the compiled step of a parameter with codecs; None where its memory is not as kernels need it."""
+        """Return the compiled step of a parameter with codecs; None where kernels cannot take its memory."""
         weight = stored[0].values
         if not weight.is_cpu:
             return None
@@ -71,7 +76,7 @@ class CompiledStep:
         return cls(scratch, stored, parts, rule)
 
     def ready(self, numbers: StepNumbers) -> bool:
-        """Return whether there is a kernel for a step's numbers."""
+        """Return whether there is a kernel for a step with these numbers; the first call binds it."""
         n = numbers.on_host
         if self._bound is not None:
             return self._bound.ready(n)
@@ -96,7 +101,7 @@ class CompiledStep:
         return self._bound.fits(found.tokens)
 
     def operands(self, terms: Sequence[GradTerm]) -> Operands | None:
-        """Return the terms as kernels take them; None where they do not."""
+        """Return the terms as kernels take them; None if a term is of another kind or dtype."""
         products, grad, gathers, tokens = [], None, [], 0
         for term in terms:
             if isinstance(term, MatmulTerm):
@@ -115,7 +120,10 @@ class CompiledStep:
         return Operands(products, grad, gathers, tokens)
 
     def __call__(self, found: Operands, numbers: StepNumbers, change: Change) -> float:
-        """Step with the sum of the operands; NaN if ``change.guarded`` and it is not finite: nothing has moved then."""
+        """Step with the sum of the operands, and return its sum of squares.
+
+        NaN if ``change.guarded`` and the sum is not finite: then nothing has moved.
+        """
         bound, (scale, clip_value, guarded, _) = self._bound, change
         assert bound is not None
         squares = bound(

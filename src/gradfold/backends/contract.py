@@ -23,18 +23,18 @@ from .terms import GradTerm
 class Change(NamedTuple):
     """What happens to a gradient between its sum and the rule."""
 
-    scale: float | Tensor = 1.0  # of clipping by norm, and of loss scaling; a tensor: 0-d, fp32
+    scale: float | Tensor = 1.0  # from clipping by norm, and the inverse loss scale; a tensor is 0-d and fp32
     clip_value: float | None = None  # the largest magnitude of an element, after scaling
-    guarded: bool = False  # a gradient that is not finite stays out of weight and states
-    torch_norm: bool = False  # its norm decides something later on, and must be rounded as torch rounds it
+    guarded: bool = False  # whether a gradient that is not finite must stay out of weight and states
+    torch_norm: bool = False  # whether its norm must be rounded as torch rounds it, as it decides later steps
 
     @property
     def none(self) -> bool:
-        """Whether the rule meets the gradient as it is."""
+        """Whether the gradient reaches the rule unchanged, but for the guard."""
         return self.clip_value is None and not isinstance(self.scale, Tensor) and self.scale == 1.0
 
     def apply(self, tile: Tensor) -> None:
-        """Change a tile of the gradient in place."""
+        """Apply the scale and the bound to a tile of the gradient, in place."""
         if self.scale != 1.0:
             tile.mul_(self.scale)
         if self.clip_value is not None:
@@ -48,9 +48,9 @@ class StepNumbers:
     """The numbers of one step, shared by all parameters of a param_group that have taken as many steps.
 
     Attributes:
-        rule: what ``rule.advance`` gave: learning rate, bias corrections and the like.
+        rule: what ``rule.advance`` returned: learning rate, bias corrections and the like.
         count: how many steps the parameter has taken, with this one; the random bits of rounding depend on it.
-        derived: what a backend computes from them, by a key of its own, so that it is computed once a step.
+        derived: what a backend has computed from the numbers, by keys of its own, so that it is computed once per step.
     """
 
     __slots__ = ("_on_host", "count", "derived", "rule")
@@ -63,7 +63,7 @@ class StepNumbers:
 
     @property
     def on_host(self) -> Any:
-        """The rule's numbers as floats and bools; waits for those that are on a device."""
+        """The rule's numbers as floats and bools; reading it waits for those that are on a device."""
         return self._on_host or self._copied()
 
     def _copied(self) -> Any:
@@ -76,14 +76,19 @@ class StepNumbers:
 
 
 class Stepper(Protocol):
-    """One parameter's weight, states and rule, bound by ``Backend.prepare``."""
+    """Steps one parameter, whose weight, states and rule ``Backend.prepare`` has bound."""
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> PowerSum:
         """Apply the rule in place, with the sum of the terms as the gradient.
 
+        Args:
+            terms: the terms of the gradient, at least one.
+            numbers: this step's numbers.
+            change: what happens to the gradient before the rule.
+
         Returns:
             The gradient's sum of squares, before ``change``. NaN where ``change.guarded`` and the gradient is not
-            finite: then neither weight nor states have moved (kernels on a GPU: none of the tiles that are not finite).
+            finite: then neither weight nor states have moved. (Kernels on a GPU step the tiles that are finite.)
         """
         ...
 
@@ -98,25 +103,43 @@ class Job(NamedTuple):
 
 
 class Backend(ABC):
-    """What computes gradients and steps parameters. ``prepare``, ``power``, ``finite`` and ``gradient`` are its own."""
+    """Computes gradients and steps parameters.
+
+    A backend implements ``prepare``, and for accumulation and clipping ``power``, ``finite`` and ``gradient``. The
+    other methods have defaults.
+
+    Attributes:
+        name: for reports.
+        steps_biases: whether ``step_along`` can step a bias in its weight's kernel.
+    """
 
     name: str
-    steps_biases: bool = False  # a weight's step can take its bias along (``step_along``)
+    steps_biases: bool = False
 
     @abstractmethod
     def prepare(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> Stepper:
-        """Bind one parameter's weight, states and rule, and allocate the scratch memory that its step will use."""
+        """Bind one parameter's weight, states and rule, and allocate the scratch memory that its step will use.
+
+        Args:
+            weight: the values that step: of a parameter, or the view of a slice of it.
+            states: its states, in the order of ``rule.states(group)``.
+            rule: the optimizer's rule.
+            group: the parameter's param_group, for options of storage; hyper-parameters come with each step's numbers.
+
+        Returns:
+            The stepper. It is used until something that it was made from changes.
+        """
 
     def gathers(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
         """Return whether this step is better taken together with others, when backward ends (``step_all``)."""
         return False
 
     def step_all(self, jobs: Sequence[Job]) -> list[PowerSum]:
-        """Take several steps."""
+        """Take several steps, and return their sums of squares."""
         return [job.stepper(job.terms, job.numbers, job.change) for job in jobs]
 
     def step_along(self, job: Job, bias: Job) -> tuple[PowerSum, PowerSum] | None:
-        """Step a weight, and a bias whose gradient is the sum of ``left``'s rows; None: not these two together."""
+        """Step a weight and its bias, whose gradient is the sum of the ``left`` rows; None: not these two together."""
         return None
 
     def power(self, weight: Tensor, terms: Sequence[GradTerm], norm_type: float = 2.0) -> PowerSum:
@@ -124,7 +147,7 @@ class Backend(ABC):
         raise NotImplementedError(f"{type(self).__name__}.power")
 
     def finite(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
-        """Return whether every element of the gradient, as the rule will meet it, is finite."""
+        """Return whether every element of the gradient is finite, in the dtype in which the rule takes it."""
         raise NotImplementedError(f"{type(self).__name__}.finite")
 
     def gradient(self, weight: Tensor, terms: Sequence[GradTerm], out: Tensor, add: bool) -> None:
@@ -145,7 +168,7 @@ class Backend(ABC):
         numbers: Any,
         change: Change = UNCHANGED,
     ) -> PowerSum:
-        """Prepare, step once, and forget what was prepared; ``numbers``: of ``rule.advance``."""
+        """Prepare and step once, with the numbers of ``rule.advance``; for tests and benchmarks."""
         streams = [stored.stream for stored in (weight, *states) if stored.stream is not None]
         count = streams[0].step if streams else 0
         return self.prepare(weight, states, rule, group)(terms, StepNumbers(numbers, count), change)
@@ -153,8 +176,8 @@ class Backend(ABC):
 
 @runtime_checkable
 class Routed(Protocol):
-    """A backend that has several ways to step a parameter, and can say which."""
+    """A backend that has several ways to step a parameter, and can name the one it takes."""
 
     def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
-        """Say it in words: "registers", or "reference (float64)" with the reason."""
+        """Return in words how the parameter steps: "registers", or "reference (float64)" with the reason."""
         ...

@@ -17,7 +17,7 @@ from gradfold import _torch
 
 from .fake_blocks import visited
 
-BLOCK_BYTES = 2**20  # of widened operand alive at a time
+BLOCK_BYTES = 2**20  # bytes of widened operands that are alive at a time
 
 
 _played = False
@@ -25,7 +25,7 @@ _played = False
 
 @contextlib.contextmanager
 def as_accelerator() -> Iterator[None]:
-    """While open, tensors of the CPU stand for those of a GPU: a plan is made on fake ones, which cannot be on one."""
+    """A context in which tensors of the CPU stand for those of a GPU, for plans, whose fake tensors are on the CPU."""
     global _played
     before, _played = _played, True
     try:
@@ -35,17 +35,22 @@ def as_accelerator() -> Iterator[None]:
 
 
 def on_accelerator(x: Tensor) -> bool:
-    """Whether this is a GPU's tensor, or stands for one."""
+    """Return whether this is a GPU's tensor, or stands for one."""
     return _played or x.device.type != "cpu"
 
 
 def emulated(x: Tensor) -> bool:
-    """Whether products of tensors like this are better computed in fp32 blocks."""
+    """Return whether products of tensors like this are faster in fp32 blocks."""
     return x.dtype.itemsize == 2 and not on_accelerator(x) and not _torch.multiplies(x.dtype)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in a's dtype; a: ``[*, N]``, b: ``[N, K]`` of the same dtype."""
+    """Compute ``a @ b`` in the dtype of ``a``.
+
+    Args:
+        a: ``[*, N]``.
+        b: ``[N, K]``, of the same dtype.
+    """
     if a.dtype.itemsize != 2 or not emulated(a) or _torch.is_batched(a):  # in-place sums have no batching rules
         return a @ b
     a2 = a.reshape(-1, a.shape[-1])  # [T, N]
@@ -57,7 +62,13 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` in x's dtype; x: ``[*, K]``, weight: ``[N, K]``, bias: ``[N]``."""
+    """Compute ``x @ weight.T + bias`` in the dtype of ``x``.
+
+    Args:
+        x: ``[*, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]``, or None.
+    """
     if x.dtype.itemsize != 2:
         return F.linear(x, weight, bias)
     tensors = [t for t in (x, weight, bias) if t is not None]
@@ -76,7 +87,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def accumulate(tile: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
-    """``tile = beta * tile + left.T @ right``; left: ``[T, r]``, right: ``[T, C]``; tile of their dtype, or wider."""
+    """Compute ``tile = beta * tile + left.T @ right`` in place.
+
+    Args:
+        tile: ``[r, C]``, of the operands' dtype or a wider one.
+        left: ``[T, r]``.
+        right: ``[T, C]``.
+        beta: 0 or 1.
+    """
     if tile.dtype == left.dtype:
         torch.addmm(tile, left.t(), right, beta=beta, out=tile)
     elif emulated(left) and tile.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""decode -> rule -> encode on a tile of a parameter whose weight or states are coded.
+"""Decode, rule, encode: one step of a tile of a parameter whose weight or states a codec stores.
 
 Compiled where the processor and a compiler allow it (``native``), else these tensor operations, which are also what the
 compiled form is tested against. Either way the result does not depend on how a parameter is cut into tiles.
@@ -20,8 +20,8 @@ from gradfold.rules import Group, Rule
 from . import native
 from .stored import Stored
 
-PANE_ELEMENTS = 32 * 1024  # decoded at a time: some ten temporaries of this size are alive
-PANE_ELEMENTS_GPU = 4 * 1024 * 1024  # there a pane is some hundred kernel launches
+PANE_ELEMENTS = 32 * 1024  # elements decoded at a time; some ten temporaries of this size are alive
+PANE_ELEMENTS_GPU = 4 * 1024 * 1024  # larger on GPUs, where a pane takes some hundred kernel launches
 
 
 def step_tile(
@@ -35,11 +35,15 @@ def step_tile(
     row_stride: int,
     keys: Sequence[Tensor | None],
 ) -> None:
-    """One tile, in place.
+    """Step one tile in place.
 
     Args:
-        weight, states: 2-D views of the tile's rows, every one with a codec.
+        weight: 2-D view of the tile's rows, with a codec.
+        states: the same of every state.
         grad: fp32 ``[rows, columns]``; it stays as it is.
+        rule: the update.
+        group: the parameter's param_group.
+        numbers: this step's numbers, of ``rule.advance``, on the host.
         first_offset: where the tile begins in the whole parameter, counted in elements.
         row_stride: columns of the whole parameter.
         keys: of the random bits of weight and states (``Stored.key``), None where rounding is to nearest.
@@ -74,10 +78,10 @@ def _compiled(
     row_stride: int,
     keys: Sequence[Tensor | None],
 ) -> bool:
-    """The tile by a native kernel, if there is one."""
+    """Step the tile by a compiled kernel, and return True; False if there is none."""
     codecs = [stored.codec for stored in (weight, *states)]
     fake = hasattr(grad, "fake_mode")
-    with _torch.without_modes() if fake else nullcontext():  # what a kernel is made of is real
+    with _torch.without_modes() if fake else nullcontext():  # kernels are made from real tensors
         kernel = native.kernel(rule, numbers, codecs[0], codecs[1:], [key is not None for key in keys])  # type: ignore[arg-type]
     if kernel is None:
         return False
@@ -87,7 +91,7 @@ def _compiled(
 
 
 def panes(rows: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of at most about ``elements`` elements each; columns begin on a multiple of a block."""
+    """Yield rows and columns of at most about ``elements`` elements each; columns begin on a multiple of a block."""
     width = min(columns, max(BLOCK, elements // BLOCK * BLOCK))
     height = max(1, elements // max(1, width))
     for top in range(0, rows, height):

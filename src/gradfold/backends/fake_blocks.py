@@ -1,4 +1,4 @@
-"""Blocks of rows, one after the other; of fake tensors only those that differ."""
+"""Loops over blocks of rows, shortened for fake tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def visited(starts: Sequence[T], like: Tensor) -> Sequence[T]:
-    """The blocks that must be computed, by where they begin: all; of a fake tensor the first two and the last.
+    """Return the starts of the blocks that must be computed: all; for a fake tensor the first two and the last.
 
-    Nobody reads a fake tensor's values, and what lies between takes the memory that the second block takes. So a
-    step of a large model is predicted in seconds (``gradfold.plan``).
+    A fake tensor has no values, and every block between takes the memory that the second one takes. So a step of a
+    large model is predicted in seconds (``gradfold.plan``).
     """
     if len(starts) < 4 or not hasattr(like, "fake_mode"):
         return starts

@@ -2,11 +2,11 @@
 
 For a weight whose gradient is ``dYᵀ X`` there are two ways to its sum of squares:
 
-    tiles   compute the gradient a tile at a time, square, forget: T N K multiplications
-    Gram    ||dYᵀ X||² = <X Xᵀ, dY dYᵀ>: T T (N + K), the cheaper one where T < N K / (N + K)
+    tiles   compute the gradient a tile at a time, and square it: T N K multiplications
+    Gram    ||dYᵀ X||² = <X Xᵀ, dY dYᵀ>: T T (N + K) multiplications, fewer where T < N K / (N + K)
 
-The Gram form sums terms that may cancel: where their magnitudes add up to far more than the result, fp32 has too few
-digits for the difference, and the tiles are summed after all.
+The Gram form sums numbers that may cancel: where their magnitudes add up to far more than the result, fp32 has too few
+digits for the difference, and the tiles are computed after all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .cpu_gemm import emulated
 from .terms import GradTerm, MatmulTerm
 
 GRAM_ROWS = 512  # tokens in one block of a Gram matrix
-CANCELLATION = 1e3  # magnitudes over result, from which the tiles are more exact
+CANCELLATION = 1e3  # from this ratio of magnitudes to result on, tiles are more exact
 
 Tiles = Callable[[], Iterator[Tensor]]
 
@@ -35,11 +35,11 @@ class PendingSum:
         self.tiles = tiles  # fp32, in any shape
 
     def tensor(self) -> Tensor:
-        """0-d float64, on the device."""
+        """Return the sum of squares on the device, 0-d float64."""
         return self.tiles.to(torch.float64).square().sum()
 
     def __float__(self) -> float:
-        """Waits for the device."""
+        """Return the sum of squares, after waiting for the device."""
         return float(self.tensor())
 
 
@@ -63,21 +63,28 @@ def resolve(powers: Sequence[PowerSum]) -> list[float]:
 
 
 def total(powers: Sequence[PowerSum]) -> Tensor:
-    """Return their sum on the device, 0-d float64; nothing waits."""
+    """Return the sum of all of them, 0-d float64 on the device, without waiting for it."""
     pending = [power.tensor() for power in powers if isinstance(power, PendingSum)]
     known = sum(power for power in powers if isinstance(power, float))
     return torch.stack(pending).sum() + known
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which sums of gradients are kept: fp32 for 16-bit ones."""
+    """Return the dtype in which gradients are summed: fp32 for 16-bit weights, else the weight's own."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def total_power(terms: Sequence[GradTerm], shape: tuple[int, int], tiles: Tiles, norm_type: float) -> float:
-    """Sum of ``|g|^norm_type`` over the gradient, or for infinity the largest ``|g|``; NaN or inf if g has one.
+    """Sum ``|g| ** norm_type`` over the gradient; for infinity, return the largest ``|g|``.
 
-    tiles: makes the gradient ``shape`` a tile at a time.
+    Args:
+        terms: of the gradient.
+        shape: rows and columns of the gradient.
+        tiles: yields the gradient a tile at a time.
+        norm_type: order of the norm.
+
+    Returns:
+        The sum; NaN or infinity if an element is not finite.
     """
     if norm_type == 2 and gram_is_cheaper(terms, shape):
         squares, magnitudes = gram(terms)  # type: ignore[arg-type]
@@ -97,7 +104,7 @@ def total_power(terms: Sequence[GradTerm], shape: tuple[int, int], tiles: Tiles,
 
 
 def norm_of(tile: Tensor, norm_type: float = 2.0) -> float:
-    """The norm of a tile; infinity only if an element is, not because a sum overflows."""
+    """Return the norm of a tile; infinity only if an element is infinite, not because a sum overflows."""
     if tile.dtype.itemsize < 4:  # else the result would be rounded to 16 bits
         found = torch.linalg.vector_norm(tile, norm_type, dtype=torch.float32)
     else:
@@ -109,7 +116,7 @@ def norm_of(tile: Tensor, norm_type: float = 2.0) -> float:
 
 
 def gram_is_cheaper(terms: Sequence[GradTerm], shape: tuple[int, int]) -> bool:
-    """Whether the Gram form takes fewer multiplications; it knows products alone."""
+    """Return whether the Gram form takes fewer multiplications; it applies to products only."""
     if not terms or not all(isinstance(term, MatmulTerm) for term in terms):
         return False
     rows, columns = shape
@@ -118,7 +125,7 @@ def gram_is_cheaper(terms: Sequence[GradTerm], shape: tuple[int, int]) -> bool:
 
 
 def gram(terms: Sequence[MatmulTerm]) -> tuple[float, float]:
-    """``<X Xᵀ, dY dYᵀ>`` over the tokens of all terms, and the same sum of magnitudes; blocks of ``GRAM_ROWS``."""
+    """Return ``<X Xᵀ, dY dYᵀ>`` over the tokens of all terms, and the same sum of magnitudes."""
     blocks = [
         (term.left[start : start + GRAM_ROWS], term.right[start : start + GRAM_ROWS])
         for term in terms
@@ -136,22 +143,22 @@ def gram(terms: Sequence[MatmulTerm]) -> tuple[float, float]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Gram matrices of 16-bit numbers are kept in fp32: rounded to bf16 they would be 1e-2 off."""
+    """Return 16-bit numbers in fp32: Gram matrices rounded to bf16 would be off by 1e-2."""
     return x.to(torch.float32) if x.dtype.itemsize < 4 or emulated(x) else x
 
 
 def certainly_finite(terms: Sequence[GradTerm], dtype: torch.dtype) -> bool | None:
-    """Return True if the terms' gradient is finite in ``dtype`` by their magnitudes; None: these do not tell."""
+    """Return True if the terms' magnitudes show that their sum is finite in ``dtype``; None: unknown."""
     return True if sum(term.bound() for term in terms) < safe_magnitude(terms, dtype) else None
 
 
 def is_finite(grad: Tensor, norm: float, dtype: torch.dtype) -> bool:
-    """Return whether a gradient of this norm is finite in ``dtype``; its elements are only looked at if need be."""
+    """Return whether a gradient of this norm is finite in ``dtype``; elements are read only if the norm is large."""
     return norm < _SAFE[dtype] or bool(grad.to(dtype).isfinite().all())
 
 
 def safe_magnitude(terms: Sequence[GradTerm], dtype: torch.dtype) -> float:
-    """Return below which magnitude the elements of a gradient are finite in ``dtype``, and on the way there.
+    """Return a magnitude below which a gradient's elements are finite in ``dtype`` and in the terms' own dtypes.
 
     Under autocast a product has the precision of its operands, and fp16 ends at 65504.
     """

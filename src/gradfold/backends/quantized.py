@@ -1,4 +1,4 @@
-"""Weights and states that codecs store: blocks of fp32 gradient, each through decode, rule and encode."""
+"""Steppers of weights and states that codecs store: fp32 blocks of the gradient go through decode, rule and encode."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .terms import DenseTerm, GradTerm
 
 
 def block_shape(weight: Tensor, terms: Sequence[GradTerm] = ()) -> tuple[int, int]:
-    """Return the rows a block may begin at, and their width; a codec's rows divide them (``codecs.matrix``).
+    """Return the shape ``(rows, columns)`` in which a gradient is cut into blocks of rows.
 
-    A term can compute the rows of the first dimension. Where every term is a gradient that is there already, any row of
-    the codecs will do, which matters for weights like ``[8, 14336, 4096]``.
+    A term can compute rows of the weight's first dimension. Where every term is a gradient that exists already, a block
+    may begin at any row of the codecs (``codecs.matrix``), which matters for weights like ``[8, 14336, 4096]``.
     """
     seen = matrix(weight.shape)
     if terms and weight.is_contiguous() and all(isinstance(term, DenseTerm) for term in terms):
@@ -36,10 +36,10 @@ def block_shape(weight: Tensor, terms: Sequence[GradTerm] = ()) -> tuple[int, in
 
 
 class QuantizedStepper:
-    """A weight and states with codecs: fp32 tiles of the gradient, each through decode, rule and encode.
+    """Steps a weight and states with codecs: each fp32 tile of the gradient goes through decode, rule and encode.
 
-    Compiled kernels (``native``) compute the tiles of most terms themselves, in cache. Other terms, and processors
-    without a compiler, go by blocks of rows in scratch memory.
+    A compiled kernel (``native``) computes the tiles of most terms itself, in cache. Other terms, and machines without
+    a C compiler, take blocks of rows in scratch memory.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class QuantizedStepper:
         self.weight = weight.values
         self.offset, self.stride = (0, None) if weight.place is None else weight.place[1:]
         self._compiled = CompiledStep.of(scratch, self.stored, rule)
-        self._exact = self.weight.dtype != torch.float16  # a finite fp32 gradient is finite in the weight's dtype
+        # a finite fp32 gradient is finite in any dtype but fp16
+        self._exact = self.weight.dtype != torch.float16
         rows, columns = block_shape(self.weight)
         if (
             self.weight.dim() != 2 and self.weight.is_contiguous()
@@ -59,7 +60,7 @@ class QuantizedStepper:
         self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
-        """Step; see ``Stepper``."""
+        """Step the parameter; see ``Stepper``."""
         if self._compiled is not None and not change.torch_norm and self._compiled.ready(numbers):
             found = self._compiled.operands(terms)
             if found is not None and self._compiled.fits(found):
@@ -118,7 +119,7 @@ class QuantizedStepper:
 
 
 class Views:
-    """The 2-D blocks of a weight and its states. Those that are not contiguous are lent as copies."""
+    """The 2-D blocks of a weight and its states; of tensors that are not contiguous, copies that are written back."""
 
     def __init__(self, stored: Sequence[Stored], shape: tuple[int, int]):
         seen = matrix(stored[0].values.shape)
@@ -130,7 +131,7 @@ class Views:
         ]
 
     def lend(self, start: int, stop: int) -> tuple[list[Stored], list[tuple[Tensor, Tensor]]]:
-        """Rows ``[start, stop)`` of everything; and pairs of a strided original and its copy, to write back."""
+        """Return the parts of rows ``[start, stop)``, and pairs of a strided original and its copy to write back."""
         lent, copies = [], []
         for one, widths in zip(self.stored, self.widths, strict=True):
             parts = {}
@@ -146,6 +147,7 @@ class Views:
         return lent, copies
 
     def blocks(self, starts: range, stop: int) -> Iterator[tuple[int, int, list[Stored]]]:
+        """Yield each block's first row, the row after its last, and its parts; write copies back afterwards."""
         for start in visited(starts, self.stored[0].values):
             end = min(start + starts.step, stop)
             lent, copies = self.lend(start, end)

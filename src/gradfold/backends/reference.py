@@ -1,8 +1,9 @@
-"""The portable backend: a few rows of gradient in scratch memory, then the rule on the same rows of the weight.
+"""The portable backend: computes a few rows of the gradient in scratch memory and applies the rule to the same rows.
 
-Row blocks bound the memory: a weight ``[R, C]`` never has more than one block ``[rows, C]`` of gradient alive. Where
-torch has a fused kernel for the rule it runs on views of the weight and its states; elsewhere plain tensor operations
-do, in fp32 for weights of lower precision. Weights and states that a codec stores go through ``quantized.py``.
+Row blocks bound the memory: of a weight ``[R, C]`` at most one block ``[rows, C]`` of gradient is alive. Plain fp32
+weights whose rule torch fuses step in one compiled pass on CPUs (``compiled.py``), where that is faster; otherwise
+torch's fused kernel runs on views of the weight and its states. Where torch has none, the rule's plain form runs, in
+fp32 for weights of lower precision. Weights and states that a codec stores go through ``quantized.py``.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from .scratch import Scratch
 from .stored import Stored, quantized
 from .terms import GradTerm
 
-VECTOR = 64  # elements: a multiple of what any processor's vector holds
+VECTOR = 64  # elements: a multiple of every processor's vector width
 
 
 class Reference(Backend):
-    """Row blocks of ``dW`` in one reused scratch buffer, then the rule; any device and floating dtype."""
+    """Steps parameters by blocks of rows in one reused scratch buffer, on any device and in any floating dtype."""
 
     name = "reference"
 
@@ -61,7 +62,7 @@ class Reference(Backend):
         return total_power(terms, shape, lambda: self._tiles(weight, terms, shape), norm_type)
 
     def finite(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
-        """Return whether every element of the gradient, as the rule will meet it, is finite."""
+        """Return whether every element of the gradient is finite, in the dtype in which the rule takes it."""
         if not weight.numel() or certainly_finite(terms, weight.dtype):
             return True
         tiles = self._tiles(weight, terms, block_shape(weight, terms))
@@ -107,19 +108,19 @@ def _step_nothing(terms: Sequence[GradTerm], numbers: StepNumbers, change: Chang
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a parameter is cut into row blocks."""
+    """The row blocks a parameter is cut into, and how they step."""
 
-    fused: bool  # torch's kernel steps the blocks; else the rule's plain form
+    fused: bool  # whether torch's kernel steps the blocks; else the rule's plain form does
     rows: int
     columns: int
-    block: int  # rows of one
-    tiles: int  # of [block, columns] in scratch: the gradient, the rule's temporaries, copies
+    block: int  # rows of a block
+    tiles: int  # number of scratch tiles [block, columns]: the gradient, the rule's temporaries, copies
     dtype: torch.dtype  # of the tiles
-    copied: tuple[bool, ...]  # for weight and states: not contiguous or of another dtype, so the rule gets a copy
+    copied: tuple[bool, ...]  # for weight and states: whether the rule gets a copy, of other strides or dtype
 
 
 class PlainStepper:
-    """A weight and states as torch keeps them: blocks of gradient, each through a fused kernel or the plain rule."""
+    """Steps a weight and states kept as torch keeps them: in one compiled pass, or by blocks of gradient."""
 
     def __init__(self, backend: Reference, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group):
         self.backend, self.scratch, self.rule = backend, backend.scratch, rule
@@ -132,9 +133,10 @@ class PlainStepper:
         self._compiled = self._as_compiled(group)
 
     def _as_compiled(self, group: Group) -> CompiledStep | None:
-        """Return a compiled step whose results are those of torch's fused kernel, bit for bit.
+        """Return a compiled step with the results of torch's fused kernel, bit for bit; None where there is none.
 
-        That kernel takes the last elements of a block one by one, and rounds these in other places.
+        Torch's kernel steps the last elements of a block one by one, if they do not fill a vector, and rounds them in
+        other places. So blocks must end on whole vectors.
         """
         weight, rule = self.weight, self.rule.as_fused()
         whole_vectors = self.cut.columns % VECTOR == 0 or (
@@ -157,20 +159,21 @@ class PlainStepper:
         rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
         uniform = all(s.dtype == weight.dtype and s.stride() == weight.stride() for s in states)
         if uniform and weight.is_contiguous() and self.rule.fuses(weight):
-            # where products come out in fp32, a block is rounded once it is complete: beside the tile, not in it
+            # products in fp32 are rounded once a block is complete, into a copy beside the tile
             dtype = torch.float32 if emulated(weight) else weight.dtype
             block = block_rows(self.scratch, rows, columns, 1 + (dtype != weight.dtype), dtype)
             return _Cut(True, rows, columns, block, 1, dtype, ())
-        dtype = accumulation_dtype(weight.dtype)  # low-precision weights meet their states in fp32, rounded once
+        dtype = accumulation_dtype(weight.dtype)  # the rule runs in fp32 for low-precision weights, rounded once
         copied = tuple(not s.is_contiguous() or s.dtype != dtype for s in (weight, *states))
         tiles = 1 + self.rule.scratch_tiles(group) + sum(copied)
         return _Cut(False, rows, columns, block_rows(self.scratch, rows, columns, tiles, dtype), tiles, dtype, copied)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
-        """Step; see ``Stepper``."""
+        """Step the parameter; see ``Stepper``."""
         compiled = self._compiled
-        if compiled is not None and not change.torch_norm and (found := self._paying(compiled, terms)) is not None:
-            if compiled.ready(numbers) and compiled.fits(found):
+        if compiled is not None and not change.torch_norm:
+            found = self._paying(compiled, terms)
+            if found is not None and compiled.ready(numbers) and compiled.fits(found):
                 return compiled(found, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
         scale, clip_value, guarded, _ = change
@@ -197,7 +200,7 @@ class PlainStepper:
         return norm * norm
 
     def _paying(self, compiled: CompiledStep, terms: Sequence[GradTerm]) -> Operands | None:
-        """Return the operands of a compiled step, where that is the faster way."""
+        """Return the operands of a compiled step, if that is faster; else None."""
         found = compiled.operands(terms)
         if found is None or found.gathers or not (found.products or len(terms) == 1):
             return None
@@ -221,7 +224,7 @@ class PlainStepper:
         return squares
 
     def _apply(self, weight: Tensor, states: list[Tensor], grad: Tensor, rest: Sequence[Tensor], n: Any) -> None:
-        """Apply the rule to a block of weight and states; ``grad`` and ``rest``: tiles that are used up."""
+        """Apply the rule to a block of weight and states; ``grad`` and ``rest`` are tiles that may be overwritten."""
         if not self.cut.fused:
             _update(self.rule, [weight, *states], grad, rest, self.cut.copied, n)
             return
@@ -233,7 +236,7 @@ class PlainStepper:
 def _update(
     rule: Rule, parts: Sequence[Tensor], grad: Tensor, tiles: Sequence[Tensor], copied: Sequence[bool], numbers: Any
 ) -> None:
-    """Apply the rule's plain form to one block; ``parts``: the block's rows of the weight and the states."""
+    """Apply the rule's plain form to one block; ``parts`` are the block's rows of the weight and the states."""
     copies = iter(tiles[: sum(copied)])
     work = tiles[sum(copied) :]
     views = [

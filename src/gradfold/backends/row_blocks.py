@@ -1,4 +1,4 @@
-"""How a gradient is cut into blocks of rows, and the sum of its terms in one of them."""
+"""Blocks of rows: how large they are, and the sum of a gradient's terms in one of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 from .scratch import TILE_ALIGNMENT, Scratch
 from .terms import GradTerm
 
-BLOCK_BYTES = 2 * 2**20  # of gradient: small enough to be in cache when the rule reads it back
-MIN_BLOCK_ROWS = 64  # below this a GEMM loses efficiency
+BLOCK_BYTES = 2 * 2**20  # bytes of gradient in a block: still in cache when the rule reads them
+MIN_BLOCK_ROWS = 64  # with fewer rows a GEMM loses efficiency
 
 
 def block_rows(scratch: Scratch, rows: int, columns: int, tiles: int, dtype: torch.dtype) -> int:
-    """Return the rows of a block: within the cache target where a GEMM stays efficient, always within the limit."""
+    """Return the number of rows of a block.
+
+    It keeps to the cache's size where a GEMM stays efficient, and always to the scratch memory's limit for all
+    ``tiles``.
+    """
     row_bytes = columns * dtype.itemsize
     wanted = max(BLOCK_BYTES // row_bytes, MIN_BLOCK_ROWS)
     limit = max(1, (scratch.limit_bytes // tiles - TILE_ALIGNMENT) // row_bytes)

@@ -1,4 +1,4 @@
-"""One block of temporary memory per device, lent as tiles to whichever parameter steps."""
+"""One buffer of temporary memory per device and stream, lent as tiles to the parameter that steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from torch import Tensor
 
 TILE_ALIGNMENT = 8  # bytes: of the widest dtype
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
-MOST_TILES = 256  # that are remembered
+MOST_TILES = 256  # shapes of tiles that are remembered
 _CPU = torch.device("cpu")
 
 
 class Scratch:
-    """Tiles cut from one buffer per (device, stream); nothing is allocated while backward runs."""
+    """Cuts tiles from one buffer per device and stream, so that nothing is allocated while backward runs.
+
+    Args:
+        limit_bytes: the most bytes that one parameter's tiles shall take together.
+    """
 
     def __init__(self, limit_bytes: int = DEFAULT_SCRATCH_BYTES):
         if limit_bytes < 1:
@@ -22,10 +26,10 @@ class Scratch:
         self.limit_bytes = limit_bytes
         self._buffers: dict[tuple, Tensor] = {}
         self._cpu: Tensor | None = None
-        self._tiles: dict[tuple, list[Tensor]] = {}  # those cut from these buffers so far
+        self._tiles: dict[tuple, list[Tensor]] = {}  # tiles cut from these buffers so far
 
     def reserve(self, device: torch.device, size_bytes: int) -> Tensor:
-        """The buffer of this device and stream, of at least ``size_bytes``."""
+        """Return the buffer of this device and CUDA stream, of at least ``size_bytes``."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         held = self._buffers.get((device, stream))
         if held is None or held.numel() < size_bytes:
@@ -62,4 +66,5 @@ class Scratch:
         return made
 
     def tensors(self) -> Iterator[Tensor]:
+        """Yield the buffers held now."""
         yield from self._buffers.values()

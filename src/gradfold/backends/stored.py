@@ -1,4 +1,4 @@
-"""A weight or a state as a backend meets it: tensors, what they mean, and the random bits that round them."""
+"""A weight or a state as a backend takes it: its tensors, how to decode them, and the random bits that round them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ VALUES = "values"  # the part that is the weight itself, and the only one of a s
 
 
 class Place(NamedTuple):
-    """Where a slice of a parameter lies in it. The random bits that round an element are those of its place."""
+    """The place of a slice in its parameter. The random bits that round an element depend on it."""
 
     shape: tuple[int, ...]  # of the whole parameter
-    offset: int  # of the slice's first element, counted in elements
-    stride: int  # from one index of the first dimension to the next, likewise
+    offset: int  # of the slice's first element in the parameter, counted in elements
+    stride: int  # elements from one index of the parameter's first dimension to the next
 
 
 class Stored(NamedTuple):
-    """One weight, or one state of it.
+    """One weight, or one state.
 
     Without a codec it is a tensor of the weight's shape in any dtype, rounded to nearest, as torch's optimizers keep
     their states.
@@ -28,11 +28,12 @@ class Stored(NamedTuple):
 
     parts: Parts
     codec: Codec | None = None
-    stream: Stream | None = None  # of the random bits that round it; None: to nearest
+    stream: Stream | None = None  # the random bits that round it; None: rounded to nearest
     place: Place | None = None  # of a slice; None: a whole parameter
 
     @classmethod
     def plain(cls, values: Tensor) -> Stored:
+        """Return a tensor that is stored as it is, without a codec."""
         return cls({VALUES: values})
 
     def key(self, step: int | Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""Terms of a gradient's sum that are not computed yet, and can be computed a few rows at a time.
+"""Terms of a gradient that are not computed yet, and that can be computed a few rows at a time.
 
-A weight's gradient is a sum with one term for each use of the weight. A term writes rows ``[start, stop)`` of its share
-into a tile, or adds them to what the tile holds. Rows are the weight's first dimension; a tile is
+A weight's gradient is a sum with one term for each use of the weight. A term writes its rows ``[start, stop)`` into a
+tile, or adds them to what the tile holds. Rows are the weight's first dimension; a tile is
 ``[stop - start, columns]``.
 """
 
@@ -20,11 +20,11 @@ from gradfold.rules import number
 
 from .cpu_gemm import accumulate
 
-GATHER_BYTES = 2**20  # of an embedding's gradient rows copied at a time
+GATHER_BYTES = 2**20  # bytes of an embedding's gradient rows that are copied at a time
 
 
 class Ready:
-    """When a term's tensors may be read on another CUDA stream; None where autograd has synchronised already."""
+    """A CUDA event after which a term's tensors may be read on another stream; None where autograd has synchronised."""
 
     ready: torch.cuda.Event | None = None
 
@@ -42,27 +42,27 @@ class Ready:
 class GradTerm(Ready, ABC):
     """One term of a weight's gradient."""
 
-    prepares: ClassVar[bool] = False  # ``prepare`` must be called before row blocks are read
-    reads_weight: ClassVar[bool] = False  # computing it reads rows of the weight, which must be those of the forward
-    in_registers: ClassVar[bool] = True  # GPU kernels can compute it a tile at a time
+    prepares: ClassVar[bool] = False  # whether ``prepare`` must be called before rows are computed
+    reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
+    in_registers: ClassVar[bool] = True  # whether GPU kernels can compute it a tile at a time
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the term keeps alive."""
+        """The tensors that the term keeps alive."""
 
     @property
     @abstractmethod
     def factor(self) -> Tensor:
-        """A tensor whose dtype the term is computed in."""
+        """The tensor in whose dtype the term is computed."""
 
     @abstractmethod
     def replaced(self, tensors: Sequence[Tensor]) -> GradTerm:
-        """Return the same term of other ``tensors``, given in the order of ``self.tensors``."""
+        """Return the same term with other ``tensors``, given in the order of ``self.tensors``."""
 
     @abstractmethod
     def narrowed(self, dim: int, start: int, stop: int) -> GradTerm:
-        """Return the term of a weight of which only ``start`` to ``stop`` along ``dim`` are left; nothing is copied."""
+        """Return the term of ``start`` to ``stop`` along the weight's ``dim``; nothing is copied."""
 
     @abstractmethod
     def write(self, tile: Tensor, start: int, stop: int) -> None:
@@ -77,17 +77,17 @@ class GradTerm(Ready, ABC):
         """Return a bound on the magnitude of every element, NaN if one of the tensors is not finite."""
 
     def prepare(self, starts: Sequence[int], rows: int) -> None:
-        """Get ready to be read in row blocks that begin at ``starts``, the last one ending at ``rows``."""
+        """Get ready to compute row blocks that begin at ``starts``; the last one ends at ``rows``."""
 
     def detach_from(self, storages: Container[int]) -> None:
-        """Copy what lies in one of these storages: those of weights, which may step before this term is read."""
+        """Copy tensors that lie in one of these storages of weights, which may step before this term is read."""
 
     def reshaped(self, shape: tuple[int, int]) -> GradTerm:
         """Return the term of the weight seen as a matrix of ``shape``."""
         return self
 
     def whole(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the term as it lies in memory, if it is there already, contiguous and in ``dtype``."""
+        """Return the gradient itself, if it is in memory already, contiguous and in ``dtype``; else None."""
         return None
 
     def written_out(self) -> GradTerm:
@@ -99,7 +99,7 @@ class GradTerm(Ready, ABC):
         return self._like_me(self.replaced([change(tensor) for tensor in self.tensors]))
 
     def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
-        """Return ``narrowed(...)``, to be waited for as this one is."""
+        """Return ``narrowed(...)``, ready when this term is."""
         return self._like_me(self.narrowed(dim, start, stop))
 
     def _like_me(self, made: GradTerm) -> GradTerm:
@@ -107,7 +107,7 @@ class GradTerm(Ready, ABC):
         return made
 
     def resolved(self) -> GradTerm:
-        """Return the term as backends take it."""
+        """Return a term that backends take: this one."""
         return self
 
 
@@ -120,27 +120,33 @@ class MatmulTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two matrices."""
         return self.left, self.right
 
     @property
     def factor(self) -> Tensor:
+        """The matrix ``left``."""
         return self.left
 
     def replaced(self, tensors: Sequence[Tensor]) -> MatmulTerm:
+        """Return the term of these tensors."""
         return MatmulTerm(*tensors)
 
     def narrowed(self, dim: int, start: int, stop: int) -> MatmulTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         if dim == 0:
             return MatmulTerm(self.left[:, start:stop], self.right)
         return MatmulTerm(self.left, self.right[:, start:stop])
 
     def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages."""
         if _torch.key_of(self.left.untyped_storage()) in storages:
             self.left = self.left.clone()
         if _torch.key_of(self.right.untyped_storage()) in storages:
             self.right = self.right.clone()
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` into ``tile``."""
         left = self.left if stop - start == self.left.shape[1] else self.left[:, start:stop]
         if tile.dtype == left.dtype:
             torch.mm(left.t(), self.right, out=tile)
@@ -148,9 +154,11 @@ class MatmulTerm(GradTerm):
             accumulate(tile, left, self.right, beta=0)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` and add them to ``tile``."""
         accumulate(tile, self.left[:, start:stop], self.right, beta=1)
 
     def bound(self) -> float:
+        """Return the product of the largest magnitudes, times the number of tokens."""
         return largest(self.left) * largest(self.right) * self.left.shape[0]
 
 
@@ -167,22 +175,27 @@ class GatherTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
+        """The token ids, and the gradient rows they select."""
         return self.ids, self.grad
 
     @property
     def factor(self) -> Tensor:
+        """The gradient's rows."""
         return self.grad
 
     def replaced(self, tensors: Sequence[Tensor]) -> GatherTerm:
+        """Return the term of these tensors."""
         ids, grad = tensors
         return GatherTerm(ids, grad, self.padding_idx, self.first)
 
     def narrowed(self, dim: int, start: int, stop: int) -> GatherTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         if dim == 0:
             return GatherTerm(self.ids, self.grad, self.padding_idx, self.first + start)
         return GatherTerm(self.ids, self.grad[:, start:stop], self.padding_idx, self.first)
 
     def detach_from(self, storages: Container[int]) -> None:
+        """Copy what lies in one of these storages."""
         if _torch.storage_key(self.grad) in storages:
             self.grad = self.grad.clone()
 
@@ -199,10 +212,12 @@ class GatherTerm(GradTerm):
         self.bounds = dict(zip(edges, bounds, strict=True))
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Write rows ``[start, stop)``; words that no token has get zeros."""
         tile.zero_()
         self.add(tile, start, stop)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Add the gradient rows of tokens whose id is in ``[start, stop)``."""
         tokens = max(1, GATHER_BYTES // (tile.shape[1] * tile.dtype.itemsize))
         for first in range(self.bounds[start], self.bounds[stop], tokens):
             last = min(first + tokens, self.bounds[stop])
@@ -213,6 +228,7 @@ class GatherTerm(GradTerm):
             tile.index_add_(0, ids - (self.first + start), grad)
 
     def bound(self) -> float:
+        """Return the largest magnitude, times the number of tokens."""
         return largest(self.grad) * max(1, self.ids.numel())
 
     def placed(self) -> tuple[Tensor, Tensor]:
@@ -232,22 +248,28 @@ class DenseTerm(GradTerm):
 
     @property
     def tensors(self) -> tuple[Tensor]:
+        """The gradient."""
         return (self.grad,)
 
     @property
     def factor(self) -> Tensor:
+        """The gradient."""
         return self.grad
 
     def replaced(self, tensors: Sequence[Tensor]) -> DenseTerm:
+        """Return the term of these tensors."""
         return DenseTerm(*tensors)
 
     def narrowed(self, dim: int, start: int, stop: int) -> DenseTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         return DenseTerm(self.grad.narrow(dim, start, stop - start) if self.grad.dim() else self.grad)
 
     def reshaped(self, shape: tuple[int, int]) -> DenseTerm:
+        """Return the term with the gradient seen as a matrix of ``shape``."""
         return DenseTerm(self.grad.reshape(shape))
 
     def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the gradient, if it is contiguous and in ``dtype``."""
         return self.grad if self.grad.dtype == dtype and self.grad.is_contiguous() else None
 
     def _rows(self, start: int, stop: int) -> Tensor:
@@ -255,19 +277,22 @@ class DenseTerm(GradTerm):
         return grad[start:stop]
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Copy rows ``[start, stop)`` into ``tile``."""
         tile.copy_(self._rows(start, stop).reshape(tile.shape))
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Add rows ``[start, stop)`` to ``tile``."""
         tile.add_(self._rows(start, stop).reshape(tile.shape))
 
     def bound(self) -> float:
+        """Return the largest magnitude."""
         return largest(self.grad)
 
 
 class BiasTerm(Ready):
-    """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which its weight's kernel can compute along.
+    """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which the weight's kernel can also compute.
 
-    Backends are handed it by ``Backend.step_along``, or as the dense gradient that it stands for.
+    A backend gets it by ``Backend.step_along``, or as a dense gradient (``resolved``).
     """
 
     def __init__(self, left: Tensor):
@@ -281,12 +306,12 @@ class BiasTerm(Ready):
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return ``[*, C]`` as ``[T, C]``; ``reshape(-1, C)`` could not tell T where C is 0."""
+    """Return ``[*, C]`` as ``[T, C]``, also for C = 0, where ``reshape(-1, C)`` fails."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def largest(x: Tensor) -> float:
-    """Return the largest magnitude; NaN if there is one, or an infinity, which times zero would be NaN."""
+    """Return the largest magnitude; NaN if an element is NaN or infinite (zero times infinity would be NaN)."""
     if not x.numel():
         return 0.0
     lowest, highest = torch.aminmax(x)

@@ -1,4 +1,4 @@
-"""The engine: when a parameter's last use in a backward completes, and the account of one step."""
+"""The engine: steps each parameter after its last use in a backward, and keeps track of the open optimizer step."""
 
 from .audit import outside
 from .gate import Demand

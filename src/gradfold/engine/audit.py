@@ -1,4 +1,4 @@
-"""What a step does not close over: parameters that moved or changed places, and gradients nobody accounts for."""
+"""The checks of a step: no parameter has moved or was replaced, and no gradient is left over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .wrappers import refuse_wrappers
 
 
 class Auditor:
-    """Holds a model against the fold's parameters, again and again; cheap where nothing has changed."""
+    """Compares a model with the fold's parameters in every step; cheap where nothing has changed."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -25,8 +25,8 @@ class Auditor:
         self._types: list[type] = []
         self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
-        self._inside: list[nn.Parameter] = []  # those of the fold
-        self._addresses: list[int] = []  # where these lie
+        self._inside: list[nn.Parameter] = []  # parameters of the fold
+        self._addresses: list[int] = []  # addresses of these
 
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
@@ -49,7 +49,7 @@ class Auditor:
                     "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
                 )
         self._inside = [param.param for param in params.values()]
-        fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these lie nowhere
+        fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these have no address
         self._addresses = [] if fake else _addresses(self._inside)
         return False
 
@@ -135,7 +135,7 @@ def unhooked_gradients(params: Iterable[FoldParam]) -> Iterator[FoldParam]:
 
 
 def outside(name: str) -> str:
-    """Return what to say about a trainable parameter that no step will reach."""
+    """Return the message about a trainable parameter that is not in the optimizer."""
     return (
         f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
         "optimizer.add_param_group, or freeze it with requires_grad_(False)"

@@ -15,8 +15,9 @@ class Backward:
 
     Attributes:
         parent: the reentrant checkpoint it runs in; None for an outermost backward.
-        running: it has not ended.
-        terms: of parameters whose last use has not come yet.
+        thread: the id of the thread that it runs on.
+        running: whether it has not ended yet.
+        terms: the gradient terms of parameters whose gate has not run yet.
     """
 
     __slots__ = ("parent", "running", "terms", "thread")

@@ -1,4 +1,4 @@
-"""Clipping: from norms to what gradients are multiplied by."""
+"""Clipping: pure functions from norms to what gradients are multiplied by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = 1e-6  # torch's clip_grad_norm_ adds it to the norm it divides by
 
 
 def limit_of(group: Mapping[str, Any], options: FoldOptions) -> float | None:
-    """Return how far a param_group is clipped by norm: its own ``clip_norm`` key, if it has one."""
+    """Return the largest norm of a param_group: its own ``clip_norm`` if it has that key, else the fold's."""
     limit = group.get("clip_norm", options.clip_norm)
     refuse_limit("clip_norm", limit)
     return limit
@@ -29,14 +29,14 @@ def change_for(
     guarded: bool = False,
     torch_norm: bool = False,
 ) -> Change:
-    """Return what happens to the gradients of this group."""
+    """Return what happens to this group's gradients before the rule."""
     value = group.get("clip_value", options.clip_value)
     refuse_limit("clip_value", value)
     return Change(coefficient, value, guarded, torch_norm)
 
 
 def coefficient(limit: float | None, norm: float | Tensor) -> float | Tensor:
-    """Return what ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; NaN for a norm that is."""
+    """Return what ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; NaN for a NaN norm."""
     if limit is None:
         return 1.0
     wanted = limit / (norm + TINY)
@@ -46,14 +46,14 @@ def coefficient(limit: float | None, norm: float | Tensor) -> float | Tensor:
 
 
 def norm_from(power: float, norm_type: float) -> float:
-    """Return the norm, from the sum of powers (from the largest magnitude for infinity)."""
+    """Return the norm, given the sum of powers (for the infinity norm, the largest magnitude)."""
     if norm_type == math.inf:
         return power
     return math.sqrt(power) if norm_type == 2 else power ** (1 / norm_type)
 
 
 def add_power(total: float, power: float, norm_type: float) -> float:
-    """Add sums of powers; of largest magnitudes the larger counts, and NaN always."""
+    """Return the sum of two sums of powers (for the infinity norm, the larger); NaN if one is."""
     if norm_type != math.inf:
         return total + power
     return power if math.isnan(power) or power > total else total

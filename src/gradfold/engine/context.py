@@ -1,4 +1,4 @@
-"""What all parameters of one fold share."""
+"""A fold as its parameters see it: what all of them share, and the questions only the whole fold can answer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from .step import Step
 
 
 class FoldContext(ABC):
-    """A fold as its parameters see it.
+    """A fold as its parameters see it; ``FoldState`` is the whole of it.
 
     Attributes:
-        turns: a working set, where there is one.
-        paused, accumulating: depth of nested contexts.
+        model: the folded model.
+        optimizer: its optimizer.
+        backend: computes gradients and steps parameters.
+        options: what ``fold()`` was asked for.
+        host: copies deferred gradients to host memory, with ``tape="host"``.
+        turns: the working set, if there is one.
+        paused: depth of nested ``fold.paused()`` contexts.
+        accumulating: depth of nested ``fold.accumulating()`` contexts.
         segments: reentrant checkpoints whose forward has read parameters, by the id of their node.
-        following: what clipping multiplies gradients by in the step after this one, for ``clip="delayed"``.
-        grad_norm: of the last step; a tensor where the host has not waited for it.
+        following: what clipping multiplies gradients by in the next step, for ``clip="delayed"``.
+        grad_norm: the norm of the last step; a tensor where the host has not waited for it.
         step: the open step.
     """
 
@@ -52,18 +58,18 @@ class FoldContext(ABC):
 
     @property
     def full(self) -> bool:
-        """Whether the open step has had all the backwards it sums."""
+        """Whether all backwards that the open step sums are done."""
         return self.step.summed >= self.options.accumulate and not self.accumulating
 
-    # what the parameters ask for, and the whole fold must answer -----------------------------------------------------
+    # answered by the whole fold -----------------------------------------------------------------------------------
 
     @abstractmethod
     def look(self) -> None:
-        """Refuse what would go wrong before any weight moves; once per step, as the forward begins."""
+        """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
 
     @abstractmethod
     def look_in_turns(self) -> None:
-        """``look``, where a working set decides what requires grad."""
+        """Do the same where a working set decides what requires grad."""
 
     @abstractmethod
     def enter(self, task: int) -> Backward:
@@ -72,13 +78,13 @@ class FoldContext(ABC):
     @property
     @abstractmethod
     def deferring(self) -> bool:
-        """Whether a backward that began now would leave its terms for ``optimizer.step()``."""
+        """Whether the terms of a backward that began now would wait for ``optimizer.step()``."""
 
     @property
     @abstractmethod
     def weight_storages(self) -> frozenset[int]:
-        """The storages of all parameters, which change while backward runs."""
+        """The keys of all parameters' storages, whose values change while backward runs."""
 
     @abstractmethod
     def companion(self, bias: Tensor) -> Any | None:
-        """Return the place of a bias that its weight's step may take along."""
+        """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""

@@ -1,9 +1,9 @@
-"""Gradients that wait for ``optimizer.step()``, as accumulation and exact clipping need it, and what they cost.
+"""Gradients that wait for ``optimizer.step()``, for accumulation and exact clipping, and the memory they take.
 
-A parameter's terms are kept by reference. A tensor that several hold, as the terms of q, k and v hold their input, is
-counted once, for the first of them. Where the terms would cost more than the gradient itself they collapse into it: the
+A parameter's terms are kept by reference. A tensor that several terms hold, as those of q, k and v hold their input, is
+counted once, for the first of them. Where the terms would take more memory than the gradient they collapse into it: the
 sum of all terms so far, in fp32 (fp64 for fp64 weights), to which later terms are added at once. With a ``Host`` all of
-this lies in host memory, and on the device for one parameter at a time.
+this lies in host memory, and is copied to the device for one parameter at a time.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class DeferredGrads:
 
     @property
     def gradient_bytes(self) -> int:
-        """What the gradient would cost, in the dtype it is summed in."""
+        """The bytes that the summed gradient would take, in the dtype it is summed in."""
         weight = self._weight
         return weight.numel() * accumulation_dtype(weight.dtype).itemsize
 
     @property
     def cost_bytes(self) -> int:
-        """What is kept costs now."""
+        """The bytes that are kept now, without what another parameter pays for."""
         if self.collapsed is not None:
             return self.collapsed.numel() * self.collapsed.element_size()
         return self._holders.cost_bytes(self)
@@ -80,7 +80,7 @@ class DeferredGrads:
             self.collapse()
 
     def collapse(self) -> None:
-        """Sum the terms into one gradient and let go of them."""
+        """Sum the terms into one gradient, and drop them."""
         terms = self.peek()
         self._terms = []
         if len(terms) == 1 and isinstance(terms[0], DenseTerm):
@@ -107,18 +107,18 @@ class DeferredGrads:
         self._keep(out)
 
     def _keep(self, gradient: Tensor) -> None:
-        """Collapse into this gradient."""
+        """Keep this gradient in place of the terms."""
         self.collapsed = gradient if self._host is None else self._host.to_host(gradient)
 
     def _gradient(self) -> Tensor | None:
-        """Return what the terms have collapsed into, on the device."""
+        """Return the gradient that the terms have collapsed into, on the device; None if they have not."""
         if self.collapsed is None or self._host is None:
             return self.collapsed
         return self._host.from_host(self.collapsed, self._param.device)
 
     @property
     def held(self) -> list[GradTerm]:
-        """What is kept, wherever that lies; to compute with, ``peek``."""
+        """The terms that are kept, wherever they lie; ``peek`` returns them ready to compute with."""
         return list(self._terms) if self.collapsed is None else [DenseTerm(self.collapsed)]
 
     def take(self) -> list[GradTerm]:
@@ -140,13 +140,13 @@ class DeferredGrads:
         return [self._host.bring(term, device) for term in self._terms]
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop everything."""
         self._terms, self.collapsed = [], None
         self._versions.clear()
         self._holders.release(self)
 
     def _check(self) -> None:
-        """Raise if a tensor that is still needed was written into."""
+        """Raise if a tensor that is still needed was changed in place."""
         for tensor, version in self._versions:
             if _torch.version(tensor) != version:
                 raise FoldError(
@@ -157,7 +157,7 @@ class DeferredGrads:
 
 
 class StorageHolders:
-    """Which deferred gradients hold which storage: each storage is counted for the first that holds it."""
+    """The storages that deferred gradients hold: each is counted for the first holder."""
 
     def __init__(self) -> None:
         self._holders: dict[int, list[DeferredGrads]] = {}  # storage -> who holds it, the one that pays first
@@ -178,7 +178,7 @@ class StorageHolders:
         return sum(self._bytes[key] for key in self._held.get(id(holder), ()) if self._holders[key][0] is holder)
 
     def release(self, holder: DeferredGrads) -> None:
-        """Count nothing for it any more."""
+        """Count nothing for this holder any more."""
         for key in self._held.pop(id(holder), ()):
             holders = self._holders[key]
             holders.remove(holder)

@@ -1,4 +1,4 @@
-"""The end of a step: its norm, its clipping, and the parameters that have waited for both."""
+"""The end of a step: its norm, clipping, and the parameters that have waited for them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .param_slice import ParamSlice, step_together
 
 
 def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
-    """Step every slice whose terms were deferred, all of them or none; work out the norm of the step.
+    """Step every slice whose terms were deferred, all of them or none, and compute the norm of the step.
 
     Raises:
-        FoldError: a gradient was not finite. Deferred slices have not moved then; of those that step inside backward
-            the ones it names have not.
+        FoldError: a gradient was not finite. No deferred slice has moved then. Of the slices that step inside backward,
+            those that the message names have not moved.
     """
     step, options = fold.step, fold.options
     deferred = [one for one in slices if one.deferred] if step.deferred else []
@@ -59,7 +59,7 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
 
 
 def step_rest(fold: FoldContext) -> None:
-    """Step the small parameters that have been waiting for each other, and biases whose weight never came."""
+    """Step the small parameters that step together, and biases whose weight did not step."""
     step = fold.step
     for weight in list(step.biases):
         bias, terms = step.biases.pop(weight)
@@ -70,12 +70,12 @@ def step_rest(fold: FoldContext) -> None:
 
 
 def capturing() -> bool:
-    """Return whether a CUDA graph is being captured: nothing may wait for the device."""
+    """Return whether a CUDA graph is being captured, so that nothing may wait for the device."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def settle(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
-    """Wait for the device once: for norms that are still there, and for whose gradient was not finite."""
+    """Fetch the norms that are still on the device, with one wait, and note which of them are not finite."""
     step = fold.step
     pending = [key for key, power in step.power_sums.items() if isinstance(power, PendingSum)]
     if not pending:
@@ -89,14 +89,14 @@ def settle(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
 
 
 def _is_finite(fold: FoldContext, one: ParamSlice) -> bool:
-    """Return whether a deferred gradient is finite: its norm tells, where it is known and not too large."""
+    """Return whether a deferred gradient is finite; its norm answers that, if it is known and not too large."""
     step = fold.step
     norm = norm_from(float(step.power_sums.get(one, math.inf)), step.power_type)
     return norm < safe_magnitude(step.deferred[one].held, one.param.dtype) or one.is_deferred_finite()
 
 
 def _measure(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
-    """Take the norms of deferred gradients, without writing these out."""
+    """Compute the norms of deferred gradients, without writing the gradients out."""
     step = fold.step
     norm_type = step.power_type
     with torch.no_grad():
@@ -105,7 +105,7 @@ def _measure(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
 
 
 def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, float | Tensor]:
-    """Return what the gradients of each pool are multiplied by (``Step.pool``): a pool is clipped by its own norm.
+    """Return what the gradients of each pool are multiplied by; a pool (``Step.pool``) is clipped by its own norm.
 
     Raises:
         FoldError: a norm is not finite, and ``error_if_nonfinite`` is set.
@@ -129,7 +129,7 @@ def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, f
 
 
 def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
-    """Return the norm of these gradients; 0-d on the device where the host has not waited for it."""
+    """Return the norm of these gradients; a 0-d tensor where the host has not waited for the device."""
     step = fold.step
     sums, norm_type = step.power_sums, step.power_type
     powers = [sums[one] for one in slices if one in sums]
@@ -142,7 +142,7 @@ def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
 
 
 def not_finite(names: list[str], moved: bool) -> NonFiniteError:
-    """Return what to say about gradients that are not finite; ``moved``: the other weights have stepped."""
+    """Return the error about gradients that are not finite; ``moved``: whether other weights have stepped."""
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     kept = (
         f"{'they have' if others else 'it has'} not moved, the other weights have" if moved else "no weight has moved"

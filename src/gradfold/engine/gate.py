@@ -1,4 +1,4 @@
-"""A parameter's gate: its AccumulateGrad node, which autograd runs after its last use in a backward."""
+"""The gate of a parameter: a hook on its AccumulateGrad node, which autograd runs after its last use in a backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradfold import _torch
 
 
 class Demand(enum.Enum):
-    """What the backward now running wants of a parameter."""
+    """What the running backward wants of a parameter."""
 
     STEP = "its AccumulateGrad node will run"
     CAPTURE = "autograd.grad was asked for its gradient"
@@ -26,7 +26,7 @@ class Demand(enum.Enum):
 def hook_fires_without_gradient() -> bool:
     """Return whether a post-accumulate hook runs although the backward produced no gradient for its leaf.
 
-    torch does not document it and the gate rests on it, so it is tried once per process.
+    PyTorch does not document it and the gate depends on it, so it is tried once per process.
     """
 
     class Silent(torch.autograd.Function):
@@ -47,7 +47,7 @@ def hook_fires_without_gradient() -> bool:
 
 
 class Gate:
-    """Runs a method each time a leaf's last use in a backward has completed, without keeping its object alive."""
+    """Calls a method each time a leaf's last use in a backward is done, without keeping the method's object alive."""
 
     def __init__(self, param: Tensor, owner: Any, method: Callable[[Any], None]):
         self._param = param
@@ -87,7 +87,11 @@ class Gate:
         return _torch.implementation(self._param) != self._implementation
 
     def others(self, folded: bool) -> bool:
-        """Return whether another hook waits for this leaf's gradient; ``folded``: even before it is accumulated."""
+        """Return whether another hook waits for this leaf's gradient.
+
+        Args:
+            folded: also count hooks that run before the gradient is accumulated.
+        """
         hooks = _torch.post_accumulate_hooks(self._param) or {}
         theirs = len(hooks) > 1 or (len(hooks) == 1 and self._handle.id not in hooks)
         return theirs or bool(folded and _torch.gradient_hooks(self._param))
@@ -113,7 +117,7 @@ def node_of(param: Tensor) -> Any:
 
 
 def _captures(error: RuntimeError) -> Demand:
-    """Return what it means that the engine did not answer."""
+    """Return what the error says in whose place autograd gave no answer."""
     if "currently running autograd.grad()" not in str(error):
         raise error
     return Demand.CAPTURE

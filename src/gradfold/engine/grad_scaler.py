@@ -1,9 +1,9 @@
-"""torch's GradScaler and deferred gradients.
+"""How torch's GradScaler works with deferred gradients.
 
-A GradScaler looks at every ``.grad`` of an optimizer's param_groups, multiplies it by the inverse scale, and steps the
-optimizer unless one was not finite. A folded model has none to show. While the scaler looks it is shown one number
-instead: 1 if every deferred gradient is finite, else infinity. What the scaler has made of it, the inverse scale, is
-what the deferred gradients are then multiplied by.
+A GradScaler multiplies every ``.grad`` of an optimizer's param_groups by the inverse scale, and steps the optimizer
+unless one of them is not finite. A folded model has no ``.grad``. While the scaler looks it is shown one number
+instead: 1 if every deferred gradient is finite, else infinity. The scaler multiplies it by the inverse scale, by which
+the deferred gradients are then multiplied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOOKING = GradScaler._unscale_grads_.__code__
 
 
 def scaler_is_looking() -> bool:
-    """Return whether the caller's caller is a GradScaler on its way through the gradients."""
+    """Return whether the caller's caller is a GradScaler that looks for gradients."""
     return sys._getframe(2).f_code is _LOOKING
 
 

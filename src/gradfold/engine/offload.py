@@ -1,4 +1,4 @@
-"""Tapes in host memory: what they hold leaves the device when a use arrives, and returns when its weight steps."""
+"""Deferred gradients in host memory: terms leave the device as they arrive, and return when their weight steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gradfold.backends import GradTerm
 
 
 class Host:
-    """Copies to pinned memory and back. A tensor that several weights' tapes hold is copied once."""
+    """Copies tensors to pinned host memory and back; a tensor that several weights' terms hold is copied once."""
 
     def __init__(self) -> None:
-        # a storage's address may be taken over by another, so it counts only while that storage lives
+        # another storage may get the same address later, so an entry counts only while its storage lives
         self._sent: dict[tuple, tuple[weakref.ref, weakref.ref]] = {}
 
     def send(self, term: GradTerm) -> GradTerm:
@@ -40,11 +40,15 @@ class Host:
         return made
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """On the CPU it is there already. The copy runs on the current stream, before what may reuse the memory."""
+        """Copy a tensor to host memory; a tensor of the CPU is returned as it is.
+
+        The copy runs on the current stream, ahead of operations that may reuse the memory.
+        """
         if tensor.device.type == "cpu":
             return tensor
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         return pinned.copy_(tensor, non_blocking=True)
 
     def from_host(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Copy a tensor to the device, on its current stream."""
         return tensor.to(device, non_blocking=True)

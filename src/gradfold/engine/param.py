@@ -1,8 +1,8 @@
-"""A parameter in the fold, and its gate: it steps after its last use in a backward.
+"""A parameter of a fold: it steps when its gate opens, after its last use in a backward.
 
-Forward keeps no state. A folded module's backward hands the parameter a term of its gradient; the parameter's
-AccumulateGrad node, which autograd runs after the last of them, collects the terms and steps. Terms are kept by
-backward (graph task), so that one that is interrupted, or never reaches the parameter, cannot mix with another.
+Forward keeps no state. A folded module's backward hands the parameter a term of its gradient. Autograd runs the
+parameter's AccumulateGrad node after the last use; its hook, the gate, collects the terms and steps. Terms are kept by
+``Backward``, so that one that is interrupted, or never reaches the parameter, cannot mix with another.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from .region import Region
 from .segments import Segment, node_in_forward, running_node
 from .step import Step
 
-_PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # id of a Parameter -> its place
+_PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # by id of the Parameter
 
 
 class FoldParam:
     """One parameter of a fold.
 
     Attributes:
-        folded: a folded module hands it terms; otherwise its dense gradient is the only term.
-        slices: what of it steps now: the whole, or the active slices of a working set.
-        weight: for a bias, the last weight that could take it along.
-        gate: its hook; None while it is frozen, and after ``remove()``.
-        device_type: "cpu", "cuda".
+        param: the parameter.
+        name: its name in the model.
+        fold: the fold it belongs to.
+        folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
+        slices: what steps now: the whole parameter, or the active slices of a working set.
+        weight: for a bias, the last weight whose kernel could step it as well.
+        gate: the hook; None while the parameter is frozen, and after ``remove()``.
+        placement: shape, dtype and device when it was folded.
+        device_type: "cpu" or "cuda".
     """
 
     def __init__(self, param: Parameter, name: str, fold: FoldContext):
@@ -57,23 +61,23 @@ class FoldParam:
         _PARAMS[id(param)] = self
 
     def slice(self, region: Region | None, draw: str = "") -> ParamSlice:
-        """Return a new unit of update of this parameter; ``draw`` sets its random bits apart."""
+        """Return a new slice of this parameter; ``draw`` names a random stream of its own."""
         return ParamSlice(self.fold, self.param, self.name, region, draw)
 
     # states and gate --------------------------------------------------------------------------------------------------
 
     @property
     def group(self) -> dict:
-        """Its param_group."""
+        """The live param_group."""
         return self.fold.optimizer.group_of(self.param)
 
     @property
     def state(self) -> dict:
-        """Its states, by their keys in the optimizer."""
+        """The states, by their keys in ``optimizer.state``."""
         return self.fold.optimizer.state[self.param]
 
     def arm(self) -> None:
-        """Hook a trainable parameter and allocate its states; a frozen one waits until it is unfrozen."""
+        """Set the gate of a trainable parameter and allocate its states; do nothing for a frozen one."""
         if not self.param.requires_grad:
             return
         gate = self.gate
@@ -88,34 +92,34 @@ class FoldParam:
         self.allocate()
 
     def allocate(self) -> None:
-        """Create what its slices lack, if it is trainable."""
+        """Create missing states of its slices and have the backend prepare them, if it is trainable."""
         if self.param.requires_grad:
             for one in self.slices:
                 one.prepare()
 
     def disarm(self) -> None:
-        """Take the gate away."""
+        """Remove the gate."""
         if self.gate:
             self.gate.remove()
             self.gate = None
 
     def others(self) -> bool:
-        """Return whether another hook waits for a gradient that is never made, or that the gate takes away."""
+        """Return whether a user's hook waits for a gradient that is never written, or that the gate takes away."""
         return self.gate is not None and self.gate.others(self.folded)
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copied module is in no fold."""
+        """Return None: a copy of a module belongs to no fold."""
 
     def how_moved(self) -> str:
         """Return how the parameter's shape, dtype or device changed since it was folded, in words."""
         now = self.param
         return f"{_placement(*self.placement)} became {_placement(now.shape, now.dtype, now.device)}"
 
-    # what it has done in the open step --------------------------------------------------------------------------------
+    # its part in the open step ----------------------------------------------------------------------------------------
 
     @property
     def stepped(self) -> bool:
-        """Whether it has stepped."""
+        """Whether it has stepped in the open step."""
         step = self.fold.step
         return self._fired is step or any(one._stepped is step for one in self.slices)
 
@@ -127,7 +131,7 @@ class FoldParam:
 
     @property
     def done(self) -> bool:
-        """Whether this step takes no further term of it."""
+        """Whether the open step takes no further term of it."""
         fold, step = self.fold, self.fold.step
         if self._fired is step:
             return True
@@ -135,7 +139,7 @@ class FoldParam:
 
     @property
     def waits(self) -> bool:
-        """Whether terms of it wait for reentrant checkpoints that will bring more."""
+        """Whether it has terms, and waits for reentrant checkpoints to bring more."""
         return self in self.fold.step.waiting
 
     def demand(self) -> Demand:
@@ -145,15 +149,18 @@ class FoldParam:
     # backward ---------------------------------------------------------------------------------------------------------
 
     def admit(self) -> Demand:
-        """Tell a folded module's backward, which calls this first, what to do about this parameter.
+        """Return what a folded module's backward shall do about this parameter's gradient. It calls this first.
+
+        Returns:
+            STEP: hand over a term. CAPTURE: return a dense gradient. NOTHING: neither.
 
         Raises:
-            FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never made.
+            FoldError: a second backward, ``create_graph=True``, or a hook that waits for a gradient never written.
         """
         fold, gate = self.fold, self.gate
         wanted = demand(self.param) if gate is None else gate.demand()
         if fold.paused or gate is None:
-            # a dense gradient, as plain autograd would write: paused, removed, or thawed since the forward began
+            # paused, removed, or unfrozen since the forward began: a dense gradient, as plain autograd would write
             return Demand.CAPTURE if wanted is Demand.STEP else wanted
         if torch.is_grad_enabled():
             raise FoldError(create_graph(self.name))
@@ -166,7 +173,7 @@ class FoldParam:
         return wanted
 
     def hand(self, term: GradTerm) -> None:
-        """Keep a term until the gate opens."""
+        """Keep a term until the gate runs."""
         fold = self.fold
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
         if not self._on_cpu:
@@ -178,7 +185,11 @@ class FoldParam:
             found[self] = [term]
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
-        """Return whether this bias needs no gradient of its own, since it can be read off its weight's term."""
+        """Keep a bias's gradient as the sum of its weight's ``left`` rows, where the weight's kernel can compute it.
+
+        Returns:
+            Whether that is so; otherwise the module computes the bias's gradient.
+        """
         if self.gate is None or self.gate.others(True) or self.admit() is not Demand.STEP:
             return False
         total = BiasTerm(term.left)
@@ -188,7 +199,7 @@ class FoldParam:
         return True
 
     def join(self) -> None:
-        """Open the gate: every use of the parameter in this backward is complete."""
+        """Run the gate: every use of the parameter in this backward is done."""
         fold = self.fold
         if fold.paused:
             return
@@ -198,7 +209,7 @@ class FoldParam:
         grad = self.param.grad
         if grad is not None:
             self.param.grad = None
-        if torch.is_grad_enabled():  # not every gradient requires one itself under create_graph
+        if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
             backward = fold.enter(task)
@@ -227,11 +238,11 @@ class FoldParam:
             self.flush(backward)
 
     def due(self, parent: Segment | None) -> bool:
-        """Return whether this backward may bring more terms, now that the one inside ``parent`` has brought its own."""
+        """Return whether more terms may come, now that the backward inside ``parent`` has brought its own."""
         fold = self.fold
         if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
             return True
-        # first passes of modules that are not folded go unseen: any segment may have read such a parameter
+        # first passes of modules that are not folded are not seen, so any segment may have read such a parameter
         unseen = self._read_unseen or not self.folded
         segments = fold.segments.values() if unseen else self._segments
         return any(segment.open for segment in segments if segment is not parent)
@@ -241,7 +252,7 @@ class FoldParam:
         fold = self.fold
         if fold.paused:
             return
-        # a reentrant one calls a backward of its own for the weight; any other leaves it to this one, if it wants it
+        # a reentrant checkpoint calls a backward of its own; other ones leave the weight to this one, if it reaches it
         with _torch.without_modes():  # a selective checkpoint counts operators, and asking is one
             wanted = self._in_segment() or self.demand() is Demand.STEP
         if not wanted:
@@ -259,30 +270,30 @@ class FoldParam:
         return node is not None and (found := self.fold.segments.get(id(node))) is not None and found.is_of(node)
 
     def first_pass(self) -> None:
-        """Note that it is read without grad: inside a reentrant checkpoint, another read will come in backward."""
+        """Note a read without grad: inside a reentrant checkpoint, backward will read it again."""
         node = node_in_forward()
         if node is not None:
             self._segments = {segment for segment in self._segments if segment.alive}
             self._segments.add(self.fold.segment(node))
 
     def flush(self, backward: Backward | None = None) -> None:
-        """Step with all that has been waiting for segments."""
+        """Step with the terms that have waited for reentrant checkpoints."""
         if terms := self.fold.step.waiting.pop(self, None):
             self.fire(backward, terms)
 
     def fire(self, backward: Backward | None, arrived: list[GradTerm | BiasTerm]) -> None:
-        """Step, or defer, with all terms of one backward."""
+        """Pass all terms of one backward to the slices, which step or keep them."""
         fold, step = self.fold, self.fold.step
         if fold.turns is not None and step.last and not step.measuring:
             fold.turns.fired()
         terms: list[GradTerm] = arrived  # type: ignore[assignment]
-        if self.weight is not None:  # a bias some of whose terms are its weight's
+        if self.weight is not None:  # this is a bias, and some of its terms are sums over its weight's
             if backward is not None and self._goes_along(backward, arrived):
                 return
             terms = [term.resolved() for term in arrived]
         if len(self.slices) > 1 and any(term.reads_weight for term in terms):
             if sum(one.region is not None and one.region.dim == 1 for one in self.slices) > 1:
-                # bands of columns share their rows: once the first has stepped, these are not the old ones any more
+                # bands of columns share their rows, which are no longer the old ones once the first band has stepped
                 terms = [term.written_out() for term in terms]
         if not (step.defers or step.measuring):
             self._fired = step
@@ -290,7 +301,7 @@ class FoldParam:
             one.fire(terms)
 
     def _goes_along(self, backward: Backward, arrived: list[GradTerm | BiasTerm]) -> bool:
-        """Return whether this bias waits for its weight, which is due in the same backward, to step in its kernel."""
+        """Let a bias step in its weight's kernel, if the weight steps in the same backward; return whether it will."""
         step, (one, *more) = self.fold.step, self.slices
         weight = self.weight
         assert weight is not None
@@ -311,13 +322,13 @@ class FoldParam:
 
 
 def param_of(tensor: Tensor) -> FoldParam | None:
-    """Return a parameter's place in a fold, if its modules fold."""
+    """Return the ``FoldParam`` of a tensor that is the weight of a folded module; None for others."""
     found = _PARAMS.get(id(tensor))
     return found if found is not None and found.param is tensor and found.folded else None
 
 
 def create_graph(name: str) -> str:
-    """Return what to say about a backward that keeps a graph."""
+    """Return the message about a backward with ``create_graph=True``."""
     return (
         f"{name}: create_graph=True runs through a folded weight, which steps once and keeps no gradient to "
         "differentiate; run the forward and this backward inside fold.paused()"
@@ -325,7 +336,7 @@ def create_graph(name: str) -> str:
 
 
 def second_backward(name: str, stepped: bool) -> str:
-    """Return what to say about a backward that comes before ``optimizer.step()``."""
+    """Return the message about a second backward before ``optimizer.step()``."""
     has = "has already stepped" if stepped else "waits for that call with all it sums"
     return (
         f"{name}: a second backward reached this weight before optimizer.step(), and it {has}; sum the "
@@ -336,7 +347,7 @@ def second_backward(name: str, stepped: bool) -> str:
 
 
 def hook_lost(name: str) -> str:
-    """Return what to say about a parameter whose gate autograd does not open any more."""
+    """Return the message about a parameter whose gate autograd does not run any more."""
     return (
         f"{name}: its hook was lost, so it would not step "
         "(Module.to with torch.__future__.set_swap_module_params_on_conversion?): make a new optimizer and fold again"

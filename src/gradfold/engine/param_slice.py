@@ -20,7 +20,7 @@ from .stepper import GroupStep, ParamStepper, plainly
 
 
 class ParamSlice(ParamStepper):
-    """A parameter, or a region of it, in the fold: steps at once, or keeps terms for ``optimizer.step()``."""
+    """A parameter of a fold, or a region of it, which steps at once or keeps its terms for ``optimizer.step()``."""
 
     def __init__(self, fold: FoldContext, param: Parameter, name: str, region: Region | None = None, draw: str = ""):
         super().__init__(param, fold.optimizer, fold.backend, region, draw)
@@ -31,7 +31,7 @@ class ParamSlice(ParamStepper):
 
     @property
     def group(self) -> GroupStep:
-        """Its param_group."""
+        """The param_group, with what its parameters share in this step."""
         return self.fold.step.group_of(self.param)
 
     @property
@@ -40,20 +40,20 @@ class ParamSlice(ParamStepper):
         return self._stepped is self.fold.step
 
     def mark_stepped(self) -> None:
-        """Note that it may not step again before ``optimizer.step()``."""
+        """Note that it has stepped, and may not step again before ``optimizer.step()``."""
         step = self.fold.step
         self._stepped, step.moved = step, True
 
     @property
     def deferred(self) -> DeferredGrads | None:
-        """What waits for ``optimizer.step()``."""
+        """The gradient that waits for ``optimizer.step()``, if any."""
         return self.fold.step.deferred.get(self)
 
     def prepare(self) -> None:
-        """Create the states and the scratch memory it lacks: what fits is known before the first step.
+        """Create missing states and scratch memory, so that what fits is known before the first step.
 
         Raises:
-            FoldError: options that it cannot have.
+            FoldError: the group has options that this parameter cannot have.
         """
         try:
             self.allocate(self.optimizer.group_of(self.param))
@@ -63,7 +63,7 @@ class ParamSlice(ParamStepper):
     # during backward --------------------------------------------------------------------------------------------------
 
     def fire(self, terms: list[GradTerm]) -> None:
-        """Take all terms of one backward: step, or keep them until ``optimizer.step()``."""
+        """Step with all terms of one backward, or keep them until ``optimizer.step()``."""
         step = self.fold.step
         if self.region is not None:
             terms = [self.region.of_term(term) for term in terms]
@@ -94,7 +94,7 @@ class ParamSlice(ParamStepper):
         return term if self.region is None else self.region.of_term(term)
 
     def _measure(self, terms: list[GradTerm]) -> None:
-        """Only take the norm, in the first pass of two."""
+        """Take the norm only, in the first pass of ``clip="two_pass"``."""
         self.wait(terms)
         with torch.no_grad():
             self.fold.step.power_sums[self] = self.backend.power(self.view, terms)
@@ -102,7 +102,7 @@ class ParamSlice(ParamStepper):
     # stepping ---------------------------------------------------------------------------------------------------------
 
     def take_step(self, terms: list[GradTerm], guarded: bool) -> None:
-        """Step with the sum of the terms, unless ``guarded`` and it is not finite."""
+        """Step with the sum of the terms, unless ``guarded`` and the sum is not finite."""
         step = self.fold.step
         self._stepped, step.moved = step, True
         for term in terms:
@@ -120,18 +120,18 @@ class ParamSlice(ParamStepper):
                 step.nonfinite.append(self.name)
 
     def step_gradient(self, grad: Tensor, group: GroupStep) -> None:
-        """Step with a gradient of the whole parameter, as plain PyTorch's ``step()``."""
+        """Step with a gradient of the whole parameter, as plain PyTorch's ``optimizer.step()`` does."""
         self.step([self._term_of(grad)], group)
 
     def _note(self, power: PowerSum, change: Change) -> None:
-        """Write down the gradient's sum of squares; NaN: it was not finite."""
+        """Record the gradient's sum of squares; NaN means that it was not finite."""
         step = self.fold.step
         step.power_sums[self] = power
         if change.guarded and isinstance(power, float) and math.isnan(power):
             step.nonfinite.append(self.name)
 
     def _step_along(self, terms: list[GradTerm], change: Change, bias: ParamSlice, sums: list[BiasTerm]) -> None:
-        """Step, and a bias whose gradient is the sum of the terms' ``left`` rows along with it."""
+        """Step together with a bias whose gradient is the sum of the terms' ``left`` rows."""
         step = self.fold.step
         wanted = step.change(bias.group, change.guarded)
         theirs = [term.left for term in terms if isinstance(term, MatmulTerm)]
@@ -152,13 +152,13 @@ class ParamSlice(ParamStepper):
         self._note(self.step(terms, self.group, change), change)
 
     def wait(self, terms: Sequence[GradTerm]) -> None:
-        """Make the current CUDA stream wait for those the terms came from."""
+        """Make the current CUDA stream wait for the streams that the terms came from."""
         for term in terms:
             if term.ready is not None:
                 term.wait(self.param.device)
 
     def is_deferred_finite(self) -> bool:
-        """Return whether what waits for ``optimizer.step()`` is finite."""
+        """Return whether the gradient that waits for ``optimizer.step()`` is finite."""
         kept = self.deferred
         if not kept:
             return True
@@ -169,7 +169,7 @@ class ParamSlice(ParamStepper):
 
 
 def step_together(slices: Sequence[tuple[ParamSlice, list[GradTerm], Change]]) -> None:
-    """Step parameters that a backend would rather have together."""
+    """Step parameters that the backend steps in fewer launches together."""
     if not slices:
         return
     with plainly(slices[0][0].param.device.type):

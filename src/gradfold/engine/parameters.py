@@ -1,4 +1,4 @@
-"""Which parameters cannot be routed."""
+"""Refusal of parameters that cannot be folded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from gradfold.errors import FoldError
 
 
 def refuse_parameter(name: str, param: nn.Parameter) -> None:
-    """Raise if this trainable parameter cannot step inside backward."""
+    """Raise if this trainable parameter cannot step inside backward.
+
+    Raises:
+        FoldError: a lazy, sharded or complex parameter, or one with a hook of the user's on it.
+    """
     if isinstance(param, nn.UninitializedParameter):
         raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
     if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):

@@ -1,4 +1,4 @@
-"""What the engine needs of those above it: an optimizer, and a working set."""
+"""The interfaces of optimizers and working sets, as far as the engine uses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .region import Region
 
 
 class Optimizer(Protocol):
-    """What the engine needs of an optimizer."""
+    """The part of an optimizer that the engine uses."""
 
     rule: ClassVar[Rule]
     state: Any
@@ -22,7 +22,7 @@ class Optimizer(Protocol):
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Its ``param_groups``, as they are."""
+        """The ``param_groups``, whoever asks; a GradScaler is shown others."""
         ...
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
@@ -34,16 +34,16 @@ class Optimizer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's."""
+        """Return the optimizer's state_dict, as torch's."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's."""
+        """Load a state_dict, as torch's."""
         ...
 
 
 class Turns(Protocol):
-    """What the engine needs of a working set: which slices of the model are active, and when others are."""
+    """The part of a working set that the engine uses: it decides which slices of the model are active, and when."""
 
     @property
     def by_norm(self) -> bool:
@@ -55,15 +55,15 @@ class Turns(Protocol):
         ...
 
     def fired(self) -> None:
-        """Note that all uses of some parameter in the step's last backward are there."""
+        """Note that some parameter's last use, in the last backward of the step, is done."""
         ...
 
     def stepped(self, power: float) -> None:
-        """Count a step of this sum of squares, and change chunks where it is time."""
+        """Count a step whose gradient had this sum of squares, and change chunks where it is time."""
         ...
 
     def catch_up(self) -> None:
-        """Do what a ``stepped`` that raised has left undone."""
+        """Do what an earlier ``stepped`` that raised has left undone."""
         ...
 
     def end(self) -> None:
@@ -71,7 +71,7 @@ class Turns(Protocol):
         ...
 
     def regions(self, param: Parameter) -> list[Region | None]:
-        """Return every slice of a parameter; None: the whole."""
+        """Return every slice of a parameter; None stands for the whole."""
         ...
 
     def states(self, param: Parameter) -> dict[str, Any]:
@@ -91,5 +91,5 @@ class Turns(Protocol):
         saved: Mapping[str, Any] | None,
         states: Callable[[Parameter, Region | None], dict[str, Any]],
     ) -> None:
-        """Begin, or go on from ``state_dict()``, with these states of every slice, asked for one by one."""
+        """Begin, or go on from a ``state_dict()``; ``states`` is asked for the states of each slice."""
         ...

@@ -19,15 +19,15 @@ class Region(NamedTuple):
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the view of a tensor of the parameter's shape."""
+        """Return these elements of a tensor that has the parameter's shape, as a view."""
         return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
     def of_term(self, term: GradTerm) -> GradTerm:
-        """Return the term of this region's gradient alone."""
+        """Return the term of this region's gradient."""
         return term.narrow(self.dim, self.start, self.stop)
 
     def place(self, shape: Sequence[int]) -> Place:
-        """Return where its elements lie in a parameter of this shape, in elements."""
+        """Return where the region lies in a parameter of this shape, counted in elements."""
         stride = math.prod(shape[1:])
         return Place(tuple(shape), self.start * stride if self.dim == 0 else self.start, stride)
 
@@ -36,7 +36,7 @@ class Region(NamedTuple):
 
 
 class RegionStates(MutableMapping[str, Any]):
-    """The states of one region among those of its parameter: ``exp_avg`` is kept there as ``exp_avg[0:128]``."""
+    """The states of one region by their plain names; its parameter keeps ``exp_avg`` as ``exp_avg[0:128]``."""
 
     def __init__(self, states: MutableMapping[str, Any], region: Region):
         self.states, self.suffix = states, str(region)

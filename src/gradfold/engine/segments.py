@@ -1,8 +1,8 @@
 """Reentrant checkpoints: segments whose weights are read once without grad, and again in a backward of their own.
 
-The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and tells all
-there is to know: if it is gone, the forward was dropped; the engine says whether the running backward will reach it;
-and the backward it calls from within is the one that brings the segment's uses.
+The first pass runs inside an autograd Function's forward. That Function's node stays in the outer graph and answers all
+questions: if it is gone, the forward was dropped; autograd says whether the running backward will reach it; and the
+backward that it calls is the one that brings the segment's gradient terms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradfold import _torch
 
 
 class Segment:
-    """One Function whose forward read weights without grad."""
+    """One autograd Function whose forward has read weights without grad."""
 
     def __init__(self, node: Any):
         self._node = weakref.ref(node)
@@ -29,20 +29,21 @@ class Segment:
 
     @property
     def open(self) -> bool:
-        """Whether the running backward may still bring uses from it."""
+        """Whether the running backward may still bring gradient terms from it."""
         return self.due and not self.done and self._node() is not None
 
     @property
     def alive(self) -> bool:
-        """Whether a later backward could."""
+        """Whether a later backward could bring terms from it."""
         return not self.done and self._node() is not None
 
     def is_of(self, node: Any) -> bool:
+        """Return whether the segment is that of ``node``."""
         return self._node() is node
 
 
 def node_in_forward() -> Any | None:
-    """The node of the autograd Function whose forward is now running; of nested ones, the outermost."""
+    """Return the node of the autograd Function whose forward is now running; of nested ones, the outermost."""
     found, inner, frame = None, None, sys._getframe(1)
     while frame is not None and frame.f_code is not _torch.CALLS_ENGINE and frame.f_code is not _torch.CALLS_BACKWARD:
         if frame.f_code is _torch.CALLS_FORWARD and inner is not None and inner.f_code.co_argcount:
@@ -54,7 +55,10 @@ def node_in_forward() -> Any | None:
 
 
 def on_calling_thread() -> bool:
-    """Whether the backward runs on the thread that called it: true on the CPU; devices have threads of their own."""
+    """Return whether the backward runs on the thread that called it.
+
+    It does on the CPU; devices have threads of their own.
+    """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _torch.CALLS_ENGINE:
         frame = frame.f_back
@@ -62,7 +66,7 @@ def on_calling_thread() -> bool:
 
 
 def running_node() -> Any | None:
-    """The node of the innermost autograd Function whose backward is running."""
+    """Return the node of the innermost autograd Function whose backward is running."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _torch.CALLS_ENGINE:
         if frame.f_code is _torch.CALLS_BACKWARD:
@@ -72,7 +76,7 @@ def running_node() -> Any | None:
 
 
 def node_around_backward() -> Any | None:
-    """The node that called the running backward from within its own; None at the top."""
+    """Return the node whose backward called the running one; None at the top."""
     frame, engine_seen = sys._getframe(1), False
     while frame is not None:
         if frame.f_code is _torch.CALLS_ENGINE:

@@ -1,7 +1,7 @@
-"""A fold's state: its parameters, its options, its optimizer and backend, and the open step.
+"""The state of a fold: its parameters, options, optimizer, backend, and the open step.
 
 A step opens with the first backward and closes in ``optimizer.step()``. In between every trainable parameter steps at
-most once; what cannot be accounted for is an error that names the parameter.
+most once. Anything else is an error that names the parameter.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from .step import Step
 
 
 class FoldState(FoldContext):
-    """The parameters of one model and one optimizer, and the step that is open."""
+    """All of a fold: the parameters of one model and one optimizer, and the open step."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions | None = None
     ) -> None:
         super().__init__(model, optimizer, backend, options or FoldOptions())
-        self.params: dict[int, FoldParam] = {}  # id of the Parameter -> its place
+        self.params: dict[int, FoldParam] = {}  # by id of the Parameter
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
 
     def claim(self, name: str, param: Parameter) -> FoldParam:
-        """Give a parameter its place; nothing is hooked or allocated before it is armed."""
+        """Add a parameter to the fold; it gets its gate and states when it is armed."""
         made = self.params[id(param)] = FoldParam(param, name, self)
         return made
 
@@ -63,7 +63,7 @@ class FoldState(FoldContext):
 
     @property
     def weight_storages(self) -> frozenset[int]:
-        """The storages of all parameters, which change while backward runs."""
+        """The keys of all parameters' storages, whose values change while backward runs."""
         if self._storages is None:
             self._storages = frozenset(_torch.storage_key(param.param) for param in self.params.values())
         return self._storages
@@ -75,7 +75,7 @@ class FoldState(FoldContext):
     # during the step --------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Refuse what would go wrong before any weight moves; once per step, as the forward begins."""
+        """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
         if self.step.looked:
             return
         self._auditor.refuse_wrappers()
@@ -87,7 +87,11 @@ class FoldState(FoldContext):
         self.step.looked = True
 
     def _arm(self, there: bool) -> None:
-        """Arm what is not; ``there``: no parameter has new memory, so that every gate is where it was."""
+        """Set missing gates.
+
+        Args:
+            there: no parameter has new memory, so that every gate is where it was.
+        """
         if not there:
             self._storages = None
         for param in self.params.values():
@@ -95,7 +99,7 @@ class FoldState(FoldContext):
                 param.arm()
 
     def look_in_turns(self) -> None:
-        """``look``, where a working set decides what requires grad.
+        """Do the same where a working set decides what requires grad.
 
         Raises:
             FoldError: inside a reentrant checkpoint.
@@ -132,7 +136,7 @@ class FoldState(FoldContext):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
         self._refuse_second()
         self._forget_failed()
-        if not step.open:  # a functional_call has given the parameters back by now
+        if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)
         for param in self.params.values():
             hooks = _torch.post_accumulate_hooks(param.param)
@@ -154,7 +158,7 @@ class FoldState(FoldContext):
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
 
     def _plan(self) -> None:
-        """Decide whether the backward that now begins steps, or leaves its terms for ``optimizer.step()``."""
+        """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""
         step = self.step
         step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
         step.defers = not step.last or step.waits
@@ -162,7 +166,7 @@ class FoldState(FoldContext):
 
     @property
     def deferring(self) -> bool:
-        """Whether a backward that began now would leave its terms for ``optimizer.step()``."""
+        """Whether the terms of a backward that began now would wait for ``optimizer.step()``."""
         last = not self.accumulating and self.step.summed >= self.options.accumulate - 1
         return not last or self.step.waits
 
@@ -170,17 +174,17 @@ class FoldState(FoldContext):
         step = self.step
         parents = [backward.parent for backward in step.backwards.values()]
         if parents and None not in parents:
-            return  # the checkpoints of this very backward came first, with nothing of ours around them; they wait
+            return  # checkpoints of this same backward came first, with no folded module around them; their terms wait
         if not step.open:
             return
-        # the engine cannot say what checkpoints will reach, so that after one ran every second backward is refused
+        # autograd cannot say what checkpoints will reach, so after one has run every second backward is refused
         nested = any(parent is not None for parent in parents)
         for param in self.params.values():
             if (param.done or param.waits) and (nested or param.demand() is Demand.STEP):
                 raise FoldError(second_backward(param.name, param.stepped))
 
     def _forget_failed(self) -> None:
-        """Drop a backward that raised before any weight stepped, and that the caller simply runs again."""
+        """Forget a failed backward that the caller runs again; no weight had stepped in it."""
         step = self.step
         if not step.backwards or step.open or not on_calling_thread():
             return
@@ -196,7 +200,7 @@ class FoldState(FoldContext):
         if parent is None:
             self._flush(backward)
             step_rest(self)
-            step.summed += not self.accumulating  # those come on top of what ``accumulate`` counts
+            step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
             return
         parent.done = True
         for param in list(step.waiting):
@@ -210,10 +214,10 @@ class FoldState(FoldContext):
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
-        """A backward that only takes the norm; the next one steps with what comes of it.
+        """A context for the first backward of ``clip="two_pass"``: it only takes the norm, by which the next one clips.
 
         Raises:
-            FoldError: in the middle of a step; or the gradient is not finite, and nothing moves.
+            FoldError: entered in the middle of a step, or the gradient is not finite. Nothing has moved then.
         """
         self.require_closed("fold.backward()")
         self.step.measuring = True
@@ -262,7 +266,7 @@ class FoldState(FoldContext):
             self.grad_norm = math.nan
         return self._marker.show(finite, next(iter(self.params.values())).param.device)
 
-    # its end ----------------------------------------------------------------------------------------------------------
+    # the end of the step ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Audit the step and open the next.
@@ -301,7 +305,7 @@ class FoldState(FoldContext):
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 
     def drop(self) -> None:
-        """``zero_grad``: drop what a failed backward left behind, and open the next step."""
+        """Drop what a failed backward left behind, and open the next step; ``zero_grad`` calls this."""
         if self.step.moved and not self.step.running:
             warnings.warn(
                 "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, "
@@ -318,5 +322,5 @@ class FoldState(FoldContext):
         self.step = Step(self.optimizer, self.options)
 
     def companion(self, bias: Tensor) -> FoldParam | None:
-        """Return the place of a bias that its weight's step may take along."""
+        """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""
         return self.params.get(id(bias)) if self.backend.steps_biases else None

@@ -1,4 +1,4 @@
-"""The open optimizer step: what is known of its gradients, and how they are clipped. Made new each step."""
+"""The open optimizer step: norms, clipping, and what waits for its end. A new object is made for each step."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ class Step:
     """One optimizer step, from its first backward to ``optimizer.step()``.
 
     Attributes:
+        optimizer: the folded optimizer.
+        options: what ``fold()`` was asked for.
         backwards: the backwards that have reached the fold, inner ones too, by autograd's graph task.
-        summed: how many outermost ones have completed, outside of ``accumulating()``.
-        looked: the model was examined as the step's first forward began.
-        surveyed: the outermost backward has been asked which segments and weights it will reach.
-        torch_norms: norms decide something in later steps.
-        last: the backward now running is the last that this step sums.
-        defers: ... and leaves its terms for ``optimizer.step()``.
-        measuring: this is the first pass of two, which only takes the norm.
-        measured: that pass is over, and the second may come.
-        power_sums: of each parameter's gradient, mostly the sum of squares.
+        summed: how many outermost backwards have completed, outside of ``accumulating()``.
+        looked: whether the model was examined as the step's first forward began.
+        surveyed: whether autograd was asked which segments and weights the outermost backward will reach.
+        torch_norms: whether norms decide something in later steps, and must be rounded as torch's.
+        last: whether the running backward is the last that this step sums.
+        defers: whether its terms wait for ``optimizer.step()``.
+        measuring: whether this is the first pass of ``clip="two_pass"``, which only takes the norm.
+        measured: whether that pass is over, so that the second may begin.
+        power_sums: the sum of squares of each slice's gradient (with another ``norm_type``, of powers).
         nonfinite: names of parameters whose gradient was not finite.
-        coefficients: what clipping multiplies gradients by, of each pool (``pool``).
+        coefficients: what clipping multiplies gradients by, for each pool (``pool``).
         unscale: the inverse of the loss scale, where a GradScaler has looked.
-        guarded: gradients that are not finite must stay out.
+        guarded: whether gradients that are not finite must stay out of weights and states.
         together: small parameters that step together when backward ends.
-        biases: biases that may step along with their weight.
-        deferred: terms that wait for ``optimizer.step()``, by the slice they are of.
-        waiting: terms of parameters of which reentrant checkpoints will bring more.
-        outer_due: parameters that the outermost backward will reach outside of those, and has not yet.
-        moved: some parameter has stepped.
+        biases: biases that may step along with their weight, by that weight.
+        deferred: gradients that wait for ``optimizer.step()``, by slice.
+        holders: which of them hold which storage.
+        waiting: terms of parameters for which reentrant checkpoints will bring more.
+        outer_due: parameters that the outermost backward has yet to reach outside of those checkpoints.
+        moved: whether some parameter has stepped.
     """
 
     def __init__(self, optimizer: Optimizer, options: FoldOptions):
@@ -72,11 +75,11 @@ class Step:
     # what param_groups say ------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look at the param_groups again: users may have changed them since the last backward."""
+        """Read the param_groups again: users may have changed them since the last backward."""
         self._groups.clear()
 
     def group_of(self, param: Parameter) -> GroupStep:
-        """Return the param_group of a parameter, with what its parameters share in this step."""
+        """Return a parameter's param_group, with what its parameters share in this step."""
         found = self._groups.get(id(param))
         if found is None:
             rule = self.optimizer.rule
@@ -87,7 +90,7 @@ class Step:
         return found
 
     def change(self, group: GroupStep, guarded: bool) -> Change:
-        """Return what happens to this group's gradients on their way to the rule."""
+        """Return what happens to this group's gradients before the rule."""
         found = group.changes.get(guarded)
         if found is None:
             scale = self.unscale * self.coefficients.get(self.pool(group.group), 1.0)
@@ -102,7 +105,7 @@ class Step:
 
     @property
     def clips(self) -> bool:
-        """Whether a norm decides how far this step goes."""
+        """Whether gradients are clipped by a norm in this step."""
         return self.options.clip_norm is not None or any(group.get("clip_norm") for group in self.optimizer.groups)
 
     @property
@@ -112,7 +115,7 @@ class Step:
 
     @property
     def power_type(self) -> float:
-        """The order of the norm: parameters that step inside backward count squares."""
+        """The order of the norms; 2 where parameters step inside backward."""
         return self.options.norm_type if self.clips and self.options.clip == "exact" else 2.0
 
     @property

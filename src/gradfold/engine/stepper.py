@@ -1,8 +1,8 @@
-"""One parameter's step: its states, its counters and what a backend has prepared for it.
+"""One parameter's step: its states, its counters, and the stepper that a backend has prepared for it.
 
-Binding looks up states, codecs and random streams and lets the backend prepare; it happens once. It happens again when
-something it was made from has changed: an option of the param_group, a state that was replaced (``load_state_dict``,
-ours and torch's, does that), the parameter's memory. Folded, hooked, paused and ordinary steps all come through here.
+Binding looks up states, codecs and random streams, and has the backend prepare a stepper. It happens once, and again
+when something has changed that was bound: an option of the param_group, a state that was replaced (as gradfold's and
+torch's ``load_state_dict`` do), the parameter's memory. Folded, hooked, paused and ordinary steps all take this path.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class GroupStep:
 
     Attributes:
         group: the group itself, which users may change at any time.
-        settings: what steppers are made from; the same object as long as nothing of it has changed.
-        numbers: the step's numbers, by the counters they follow from.
-        changes: what happens to gradients, as the engine remembers it.
+        settings: the options that steppers depend on; the same object as long as none of them changes.
+        capturable: whether counters and numbers stay on the device.
+        numbers: the numbers of this step, by the counters they were computed from.
+        changes: what happens to gradients before the rule, with and without the guard.
     """
 
     __slots__ = ("capturable", "changes", "group", "numbers", "settings")
@@ -57,7 +58,7 @@ class GroupStep:
 
 
 def settings_of(group: Group, rule: Rule) -> tuple[Any, ...]:
-    """Return what a stepper is made from, of a param_group; equal settings are the same object."""
+    """Return the options of a param_group that steppers depend on; equal settings are the same object."""
     made = (rule.states(group), rule.scratch_tiles(group), group.get("capturable"), *map(group.get, OPTIONS))
     return _SETTINGS.setdefault(made, made)
 
@@ -66,21 +67,21 @@ _SETTINGS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 class _Bound(NamedTuple):
-    """What has been looked up for one parameter, and what tells that it is out of date."""
+    """Everything that was looked up for one parameter, and how to tell that it is out of date."""
 
     settings: tuple[Any, ...]
     states: Any  # ``optimizer.state[param]``
-    tensors: list[tuple[str, Tensor, int]]  # what is looked up in it: key, tensor, address
+    tensors: list[tuple[str, Tensor, int]]  # the states that were bound: key, tensor, address
     address: int  # of the parameter
-    addressed: bool  # fake tensors have no addresses
+    addressed: bool  # whether tensors have addresses; fake ones do not
     counters: list[tuple[str, Tensor]]  # name without region, tensor
     cells: list[Any]  # the same memory, with ``item()`` and ``fill()``
-    count: int  # which of them the random bits follow; -1: none
+    count: int  # index of the counter that random bits depend on; -1: none
     stepper: Stepper
 
 
 class ParamStepper:
-    """Steps one parameter, or a region of it, with states of its own in ``optimizer.state``."""
+    """Steps one parameter, or a region of it, whose states lie in ``optimizer.state``."""
 
     def __init__(
         self, param: Parameter, optimizer: Optimizer, backend: Backend, region: Region | None = None, draw: str = ""
@@ -89,7 +90,7 @@ class ParamStepper:
         self.optimizer = optimizer
         self.backend = backend
         self.region = region
-        self.draw = draw  # tells its random bits from those of an earlier turn of the same region
+        self.draw = draw  # keeps its random bits apart from those of an earlier turn of the same region
         self.lazy: dict[str, Tensor] = {}  # states that become the optimizer's with the first step
         self._bound: _Bound | None = None
         self._device_type = param.device.type
@@ -102,38 +103,38 @@ class ParamStepper:
 
     @property
     def stream(self) -> str:
-        """Its name in the streams of random bits."""
+        """The parameter's name in the streams of random bits."""
         name = self.optimizer.stream_of(self.param)
         return f"{name}\0{self.draw}" if self.draw else name
 
     @property
     def states(self) -> States:
-        """Its states, under their plain names."""
+        """The states, by their plain names."""
         states = self.optimizer.state[self.param]
         return states if self.region is None else RegionStates(states, self.region)
 
     def key(self, name: str) -> str:
-        """Return where a state of it lies in ``optimizer.state[param]``."""
+        """Return the key of a state in ``optimizer.state[param]``."""
         return name if self.region is None else f"{name}{self.region}"
 
     @property
     def place(self) -> Place | None:
-        """Where the region lies in the parameter."""
+        """Where the region lies in the parameter; None for the whole."""
         return None if self.region is None else self.region.place(self.param.shape)
 
     # binding ----------------------------------------------------------------------------------------------------------
 
     def allocate(self, group: Group) -> None:
-        """Create the states it lacks, and have the backend prepare: what fits is known before the first step.
+        """Create missing states and have the backend prepare, so that what fits is known before the first step.
 
         Raises:
-            ValueError: options that this parameter cannot have.
+            ValueError: the group has options that this parameter cannot have.
         """
         with plainly(self._device_type):
             self._bound = self._bind(group, settings_of(group, self.optimizer.rule))
 
     def stored(self, group: Group) -> tuple[Stored, list[Stored]]:
-        """Return its weight and states as a backend takes them."""
+        """Return the weight and the states as a backend takes them."""
         storage = storage_of(self.view, self.optimizer.rule, group, self.place)
         return bind(self.view, storage, {**self.lazy, **self.states}, self.stream, group, self.place)
 
@@ -161,7 +162,7 @@ class ParamStepper:
         )
 
     def _current(self, settings: tuple[Any, ...]) -> _Bound | None:
-        """Return what was bound, unless something has changed since."""
+        """Return what was bound; None if something has changed since."""
         bound = self._bound
         if bound is None or bound.settings is not settings or self.lazy:
             return None
@@ -176,7 +177,7 @@ class ParamStepper:
         return bound
 
     def _rebind(self, group: GroupStep) -> tuple[_Bound, dict[str, Tensor]]:
-        """Bind anew; lazy states become the optimizer's. Returns those that are new as well."""
+        """Bind anew, with lazy states moved to the optimizer; also return the states that were moved."""
         states, lazy = self.states, self.lazy
         allocate(self.view, states, self.optimizer.rule, group.group, lazy, self.stream, self.place)
         new = {name: lazy[name] for name in lazy if name not in states}  # a loaded state_dict may have brought them
@@ -203,7 +204,7 @@ class ParamStepper:
         power = bound.stepper(terms, numbers, change)
         if power != power and change.guarded:
             self._undo(bound, before, new)
-        else:  # torch's fused kernels leave the version alone; a graph that saved the old weight must notice
+        else:  # torch's fused kernels leave the version as it is; a graph that saved the old weight must notice
             _torch.increment_version((self.param,))
         return power
 
@@ -211,7 +212,7 @@ class ParamStepper:
         """Count a step that is taken together with others.
 
         Returns:
-            What a backend has to do for it, and what must be called with the sum of squares when that is done.
+            The job for the backend, and a function to be called with the gradient's sum of squares when it is done.
         """
         bound, new = self._current(group.settings), _NONE
         if bound is None:
@@ -227,7 +228,7 @@ class ParamStepper:
         return Job(bound.stepper, terms, numbers, change), end
 
     def _undo(self, bound: _Bound, before: Sequence[Any], new: Mapping[str, Tensor]) -> None:
-        """Count nothing: the gradient was not finite, and the rule has not run."""
+        """Take back the count of a step whose gradient was not finite: the rule has not run."""
         for (_, counter), value in zip(bound.counters, before, strict=True):
             counter.fill_(value)
         states = self.states
@@ -271,14 +272,14 @@ _NONE: dict[str, Tensor] = {}
 
 
 def _cell(counter: Tensor) -> Any:
-    """Return a counter's memory to be read and written in a tenth of the time that tensor operations take."""
+    """Return a view of a counter that is read and written in a tenth of the time of tensor operations."""
     if type(counter) is Tensor and counter.is_cpu and counter.dtype in (torch.float32, torch.float64):
         return counter.detach().numpy()
     return _Counter(counter)
 
 
 class _Counter:
-    """A counter that is not plain memory: on a device, of another dtype, or fake."""
+    """A counter that has no such view: it is on a device, of another dtype, or fake."""
 
     def __init__(self, counter: Tensor):
         self._counter = counter
@@ -306,16 +307,19 @@ def allocate(
     stream: str,
     place: Place | None = None,
 ) -> Storage:
-    """Create the states this parameter lacks, as torch's optimizers do; lazy ones go to ``lazy`` until it steps.
+    """Create a parameter's missing states as torch's optimizers do; lazy ones go to ``lazy`` until it steps.
 
     Args:
-        param: the values that step, of a slice the view of it.
-        state: what it has already.
+        param: the values that step: a parameter, or the view of a slice of it.
+        state: the states it has already, by name; new ones are added.
+        rule: the optimizer's rule.
+        group: the parameter's param_group.
+        lazy: receives the states that the optimizer shall only have once the parameter has stepped.
         stream: the parameter's name in the streams of random bits.
-        place: of a slice in its parameter.
+        place: where a slice lies in its parameter; None for a whole parameter.
 
     Returns:
-        How the states are stored.
+        How weight and states are stored.
     """
     storage = storage_of(param, rule, group, place)
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

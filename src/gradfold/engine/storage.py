@@ -1,14 +1,14 @@
-"""How a parameter's weight and states are stored: what its group's options mean for it.
+"""How a parameter's weight and states are stored, by the options of its param_group.
 
-The options, in every param_group:
+The options:
 
     states      None (as torch: the weight's own dtype), "fp32", "bf16", "int8", "int4"
     rounding    "nearest"; "stochastic"; None: stochastic for states and masters that ask for it, else to nearest
-    master      None; "split8", "split16": bf16 weights keep beside them what bf16 drops
+    master      None; "split8", "split16": the bits that bf16 drops are kept beside a bf16 weight
     small_size  parameters of fewer elements, and vectors (norms, biases), have fp32 states; 0: none of them
 
-A state's parts lie in ``optimizer.state[param]`` under ``exp_avg.codes`` and the like, a master's residual under
-``weight.residual``; what has one part of the weight's shape keeps torch's name.
+A state stored in several parts lies in ``optimizer.state[param]`` under ``exp_avg.codes`` and the like, a master's
+residual under ``weight.residual``. A state that is one tensor of the weight's shape keeps torch's name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEP = "step"  # counted where random bits need it, whether or not the rule does
 
 
 class Storage(NamedTuple):
-    """The codecs of one parameter; None all over: kept and rounded as torch does."""
+    """The codecs of one parameter; where all are None, it is kept and rounded as torch does."""
 
     specs: tuple[State, ...]
     weight: Codec | None
@@ -42,15 +42,15 @@ class Storage(NamedTuple):
     dithered: bool = False  # new masters begin at random places within the rounding of their weights
 
     def counters(self, rule: Rule) -> dict[str, float]:
-        """Scalar states and where they start."""
+        """Return the scalar states and the values they start from."""
         return {**({STEP: 0.0} if any(self.random) else {}), **rule.counters}
 
     def residuals(self) -> list[str]:
-        """The keys of what is stored beside the weight."""
+        """Return the keys of what is stored beside the weight."""
         return [] if self.weight is None else [key for key in keys_of(WEIGHT, self.weight).values() if key != WEIGHT]
 
     def describe(self, state: Mapping[str, Tensor]) -> str:
-        """How the states are stored, in the words of the options."""
+        """Return how the states are stored, in the words of the options."""
         kinds = [
             codec.name.partition(" ")[0] if codec is not None else str(state[spec.name].dtype).removeprefix("torch.")
             for spec, codec in zip(self.specs, self.codecs, strict=True)
@@ -61,7 +61,7 @@ class Storage(NamedTuple):
 
 
 def storage_of(param: Tensor, rule: Rule, group: Group, place: Place | None = None) -> Storage:
-    """What the group's options mean for this parameter, or for a slice that is stored as the whole would be.
+    """Return what the group's options mean for a parameter, or for a slice, which is stored as the whole would be.
 
     Raises:
         ValueError: an unknown name, or options that this weight or rule cannot have.
@@ -119,13 +119,13 @@ def _storage(
 
 
 def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
-    """Where the parts of a state lie in ``optimizer.state[param]``: part -> key."""
+    """Return where the parts of a state lie in ``optimizer.state[param]``: part -> key."""
     parts = (VALUES,) if codec is None else tuple(codec.widths(1))
     return {part: name if part == VALUES else f"{name}.{part}" for part in parts}
 
 
 def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str, Tensor]:
-    """New tensors of one state, by key."""
+    """Return new tensors of one state, by key."""
     if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
         dtype = param.dtype if codec is None else codec.dtype
         values = torch.full_like(
@@ -139,12 +139,12 @@ def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str,
 def allocate_residuals(
     param: Tensor, storage: Storage, stream: str, seed: int, place: Place | None = None
 ) -> dict[str, Tensor]:
-    """New tensors of what a master keeps beside its weight.
+    """Return new tensors of what a master weight keeps beside its bf16 weight, by key.
 
-    The master of a weight that comes as bf16 begins at a random place among the numbers that round to it. Were it the
-    weight itself, no weight of the model would change until its master has moved by half a unit in the last place, and
-    then most would at once: a model that trains on gradients of where it was. Begun at random, the weights follow
-    their masters in the mean from the first step on.
+    A master begins at a random place among the numbers that round to its bf16 weight. If it began at the weight itself,
+    no weight of the model would change until its master had moved by half a unit in the last place, and then most would
+    change at once: the model would train on gradients of where it was. Begun at random, the weights follow their
+    masters in the mean from the first step on.
     """
     made = {}
     if isinstance(storage.weight, Split):
@@ -172,12 +172,16 @@ def bind(
     """Return the weight and its states as a backend takes them.
 
     Args:
+        param: the weight, or the view of a slice of it.
+        storage: how weight and states are stored.
+        state: the states, by key.
         stream: the parameter's name in the streams of random bits.
-        place: of a slice in its parameter.
+        group: the parameter's param_group.
+        place: where a slice lies in its parameter; None for a whole parameter.
         count: how many steps it has taken, with the one whose random bits are wanted; a stepper is told later.
 
     Raises:
-        FoldError: a state is not stored as the group says; somebody changed one of them.
+        FoldError: a state is not stored as the group says, because one or the other was changed.
     """
     if storage.weight is None:
         return Stored.plain(param.detach()), [Stored.plain(state[spec.name]) for spec in storage.specs]
@@ -199,13 +203,14 @@ def bind(
 
 
 def refuse_other_form(state: Mapping[str, Any], spec: State, keys: Iterable[str]) -> None:
-    """Raise if this state is there in another form, where a new one would start from nothing without a word."""
+    """Raise if this state exists in another form; a new one would silently start from its initial value."""
     others = [key for key in state if key.partition(".")[0] == spec.name and key not in set(keys)]
     if others:
         raise FoldError(stored_otherwise(spec.name, ", ".join(others)))
 
 
 def stored_otherwise(name: str, found: object) -> str:
+    """Return the message about a state that is stored otherwise than its group says."""
     return (
         f"state {name!r} is stored as {found}, not as its param_group's states= says; to convert, load this "
         "optimizer's torch_state_dict() into a new one made with the states= you want"

@@ -1,4 +1,4 @@
-"""Wrappers that own gradients themselves, found before they can go wrong in silence."""
+"""Refusal of data-parallel wrappers, which would reduce gradients that are never written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gradfold.errors import FoldError
 def refuse_wrappers(model: nn.Module | None) -> None:
     """Raise if a data-parallel wrapper is around the model, or on the stack above the forward now running.
 
+    Such a wrapper reduces ``.grad``, which a folded backward never writes, so replicas would silently drift apart.
+
     Args:
         model: None if it has been looked at already, and is as it was.
-
-    Such a wrapper reduces ``.grad``, which a folded backward never writes: replicas would drift apart without a word.
     """
     if found := (model is not None and wrapper_of(model)) or _wrapper_on_stack():
         raise FoldError(_around(found))
 
 
 def refuse_ddp() -> None:
-    """Raise if a DistributedDataParallel forward is running, be it not the first forward of the step."""
+    """Raise if a DistributedDataParallel forward is running, also in a later forward of the step."""
     if _torch.active_ddp() is not None:
         raise FoldError(_around("DistributedDataParallel"))
 
@@ -46,7 +46,7 @@ def _around(wrapper: str) -> str:
 
 
 def wrapper_of(model: nn.Module) -> str | None:
-    """The name of the data-parallel wrapper this module is, holds or was turned into."""
+    """Return the name of the data-parallel wrapper that a module is, holds or was turned into; None without one."""
     kinds = _wrapper_classes()
     for module in model.modules():
         for kind in kinds:

@@ -1,7 +1,7 @@
-"""transformers' causal models: their loss from ``linear_cross_entropy``, and their logits only if somebody asks.
+"""The heads of transformers' causal models: ``linear_cross_entropy`` gives the loss, and logits are computed on demand.
 
-While such a model's forward runs with labels, its head hands on lazy logits. The model's loss function takes
-the hidden states out of it; whatever else looks at it gets the logits themselves, computed then, as part of the graph.
+While such a model's forward runs with labels, its head returns lazy logits. The model's loss function takes the hidden
+states out of them. Any other code that reads them gets the logits, which are computed then, as part of the graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HeadRow:
 
     name: str
     how: Literal["folded", "plain"]
-    why: str  # it is plain
+    why: str  # the reason, where it is plain
 
 
 class LazyHead(FoldedLinear):
@@ -42,6 +42,7 @@ class LazyHead(FoldedLinear):
     keep_bytes: int | None = None  # for ``linear_cross_entropy``
 
     def forward(self, input: Tensor) -> Any:
+        """Return lazy logits where the model's loss will ask for them, else the head's own output."""
         me: Any = self
         if not self.__dict__.get(LAZY) or not torch.is_grad_enabled() or transformed():
             return super().forward(input)
@@ -67,7 +68,7 @@ def causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """``ForCausalLMLoss``; 0 and not NaN where every label is ignored."""
+    """Compute what transformers' ``ForCausalLMLoss`` does; 0 instead of NaN where every label is ignored."""
     operands = None
     if isinstance(logits, LazyLogits):
         operands = logits.operands() if logits.shape[-1] == vocab_size else None
@@ -92,9 +93,17 @@ def causal_loss(
 def fold_heads(
     model: nn.Module, how: Literal["fold", "plain"], keep_bytes: int | None
 ) -> tuple[list[nn.Module], list[HeadRow]]:
-    """Let transformers' causal models take their loss from their heads; returns what has changed, and what is said.
+    """Let transformers' causal models take their loss from their heads.
 
     A head that does not step, because it is frozen, is folded too: neither its logits nor their gradient are stored.
+
+    Args:
+        model: any module; the causal models in it are found.
+        how: "fold", or "plain" to leave them as they are.
+        keep_bytes: bytes of the softmax that are kept for backward; None: the default of ``linear_cross_entropy``.
+
+    Returns:
+        The modules whose class was swapped, and a row of the report for each head.
     """
     changed: list[nn.Module] = []
     said: list[HeadRow] = []
@@ -115,13 +124,13 @@ def fold_heads(
 
 
 def _loss() -> Callable[..., Tensor] | None:
-    """transformers' own loss of causal models."""
+    """Return transformers' own loss of causal models; None where transformers is not loaded."""
     losses: Any = sys.modules.get("transformers.loss.loss_utils")  # a model that has one has imported it
     return getattr(losses, "ForCausalLMLoss", None)
 
 
 def _is_causal(module: Any) -> bool:
-    """Whether it is one of transformers' causal models, not a wrapper around one."""
+    """Return whether a module is one of transformers' causal models, not a wrapper around one."""
     if _loss() is None or not isinstance(getattr(type(module), "loss_function", None), property):
         return False
     named = any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(module).__mro__)
@@ -129,7 +138,7 @@ def _is_causal(module: Any) -> bool:
 
 
 def _why_plain(model: Any, head: Any) -> str:
-    """Why this head cannot be folded; empty if it can."""
+    """Return why this head cannot be folded; empty if it can."""
     if "forward" in vars(model):
         return "its model's forward was replaced"
     if not _calls_loss_function(type(model)):
@@ -142,7 +151,7 @@ def _why_plain(model: Any, head: Any) -> str:
 
 
 def _calls_loss_function(kind: type) -> bool:
-    """Whether its forward does, or that of a base class which it calls."""
+    """Return whether the class's forward calls ``loss_function``, or a base class's forward that it calls does."""
     for base in kind.__mro__:
         if (forward := vars(base).get("forward")) is not None:
             names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())

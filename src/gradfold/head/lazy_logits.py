@@ -1,8 +1,8 @@
-"""Logits that nobody has computed yet: a head's input, and what has been done to its output since.
+"""Lazy logits: a tensor without memory that computes the logits when something reads them.
 
-Lazy logits are a tensor without memory. Its shape, dtype and device are known; whatever else is asked of it is asked of
-the logits, which are computed then, as the forward they belong to would have, and are part of its graph. From then on
-it is those logits, changes in place included.
+It holds the head's input, and the operations applied to the head's output since. Its shape, dtype and device are known.
+Any other request computes the logits as the forward would have, as part of its graph; from then on the tensor stands
+for those logits, changes in place included.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from gradfold.modules.linear import FoldedLinear
 KNOWN = frozenset(
     "shape size dtype device ndim dim numel nelement requires_grad layout is_floating_point is_cuda is_cpu get_device "
     "element_size itemsize".split()
-)  # what is answered without computing
+)  # attributes that are known without computing
 PLAIN = "fold with head='plain'"
 
 
 class LazyLogits(Tensor):
-    """The logits ``[*, V]`` of ``head(x)``, once somebody asks for them."""
+    """The logits ``[*, V]`` of ``head(x)``, which are computed when something reads them."""
 
     _head: Any
     _x: Tensor  # [*, H]
@@ -36,6 +36,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, head: Any, x: Tensor) -> LazyLogits:
+        """Make the logits ``[*, V]`` of ``head(x)``."""
         kind, operands = x.device.type, [t for t in (head.weight, x, head.bias) if t is not None]
         autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         dtype = autocast[0] if autocast[1] and x.dtype != torch.float64 else x.dtype
@@ -46,7 +47,7 @@ class LazyLogits(Tensor):
         return made
 
     def then(self, what: str, number: float) -> LazyLogits:
-        """What becomes of it by one of ``STEPS``."""
+        """Return lazy logits with one more operation of ``STEPS`` to be applied to them."""
         dtype = torch.float32 if what == "float" else self.dtype
         made = _without_memory(self.shape, dtype, self.device, self.requires_grad)
         made._head, made._x, made._done, made._made = self._head, self._x, (*self._done, (what, number)), None
@@ -54,10 +55,10 @@ class LazyLogits(Tensor):
         return made
 
     def tensor(self) -> Tensor:
-        """The logits ``[*, V]``.
+        """Return the logits ``[*, V]``, which are computed by the first call.
 
         Raises:
-            FoldError: what they follow from is not as it was, as after the head's step.
+            FoldError: the head has stepped, or its input has changed, since the forward.
         """
         if self._made is None:
             self._refuse_changed()
@@ -79,7 +80,7 @@ class LazyLogits(Tensor):
             )
 
     def operands(self) -> tuple[Tensor, float | None] | None:
-        """The head's input and the soft-cap, for ``linear_cross_entropy``; None: logits it has no option for."""
+        """Return the head's input and the soft-cap, for ``linear_cross_entropy``; None if it lacks an option."""
         if self._made is not None:  # they may have been changed in place
             return None
         self._refuse_changed()

@@ -20,7 +20,7 @@ from gradfold.backends.cpu_gemm import emulated
 
 
 class LossOptions(NamedTuple):
-    """What the loss of a token has beside the plain cross-entropy."""
+    """Options of a token's loss, beside the plain cross-entropy."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -28,14 +28,19 @@ class LossOptions(NamedTuple):
 
 
 def operand(x: Tensor) -> Tensor:
-    """``x`` as products take it: 16-bit numbers in fp32 where the processor has no products of them."""
+    """Return ``x`` as products take it: 16-bit numbers in fp32 where the processor has no products of them."""
     return x.float() if emulated(x) else x
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32 (fp64 of fp64), in which matrix units sum anyway; a: ``[T, K]``, b: ``[K, N]``.
+    """Compute ``a @ b`` in fp32 (fp64 for fp64), the precision in which matrix units sum anyway.
 
-    By ``out=``: a selective checkpoint that keeps products would else keep all of these, which change in place.
+    The result is passed by ``out=``. Otherwise a selective checkpoint that keeps products would keep all of these,
+    which change in place.
+
+    Args:
+        a: ``[T, K]``.
+        b: ``[K, N]``.
     """
     if a.dtype.itemsize < 4 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -44,7 +49,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits ``[T, v]`` of these rows ``[v, H]`` of the vocabulary, and the soft-cap's slope at them."""
+    """Compute the logits ``[T, v]`` of these rows ``[v, H]`` of the vocabulary, and the soft-cap's slope at them."""
     logits = product(x, weight.t())
     if bias is not None:
         logits += bias
@@ -56,6 +61,6 @@ def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
 
 
 def within(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Which labels ``[T]`` lie in a block of the vocabulary, and their columns ``[T, 1]`` there (of others: any)."""
+    """Return which labels ``[T]`` lie in a block of the vocabulary, and their columns ``[T, 1]`` (others: any)."""
     at = labels - start
     return (at >= 0) & (at < stop - start), at.clamp(0, stop - start - 1).unsqueeze(1)

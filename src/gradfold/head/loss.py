@@ -1,14 +1,15 @@
 """A loss head that holds neither the logits ``[T, V]`` nor its weight's gradient ``[V, H]``.
 
-Forward passes over the weight once (``online_softmax.py``), and finds the gradient of each token's own loss by x along
-with it; backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight
-steps (``HeadTerm``), which may be later, where it is tied to an embedding.
+Forward passes over the weight once (``online_softmax.py``) and also computes the gradient of each token's loss by
+``x``; backward only multiplies that by what arrives for the token. The weight's rows are read again when the weight
+steps (``HeadTerm``), which may be later: a weight tied to an embedding steps after the embedding's backward.
 
     forward     logits 2 T V H, softmax times weight 2 T V H (not where x needs no gradient)
     the step    logits again 2 T V H, gradient of the weight 2 T V H
 
-8 T V H against the 6 T V H of a head that keeps everything. A bias that trains costs another 2 T V H. As much of the
-softmax as ``keep_bytes`` allows is kept in x's precision, and those logits are not computed again: 6 T V H if all are.
+Together 8 T V H operations, against the 6 T V H of a head that keeps all logits. A bias that trains costs another
+2 T V H. As much of the softmax as ``keep_bytes`` allows is kept in the precision of ``x``, and those logits are not
+computed again: 6 T V H if all are kept.
 """
 
 from __future__ import annotations
@@ -46,31 +47,39 @@ def linear_cross_entropy(
     shift: bool = False,
     keep_bytes: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
+    """Compute the cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
 
     Args:
-        x: ``[*, H]``.
-        weight: ``[V, H]``. If it is the weight of a folded module, it steps in backward, with no gradient stored;
-            else autograd is given a dense one.
-        labels: ``[*]``, words below V or ``ignore_index``.
-        bias: ``[V]``.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        z_loss: adds ``z_loss * logsumexp(logits)**2`` to each token's loss (PaLM, 1e-4 there).
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        num_items: "mean" divides by this instead of by how many tokens count, as transformers does with
+        x: Hidden states ``[*, H]``.
+        weight: Weight of the head ``[V, H]``. If it is the weight of a folded module, it steps in backward and no
+            gradient of it is stored; otherwise its gradient is an ordinary dense one.
+        labels: Integers ``[*]``: words below V, or ``ignore_index``.
+        bias: ``[V]``, or None.
+        ignore_index: Tokens with this label count neither in the loss nor in the mean.
+        label_smoothing: As in ``torch.nn.functional.cross_entropy``.
+        z_loss: Adds ``z_loss * logsumexp(logits)**2`` to each token's loss (PaLM, 1e-4 there).
+        softcap: The logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        num_items: "mean" divides by this instead of by the number of tokens that count, as transformers does with
             ``num_items_in_batch``.
-        reduction: "none" gives a loss for each label, 0 where ignored.
-        shift: tokens before n predict n, as ``transformers``' causal models count: ``x[..., :-1, :]`` with
+        reduction: "mean", "sum", or "none" for a loss of each label, 0 where it is ignored.
+        shift: Let each token predict the next one, as transformers' causal models do: ``x[..., :-1, :]`` with
             ``labels[..., 1:]``.
-        keep_bytes: as much of the softmax ``[T, V]``, in bf16 for bf16 and else in the loss's precision, is kept for
-            backward instead of computed twice. None: ``KEEP_BYTES``, 512 MiB, and nothing of a weight that waits for
-            ``optimizer.step()``; 0: nothing.
+        keep_bytes: Bytes of the softmax ``[T, V]`` that are kept for backward instead of computed twice; in bf16 for
+            bf16 inputs, else in the loss's precision. None: 512 MiB (``KEEP_BYTES``), or nothing for a weight that
+            waits for ``optimizer.step()``. 0: nothing.
 
-    Returns the loss in fp32, fp64 for fp64. Where no token counts, "mean" is 0, as are its gradients; torch's is NaN.
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs): 0-d, or of the labels' shape for "none". Where no token counts, "mean"
+        and its gradients are 0; torch's are NaN.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not go together.
-        IndexError: a label that is no word; on an accelerator its loss is NaN instead.
+        ValueError: Shapes, dtypes or options that do not go together.
+        IndexError: A label is no word of the vocabulary. On an accelerator its loss is NaN instead.
+
+    Example:
+        >>> hidden = model.model(input_ids).last_hidden_state  # [B, S, H]
+        >>> loss = gradfold.linear_cross_entropy(hidden, model.lm_head.weight, input_ids, shift=True)
+        >>> loss.backward()
     """
     options = LossOptions(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     _check(x, weight, labels, bias, options, num_items, reduction)
@@ -98,7 +107,28 @@ def linear_log_probs(
     softcap: float | None = None,
     shift: bool = False,
 ) -> Tensor:
-    """Log-probability of each label ``[*]``, 0 where ignored: for preference and RL losses. Arguments as above."""
+    """Compute the log-probability of each label, for preference and reinforcement learning losses.
+
+    Args:
+        x: Hidden states ``[*, H]``.
+        weight: Weight of the head ``[V, H]``; if it is folded, it steps in backward.
+        labels: Integers ``[*]``: words below V, or ``ignore_index``.
+        bias: ``[V]``, or None.
+        ignore_index: The log-probability of this label is 0.
+        softcap: The logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        shift: Let each token predict the next one.
+
+    Returns:
+        Log-probabilities ``[*]`` in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: Shapes, dtypes or options that do not go together.
+        IndexError: A label is no word of the vocabulary. On an accelerator its loss is NaN instead.
+
+    Example:
+        >>> log_probs = gradfold.linear_log_probs(hidden, model.lm_head.weight, input_ids, shift=True)
+        >>> sequence_log_probs = log_probs.sum(-1)  # [B]
+    """
     return -linear_cross_entropy(
         x, weight, labels, bias=bias, ignore_index=ignore_index, softcap=softcap, reduction="none", shift=shift
     )
@@ -120,6 +150,7 @@ class FoldedHead(torch.autograd.Function):
         differentiable: bool,
         keep_bytes: int,
     ) -> Tensor:
+        """Compute the losses ``[T]`` of x ``[T, H]``, and the gradient by ``x`` along with them."""
         # x: [T, H], labels: [T] -> [T]
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
@@ -143,6 +174,7 @@ class FoldedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input and bias; hand the weight's gradient term to its ``FoldParam``."""
         (grad,) = grads  # [T]
         if grad is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 9
@@ -165,15 +197,15 @@ class FoldedHead(torch.autograd.Function):
                 copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
                 leaf: Tensor = weight if param is None else param.param
                 kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
-                use = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept)
+                term = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept)
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
                 if wants_bias and copied is not None:
                     db = torch.empty_like(copied)
                 if dW is not None or db is not None:
-                    use.write_out(dW, db)
+                    term.write_out(dW, db)
                 if demand is Demand.STEP and param is not None:
-                    param.hand(use)
+                    param.hand(term)
         return dX, db, dW, None, None, None, None, None, None
 
 
@@ -185,7 +217,7 @@ def _losses(swept: Swept, vocabulary: int, options: LossOptions) -> Tensor:
 
 
 def _scaled(dx: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each token's gradient times what arrives for it, rounded once."""
+    """Return each token's gradient times what arrives for it in backward, rounded once."""
     out = torch.empty_like(dx, dtype=dtype)
     for start, stop in token_blocks(dx):
         torch.mul(dx[start:stop], scale[start:stop, None], out=out[start:stop])
@@ -201,7 +233,7 @@ def _token_losses(
     options: LossOptions,
     keep_bytes: int | None = None,
 ) -> Tensor:
-    """The loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
+    """Return the loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
     if transformed():
         return _plain(x, weight, bias, labels, ignore_index, options)
     _refuse_strange_words(labels, ignore_index, weight.shape[0])
@@ -209,7 +241,7 @@ def _token_losses(
     if param is not None:
         refuse_ddp()
         param = usable(param)
-    if keep_bytes is None:  # on a tape it would stay until the end of the step
+    if keep_bytes is None:  # with a deferred term it would stay until the end of the step
         keep_bytes = 0 if param is not None and param.fold.deferring else KEEP_BYTES
     return FoldedHead.apply(x, bias, weight, labels, ignore_index, options, param, torch.is_grad_enabled(), keep_bytes)
 
@@ -217,7 +249,7 @@ def _token_losses(
 def _plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, options: LossOptions
 ) -> Tensor:
-    """The same from logits in memory."""
+    """Compute the same from logits in memory."""
     logits = F.linear(x, weight, bias)  # [T, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if options.softcap is not None:
@@ -260,7 +292,7 @@ def _check(
 
 
 def _refuse_strange_words(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """As torch does; not on an accelerator, which it would have to wait for: there the loss becomes NaN."""
+    """Raise as torch does; not on an accelerator, which would have to be waited for: there the loss becomes NaN."""
     if labels.device.type != "cpu" or hasattr(labels, "fake_mode"):
         return
     strange = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]

@@ -17,13 +17,13 @@ from gradfold.backends import on_accelerator, visited
 from .logits import LossOptions, logits_of, operand, product, within
 from .term import Kept, rows_at_a_time
 
-TILE_BYTES = 8 * 2**20  # of logits at a time, and of weight that is widened
-CUDA_TILE_BYTES = 64 * 2**20  # there a wider block pays for rescaling what has been summed
-ROW_BYTES = 2**20  # of the input's gradient worked on at a time, token by token
+TILE_BYTES = 8 * 2**20  # bytes of logits at a time, and of widened weight
+CUDA_TILE_BYTES = 64 * 2**20  # more on GPUs, where rescaling the sums costs more than a wider block
+ROW_BYTES = 2**20  # bytes of the input's gradient that are finished at a time
 
 
 class Swept(NamedTuple):
-    """What one pass over the vocabulary finds for each token."""
+    """The results of one pass over the vocabulary, for each token."""
 
     lse: Tensor  # [T]: log-sum-exp of its logits
     label: Tensor  # [T]: its label's logit; 0 where it has none
@@ -41,9 +41,16 @@ def sweep(
     differentiable: bool,
     keep_bytes: int,
 ) -> Swept:
-    """One pass over the vocabulary; x: ``[T, H]``, weight: ``[V, H]``, labels: ``[T]``.
+    """Pass over the vocabulary once.
 
-    differentiable: with the gradient by x. keep_bytes: as much of the softmax is kept, of the first words.
+    Args:
+        x: ``[T, H]``, the head's input.
+        weight: ``[V, H]``.
+        bias: ``[V]``, or None.
+        labels: ``[T]``.
+        options: of the loss.
+        differentiable: also compute the gradient of each token's loss by ``x``.
+        keep_bytes: so many bytes of the softmax are kept, for the first words of the vocabulary.
     """
     tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], options.label_smoothing
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
@@ -57,10 +64,12 @@ def sweep(
     if differentiable and smoothing:
         evenly = x.new_zeros(x.shape[1:] if options.softcap is None else x.shape, dtype=dtype)
     block = rows_at_a_time(x, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
-    words = min(vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens)))  # whose softmax is kept
+    words = min(
+        vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens))
+    )  # number of words whose softmax is kept
     if words < vocabulary:
         words -= words % block
-    if smoothing and options.softcap is not None:  # whose slope the share of smoothing would need too
+    if smoothing and options.softcap is not None:  # smoothing's share would need the slope as well
         words = 0
     values = x.new_empty(tokens, words, dtype=keep) if words else None
     bases = x.new_empty(-(-words // block), tokens, dtype=dtype)
@@ -107,7 +116,7 @@ def sweep(
 
 
 def _by_label(lse: Tensor, label: Tensor, options: LossOptions) -> Tensor:
-    """The gradient ``[T]`` of the loss by the label's logit before the soft-cap, less what smoothing takes of all."""
+    """Return the gradient ``[T]`` of the loss by the label's logit before the soft-cap, without smoothing's share."""
     z = 2 * options.z_loss * lse
     own = (1 + z) * torch.expm1(label - lse) + z + options.label_smoothing  # (1 + z) p - (1 - smoothing)
     return own if options.softcap is None else own * (1 - (label / options.softcap) ** 2)
@@ -126,7 +135,7 @@ def _finish(
     """Turn the sum of all words but the label into the gradient of the loss, in place."""
     others = (1 + 2 * options.z_loss * lse) / total
     vocabulary = weight.shape[0]
-    ids = labels.clamp(0, vocabulary - 1)  # of those ignored: any
+    ids = labels.clamp(0, vocabulary - 1)  # any word for ignored tokens
     own = torch.where(ids == labels, own, torch.zeros_like(own))
     for start, stop in token_blocks(summed):
         part = summed[start:stop].mul_(others[start:stop, None])
@@ -137,13 +146,14 @@ def _finish(
 
 
 def token_blocks(x: Tensor) -> list[tuple[int, int]]:
+    """Return the ranges of tokens whose rows of ``x`` are worked on at a time."""
     tokens = x.shape[0]
     block = max(1, ROW_BYTES // (x.element_size() * max(1, x.shape[1])))
     return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, out in fp32 or fp64."""
+    """Compute ``out += a @ b``, with ``out`` in fp32 or fp64."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:

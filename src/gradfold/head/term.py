@@ -19,7 +19,7 @@ MIN_HEAD_ROWS = 64  # of the vocabulary: below this a GEMM loses efficiency
 
 
 class Kept(NamedTuple):
-    """The softmax of a loss head's first words, as forward came by it: relative to the largest logit so far."""
+    """The softmax of a loss head's first words as forward computed it: relative to the largest logit so far."""
 
     values: Tensor  # [T, words]: exp(logit - base) times the soft-cap's slope; 0 for the label
     bases: Tensor  # [blocks, T]: what was subtracted, for each ``block`` words
@@ -53,29 +53,31 @@ class HeadTerm(GradTerm):
         self.x = gemm_ready(x)  # [T, H]
         self.labels = labels  # [T]
         self.lse = lse  # [T]
-        self.scale = scale  # [T]: the gradient of each token's loss, 0 for those ignored
+        self.scale = scale  # [T]: the gradient by each token's loss, 0 if ignored
         self.weight = weight  # [V, H], the parameter itself
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.options = options
         self.kept = kept
         self.first = 0  # the row of the weight that is row 0 here
-        self.columns = slice(None)  # those of the weight that are columns here
+        self.columns = slice(None)  # the columns of the weight that are columns here
         self._operand: Tensor | None = None
         self._rows = -1
 
     @property
     def factor(self) -> Tensor:
+        """The head's input."""
         return self.x
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the term keeps alive; the weight lives anyway."""
+        """The tensors the term keeps alive; the weight lives anyway."""
         held = [self.x, self.labels, self.lse, self.scale]
         if self.bias is not None:
             held.append(self.bias)
         return (*held, *self.kept[:3]) if self.kept else tuple(held)
 
     def replaced(self, tensors: Sequence[Tensor]) -> HeadTerm:
+        """Return the term of these tensors."""
         made = copy.copy(self)
         made.x, made.labels, made.lse, made.scale = tensors[:4]
         made.bias = None if self.bias is None else tensors[4]
@@ -86,6 +88,7 @@ class HeadTerm(GradTerm):
         return made
 
     def narrowed(self, dim: int, start: int, stop: int) -> HeadTerm:
+        """Return the term of ``start`` to ``stop`` along ``dim`` of the weight."""
         made = copy.copy(self)
         if dim == 0:
             made.first = self.first + start
@@ -95,21 +98,25 @@ class HeadTerm(GradTerm):
         return made
 
     def bound(self) -> float:
-        # a row of logits has a gradient of at most 2, but for the z-loss
+        """Return a bound on every element; a row of logits has a gradient of at most 2, but for the z-loss."""
         most = 2 + abs(2 * self.options.z_loss) * largest(self.lse)
         return most * largest(self.scale) * largest(self.x) * self.x.shape[0]
 
     def detach_from(self, storages: Container[int]) -> None:
+        """Copy the input if it lies in one of these storages."""
         if _torch.storage_key(self.x) in storages:
             self.x = self.x.clone()
 
     def prepare(self, starts: Sequence[int], rows: int) -> None:
+        """Note the last row, after which the input's copy is dropped."""
         self._rows = rows
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` into ``tile``."""
         self._product(tile, start, stop, beta=0)
 
     def add(self, tile: Tensor, start: int, stop: int) -> None:
+        """Compute rows ``[start, stop)`` and add them to ``tile``."""
         self._product(tile, start, stop, beta=1)
 
     def written_out(self) -> DenseTerm:
@@ -140,7 +147,7 @@ class HeadTerm(GradTerm):
             self._operand = None
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """These rows a block at a time, the softmax of all or of none of its words kept."""
+        """Yield these rows a block at a time; the softmax of all or of none of a block's words is kept."""
         block = rows_at_a_time(self.x, HEAD_BYTES)
         edge = 0 if self.kept is None else self.kept.values.shape[1] - self.first
         while start < stop:
@@ -150,13 +157,13 @@ class HeadTerm(GradTerm):
 
     @property
     def _x(self) -> Tensor:
-        """x as products take it, from the first block to the last."""
+        """The input as products take it, kept from the first block to the last."""
         if self._operand is None:
             self._operand = operand(self.x)
         return self._operand
 
     def _logit_gradient(self, start: int, stop: int) -> Tensor:
-        """p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
+        """Return the logits' gradient p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
         first, last = self.first + start, self.first + stop
         smoothing, vocabulary = self.options.label_smoothing, self.weight.shape[0]
         grown = self.scale * (1 + 2 * self.options.z_loss * self.lse)  # [T]
@@ -176,7 +183,7 @@ class HeadTerm(GradTerm):
         return p if slope is None else p.mul_(slope)
 
     def _kept_softmax(self, kept: Kept, first: int, last: int, scale: Tensor) -> Tensor:
-        """The kept words ``first`` to ``last``, times ``scale``, in fp32 or fp64: a copy."""
+        """Return the kept softmax of words ``first`` to ``last``, times ``scale``, in fp32 or fp64: a copy."""
         p = kept.values[:, first:last].to(self.lse.dtype, copy=True)
         for index in range(first // kept.block, -(-last // kept.block)):
             start, stop = max(first, index * kept.block), min(last, (index + 1) * kept.block)
@@ -185,5 +192,5 @@ class HeadTerm(GradTerm):
 
 
 def rows_at_a_time(x: Tensor, limit_bytes: int) -> int:
-    """Rows of the vocabulary whose logits ``[T, rows]`` and weights ``[rows, H]`` stay within this size in fp32."""
+    """Return the rows of a block whose fp32 logits ``[T, rows]`` and weights ``[rows, H]`` stay within the limit."""
     return max(MIN_HEAD_ROWS, limit_bytes // (4 * max(1, *x.shape)))

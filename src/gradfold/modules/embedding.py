@@ -1,4 +1,4 @@
-"""Embeddings whose backward hands (token ids, dY) on instead of writing a [V, H] gradient."""
+"""Embeddings whose backward hands over (token ids, dY) instead of writing a [V, H] gradient."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .routing import Folded, is_plain, not_a_view, routed
 
 
 class FoldedLookup(torch.autograd.Function):
-    """Rows of a weight ``[V, H]`` by id."""
+    """Looks up rows of a weight ``[V, H]`` by id."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, param: FoldParam) -> Tensor:
+        """Look up rows: ids ``[*]`` to ``[*, H]``."""
         # ids: [*] -> [*, H]
         ctx.param, ctx.padding_idx, ctx.rows = param, padding_idx, weight.shape[0]
         ctx.save_for_backward(ids)
@@ -28,6 +29,7 @@ class FoldedLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Hand the gradient term to the weight; return a dense gradient only where autograd.grad asks for one."""
         (dY,) = grads  # [*, H]
         if dY is None:  # no gradient, which is not a gradient of zeros
             return None, None, None, None
@@ -45,9 +47,10 @@ class FoldedLookup(torch.autograd.Function):
 
 
 class FoldedEmbedding(Folded):
-    """``nn.Embedding`` whose weight steps in backward; every row takes the rule, as in torch."""
+    """``nn.Embedding`` whose weight steps in backward; the rule is applied to every row, as in torch."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Look up rows, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]

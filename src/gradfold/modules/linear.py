@@ -1,4 +1,4 @@
-"""Linear layers and transformers' Conv1D: y = x W + b whose backward hands on (dY, X) instead of writing dW."""
+"""Linear layers and transformers' Conv1D, whose backward hands over (dY, X) instead of writing dW."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class FoldedMatmul(torch.autograd.Function):
 
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam) -> Tensor:
-        # x: [*, K] -> [*, N]; the bias stands before the weight: of two gates autograd comes to the earlier one first
+        """Multiply ``x`` ``[*, K]`` to ``[*, N]``, and save what backward needs."""
+        # x: [*, K] -> [*, N]; the bias comes before the weight, so that autograd reaches its gate first
         ctx.param = param
         ctx.bias = None if bias is None or cls.transposed else param.fold.companion(bias)
         if torch.is_autocast_enabled(param.device_type):
@@ -43,6 +44,7 @@ class FoldedMatmul(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input and bias; hand the weight's gradient term to its ``FoldParam``."""
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 4
@@ -93,7 +95,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast would do: cast floating tensors except double."""
+    """Cast as autocast would: floating tensors except double."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
@@ -101,6 +103,7 @@ class FoldedLinear(Folded):
     """``nn.Linear`` whose weight steps in backward."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Multiply, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
@@ -114,6 +117,7 @@ class FoldedConv1D(Folded):
     """``transformers.pytorch_utils.Conv1D`` (GPT-2's transposed Linear) whose weight steps in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Whether a folded module's next call may fold. Other calls take the plain path, whose gradient meets the same gate."""
+"""Decide whether a call of a folded module may fold. Other calls take the plain path, and reach the same gate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gradfold import _torch
 from gradfold._torch import NO_TASK, current_graph_task
 from gradfold.engine import FoldParam, refuse_ddp, refuse_replica
 
-FOLD_PARAM = "_gradfold_param"  # a folded module's attribute: its weight's place in the fold
+FOLD_PARAM = "_gradfold_param"  # attribute of a folded module: the FoldParam of its weight
 
 
 def routed(module: nn.Module) -> FoldParam | None:
-    """Return the place of ``module.weight`` in the fold if this call can hand it a term; None for the plain path."""
+    """Return the ``FoldParam`` of ``module.weight`` if this call can hand it a term; None for the plain path."""
     if torch.compiler.is_compiling() or _torch.tracing_state() is not None:
         return None  # a compiled region writes its gradient out, and the gate takes it from there
     param: FoldParam | None = module.__dict__.get(FOLD_PARAM)
@@ -33,7 +33,7 @@ def routed(module: nn.Module) -> FoldParam | None:
 
 
 def usable(param: FoldParam) -> FoldParam | None:
-    """Return the parameter's place, if a call that reads it now can hand it a term."""
+    """Return the parameter, if a call that reads it now can hand it a term; else None."""
     weight, task, fold = param.param, current_graph_task(), param.fold
     if task == NO_TASK and fold.turns is not None:
         fold.look_in_turns()  # it may put this very weight to sleep
@@ -52,7 +52,7 @@ def usable(param: FoldParam) -> FoldParam | None:
 
 
 def transformed() -> bool:
-    """Return whether this code is being traced or transformed, for which everything takes the plain path."""
+    """Return whether this code is being traced or transformed; everything takes the plain path then."""
     return _torch.is_tracing() or _torch.is_transforming()
 
 
@@ -62,12 +62,12 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def not_a_view(y: torch.Tensor) -> torch.Tensor:
-    """Return y as a Function may return it and its caller modify it, which autograd forbids for views made inside."""
+    """Return ``y`` as a tensor that callers of an autograd Function may change in place, which views may not be."""
     return _torch.unsafe_view(y) if _torch.is_view(y) else y
 
 
 class Folded:
-    """What the folded classes share: copies and pickles of them are plain modules."""
+    """Base of the folded classes; copies and pickles of a folded module are plain modules."""
 
     plain_class: type  # set on each class that ``swap`` makes
 

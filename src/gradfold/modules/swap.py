@@ -1,4 +1,4 @@
-"""Swap modules' classes in place, and back: names, ids and state_dict keys stay."""
+"""Swap the classes of modules in place, and back; names, ids and state_dict keys stay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .routing import FOLD_PARAM, Folded
 
 
 def foldable(module: nn.Module) -> type[Folded] | None:
-    """The folded class for this module, or None for the hooked route.
+    """Return the folded class for a module, or None for the hooked route.
 
     Raises:
         FoldError: an Embedding that rewrites its weight in forward (``max_norm``) or has sparse gradients.
@@ -60,7 +60,7 @@ def _table() -> Mapping[type[nn.Module], type[Folded]]:
 
 @functools.cache
 def _folded_class(plain: type, folding: type[Folded]) -> type:
-    """``plain`` with ``folding``'s forward in front; it keeps its name, so that printing a model changes nothing."""
+    """Return a class with ``folding``'s forward and the name of ``plain``, so that a printed model looks the same."""
     return type(
         plain.__name__,
         (folding, plain),
@@ -69,7 +69,14 @@ def _folded_class(plain: type, folding: type[Folded]) -> type:
 
 
 def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
-    """Fold every module that can be; return them.
+    """Fold every module that can be folded.
+
+    Args:
+        model: the model.
+        params: the fold's parameters, by id of the Parameter.
+
+    Returns:
+        The modules whose class was swapped.
 
     Raises:
         FoldError: a module is folded already, or cannot be routed; no module has been changed then.
@@ -98,7 +105,7 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
 
 
 def restore(modules: list[nn.Module]) -> None:
-    """Make them plain again."""
+    """Give modules their plain classes again."""
     for module in modules:
         param = module.__dict__.pop(FOLD_PARAM, None)
         if param is not None:

@@ -29,16 +29,16 @@ from gradfold.rules import Rule
 from .convert import place, plain_states
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 
-# Keys torch's optimizers keep in their groups that choose an implementation, not a formula. They stand in the groups
-# here with torch's defaults, so that a state_dict loads into the torch optimizer of the same name.
+# Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
+# that a state_dict loads into the torch optimizer of the same name.
 TORCH_ONLY = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
 class RuleOptimizer(torch.optim.Optimizer):
     """Base of gradfold's optimizers: ``torch.optim.Optimizer`` semantics for one element-wise rule.
 
-    Unfolded, ``step()`` reads ``.grad`` like any optimizer. Once ``gradfold.fold`` has adopted it, each parameter steps
-    inside backward, and ``step()`` audits and closes the step.
+    Unfolded, ``step()`` reads ``.grad`` like any optimizer. In a fold, each parameter steps inside backward, and
+    ``step()`` audits and closes the step.
     """
 
     rule: ClassVar[Rule]
@@ -49,20 +49,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._groups: dict[int, dict[str, Any]] = {}
         self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
-        self._steppers: dict[Parameter, ParamStepper] = {}  # of ordinary steps
+        self._steppers: dict[Parameter, ParamStepper] = {}  # for steps without a fold
         storage = storage or {}
         if unknown := storage.keys() - OPTIONS.keys() - {"capturable"}:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-        # options that are not given stay out of the groups, whose keys are then torch's own
+        # options that are not given are not added to the groups, so that their keys are torch's own
         super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}, **storage})
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
-        """Raise ValueError for a group's hyper-parameter out of range."""
+        """Raise ValueError if a hyper-parameter of the group is out of range."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """As torch's; a GradScaler that looks for gradients is shown what stands for those of a folded model."""
+        """The parameter groups, as torch's.
+
+        A GradScaler that looks for gradients is shown a group that stands for those of a folded model.
+        """
         if self._fold is not None and not self._fold.paused and scaler_is_looking():
             return self._fold.show_to_scaler()
         return self.__dict__["param_groups"]
@@ -73,13 +76,19 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """``param_groups``, whoever asks."""
+        """The parameter groups themselves, whoever asks."""
         return self.__dict__["param_groups"]
 
     # stepping ---------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Folded: close the step that backward made. Unfolded: step every parameter that has a ``.grad``.
+        """Close the step that backward made; without a fold, step every parameter that has a ``.grad``.
+
+        Args:
+            closure: computes the loss and calls backward; called first, as by torch's optimizers.
+
+        Returns:
+            What ``closure`` returned, else None.
 
         Raises:
             FoldError: the audit found a parameter that did not, or could not, step as it should.
@@ -106,7 +115,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def apply(self, param: Parameter, shared: GroupStep | None = None) -> None:
-        """Step one parameter from its ``.grad``, which stays as it is; ``shared``: its group in this step."""
+        """Step one parameter from its ``.grad``, which stays as it is.
+
+        Args:
+            param: a parameter of this optimizer that has a ``.grad``.
+            shared: its group in this step; None reads the group now.
+
+        Raises:
+            FoldError: the gradient is missing or sparse, or the parameter is complex.
+        """
         grad = param.grad
         if grad is None:
             raise FoldError("apply() needs a parameter with a .grad")
@@ -136,13 +153,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients; folded, also drop what a backward that raised left behind, and open a new step."""
+        """Clear gradients; in a fold, also drop what a backward that raised left behind, and open a new step."""
         super().zero_grad(set_to_none)
         if self._fold is not None and not self._fold.paused:
             self._fold.drop()
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
-        """The live param_group this parameter belongs to."""
+        """Return the live param_group that a parameter belongs to."""
         group = self._groups.get(id(param))
         if group is None or not any(group is g for g in self.groups):
             self._groups = {id(p): g for g in self.groups for p in g["params"]}
@@ -150,9 +167,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return group
 
     def stream_of(self, param: Parameter) -> str:
-        """The parameter's name in the streams of random bits: as given with ``named_parameters()``, else its place.
+        """Return a parameter's name in the streams of random bits.
 
-        Folding does not change it, and a loaded state_dict brings its own, so that a resumed run draws the same bits.
+        It is the one given with ``named_parameters()``, else the parameter's place in the optimizer. Folding does not
+        change it, and a loaded state_dict brings its own names, so that a resumed run draws the same bits.
         """
         if id(param) not in self._streams:
             names = _stream_names(self.groups)
@@ -164,14 +182,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raise ValueError for hyper-parameters out of range, and for storage a parameter cannot have."""
         self.validate(group)
         for param in group["params"]:
-            # fold and step say what is wrong with others
+            # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
                 storage_of(param, self.rule, group)
         if not isinstance(seed := group.get("seed", 0), int):
             raise ValueError(f"seed={seed!r}: an integer")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; folded, the new parameters join the fold."""
+        """Add a param_group, as torch's optimizers do; in a fold, its parameters join the fold.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range.
+            FoldError: a parameter is not in the folded model, or cannot be folded. The group is not added then.
+        """
         super().add_param_group(param_group)
         self._groups.clear()
         try:
@@ -197,10 +220,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     # state_dict -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own layout: states by parameter index, groups with torch's keys.
+        """Return states and groups in torch's own layout: states by parameter index, groups with torch's keys.
 
-        Every state is a plain tensor: what is stored in several parts has one entry each (``exp_avg.codes``,
-        ``exp_avg.scales``; a master's ``weight.residual``). ``torch_state_dict`` is what torch's optimizers read.
+        Every state is a plain tensor. A state that is stored in several parts has one entry for each
+        (``exp_avg.codes``, ``exp_avg.scales``; a master's ``weight.residual``). Torch's optimizers read
+        ``torch_state_dict()`` instead.
+
+        Raises:
+            FoldError: in the middle of a step.
         """
         self._forget_empty()
         packed = super().state_dict()
@@ -221,10 +248,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         return [param for group in self.groups for param in group["params"]]
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """A state_dict for the torch optimizer of the same name: states decoded to fp32, torch's keys alone.
+        """Return a state_dict for the torch optimizer of the same name: states decoded to fp32, torch's keys only.
 
-        It loads back here as well, into whatever ``states=`` the optimizer then has. Masters are not part of it: see
-        ``export_masters``.
+        It also loads into this class, with any ``states=``. Masters are not part of it: see ``export_masters``.
+
+        Raises:
+            FoldError: in the middle of a step, or slices of a parameter have stepped unequally often.
         """
         self._forget_empty()
         packed = super().state_dict()
@@ -238,7 +267,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return packed
 
     def _plain_states(self, param: Parameter, name: str) -> dict[str, Any]:
-        """One parameter's states as torch keeps them."""
+        """Return one parameter's states as torch keeps them."""
         storage = storage_of(param, self.rule, self.group_of(param))
         found = []
         for region, states in self.slices_of(param):
@@ -246,7 +275,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return join(f"parameter {name}", param, found, self.rule)
 
     def slices_of(self, param: Parameter) -> list[tuple[Region | None, dict[str, Any]]]:
-        """A parameter's slices, with the states of each under their plain names; whole, it is one (None)."""
+        """Return a parameter's slices, and the states of each by plain name; a whole parameter is one slice (None)."""
         if self._turns is None:
             return [(None, self.state.get(param, {}))]
         states = self._turns.states(param)
@@ -261,12 +290,13 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of the torch optimizer of the same name.
 
-        Its groups' options are taken over, as torch's hyper-parameters are. torch casts every state to its parameter's
-        dtype; here a state keeps the dtype it was saved in, unless a group's ``states=`` names another form: then it is
-        converted, to nearest.
+        The groups' options are taken over, as torch's hyper-parameters are. Torch casts every state to its parameter's
+        dtype. Here a state keeps the dtype it was saved in, unless its group's ``states=`` names another form: then it
+        is converted, rounded to nearest.
 
         Raises:
-            ValueError: other groups, or a state that is not this parameter's; nothing is changed then.
+            ValueError: the groups differ, or a state does not fit its parameter. Nothing is changed then.
+            FoldError: in the middle of a step.
         """
         if self._fold is not None:
             self._fold.require_closed("load_state_dict()")
@@ -340,7 +370,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved: dict[Parameter, dict[str, Any]],
         region: Region | None,
     ) -> dict[str, Any]:
-        """The saved states of one slice, or of the whole, on its device and in the form its group asks for."""
+        """Return the saved states of a slice, or of the whole, on its device and in the form its group asks for."""
         states = saved.get(param, {})
         if region is None and sliced(states):  # also where a working set has not cut this parameter
             raise ValueError(
@@ -359,7 +389,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()  # defaults, state, param_groups: a copy is an ordinary optimizer
-        if self._turns is not None:  # with the states of what sleeps now
+        if self._turns is not None:  # with the states of inactive slices
             kept["state"] = defaultdict(
                 dict, {param: found for param in self._params if (found := self._turns.states(param))}
             )
@@ -378,7 +408,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def _stream_names(groups: list[dict[str, Any]]) -> list[str]:
-    """Every parameter's name in the streams of random bits, group after group."""
+    """Return every parameter's name in the streams of random bits, group after group."""
     names: list[str] = []
     for group in groups:
         places = [str(len(names) + index) for index in range(len(group["params"]))]

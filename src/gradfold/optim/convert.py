@@ -144,7 +144,7 @@ def plain_states(param: Tensor, states: Mapping[str, Any], storage: Storage, rul
 
 
 def _by_panes(codec: Codec, parts: dict[str, Tensor], values: Tensor, move: Callable[..., None]) -> None:
-    """Call ``move`` on some rows of coded parts and of ``values`` at a time, to bound temporary memory."""
+    """Call ``move`` on some rows of quantized parts and of ``values`` at a time, to bound temporary memory."""
     seen = matrix(values.shape)
     if not values.numel():
         return

@@ -55,6 +55,9 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
     Raises:
         ValueError: Names or shapes differ from the model's, or the model is folded with a working set. Nothing is
             changed then.
+
+    Example:
+        >>> gradfold.import_masters(model, optimizer, torch.load("masters.pt"))
     """
     if optimizer._turns is not None:
         raise ValueError(

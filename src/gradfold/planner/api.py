@@ -1,4 +1,4 @@
-"""``gradfold.plan``: the whole of a plan in one call."""
+"""``gradfold.plan``: a whole plan in one call."""
 
 from __future__ import annotations
 
@@ -30,20 +30,25 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training step by running its real code on fake tensors. No weights are downloaded.
 
-    gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8", checkpointing=True)
-
     Args:
         model: a preset (``gradfold.planner.presets``), a folder or its config.json, a hub id, a transformers config, a
             module (copied), or a function that builds one.
-        settings: how to train: a ``Settings``, or a recipe; its defaults unless given.
-        **changes: fields of ``settings`` to replace, such as ``batch=1``; they are enough alone.
-        device: "cuda": as an accelerator runs it; "cpu": as this processor does.
-        baselines: trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW too.
-        progress: is told what is being traced.
+        settings: how to train: a ``Settings`` or a recipe; None: the defaults of ``gradfold train``.
+        device: "cuda" plans the step as an accelerator runs it, "cpu" as this processor does.
+        baselines: also trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW.
+        progress: called with a description of what is being traced.
+        **changes: fields of ``settings`` to replace, such as ``batch=1``; they may also be given alone.
+
+    Returns:
+        A ``Plan``: the peak in bytes, when it occurs, and what it is made of; printed, a summary.
 
     Raises:
-        PlanError: an unknown model, a setting out of range, a model that looks at its tensors' values.
+        PlanError: an unknown model, a setting out of range, or a model that looks at its tensors' values.
         FoldError: settings that a fold cannot carry out.
+
+    Example:
+        >>> plan = gradfold.plan("llama-3.1-8b", batch=1, tokens=512, states="int8", checkpointing=True)
+        >>> plan.peak_bytes
     """
     started = time.perf_counter()
     if settings is not None and not isinstance(settings, Settings):

@@ -245,7 +245,7 @@ def _loss_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch
 
 
 def _labelled(live: LiveBytes, model: nn.Module, fold: Fold | None) -> ExitStack:
-    """Label each gradient as autograd hands it to its parameter, and what waits on a tape from then on.
+    """Label each gradient as autograd hands it to its parameter, and what is deferred from then on.
 
     So gradients that a hook consumes before backward ends are seen too.
     """

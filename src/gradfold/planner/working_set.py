@@ -53,7 +53,7 @@ class _Round:
         assert isinstance(rotation, Rotation)
         self.rotation = rotation
         self.chunks = len(rotation.chunks)
-        weights = bytes_of(slot.param for slot in rotation.turning)
+        weights = bytes_of(member.param for member in rotation.turning)
         self.state_bytes = int(sum(rotation.chunk_bytes(index) for index in range(self.chunks))) - weights
 
     def run(self) -> WorkingSetMemory:
@@ -73,7 +73,7 @@ class _Round:
         """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
         if self.chunks <= ALL_TURNS:
             return list(range(self.chunks))
-        slices = [self.rotation.slices[slot] for slot in self.rotation.turning if slot.param.dim() > 1]
+        slices = [self.rotation.slices[member] for member in self.rotation.turning if member.param.dim() > 1]
         begins = [min(index for index, _ in regions) for regions in slices if regions] or [0]
         layer = begins[min(1, len(begins) - 1)]
         return sorted({0, layer, min(layer + 1, self.chunks - 1), begins[-1], self.chunks - 1})
@@ -127,7 +127,7 @@ class _Round:
 
     def _asleep(self) -> list[Tensor]:
         turning = self.rotation.turning
-        return [t for slot in turning for _, held in self.rotation._sleeping(slot) for t in held.values()]
+        return [t for member in turning for _, held in self.rotation._sleeping(member) for t in held.values()]
 
 
 def _sum_of_awake(model: nn.Module, batch: Any) -> Tensor:

@@ -90,10 +90,10 @@ def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
     batches = run.data.batches(0)
     batch: dict[str, Any] = dict(as_tensors(batches[0], run.device, run.recipe.text.packing))
     batch["use_cache"] = False
-    # A step of one batch: of several the gradients, or the fold's tapes, that wait for the last would come on top.
+    # A step of one batch: with several, gradients that wait for the last one would come on top.
     part = f", one of {len(batches)} batches" if len(batches) > 1 else ""
     clipping: dict[str, Any] = {"clip_value": gradient.clip_value}
-    if gradient.clip == "exact":  # two passes, and the last step's norm, need no tapes
+    if gradient.clip == "exact":  # the other ways defer nothing
         clipping["clip_norm"] = gradient.clip_norm
     cut = run.recipe.working_set
     working_set = cut.build(offload=None)  # nothing is moved in a trace, which is of one step

@@ -1,7 +1,7 @@
-"""One file of tensors in the safetensors format: whole or not there, read without a second copy in memory.
+"""One file of tensors in the safetensors format: it is whole or absent, and is read without a second copy in memory.
 
-Written here rather than by the library so that one tensor at a time goes from where it is to the file, and a full disk
-is told from other errors. The header carries the key, the order of names and a CRC-32 of the data.
+It is written here rather than by the library so that one tensor at a time is copied to the file, and a full disk is
+told from other errors. The header carries the key, the order of names and a CRC-32 of the data.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ _BLANK_CRC = "????????"
 
 
 class Header(NamedTuple):
+    """What a file's header says: the key, which tensors are counters, the data's CRC-32, and where each tensor lies."""
+
     key: str
     counters: set[str]
     crc: str
@@ -53,7 +55,10 @@ class Header(NamedTuple):
 
 
 def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
-    """Make the file, on the disk when this returns; its bytes.
+    """Write the file; its data is on the disk when this returns.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
         FoldError: it cannot be written. No part of it is left, and the tensors are as they were.
@@ -95,7 +100,7 @@ def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """What is in the file; its length is checked, its data is not.
+    """Read what is in a file; the data's length is checked, its contents are not.
 
     Raises:
         FoldError: it is missing, or not whole.
@@ -126,7 +131,11 @@ def read_header(path: Path) -> Header:
 
 
 def read(path: Path, pin: bool = False) -> tuple[Header, dict[str, Tensor]]:
-    """All tensors, in host memory of their own (pinned if asked), checked against the CRC.
+    """Read all tensors into host memory of their own, and check them against the CRC.
+
+    Args:
+        path: the file.
+        pin: pin the memory, for copies to a CUDA device.
 
     Raises:
         FoldError: the file is missing or damaged.
@@ -156,12 +165,15 @@ def read(path: Path, pin: bool = False) -> tuple[Header, dict[str, Tensor]]:
 
 
 def mapped(path: Path, writable: bool = True) -> dict[str, Tensor]:
-    """All tensors as views of the file, loaded page by page when they are looked at; writes do not reach the file.
+    """Map the file into memory: tensors are loaded page by page as they are read, and writes do not reach the file.
 
-    Not ``writable``, they take no part of a limit on the process's data (``ulimit -d``), and writing to them crashes.
+    Args:
+        path: the file.
+        writable: False makes a mapping that does not count towards a limit on the process's data (``ulimit -d``);
+            writing to it crashes the process.
 
     Raises:
-        FoldError: the file is missing, or not whole, or there is no room for a view of it.
+        FoldError: the file is missing, not whole, or there is no room for a view of it.
     """
     header = read_header(path)
     try:
@@ -177,7 +189,7 @@ def mapped(path: Path, writable: bool = True) -> dict[str, Tensor]:
 
 
 def data_is_limited() -> bool:
-    """Whether this process may have only so much private writable memory, which a mapping to write to counts as."""
+    """Return whether the process has a limit on private writable memory, which a writable mapping counts towards."""
     try:
         import resource
     except ImportError:  # Windows
@@ -192,26 +204,27 @@ def _view(pages: mmap.mmap, size: int, start: int) -> Tensor:
 
 
 def damaged(path: Path, why: object) -> FoldError:
+    """Return the error of a file that cannot be read back."""
     return FoldError(f"{path}: damaged ({why}); resume from an older checkpoint, or begin with states='reset'")
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A host tensor as uint8 [bytes], a view where it is contiguous."""
+    """Return a host tensor as uint8 [bytes], as a view if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _write_all(file: Any, data: bytes | memoryview) -> None:
-    """An unbuffered write may stop short, at 2 GiB or at the end of the disk."""
+    """Write all of the data; one unbuffered write may stop short, at 2 GiB or at the end of the disk."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
 
 
 def sole_user(folder: Path) -> FolderLock:
-    """Hold a folder, which is made if need be, until the lock is closed.
+    """Create a folder if necessary, and hold it until the lock is closed.
 
     Raises:
-        FoldError: somebody else has it, or it cannot be made.
+        FoldError: another working set holds it, or it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

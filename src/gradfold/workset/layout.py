@@ -1,4 +1,4 @@
-"""Where every trainable element is: in one chunk, or always awake."""
+"""The layout of a working set: every trainable element is in one chunk, or always active."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .config import WorkingSet
 
 
 class Layout:
-    """The cut of one model's parameters; tied ones answer to each of their names."""
+    """The cut of one model's parameters; a tied parameter is known by each of its names."""
 
     def __init__(self, config: WorkingSet, fold: FoldState):
         self.config = config
@@ -61,7 +61,7 @@ class Layout:
         return chunks
 
     def _own_name(self, member: Any) -> Any:
-        """What a user's list says, with the fold's name for another of a tied parameter's."""
+        """Return a member of a user's list under the fold's name, if it gives another name of a tied parameter."""
         name, *rest = (member,) if isinstance(member, str) else member
         known = {member.name for member in self.turning}
         if not any(own == name or own.startswith(f"{name}.") for own in known):
@@ -70,7 +70,7 @@ class Layout:
         return (name, *rest) if rest else name
 
     def pieces(self) -> list[Piece]:
-        """The parameters that take turns, as the cut sees them."""
+        """Return the parameters that take turns, as the cut takes them."""
         names = {id(member.param): member.name for member in self.turning}
         mates: dict[str, str] = {}
         for module in self.fold.model.modules():
@@ -89,12 +89,12 @@ class Layout:
         return made
 
     def name_of(self, slice_: Slice) -> str:
-        """``model.layers.0.mlp.up_proj.weight[0:128]``; without brackets where it is the whole parameter."""
+        """Return a slice's name: ``layers.0.mlp.up_proj.weight[0:128]``, without brackets for a whole parameter."""
         member = self._by_name[slice_.name]
         return name_of_region(member, _region(slice_, member.param))
 
     def chunk_bytes(self, index: int) -> float:
-        """Weights and states of one chunk."""
+        """Return the bytes of weights and states of one chunk."""
         total = 0.0
         for name, dim, start, stop in self.chunks[index]:
             param = self._by_name[name].param
@@ -102,7 +102,7 @@ class Layout:
         return total
 
     def chunks_of(self, member: FoldParam) -> str:
-        """In which chunks a parameter is, for a table."""
+        """Return in which chunks a parameter is, for a table."""
         if member not in self.slices:
             return "always" if member.param.requires_grad else ""  # thawed, or added, after folding too
         found = sorted({index for index, _ in self.slices[member]})
@@ -111,7 +111,7 @@ class Layout:
 
 
 def weight_and_state_bytes(member: FoldParam) -> float:
-    """Bytes of a parameter and all of its states."""
+    """Return the bytes of a parameter and all of its states."""
     param, rule = member.param, member.fold.optimizer.rule
     storage = storage_of(param, rule, member.group)
     codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
@@ -126,4 +126,5 @@ def _region(slice_: Slice, param: Tensor) -> Region | None:
 
 
 def name_of_region(member: FoldParam, region: Region | None) -> str:
+    """Return the name under which a store keeps the states of a slice."""
     return member.name if region is None else f"{member.name}{region}"

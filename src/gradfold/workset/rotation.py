@@ -1,8 +1,8 @@
-"""A working set at work: which slices are awake, when the next ones wake, and where the others' states are.
+"""A working set during training: which slices are active, when the next ones are, and where the others' states lie.
 
-Sleeping parameters do not require grad. Autograd then neither computes their gradients nor saves what those would need,
-and a backward ends below the lowest one that is awake. ``requires_grad`` remains the user's: what was set here is
-remembered, and any other value found is the user's freezing or unfreezing.
+Inactive parameters do not require grad. Autograd then computes no gradients for them and saves nothing for these, and a
+backward ends below the lowest active one. ``requires_grad`` remains the user's: the values set here are remembered, and
+any other value means that the user has frozen or unfrozen the parameter.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .store import ResidentStore, Store
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Which chunk is awake."""
+    """The active chunk, and how long it has been active."""
 
-    chunk: int  # from 0
-    chunks: int  # how many there are
-    step: int  # optimizer steps taken with this one, since it woke
-    interval: int  # ... before the next one wakes
+    chunk: int  # index of the active chunk, from 0
+    chunks: int  # number of chunks
+    step: int  # optimizer steps taken in this turn
+    interval: int  # optimizer steps in a turn
 
 
 class Rotation(Layout):
@@ -49,8 +49,8 @@ class Rotation(Layout):
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
         self._lock: FolderLock | None = None
         self.store = self._store()
-        self.awake: dict[FoldParam, bool] = {}  # what requires_grad was set to here
-        self.frozen: set[FoldParam] = set()  # by the user, of those that take turns
+        self.awake: dict[FoldParam, bool] = {}  # the values of requires_grad that were set here
+        self.frozen: set[FoldParam] = set()  # parameters that take turns and that the user has frozen
         self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
         self._owed: float | None = None  # the power of a step that has not been counted yet
@@ -58,7 +58,7 @@ class Rotation(Layout):
         self._loading = False
 
     def describe(self) -> str:
-        """The settings, in one line."""
+        """Return the settings, in one line."""
         config, sizes = self.config, [self.chunk_bytes(index) / 2**20 for index in range(len(self.chunks))]
         by = config.by if isinstance(config.by, str) else "hand"
         return (
@@ -73,6 +73,7 @@ class Rotation(Layout):
         return self.config.order == "importance"
 
     def turn(self) -> Turn:
+        """Return which chunk is active, and for how long it has been."""
         return Turn(self.schedule.index, len(self.chunks), self.schedule.step, self.config.interval)
 
     def _store(self) -> Store:
@@ -80,10 +81,10 @@ class Rotation(Layout):
         if config.offload == "disk":
             assert config.folder is not None
             self._lock = lock = sole_user(Path(config.folder))  # before DiskStore sweeps the folder
-            weakref.finalize(self, lock.close)  # a fold that nobody removes may be collected
+            weakref.finalize(self, lock.close)  # a fold may be collected without remove()
             try:
                 store = DiskStore(config.folder)
-                store.prune()  # state_dict() holds the states themselves: what an earlier run left here is of no use
+                store.prune()  # files of an earlier run are of no use: state_dict() holds the states themselves
             except FoldError:
                 self.close()
                 raise
@@ -95,9 +96,9 @@ class Rotation(Layout):
     # turns ------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put all but the first chunk to sleep. States that the optimizer has already are cut like their parameters.
+        """Deactivate all chunks but the first; states that the optimizer has already are cut like their parameters.
 
-        Where it raises, ``end`` undoes it, but for the optimizer's states.
+        If it raises, ``end`` undoes it, except for the optimizer's states.
         """
         optimizer = self.fold.optimizer
         self.fold.turns = self
@@ -114,7 +115,7 @@ class Rotation(Layout):
             optimizer.load_state_dict(saved)
 
     def end(self) -> None:
-        """``requires_grad`` as the user would have it, and all states with the optimizer."""
+        """Set ``requires_grad`` as the user would have it, and give all states back to the optimizer."""
         present = dict(self.fold.model.named_parameters())
         self._notice()
         for member in self.turning:
@@ -134,19 +135,19 @@ class Rotation(Layout):
         self.close()
 
     def close(self) -> None:
-        """Let another fold have the folder."""
+        """Release the folder, so that another fold can have it."""
         if self._lock is not None:
             self._lock.close()
 
     def look(self) -> None:
-        """Take a changed ``requires_grad`` as the user's, and set again what is set here."""
+        """Note changes of ``requires_grad`` as the user's, and set again what this working set sets."""
         self._stop_early()
         self._notice()
         for member in self.turning:
             self._set(member, bool(member.slices) and member not in self.frozen)
 
     def _notice(self) -> None:
-        """What the user has frozen and unfrozen. That a sleeping parameter was frozen cannot be seen."""
+        """Note what the user has frozen and unfrozen; that a sleeping parameter was frozen cannot be seen."""
         for member in self.turning:
             if member.param.requires_grad == self.awake.get(member, member.param.requires_grad):
                 continue
@@ -156,15 +157,18 @@ class Rotation(Layout):
                 self.frozen.add(member)
 
     def _stop_early(self) -> None:
-        """Undo what transformers' gradient_checkpointing_enable does for reentrant checkpoints, which are refused here:
-        embeddings' outputs that require grad, so that every backward would run to the bottom."""
+        """Undo a hook of transformers that makes embeddings' outputs require grad.
+
+        ``gradient_checkpointing_enable`` sets it for reentrant checkpoints, which are refused here. Every backward
+        would run to the bottom because of it.
+        """
         for model in self.fold.model.modules():
             if getattr(model, "_require_grads_hooks", None):
                 model.disable_input_require_grads()  # type: ignore[operator]
                 self._let_inputs.append(model)
 
     def fired(self) -> None:
-        """A weight's uses are all there. In the last backward of a turn the next chunk's states may come."""
+        """Note a weight's last use; in the last backward of a turn, begin to fetch the next chunk's states."""
         schedule, fold = self.schedule, self.fold
         last = schedule.step == self.config.interval - 1 and fold.step.last and not fold.step.measuring
         if last and self.config.prefetch and not self._fetching:
@@ -177,7 +181,10 @@ class Rotation(Layout):
                     self.store.prefetch(names, member.param.device)
 
     def stepped(self, power: float) -> None:
-        """After every optimizer step; ``power``: sum of squares of the gradients of all that is awake.
+        """Count an optimizer step, and change chunks where it is time.
+
+        Args:
+            power: sum of squares of the gradients of all that is active.
 
         Raises:
             FoldError: a store cannot take a chunk's states, or give them. Nothing is lost: ``state_dict()`` has them
@@ -203,7 +210,7 @@ class Rotation(Layout):
             self._wake()
 
     def _wake(self) -> None:
-        """Give the parameters of the active chunk their slices and states. Where it raises, it can be called again."""
+        """Give the parameters of the active chunk their slices and states; if it raises, it can be called again."""
         state = self.fold.optimizer.state
         slices: dict[FoldParam, list[ParamSlice]] = {}
         for member in self.turning:
@@ -221,17 +228,17 @@ class Rotation(Layout):
 
     @property
     def _draw(self) -> str:
-        """States that begin anew count their steps anew, and may not draw the random bits of an earlier turn again."""
+        """A name that keeps the random bits of this turn apart, where states and step counts begin anew each turn."""
         return f"turn {self.schedule.turn}" if self.config.states == "reset" else ""
 
     def _kept(self, one: ParamSlice) -> dict[str, Any]:
-        """What outlives a slice's turn: its states, or only what belongs to the weight itself."""
+        """Return what is kept of a slice after its turn: its states, or only a master's residual ("reset")."""
         keep = self.config.states == "keep"
         states = one.states
         return {one.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
 
     def _sleep(self) -> None:
-        """Take slices and states from those that are awake; where the store raises, from none."""
+        """Take slices and states from the active parameters; if the store raises, from none of them."""
         active = [one for member in self.turning for one in member.slices]
         put: list[str] = []
         try:
@@ -260,7 +267,12 @@ class Rotation(Layout):
     # states -----------------------------------------------------------------------------------------------------------
 
     def _sleeping(self, member: FoldParam, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Names of the slices whose states the store has, and those states: to be read, or to step where they are."""
+        """Yield the names of slices whose states the store has, and those states.
+
+        Args:
+            member: a parameter.
+            stepping: return tensors that may be changed; otherwise they are only read.
+        """
         look = self.store.detached if stepping and isinstance(self.store, DiskStore) else self.store.peek
         for _, region in self.slices[member]:
             name = name_of_region(member, region)
@@ -268,10 +280,12 @@ class Rotation(Layout):
                 yield name, tensors
 
     def regions(self, param: nn.Parameter) -> list[Region | None]:
+        """Return every slice of a parameter; None: the whole."""
         member = self.fold.params.get(id(param))
         return [region for _, region in self.slices[member]] if member in self.slices else [None]
 
     def states(self, param: nn.Parameter) -> dict[str, Any]:
+        """Return the states of all its slices, active or not, to be read."""
         found = dict(self.fold.optimizer.state.get(param, {}))
         member = self.fold.params.get(id(param))
         if member in self.slices:
@@ -280,13 +294,14 @@ class Rotation(Layout):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The cut, and where in it the rotation is: plain numbers and names."""
+        """Return the cut and the place in its rotation, as plain numbers and names."""
         schedule = copy.deepcopy(self.schedule)
         if self._owed is not None:  # a run that goes on from here changes chunks as it loads
             schedule.stepped(self._owed)
         return {"cut": _cut_of(self.chunks), "schedule": schedule.state_dict()}
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
+        """Raise ValueError if this ``state_dict()`` is of another cut or order."""
         if saved is None:
             return
         if not {"cut", "schedule"} <= saved.keys():
@@ -308,6 +323,12 @@ class Rotation(Layout):
         saved: Mapping[str, Any] | None,
         states: Callable[[nn.Parameter, Region | None], dict[str, Any]],
     ) -> None:
+        """Begin, or go on from ``state_dict()``, with these states of every slice.
+
+        Args:
+            saved: what ``state_dict()`` returned; None begins anew.
+            states: returns the states of one slice of a parameter.
+        """
         self.check(saved)
         self._loading = True
         for name in list(self.store.keys()):

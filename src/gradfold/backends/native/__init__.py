@@ -42,11 +42,16 @@ _warned = False
 def kernel(
     rule: Rule, numbers: Any, weight: Codec, states: Sequence[Codec], stochastic: Sequence[bool]
 ) -> Kernel | None:
-    """The kernel of this rule on a weight and states stored like this, or None where eager operations must do.
+    """Return the kernel of this rule on a weight and states stored like this, or None where eager operations must do.
 
-    numbers: of a step; kernels are made per decision the rule takes by them, never per value.
-    stochastic: for the weight and each state, whether random bits round it.
     None is explained by ``reason()``, and by one warning per process.
+
+    Args:
+        rule: the update.
+        numbers: of a step; kernels are made per decision the rule takes by them, never per value.
+        weight: the weight's codec.
+        states: the states' codecs.
+        stochastic: for the weight and each state, whether random bits round it.
     """
     if os.environ.get("GRADFOLD_COMPILE") == "0":
         return None
@@ -82,8 +87,8 @@ def bind(
             nobody moves their memory while the result is in use.
         streams: of the random bits that round them; None: to nearest.
         shape: rows and columns of the weight as the parts have them.
-        first_offset, row_stride: element ``[r, c]`` is number ``first_offset + r * row_stride + c`` of the whole
-            parameter; row_stride is the number of columns unless told.
+        first_offset: number of the first element, counted in the whole parameter.
+        row_stride: element ``[r, c]`` is number ``first_offset + r * row_stride + c``; None: the number of columns.
         scratch: lends a uint8 tensor of at least so many bytes, which it keeps; a thread's own memory unless told.
         limit_bytes: the most scratch memory of a call; ``Bound.fits`` says whether it will do.
 
@@ -99,14 +104,15 @@ def bind(
 
 
 def pays(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether a plain weight steps faster in one native pass than by torch's product and fused kernel.
+    """Return whether a plain weight steps faster in one native pass than by torch's product and fused kernel.
 
     Coded weights and states have no fused kernel: for them it says which way to take to the gradient. Of more tokens,
     torch writes it to tiles of 2 MiB, which ``Bound`` takes as ``grad``.
 
     Args:
         tokens: of all products together.
-        rows, columns: of the weight.
+        rows: of the weight.
+        columns: of the weight.
         dtype: of the weight and its states.
     """
     wide = columns >= PAYS_COLUMNS or rows * columns <= PAYS_ELEMENTS
@@ -118,7 +124,7 @@ def _find(rule: Rule, codecs: Sequence[Codec], stochastic: Sequence[bool], numbe
 
 
 def reason() -> str | None:
-    """Why there are no kernels, or why the last one asked for could not be made; None while there are."""
+    """Return why there are no kernels, or why the last one asked for could not be made; None while there are."""
     if os.environ.get("GRADFOLD_COMPILE") == "0":
         return "GRADFOLD_COMPILE=0"
     return _reason

@@ -189,7 +189,10 @@ class Bound:
             gathers: pairs of ids ``[N]`` (int64) and grad ``[N, columns]``: row ``start + ids[i]`` gets ``grad[i]``.
                 Ids of other rows are passed over.
             draw: which random bits, where any round: the ``step`` of the streams.
-            scale, clip_value: the first multiplies the gradient, the second then bounds its elements.
+            scale: multiplies the gradient.
+            clip_value: then bounds the magnitude of its elements.
+            start: the first row that steps.
+            stop: the row after the last; None: all of them.
             guarded: nothing moves where an element of the gradient is not finite.
 
         Returns:
@@ -244,7 +247,7 @@ class Bound:
         start: int = 0,
         stop: int | None = None,
     ) -> float:
-        """The sum of squares of such a gradient; nothing is stepped."""
+        """Return the sum of squares of such a gradient; nothing is stepped."""
         return self._run(_MEASURE, self._prepared(products, grad, gathers, 1.0, None, start, stop)[0])
 
     def _prepared(

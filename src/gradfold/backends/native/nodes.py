@@ -25,15 +25,17 @@ class Node:
 
     @property
     def operands(self) -> list[Node]:
+        """The nodes among the arguments."""
         return [arg for arg in self.args if isinstance(arg, Node)]
 
 
 def const(value: float, dtype: torch.dtype) -> Node:
+    """Return a leaf with a fixed value."""
     return Node("const", value, dtype=dtype)
 
 
 def array(nodes: Any) -> np.ndarray:
-    """An object array of a node or a list of them."""
+    """Return an object array of a node, or of a list of them."""
     made = np.empty(len(nodes) if isinstance(nodes, list) else (), dtype=object)
     made[...] = nodes
     return made

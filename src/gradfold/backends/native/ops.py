@@ -58,11 +58,15 @@ def _is_one(x: Node | None) -> bool:
 
 
 def add(a: Node, b: Node, alpha: Node | None = None) -> Node:
+    """Return ``a + alpha * b``, in one fused operation where ``alpha`` is given and not 1."""
     return _add(a, b) if alpha is None or _is_one(alpha) else _fma(b, alpha, a)
 
 
 def bitwise_and(a: Node, b: Node) -> Node:
-    """torch shifts int32 arithmetically, so codecs mask what comes in from the left: one shift with zeros in C."""
+    """Return ``a & b``.
+
+    Int32 is shifted arithmetically by torch, so codecs mask what comes in from the left: one shift with zeros in C.
+    """
     if (
         a.op == "shift_right"
         and a.dtype == I32
@@ -74,15 +78,20 @@ def bitwise_and(a: Node, b: Node) -> Node:
 
 
 def addcmul(x: Node, a: Node, b: Node, value: Node | None = None) -> Node:
+    """Return ``x + value * a * b``."""
     return _fma(a if value is None or _is_one(value) else _mul(value, a), b, x)
 
 
 def addcdiv(x: Node, a: Node, b: Node, value: Node | None = None) -> Node:
+    """Return ``x + value * a / b``."""
     return _add(x, _div(a if value is None or _is_one(value) else _mul(value, a), b))
 
 
 def lerp(start: Node, end: Node, weight: Node) -> Node:
-    """From the nearer end, as torch does; its bound is 1/2 in fp32, which the weight is rounded to first."""
+    """Return ``start + weight * (end - start)``, from the nearer end, as torch does.
+
+    Torch's bound for "nearer" is 1/2 in fp32, to which the weight is rounded first.
+    """
     if weight.op not in ("scalar", "const"):
         raise Unsupported("torch's lerp with a tensor of weights")
     value: float | Scalar = weight.args[0]
@@ -93,16 +102,19 @@ def lerp(start: Node, end: Node, weight: Node) -> Node:
 
 
 def clamp(x: Node, low: Node | None = None, high: Node | None = None, **bounds: Node) -> Node:
+    """Return ``x`` within the bounds that are given."""
     low, high = bounds.get("min", low), bounds.get("max", high)
     x = x if low is None else _op("raise_to", F32, I32)(x, low)
     return x if high is None else _op("lower_to", F32, I32)(x, high)
 
 
 def reciprocal(x: Node) -> Node:
+    """Return ``1 / x``."""
     return _div(const(1.0, F32), x)
 
 
 def where(condition: Node, a: Node, b: Node) -> Node:
+    """Return ``a`` where the condition holds, else ``b``."""
     if condition.dtype != BOOL:
         raise Unsupported("torch's where by other than a comparison")
     return Node("where", condition, a, b, dtype=_common((a, b), (F32, I32)))
@@ -133,6 +145,7 @@ _READINGS = {  # of the same bits
 
 
 def to(x: Node, dtype: torch.dtype) -> Node:
+    """Return ``x`` converted to a dtype; words of an element's offset become words of the kernel."""
     if x.op == "offset" and dtype == I32:
         return Node("low", dtype=I32)
     if x.op == "shift_right" and x.operands[0].op == "offset" and x.operands[1].args == (32,) and dtype == I32:
@@ -141,6 +154,7 @@ def to(x: Node, dtype: torch.dtype) -> Node:
 
 
 def view(x: Node, dtype: torch.dtype) -> Node:
+    """Return the number that the same bits are in another dtype."""
     return _converted(_READINGS, x, dtype)
 
 
@@ -153,6 +167,7 @@ def _converted(table: dict[tuple[torch.dtype, torch.dtype], str], x: Node, dtype
 
 
 def copy(_: Node, source: Node) -> Node:
+    """Return the source, which replaces what the tile held."""
     return source
 
 

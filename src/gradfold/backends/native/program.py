@@ -53,6 +53,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+    """A traced step: the tensors it works on, their new values, and the decisions it depends on."""
+
     tensors: list[Stored]
     updated: list[Node]  # new values of the weight and the states, from loads of the old ones and of ``grad``
     guards: Guards
@@ -82,6 +84,7 @@ def trace(rule: Rule, numbers: Any, codecs: Sequence[Codec], stochastic: Sequenc
 
 
 def load(name: str, lane: int = 0, dtype: torch.dtype = F32) -> Node:
+    """Return a leaf that reads an array of the kernel."""
     return Node("load", name, lane, dtype=dtype)
 
 

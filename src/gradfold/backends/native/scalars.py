@@ -115,10 +115,12 @@ for _name, _sign in {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": 
 
 
 def source_of(x: Scalar | float) -> str:
+    """Return the Python source that computes a number."""
     return x.source if isinstance(x, Scalar) else f"({x!r})"
 
 
 def value_of(x: Scalar | float) -> float:
+    """Return the value that a number had while tracing."""
     return x.value if isinstance(x, Scalar) else x
 
 

@@ -110,26 +110,32 @@ class Body:
 
 
 def element(name: str, lane: int = 0) -> str:
+    """Return the C expression of an array's element in a loop over ``c``."""
     return f"{name}[c + half]" if lane else f"{name}[c]"
 
 
 def loop(count: str, inside: Sequence[str], start: str = "0") -> list[str]:
+    """Return the lines of a loop over ``c``."""
     return [f"for (int c = {start}; c < {count}; c++) {{", *indent(inside), "}"]
 
 
 def scope(title: str, lines: Sequence[str]) -> list[str]:
+    """Return the lines in braces of their own, under a title."""
     return [f"{{ /* {title} */", *indent(lines), "}"]
 
 
 def function(head: str, lines: Sequence[str]) -> str:
+    """Return the source of a function."""
     return "\n".join([f"{head} {{", *indent(lines), "}", ""])
 
 
 def indent(lines: Sequence[str]) -> list[str]:
+    """Return the lines, indented by two spaces."""
     return [f"  {line}" for line in lines]
 
 
 def literal(value: float, dtype: torch.dtype) -> str:
+    """Return a number as C writes it, exactly."""
     if dtype != F32:
         return f"({value})" if value > -(2**31) else "INT32_MIN"
     single = float(np.float32(value))

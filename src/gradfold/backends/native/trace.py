@@ -39,6 +39,11 @@ class Tile:
 
     @property
     def held(self) -> np.ndarray:
+        """The nodes of the tile.
+
+        Raises:
+            Unsupported: it was never written, or is a view of a tensor that was written to since.
+        """
         if self.nodes is None:
             raise Unsupported("a scratch tile is read before it is written")
         if self.base is not None and self.base[0].writes != self.base[1]:
@@ -47,9 +52,15 @@ class Tile:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the nodes."""
         return self.held.shape
 
     def write(self, made: Tile) -> None:
+        """Replace what the tile holds.
+
+        Raises:
+            Unsupported: the tile is a view, or of another shape or dtype.
+        """
         if self.base is not None or made.dtype != self.dtype or (self.nodes is not None and self.shape != made.shape):
             raise Unsupported("writing into a view, or a tensor of another shape or dtype")
         self.nodes, self.writes = made.held, self.writes + 1
@@ -68,6 +79,7 @@ class Tile:
         return self.seen_as(moved if isinstance(moved, np.ndarray) else array(moved), self.dtype)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tile:
+        """Return a view with these dimensions flattened into one."""
         start, end = start_dim % self.held.ndim, end_dim % self.held.ndim
         return self.seen_as(self.held.reshape(*self.shape[:start], -1, *self.shape[end + 1 :]), self.dtype)
 
@@ -120,6 +132,7 @@ for _symbol, _name in {"neg": "neg", "invert": "bitwise_not"}.items():
 
 
 def known(name: str) -> bool:
+    """Return whether there is such an operation here."""
     return name in WHOLE or name.removesuffix("_") in ELEMENTWISE
 
 
@@ -169,6 +182,7 @@ def operand(x: Any, dtype: torch.dtype) -> Any:
 
 
 def is_number(x: Any) -> bool:
+    """Return whether this is a number, known or symbolic, and not a bool."""
     return isinstance(x, int | float | Scalar) and not isinstance(x, bool)
 
 

@@ -66,7 +66,7 @@ class Triton(Backend):
         return self.reference.scratch_tensors()
 
     def prepare(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> TritonStepper:
-        """Bind one parameter, and allocate the scratch memory that its step will term."""
+        """Bind one parameter, and allocate the scratch memory that its step will use."""
         made = TritonStepper(self, [weight, *states], rule, group, _reachable(weight.values))
         values = weight.values
         if made.tensors is None:
@@ -153,6 +153,7 @@ class Triton(Backend):
         return [PendingSum(part) for part in norms.split(counts)]
 
     def gathers(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
+        """Return whether this step is better taken in one launch with others: small ones are."""
         return _reachable(weight) and small(weight, terms)
 
     def step_all(self, jobs: Sequence[Job]) -> list[PowerSum]:
@@ -170,6 +171,7 @@ class Triton(Backend):
         return powers
 
     def power(self, weight: Tensor, terms: Sequence[GradTerm], norm_type: float = 2.0) -> PowerSum:
+        """Sum ``|g| ** norm_type`` over the gradient: squares in the kernel, other orders by the reference backend."""
         plain = Stored.plain(weight)
         tensors = tensors_of([plain]) if norm_type == 2 and why_not([plain]) is None else None
         source = None if tensors is None else source_of(terms, tensors.rows, tensors.columns, weight, self.where)
@@ -179,9 +181,11 @@ class Triton(Backend):
         return self._launch(tensors, source, None, (), nothing, UNCHANGED)[0][0]
 
     def finite(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
+        """Return whether the gradient is finite, by the reference backend."""
         return self.reference.finite(weight, terms)
 
     def gradient(self, weight: Tensor, terms: Sequence[GradTerm], out: Tensor, add: bool) -> None:
+        """Write the gradient to ``out``, or add it, by the reference backend."""
         self.reference.gradient(weight, terms, out, add)
 
     def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:

@@ -26,7 +26,7 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
         raise FoldError(
             "a CUDA graph is being captured, and a folded step needs numbers from the host: make the optimizer with "
             "capturable=True, run a few steps on a side stream first, and leave weights that are used several times in "
-            "a step (ties to a head, tapes) out of the graph"
+            "a step (ties to a head, deferred gradients) out of the graph"
         )
     return host.pin_memory().to(device, non_blocking=True)
 
