@@ -59,7 +59,9 @@ def unsigned_code(levels: int, per_octave: int) -> LogCode:
         i = x.view(torch.int32) & _MAGNITUDE
         lowest = (levels - 1) * OCTAVE // per_octave  # times per_octave, it still fits 31 bits
         below = (ONE - i).clamp(0, lowest) * per_octave  # below 1.0, in codes, with 23 bits of fraction
-        code = levels - ((below + (OCTAVE // 2 if bits is None else (bits << 7) + 64)) >> 23)
+        # levels - ((below + noise) >> 23), noise OCTAVE // 2 or (bits << 7) + 64, with one constant
+        above = (levels + 1) * OCTAVE - 1 - (OCTAVE // 2 if bits is None else 64) - below
+        code = (above if bits is None else above - (bits << 7)) >> 23
         return code & (-i >> 31)  # all ones unless x is zero
 
     def decode(code: Tensor, levels: int = levels, per_octave: int = per_octave) -> Tensor:
@@ -87,9 +89,8 @@ def signed_code(levels: int, octaves: int) -> LogCode:
         i = x.view(torch.int32)
         above = ((i & _MAGNITUDE).view(torch.float32) + 2.0**-octaves).view(torch.int32) - (ONE - octaves * OCTAVE)
         span = octaves * OCTAVE + (OCTAVE >> octaves)
-        size = (above.to(torch.float32) * (levels / span) + 0.5).to(torch.int32).clamp(0, levels)
-        minus = i >> 31  # -1 or 0
-        return (size ^ minus) - minus
+        size = (above.to(torch.float32) * (levels / span) + 0.5).clamp(max=levels)  # above is not negative, even of NaN
+        return (size.view(torch.int32) | (i & _SIGN)).view(torch.float32).to(torch.int32)
 
     def decode(code: Tensor, levels: int = levels, octaves: int = octaves) -> Tensor:
         span = octaves * OCTAVE + (OCTAVE >> octaves)

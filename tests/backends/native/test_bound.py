@@ -84,6 +84,18 @@ def test_no_tokens():
     assert squares == 0 and not got.any(), "no terms at all"
 
 
+@pytest.mark.parametrize("draw", [0, 1, 2**31 - 1, 2**31, 2**32 + 5, -3])
+def test_keys_of_a_draw(draw):
+    """Made in C, as codecs make them."""
+    given, shape = case(BUSY["AdamW"], "bf16 stochastic", "int8"), (3, 20)
+    parts, _ = make(given, shape)
+    bound = bind(given, parts, shape)
+    bound(given.numbers, draw=draw)
+    streams = [stream for stream in given.streams(draw) if stream is not None]
+    assert len(streams) == 2
+    assert bound._keys.tolist() == [streams[0].key()[0].item(), *(stream.key()[1].item() for stream in streams)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_terms_are_widened(dtype):
     left, right = operands(20, 150, 40, dtype)

@@ -167,9 +167,10 @@ def test_switched_off(monkeypatch):
     assert given.kernel() is not None
 
 
-@pytest.mark.parametrize("flag", ["-fno-tree-vectorize", "-O1"])
-def test_results_do_not_depend_on_vectors(flag, folder, forgotten, monkeypatch):
-    given = case(BUSY["AdamW"], "bf16 stochastic", "int8", step=2)
+@pytest.mark.parametrize("flag", ["-fno-tree-vectorize", "-O1", "-U__AVX2__"])  # the last: without what prelude.h has
+@pytest.mark.parametrize("states", ["int8", "int4"])
+def test_results_do_not_depend_on_vectors(flag, states, folder, forgotten, monkeypatch):
+    given = case(BUSY["AdamW"], "bf16 stochastic", states, step=2)
     parts, grad = make(given, (9, 507))
     other = clone(parts)
     native_step(given, parts, grad)

@@ -75,6 +75,8 @@ OPERATIONS = {
     "bits": lambda w, g, s, n, t: w.copy_((((w.view(I32) & ~0xFFF) | (g.view(I32) & 0xFFF)) ^ 5).view(F32)),
     "shifts": lambda w, g, s, n, t: w.copy_((((w.view(I32) >> 9) * 3 - 7) << 2).view(F32)),
     "shift and mask": lambda w, g, s, n, t: w.copy_(((w.view(I32) >> 16) & 0xFFFF).to(F32)),
+    "mask": lambda w, g, s, n, t: w.copy_((g.view(I32) & (-(w.view(I32) & 0x7FFFFFFF) >> 31)).view(F32)),
+    "mask of any sign": lambda w, g, s, n, t: w.copy_((g.view(I32) & (-w.view(I32) >> 31)).view(F32)),
     "integers": lambda w, g, s, n, t: w.copy_((w * 1000).to(I32).clamp(-300, 200).abs().to(F32)),
     "narrow": lambda w, g, s, n, t: w.copy_((w * 1e4).to(I32).to(torch.int8).to(I32).to(F32)),
     "16 bits": lambda w, g, s, n, t: (w.copy_(w.to(torch.bfloat16).to(F32)), s.copy_(s.to(torch.float16).to(F32))),
@@ -103,6 +105,46 @@ def run(function, numbers: Any = _USUAL, count: int = 1000) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name):
     run(OPERATIONS[name])
+
+
+# what a rule computes beside encoding ---------------------------------------------------------------------------------
+
+
+def _old_state(w, g, s, n, t):
+    w.add_(s)
+    s.lerp_(g, n.a)
+
+
+def _shared_term(w, g, s, n, t):
+    torch.add(g, w, alpha=n.a, out=t[0])
+    s.lerp_(t[0], n.b)
+    w.sub_(t[0])
+
+
+WAITS = {
+    "AdamW": (lambda w, g, s, n, t: (s.lerp_(g, n.a), w.addcdiv_(g, s)), True),
+    "an old state": (_old_state, False),
+    "a term of both": (_shared_term, False),
+    "a state that stays": (lambda w, g, s, n, t: w.sub_(s), True),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("states", ["int8", "int4"])
+def test_the_rest_of_a_rule_waits_where_that_computes_nothing_twice(name, states):
+    function, waits = WAITS[name]
+    rule, codec = Given(function), state_codec(states, True)
+    w, g, s = torch.randn(3, 5, 300).unbind()
+    state = codec.encode(s)
+    kernel = native.kernel(rule, _USUAL, FP32, [codec], [False, False])
+    assert kernel is not None, native.reason()
+    assert ("the rest of the rule" in kernel.source) == (waits and states == "int8")
+    got = [{"values": w.clone()}, {part: value.clone() for part, value in state.items()}]
+    kernel(got[0], got[1:], g, _USUAL, [None, None], 0, 300)
+    s = codec.decode(state, 300)
+    rule.update(w, g, [s], _USUAL, [torch.empty_like(g)])
+    assert torch.equal(got[0]["values"], w)
+    assert all(torch.equal(got[1][part], value) for part, value in codec.encode(s).items())
 
 
 # decisions ------------------------------------------------------------------------------------------------------------

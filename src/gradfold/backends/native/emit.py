@@ -16,7 +16,7 @@ import torch
 from gradfold.codecs import BLOCK
 
 from .nodes import F32, Node
-from .program import Program, Stored, of, scalars
+from .program import Program, Stored, of, scalars, walk
 from .statements import Body, element, function, indent, loop, scope
 
 PRELUDE = Path(__file__).with_name("prelude.h")
@@ -70,7 +70,8 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
         if not _in_place(stored):
             lines += scope(f"decode: {stored.codec.name}", _decode(stored, inputs))
     lines += [f"int32_t {name} = INT32_MIN;" for stored in program.tensors for name in _largest(stored)]
-    lines += scope("rule", _rule(program, inputs))
+    rest = _rest(program)
+    lines += scope("rule", _rule(program, inputs, [i for i in range(len(program.tensors)) if i not in rest]))
     if any(stored.largest for stored in program.tensors):
         lines += ["if (n < BLOCK) {", *indent(_largest_of_short(program, inputs)), "}"]
     if random:
@@ -80,8 +81,16 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
         arguments = ", ".join([*_keys(random), *names])
         lines += [f"random_bits(0, low, high, {arguments});"]
         lines += [f"if (low > -(uint32_t)BLOCK) random_bits_after(-low, low, high + 1, {arguments});"]
-    for stored in program.tensors:
-        if not _in_place(stored):
+    carrier = next((stored for stored in program.tensors if _carries(stored)), None) if rest else None
+    for stored in sorted(program.tensors, key=lambda stored: stored is not carrier):  # it makes what others encode
+        if _in_place(stored):
+            continue
+        if stored is carrier:
+            lines += scope(
+                f"the rest of the rule; encode: {stored.codec.name}",
+                _encode(stored, inputs, _ending(program, inputs, rest)),
+            )
+        else:
             lines += scope(f"encode: {stored.codec.name}", _encode(stored, inputs))
     return function(f"NOINLINE static void block({', '.join(_block_parameters(program, random))})", lines)
 
@@ -112,8 +121,8 @@ def _matrices(program: Program) -> list[Matrix]:
     return [Matrix("const float", "grad", BLOCK, is_read_only=True), *parts]
 
 
-# 8- and 16-bit numbers are widened and narrowed in loops of their own. Beside them a compiler would pack 32-bit numbers
-# into vectors of as many elements, too, and run out of registers.
+# 8- and 16-bit numbers are widened and narrowed in loops of their own (prelude.h). Beside them a compiler would pack
+# 32-bit numbers into vectors of as many elements, too, and run out of registers.
 
 
 def _decode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
@@ -122,7 +131,7 @@ def _decode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
     for a in stored.arrays:
         if a.name in wide:
             lines.append(f"int32_t {wide[a.name]}[BLOCK];")
-            lines += loop(str(a.per_block), [f"{wide[a.name]}[c] = {a.name}[c];"])
+            lines.append(f"widen_{C_TYPES[a.dtype]}({a.per_block}, {a.name}, {wide[a.name]});")
     for lane, node in enumerate(stored.decoded):  # in order: in a short block, lane 1 overwrites what lane 0 overshoots
         body = Body(inputs, f"d{lane}_")
         for load in of({"": node}, "load"):
@@ -140,14 +149,56 @@ def _in_place(stored: Stored) -> bool:
     return (decoded.op, encoded.op) == ("load", "load") and decoded.args[0] == array.name and array.per_block == BLOCK
 
 
-def _rule(program: Program, inputs: Mapping[str, str]) -> list[str]:
+def _rest(program: Program) -> list[int]:
+    """Return the tensors whose new values can wait until the others are encoded.
+
+    Divisions and square roots of the rule then run beside integers, of which encoding is made. None where that would
+    compute anything twice.
+    """
+    first = [i for i, stored in enumerate(program.tensors) if stored.largest]
+    rest = [i for i, stored in enumerate(program.tensors) if not stored.largest]
+    if not any(map(_carries, program.tensors)):
+        return []
+    done = {id(node) for i in first for node in walk(program.updated[i])}
+    gone = {program.tensors[i].name for i in first}  # their old values
+    seen = {id(program.updated[i]) for i in first}
+    needed = [node for i in rest for node in walk(program.updated[i], seen)]
+    again = any(id(node) in done and node.operands for node in needed)
+    return [] if again or any(node.op == "load" and node.args[0] in gone for node in needed) else rest
+
+
+def _carries(stored: Stored) -> bool:
+    """Whether the loop that encodes it goes over all elements, after their maxima."""
+    return bool(stored.largest) and stored.lanes == 1
+
+
+def _updates(program: Program, body: Body, which: Sequence[int]) -> list[str]:
+    """Statements that store the new values of some tensors."""
+    return [f"{body.at[program.tensors[i].name]}[c] = {body.name(program.updated[i])};" for i in which]
+
+
+def _rule(program: Program, inputs: Mapping[str, str], which: Sequence[int]) -> list[str]:
     """New values, and on the way the maxima that their encoding needs."""
-    at = {stored.name: stored.arrays[0].name if _in_place(stored) else stored.name for stored in program.tensors}
-    body, stores = Body(inputs, at=at), []
-    for stored, node in zip(program.tensors, program.updated, strict=True):
-        stores.append(f"{at[stored.name]}[c] = {body.name(node)};")
-        stores += _update_largest(stored, body, body.name(node))
+    body = Body(inputs, at=_places(program))
+    stores = _updates(program, body, which)
+    for i in which:
+        stores += _update_largest(program.tensors[i], body, body.name(program.updated[i]))
     return [*body.before, *loop("BLOCK", [*body.inside, *stores])]
+
+
+def _ending(program: Program, inputs: Mapping[str, str], which: Sequence[int]) -> Body:
+    """New values from those that are there already."""
+    body = Body(inputs, "r", _places(program))
+    for i, stored in enumerate(program.tensors):
+        if i not in which:
+            body.call(program.updated[i], element(stored.name))
+    body.inside += _updates(program, body, which)
+    return body
+
+
+def _places(program: Program) -> dict[str, str]:
+    """The arrays that hold fp32 values."""
+    return {stored.name: stored.arrays[0].name if _in_place(stored) else stored.name for stored in program.tensors}
 
 
 def _largest(stored: Stored) -> list[str]:
@@ -175,8 +226,9 @@ def _largest_of_short(program: Program, inputs: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _encode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
-    body = Body(inputs)
+def _encode(stored: Stored, inputs: Mapping[str, str], ending: Body | None = None) -> list[str]:
+    """ending: of the rule, in the same loop."""
+    body, first = Body(inputs), ending or Body(inputs)
     for node, name in zip(stored.largest, _largest(stored), strict=True):
         body.call(node, name)
     declare, stores, narrow, after = [], [], [], []
@@ -189,8 +241,9 @@ def _encode(stored: Stored, inputs: Mapping[str, str]) -> list[str]:
         else:
             declare.append(f"int32_t wide_{a.name}[BLOCK];")
             stores.append(f"wide_{a.name}[c] = {value};")
-            narrow += loop(str(a.per_block), [f"{a.name}[c] = ({C_TYPES[a.dtype]})wide_{a.name}[c];"])
-    lines = [*declare, *body.before, *loop(str(BLOCK // stored.lanes), [*body.inside, *stores]), *narrow, *after]
+            narrow.append(f"narrow_{C_TYPES[a.dtype]}({a.per_block}, wide_{a.name}, {a.name});")
+    inside = [*first.inside, *body.inside, *stores]
+    lines = [*declare, *first.before, *body.before, *loop(str(BLOCK // stored.lanes), inside), *narrow, *after]
     if stored.encoded_odd:
         lines += ["if (n & 1) {", *indent(_encode_last(stored, inputs)), "}"]
     return lines

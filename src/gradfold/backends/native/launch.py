@@ -13,14 +13,13 @@ import struct
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradfold import _torch
 from gradfold.codecs import BLOCK, Stream
-from gradfold.codecs.rounding import key_word
 
 from .program import Program, scalars
 from .threads import Share, cut, over_threads, shares_of
@@ -49,7 +48,7 @@ class Kernel:
         self.blocked = program.blocked
         self.random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
         self.at = ctypes.cast(library.gradfold_rows, ctypes.c_void_p).value
-        self.step_function, self.bound_function, self.scratch_function = _functions(products)
+        self.functions = _functions(products)
         sources = [scalar.source for scalar in scalars(program)]
         self._scalars: Callable[[Any], tuple] = eval(f"lambda n: ({''.join(f'{source}, ' for source in sources)})")
         self._last: tuple[Any, array] = None, array("f")
@@ -127,9 +126,11 @@ class Bound:
         self._joins = not kernel.blocked and row_stride == shape[1] and {*arguments[3::2]} == {shape[1]}
         self._arguments = array("q", arguments)
         self._arguments_at = self._arguments.buffer_info()[0]
-        self._words = _shared(streams, kernel.random)
+        self._words = array("i", _shared(streams, kernel.random))
+        self._keys = array("i", self._words)
+        self._words_at, self._keys_at = self._words.buffer_info()[0], self._keys.buffer_info()[0]
         self._draw: int | None = None
-        self._keys_at = self._inputs_at = 0
+        self._inputs_at = 0
         self._numbers: Any = None
         self._limit_bytes = limit_bytes
         self._rooms: dict[tuple[int, int, int], Room | None] = {}  # by tokens, columns and shares
@@ -157,7 +158,7 @@ class Bound:
 
     def _draws(self, draw: int) -> None:
         """Make the keys of a step's random bits."""
-        self.take([key_word(word, draw) for word in self._words])
+        self.kernel.functions.keys(self._words_at, len(self._words), draw, self._keys_at)
         self._draw = draw
 
     def take(self, keys: Sequence[int]) -> None:
@@ -206,13 +207,13 @@ class Bound:
         if draw != self._draw and self._words:
             self._draws(draw)
         scale = float(scale)
-        shares, rows, columns = self._prepared(products, grad, gathers, scale, clip_value, start, stop)
+        shares = self._prepared(products, grad, gathers, scale, clip_value, start, stop)
         if not guarded:
             squares = self._run(_STEP, shares)
         elif len(shares) == 1:
             squares = self._run(_GUARDED, shares)
         else:
-            certain = self.kernel.bound_function(self._call_at, rows, columns) * max(1.0, abs(scale)) < _CERTAIN
+            certain = self.kernel.functions.bound(self._call_at) * max(1.0, abs(scale)) < _CERTAIN
             squares = self._run(_STEP, shares) if certain else -1.0
         if squares < 0:  # the operands are too large to tell
             squares = self._run(_MEASURE, shares)
@@ -232,7 +233,7 @@ class Bound:
         if key not in self._rooms:
             self._rooms[key] = None
             for packed in (1 << 20, 1 << 18, 1 << 16, 1 << 14, BLOCK):
-                floats = self.kernel.scratch_function(tokens, columns, packed)
+                floats = self.kernel.functions.scratch(tokens, columns, packed)
                 most = int(min(shares, self._limit_bytes / (4 * floats)))
                 if most and (most == shares or packed == BLOCK):
                     self._rooms[key] = floats, packed, most
@@ -248,7 +249,7 @@ class Bound:
         stop: int | None = None,
     ) -> float:
         """Return the sum of squares of such a gradient; nothing is stepped."""
-        return self._run(_MEASURE, self._prepared(products, grad, gathers, 1.0, None, start, stop)[0])
+        return self._run(_MEASURE, self._prepared(products, grad, gathers, 1.0, None, start, stop))
 
     def _prepared(
         self,
@@ -259,8 +260,8 @@ class Bound:
         clip_value: float | None,
         start: int,
         stop: int | None,
-    ) -> tuple[Sequence[Share], int, int]:
-        """Write the arguments of a call; the shares, and rows and columns of the matrix they are cut from."""
+    ) -> Sequence[Share]:
+        """Write the arguments of a call; its shares."""
         rows, columns = self.shape
         if start or stop is not None:
             rows = (rows if stop is None else stop) - start
@@ -288,36 +289,55 @@ class Bound:
             room = self._room(depth, columns, len(shares))
             if room is None:
                 raise ValueError(f"scratch memory: {self._limit_bytes} bytes do not hold a tile; see ``fits``")
-            floats, packed, most = room
-            if most < len(shares):
-                shares = cut(rows, columns, most)
+            floats, packed, fitting = room
+            if fitting < len(shares):
+                shares = cut(rows, columns, fitting)
             scratch_at = self._scratch(4 * floats * len(shares)).data_ptr()
         if layout != self._layout:
             self._make_room(*layout)
-        addresses = (self._inputs_at, self._keys_at, scratch_at, floats, packed)
+        kernel = (self.kernel.at, self._arguments_at, rows, columns, self._inputs_at, self._keys_at)
         most = math.inf if clip_value is None else clip_value
-        self._pack(self._call, 0, *addresses, start, column, scale, most, *given, *layout, *fields)
-        return shares, rows, columns
+        self._pack(
+            self._call, 0, *kernel, scratch_at, floats, packed, start, column, scale, most, *given, *layout, *fields
+        )
+        return shares
 
     def _run(self, mode: int, shares: Sequence[Share]) -> float:
-        step, at, arguments_at, call_at = self.kernel.step_function, self.kernel.at, self._arguments_at, self._call_at
+        functions, call_at = self.kernel.functions, self._call_at
         if len(shares) == 1:
-            return step(at, arguments_at, call_at, mode, 0, *shares[0])
-        return over_threads(lambda index, share: step(at, arguments_at, call_at, mode, index, *share), shares)
+            return functions.whole(call_at, mode)
+        return over_threads(lambda index, share: functions.step(call_at, mode, index, *share), shares)
 
 
-_CALL = "5q2q2d3q2q"  # struct call
+_CALL = "9q2q2d3q2q"  # struct call
 _PRODUCT = "q3q3q"  # struct product
 _GATHER = "3q3q"  # struct gather
 
 
-def _functions(products: Any) -> tuple[Any, Any, Any]:
-    """Of ``products.c``, with the types of their arguments."""
-    step, bound, scratch = products.gradfold_step, products.gradfold_bound, products.gradfold_scratch
-    step.argtypes, step.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, ctypes.c_double
-    bound.argtypes, bound.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_double
-    scratch.argtypes, scratch.restype = [ctypes.c_int64] * 3, ctypes.c_int64
-    return step, bound, scratch
+class Functions(NamedTuple):
+    """Of ``products.c``."""
+
+    step: Any
+    whole: Any
+    bound: Any
+    scratch: Any
+    keys: Any
+
+
+def _functions(products: Any) -> Functions:
+    """With the types of their arguments."""
+    at, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    types = {
+        "step": (number, at, *[count] * 6),
+        "whole": (number, at, count),
+        "bound": (number, at),
+        "scratch": (count, count, count, count),
+        "keys": (None, at, count, ctypes.c_uint32, at),
+    }
+    found = {name: getattr(products, f"gradfold_{name}") for name in types}
+    for name, (result, *arguments) in types.items():
+        found[name].restype, found[name].argtypes = result, arguments
+    return Functions(**found)
 
 
 def _place(t: Tensor, rows: int, width: int, dtype: torch.dtype, name: str) -> tuple[int, int]:

@@ -62,11 +62,22 @@ def add(a: Node, b: Node, alpha: Node | None = None) -> Node:
     return _add(a, b) if alpha is None or _is_one(alpha) else _fma(b, alpha, a)
 
 
-def bitwise_and(a: Node, b: Node) -> Node:
-    """Return ``a & b``.
+def _never_negative(x: Node) -> bool:
+    if x.op == "and":
+        return any(operand.op == "const" and operand.args[0] >= 0 for operand in x.operands)
+    return x.op == "same" and x.operands[0].dtype == U8
 
-    Int32 is shifted arithmetically by torch, so codecs mask what comes in from the left: one shift with zeros in C.
+
+def bitwise_and(a: Node, b: Node) -> Node:
+    """Return ``a & b``; two ways of codecs to write it become what C has an instruction for.
+
+    torch shifts int32 arithmetically, so they mask what comes in from the left: one shift with zeros in C. And
+    ``-x >> 31`` is all ones unless x, which is not negative, is zero: a comparison.
     """
+    if b.op == "shift_right" and b.args[1].args == (31,) and b.args[0].op == "neg" and b.dtype == I32:
+        (x,) = b.args[0].operands
+        if _never_negative(x):
+            return where(_compare("gt")(x, const(0, I32)), a, const(0, I32))
     if (
         a.op == "shift_right"
         and a.dtype == I32

@@ -40,6 +40,10 @@ enum kind { FP32, BF16, FP16 };
 #define CERTAIN 1e37 /* a gradient bounded by less, give or take rounding errors, has no infinity */
 enum mode { STEP, MEASURE, GUARDED };
 
+typedef void rows_function(const int64_t *bound, const int32_t *keys, const float *scalars, const float *grad,
+                           int64_t grad_stride, int64_t rows_start, int64_t rows_end, int64_t columns_start,
+                           int64_t columns_end);
+
 /* launch.py writes these; every field has eight bytes. */
 struct matrix {
   const char *at;
@@ -56,6 +60,9 @@ struct gather { /* row order[i] of grad is added to row ids[i], which ascend; th
   struct matrix grad;
 };
 struct call {
+  rows_function *rows_function; /* the kernel, and what it is bound to */
+  const int64_t *bound;
+  int64_t rows, columns; /* of the gradient */
   const float *scalars;
   const int32_t *keys;
   float *scratch;
@@ -67,10 +74,6 @@ struct call {
   int64_t count, gathers; /* of products, and of gathers, which follow them */
   struct product products[];
 };
-typedef void rows_function(const int64_t *bound, const int32_t *keys, const float *scalars, const float *grad,
-                           int64_t grad_stride, int64_t rows_start, int64_t rows_end, int64_t columns_start,
-                           int64_t columns_end);
-
 static inline float float_of(uint32_t i) {
   float x;
   memcpy(&x, &i, 4);
@@ -197,15 +200,15 @@ int64_t gradfold_scratch(int64_t depth, int64_t columns, int64_t most_packed) {
   return ALIGNED + depth * width + tile_rows(depth) * (DEPTH + tile_stride(width));
 }
 
-double gradfold_bound(const struct call *call, int64_t rows, int64_t columns);
+double gradfold_bound(const struct call *call);
 
 /* Step rows and columns of what is bound, counted from where the gradient begins; returns the gradient's sum of squares.
    GUARDED: -1, and nothing is stepped, where the operands do not tell that all of the gradient is finite. */
-double gradfold_step(rows_function *rows_function, const int64_t *bound, const struct call *call, int64_t mode,
-                     int64_t share, int64_t rows_start, int64_t rows_end, int64_t columns_start, int64_t columns_end) {
+double gradfold_step(const struct call *call, int64_t mode, int64_t share, int64_t rows_start, int64_t rows_end,
+                     int64_t columns_start, int64_t columns_end) {
   if (mode == GUARDED) {
     const double scale = fabs(call->scale);
-    if (!(gradfold_bound(call, rows_end, columns_end) * (scale > 1 ? scale : 1) < CERTAIN)) return -1;
+    if (!(gradfold_bound(call) * (scale > 1 ? scale : 1) < CERTAIN)) return -1;
     mode = STEP;
   }
   const int changed = call->scale != 1 || call->clip_value < INFINITY;
@@ -222,9 +225,10 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
     for (int64_t r = rows_start; r < rows_end; r++)
       squares += squares_of((const float *)element(&call->grad, r, columns_start), columns_end - columns_start);
     if (step)
-      rows_function(bound, call->keys, call->scalars, (const float *)element(&call->grad, rows_start, columns_start),
-                    call->grad.stride, call->row + rows_start, call->row + rows_end, call->column + columns_start,
-                    call->column + columns_end);
+      call->rows_function(call->bound, call->keys, call->scalars,
+                          (const float *)element(&call->grad, rows_start, columns_start), call->grad.stride,
+                          call->row + rows_start, call->row + rows_end, call->column + columns_start,
+                          call->column + columns_end);
     return squares;
   }
   for (int64_t first = columns_start; first < columns_end; first += width) {
@@ -264,11 +268,26 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
         if (changed) change(tile + r * stride, columns, (float)call->scale, (float)call->clip_value);
       }
       if (step)
-        rows_function(bound, call->keys, call->scalars, tile, stride, call->row + top, call->row + top + rows,
-                      call->column + first, call->column + first + columns);
+        call->rows_function(call->bound, call->keys, call->scalars, tile, stride, call->row + top,
+                            call->row + top + rows, call->column + first, call->column + first + columns);
     }
   }
   return squares;
+}
+
+/* The same of all rows and columns: two arguments, because ctypes takes 0.1 us for each. */
+double gradfold_whole(const struct call *call, int64_t mode) {
+  return gradfold_step(call, mode, 0, 0, call->rows, 0, call->columns);
+}
+
+/* `key_word` of codecs/rounding.py for each word. */
+void gradfold_keys(const uint32_t *words, int64_t count, uint32_t step, uint32_t *keys) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t x = words[i] + step * 0x9E3779B1u;
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    keys[i] = x ^ x >> 16;
+  }
 }
 
 static double norm(const struct matrix *x, int64_t rows, int64_t columns) {
@@ -290,7 +309,8 @@ static double norm(const struct matrix *x, int64_t rows, int64_t columns) {
 
 /* No element of the gradient, and no sum on the way to it, is larger than this: by Cauchy-Schwarz the product of its
    operands' norms bounds a product. NaN or infinity if an operand has one. */
-double gradfold_bound(const struct call *call, int64_t rows, int64_t columns) {
+double gradfold_bound(const struct call *call) {
+  const int64_t rows = call->rows, columns = call->columns;
   double bound = call->grad.at ? norm(&call->grad, rows, columns) : 0;
   for (int64_t p = 0; p < call->count; p++) {
     const struct product *x = &call->products[p];
