@@ -41,6 +41,7 @@ class Operands:
         self.tokens = tokens  # of all products
 
 
+LEAST_BYTES = 2**15  # of scratch memory: a tile of a small parameter
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,11 +61,17 @@ class CompiledStep:
     def of(cls, scratch: Scratch, stored: Sequence[Stored], rule: Rule) -> CompiledStep | None:
         """Return the compiled step of a parameter with codecs; None where kernels cannot take its memory."""
         weight = stored[0].values
-        if not weight.is_cpu or hasattr(weight, "fake_mode"):
+        if not weight.is_cpu:
+            return None
+        scratch.reserve(weight.device, min(scratch.limit_bytes, LEAST_BYTES))
+        if hasattr(weight, "fake_mode"):
             return None
         try:
             parts = [one.codec.rows_of(one.parts, weight.shape) for one in stored]  # type: ignore[union-attr]
         except RuntimeError:  # of ``view``: it would need a copy
+            return None
+        matrices = [part for one in parts for part in one.values()]
+        if any(part.shape[1] > 1 and part.stride(1) != 1 for part in matrices):
             return None
         return cls(scratch, stored, parts, rule)
 
@@ -84,8 +91,14 @@ class CompiledStep:
             first_offset=self._offset,
             row_stride=self._row_stride,
             scratch=self._scratch.on_cpu,
+            limit_bytes=self._scratch.cpu_bytes,
         )
         return self._bound is not None
+
+    def fits(self, found: Operands) -> bool:
+        """Return whether the scratch memory's limit leaves room for a tile; after ``ready``."""
+        assert self._bound is not None
+        return self._bound.fits(found.tokens)
 
     def operands(self, terms: Sequence[GradTerm]) -> Operands | None:
         """Return the terms as kernels take them; None if a term is of another kind or dtype."""

@@ -53,13 +53,17 @@ class QuantizedStepper:
         # a finite fp32 gradient is finite in any dtype but fp16
         self._exact = self.weight.dtype != torch.float16
         rows, columns = block_shape(self.weight)
+        if (
+            self.weight.dim() != 2 and self.weight.is_contiguous()
+        ):  # its gradient is dense: any row of the codecs will do
+            rows, columns = matrix(self.weight.shape).rows, matrix(self.weight.shape).columns
         self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
         if self._compiled is not None and not change.torch_norm and self._compiled.ready(numbers):
             found = self._compiled.operands(terms)
-            if found is not None:
+            if found is not None and self._compiled.fits(found):
                 if change.guarded and not self._exact and not self.backend.finite(self.weight, terms):
                     return math.nan
                 return self._compiled(found, numbers, change)

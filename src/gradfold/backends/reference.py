@@ -171,13 +171,10 @@ class PlainStepper:
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
         compiled = self._compiled
-        if (
-            compiled is not None
-            and not change.torch_norm
-            and (found := self._paying(compiled, terms)) is not None
-            and compiled.ready(numbers)
-        ):
-            return compiled(found, numbers, change)
+        if compiled is not None and not change.torch_norm:
+            found = self._paying(compiled, terms)
+            if found is not None and compiled.ready(numbers) and compiled.fits(found):
+                return compiled(found, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
         scale, clip_value, guarded, _ = change
         changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0

@@ -46,6 +46,11 @@ class Scratch:
             held = self._cpu = self.reserve(_CPU, size_bytes)
         return held
 
+    @property
+    def cpu_bytes(self) -> int:
+        """The size of the CPU's buffer."""
+        return max((held.numel() for (device, _), held in self._buffers.items() if device.type == "cpu"), default=0)
+
     def tiles(self, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Return ``count`` uninitialised tiles ``[rows, columns]``."""
         key = (count, rows, columns, dtype, device)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,4 +162,4 @@ def step_tensor(step: float, weight: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _on_cpu(step: float) -> Tensor:
     """The kernels only read it, so that all parameters with as many steps share it."""
-    return torch.full((), step, dtype=torch.float32)
+    return torch.from_numpy(np.full((), step, dtype=np.float32))

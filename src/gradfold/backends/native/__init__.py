@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,7 @@ def bind(
     first_offset: int = 0,
     row_stride: int | None = None,
     scratch: Callable[[int], Tensor] | None = None,
+    limit_bytes: float = math.inf,
 ) -> Bound | None:
     """Bind the kernel of a rule to a weight and its states, or None where eager operations must do (``reason()``).
 
@@ -88,6 +90,7 @@ def bind(
         first_offset: number of the first element, counted in the whole parameter.
         row_stride: element ``[r, c]`` is number ``first_offset + r * row_stride + c``; None: the number of columns.
         scratch: lends a uint8 tensor of at least so many bytes, which it keeps; a thread's own memory unless told.
+        limit_bytes: the most scratch memory of a call; ``Bound.fits`` says whether it will do.
 
     Raises:
         ValueError: a tensor of another shape, dtype, device or layout, or streams of several parameters.
@@ -97,7 +100,7 @@ def bind(
     if first is None:
         return None
     row_stride = shape[1] if row_stride is None else row_stride
-    return Bound(first, find, parts, streams, shape, first_offset, row_stride, scratch)
+    return Bound(first, find, parts, streams, shape, first_offset, row_stride, scratch, limit_bytes)
 
 
 def pays(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> bool:

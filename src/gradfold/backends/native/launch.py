@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from gradfold import _torch
-from gradfold.codecs import Stream
+from gradfold.codecs import BLOCK, Stream
 from gradfold.codecs.rounding import key_word
 
 from .program import Program, scalars
-from .threads import Share, over_threads, shares_of
+from .threads import Share, cut, over_threads, shares_of
 
 Product = tuple[Tensor, Tensor]  # left [T, R] and right [T, C]: the gradient left.T @ right
+Room = tuple[int, int, int]  # floats of scratch memory a share, floats packed at a time, shares at most
 Gather = tuple[Tensor, Tensor]  # ids int64 [N] and grad [N, C]: row ids[i] of the gradient gets grad[i]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of a term's elements, as in products.c
@@ -112,6 +113,7 @@ class Bound:
         first_offset: int,
         row_stride: int,
         scratch: Callable[[int], Tensor] | None = None,
+        limit_bytes: float = math.inf,
     ):
         """See ``native.bind``; ``find`` gives the kernel of other numbers than the first."""
         self.kernel, self.shape = kernel, shape
@@ -129,7 +131,8 @@ class Bound:
         self._draw: int | None = None
         self._keys_at = self._inputs_at = 0
         self._numbers: Any = None
-        self._floats: dict[tuple[int, int], int] = {}  # of scratch memory, by tokens and columns
+        self._limit_bytes = limit_bytes
+        self._rooms: dict[tuple[int, int, int], Room | None] = {}  # by tokens, columns and shares
         self._make_room(1, 0)
 
     def _make_room(self, products: int, gathers: int) -> None:
@@ -219,6 +222,23 @@ class Bound:
         _torch.increment_version(self._written)  # a graph that saved the old weight is stale
         return squares
 
+    def fits(self, tokens: int) -> bool:
+        """Whether the scratch memory holds a tile of a gradient of so many tokens, in one share at least."""
+        return self._room(tokens, self.shape[1], 1) is not None
+
+    def _room(self, tokens: int, columns: int, shares: int) -> Room | None:
+        """Scratch memory of each of so many shares, or of fewer, within the limit; less is packed at a time for it."""
+        key = tokens, columns, shares
+        if key not in self._rooms:
+            self._rooms[key] = None
+            for packed in (1 << 20, 1 << 18, 1 << 16, 1 << 14, BLOCK):
+                floats = self.kernel.scratch_function(tokens, columns, packed)
+                most = int(min(shares, self._limit_bytes / (4 * floats)))
+                if most and (most == shares or packed == BLOCK):
+                    self._rooms[key] = floats, packed, most
+                    break
+        return self._rooms[key]
+
     def measure(
         self,
         products: Sequence[Product] = (),
@@ -263,15 +283,18 @@ class Bound:
         if self._joins and layout == _NO_TERMS and (given[1] == columns or rows == 1):  # narrow rows are mostly padding
             rows, columns, start, column = 1, rows * columns, 0, start * columns
         shares = shares_of(rows, columns, depth)
-        scratch_at = floats = 0
+        scratch_at = floats = packed = 0
         if layout != _NO_TERMS or scale != 1.0 or clip_value is not None or given[2] or grad is None:  # it needs a tile
-            if (depth, columns) not in self._floats:
-                self._floats[depth, columns] = self.kernel.scratch_function(depth, columns)
-            floats = self._floats[depth, columns]
+            room = self._room(depth, columns, len(shares))
+            if room is None:
+                raise ValueError(f"scratch memory: {self._limit_bytes} bytes do not hold a tile; see ``fits``")
+            floats, packed, most = room
+            if most < len(shares):
+                shares = cut(rows, columns, most)
             scratch_at = self._scratch(4 * floats * len(shares)).data_ptr()
         if layout != self._layout:
             self._make_room(*layout)
-        addresses = (self._inputs_at, self._keys_at, scratch_at, floats)
+        addresses = (self._inputs_at, self._keys_at, scratch_at, floats, packed)
         most = math.inf if clip_value is None else clip_value
         self._pack(self._call, 0, *addresses, start, column, scale, most, *given, *layout, *fields)
         return shares, rows, columns
@@ -283,7 +306,7 @@ class Bound:
         return over_threads(lambda index, share: step(at, arguments_at, call_at, mode, index, *share), shares)
 
 
-_CALL = "4q2q2d3q2q"  # struct call
+_CALL = "5q2q2d3q2q"  # struct call
 _PRODUCT = "q3q3q"  # struct product
 _GATHER = "3q3q"  # struct gather
 
@@ -293,7 +316,7 @@ def _functions(products: Any) -> tuple[Any, Any, Any]:
     step, bound, scratch = products.gradfold_step, products.gradfold_bound, products.gradfold_scratch
     step.argtypes, step.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, ctypes.c_double
     bound.argtypes, bound.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_double
-    scratch.argtypes, scratch.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    scratch.argtypes, scratch.restype = [ctypes.c_int64] * 3, ctypes.c_int64
     return step, bound, scratch
 
 

@@ -19,7 +19,6 @@
 #define DEPTH 256
 #define TILE_ROWS 48             /* at most, a multiple of HEIGHT */
 #define MOST_COLUMNS (128 * 128) /* of a tile */
-#define MOST_PACKED (1 << 20)    /* floats of `right` packed at a time, unless a block of columns needs more */
 #define ALIGNED 16               /* floats in a cache line */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define CEIL(a, b) (((a) + (b) - 1) / (b) * (b))
@@ -61,6 +60,7 @@ struct call {
   const int32_t *keys;
   float *scratch;
   int64_t scratch_floats; /* of each share */
+  int64_t most_packed;    /* floats of `right` packed at a time, unless a block of columns needs more */
   int64_t row, column; /* of the bound matrices: where the gradient begins */
   double scale, clip_value;
   struct matrix grad; /* at == NULL: none */
@@ -181,8 +181,8 @@ static void add_gathered(const struct gather *x, int64_t top, int64_t rows, int6
   }
 }
 
-static int64_t tile_columns(int64_t depth, int64_t columns) {
-  const int64_t packed = depth ? MOST_PACKED / depth / BLOCK * BLOCK : MOST_COLUMNS;
+static int64_t tile_columns(int64_t depth, int64_t columns, int64_t most_packed) {
+  const int64_t packed = depth ? most_packed / depth / BLOCK * BLOCK : MIN(most_packed, MOST_COLUMNS) / BLOCK * BLOCK;
   return MIN(MIN(packed < BLOCK ? BLOCK : packed, MOST_COLUMNS), CEIL(columns, WIDTH));
 }
 /* Few rows, so that the tile stays in the second cache with what it is stepped with; but `right` is read once for each
@@ -192,8 +192,8 @@ static int64_t tile_rows(int64_t depth) { return depth > DEPTH ? TILE_ROWS : TIL
 static int64_t tile_stride(int64_t width) { return CEIL(width, ALIGNED) + ALIGNED; }
 
 /* Scratch memory of one share, in floats. */
-int64_t gradfold_scratch(int64_t depth, int64_t columns) {
-  const int64_t width = tile_columns(depth, columns);
+int64_t gradfold_scratch(int64_t depth, int64_t columns, int64_t most_packed) {
+  const int64_t width = tile_columns(depth, columns, most_packed);
   return ALIGNED + depth * width + tile_rows(depth) * (DEPTH + tile_stride(width));
 }
 
@@ -214,7 +214,7 @@ double gradfold_step(rows_function *rows_function, const int64_t *bound, const s
   double squares = 0;
   int64_t depth = 0;
   for (int64_t p = 0; p < call->count; p++) depth += call->products[p].tokens;
-  const int64_t width = tile_columns(depth, columns_end - columns_start), stride = tile_stride(width);
+  const int64_t width = tile_columns(depth, columns_end - columns_start, call->most_packed), stride = tile_stride(width);
   const int64_t height = tile_rows(depth);
   float *const packed = (float *)CEIL((intptr_t)(call->scratch + share * call->scratch_floats), 4 * ALIGNED);
   float *const lefts = packed + depth * width, *const tile = lefts + height * DEPTH;
