@@ -287,7 +287,7 @@ class FoldParam:
         if fold.turns is not None and step.last and not step.measuring:
             fold.turns.fired()
         terms: list[GradTerm] = arrived  # type: ignore[assignment]
-        if self.weight is not None:  # this is a bias, and some of its terms are sums over its weight's
+        if self.weight is not None:  # a bias; some of its terms are sums over a term of its weight
             if backward is not None and self._goes_along(backward, arrived):
                 return
             terms = [term.resolved() for term in arrived]
