@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
+from gradfold import _torch
 from gradfold._options import StorageOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.engine import (
@@ -270,7 +271,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is not None:
             self._fold.require_closed("load_state_dict()")
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for hook in _torch.load_pre_hooks(self).values():
             if (replaced := hook(self, state_dict)) is not None:
                 state_dict = replaced
         groups = self._merged_groups(state_dict["param_groups"])
@@ -304,7 +305,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for param in self._fold.params.values():
                 param.allocate()
         self._steppers.clear()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
+        for hook in _torch.load_post_hooks(self).values():
             hook(self)
 
     def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

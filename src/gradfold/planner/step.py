@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
 from gradfold._fold import Fold
 from gradfold._fold import fold as fold_model
+from gradfold._torch import FakeTensorMode, tree_map_only
 from gradfold.optim.masters import RESIDUAL
 
 from .fake import SkipWrites, fake_copy, fake_tensor
