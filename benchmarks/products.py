@@ -22,7 +22,7 @@ import torch
 from benchmarks.common import DTYPES, print_table, write_result
 from gradfold import rules
 from gradfold.backends import native
-from gradfold.backends.gemm import accumulate, emulated
+from gradfold.backends.cpu_gemm import accumulate, emulated
 from gradfold.codecs import Stream, state_codec, weight_codec
 
 SHAPES = [(2048, 768), (768, 2048), (768, 768), (10240, 768)]
