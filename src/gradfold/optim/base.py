@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -127,6 +127,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if param not in self._steppers:
             self._steppers[param] = ParamStepper(param, self, self._backend)
         self._steppers[param].step([DenseTerm(grad.detach())], shared)
+
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the scratch memory of ordinary steps; a fold has its own."""
+        return () if self._backend is None else self._backend.scratch_tensors()
 
     def _refuse_slices(self, params: Iterable[Parameter]) -> None:
         for param in params:
