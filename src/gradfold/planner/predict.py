@@ -55,7 +55,7 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
         if made is None:
             make_states(optimizer)
         try:
-            return _step(workload, model, optimizer, made, settings.describe())
+            return _record(workload, model, optimizer, made, settings.describe())
         finally:
             if made is not None:
                 made.remove()
@@ -73,7 +73,7 @@ def predict_baseline(
         optimizer = make_optimizer(trainable(model))
         for one in getattr(optimizer, "optimizers", [optimizer]):
             make_states(one)
-        return _step(workload, model, optimizer, None, label)
+        return _record(workload, model, optimizer, None, label)
 
     return workload.over_layers(run)
 
@@ -98,7 +98,7 @@ def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
     return weight_bytes, state_bytes
 
 
-def _step(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
+def _record(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
     """Record a step; the states are there already."""
     parts = workload.settings.accumulate
     return record_step(model, optimizer, workload.batch(), made, loss=workload.loss, label=label, micro_batches=parts)
