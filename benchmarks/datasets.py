@@ -18,7 +18,8 @@ from gradfold.train.data import as_tensors
 from gradfold.train.display import Display
 from gradfold.train.evaluate import held_out_loss
 from gradfold.train.model import find_model, load_model
-from gradfold.train.recipe import OptimizerRecipe, Recipe, TextRecipe
+from gradfold.train.recipe import Recipe
+from gradfold.train.recipe_groups import OptimizerRecipe, TextRecipe
 from gradfold.train.setup import assemble
 
 from .common import llama_config

@@ -8,9 +8,11 @@ is Python's work up to the call of Triton's launcher. ``dispatch`` is Triton's o
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the results (benchmarks/results/launch.json)")
+    out = parser.parse_args().out
     before = driver._active
     driver.set_active(Listening(90))  # type: ignore[arg-type]
     backend._reachable = lambda weight: True  # a CPU's tensors, which nothing reads
@@ -60,7 +65,7 @@ def main() -> None:
         ["states", "prepared, us", "by Triton's dispatch, us"],
         [[row["states"], f"{row['prepared_us']:.0f}", f"{row['dispatch_us']:.0f}"] for row in rows],
     )
-    print(f"written to {write_result('launch', rows)}")
+    print(f"written to {write_result('launch', rows, out)}")
 
 
 if __name__ == "__main__":

@@ -20,22 +20,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import DTYPES, print_table, write_result
+from benchmarks.native import ADAMW
 from gradfold import rules
 from gradfold.backends import native
-from gradfold.backends.gemm import accumulate, emulated
+from gradfold.backends.cpu_gemm import accumulate, emulated
 from gradfold.codecs import Stream, state_codec, weight_codec
 
 SHAPES = [(2048, 768), (768, 2048), (768, 768), (10240, 768)]
 TILE_KIB = 2048
-ADAMW = {
-    "lr": 1e-4,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "amsgrad": False,
-    "maximize": False,
-    "decoupled_weight_decay": True,
-}
 BYTES = 80e6  # of weights and states in turn: more than a cache holds
 
 

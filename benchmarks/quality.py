@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradfold
-from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.recipe_groups import ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 
 from .common import RESULTS, fill_table, fold_plain_head, print_table, read_rows, write_result

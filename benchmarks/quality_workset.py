@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from gradfold.errors import NonFiniteError
-from gradfold.train.recipe import ScheduleRecipe
+from gradfold.train.recipe_groups import ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 
 from .common import RESULTS, fill_table, print_table, read_rows, write_result

@@ -13,6 +13,8 @@ FOLDER = make.HERE
 MADE = json.loads((FOLDER / "made.json").read_text())
 # Roots and fused multiply-adds of torch's own kernels differ between instruction sets, by a last bit.
 SAME_CPU = torch.backends.cpu.get_cpu_capability() == MADE["cpu_capability"]
+# Squares were summed in fp32 then; compiled steps sum them in fp64.
+NORMS = torch.finfo(torch.float32).eps
 
 LAST = f"step-{make.BEFORE + make.AFTER:06d}"
 MIDDLE = f"step-{make.BEFORE:06d}"
@@ -26,7 +28,9 @@ def flat(value, path=""):
     return {path: value}
 
 
-def same(found, wanted, exactly=True):
+def same(found, wanted, exactly=True, rel=0.0):
+    """``rel``: how far numbers that are not in tensors may be apart."""
+    rel = rel if exactly else 1e-6
     found, wanted = flat(found), flat(wanted)
     assert found.keys() == wanted.keys()
     for path, value in wanted.items():
@@ -35,7 +39,7 @@ def same(found, wanted, exactly=True):
             assert found[path] == pytest.approx(value, rel=1e-7), path
             continue
         if not isinstance(value, torch.Tensor):
-            assert found[path] == (value if exactly else pytest.approx(value, rel=1e-6)), path
+            assert found[path] == (pytest.approx(value, rel=rel) if rel and isinstance(value, float) else value), path
             continue
         assert found[path].dtype == value.dtype, path
         if exactly:
@@ -78,10 +82,10 @@ def test_all_states_come_back(case):
 def goes_on(case, model, optimizer, fold):
     make.train(model, optimizer, make.BEFORE, make.AFTER)
     found, wanted = make.snapshot(model, optimizer, fold), load(case)["after"]
-    for part in ("weights", "fold"):
-        same(found[part], wanted[part], SAME_CPU)
+    same(found["weights"], wanted["weights"], SAME_CPU)
     same(found["optimizer"]["state"], wanted["optimizer"]["state"], SAME_CPU)
-    same(found["optimizer"].get("working_set"), wanted["optimizer"].get("working_set"), SAME_CPU)
+    same(found["fold"], wanted["fold"], SAME_CPU, NORMS)
+    same(found["optimizer"].get("working_set"), wanted["optimizer"].get("working_set"), SAME_CPU, NORMS)
 
 
 @pytest.mark.parametrize("case", make.CASES)

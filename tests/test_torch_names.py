@@ -1,6 +1,8 @@
 """torch's private names stand in one file, and each of them is what that file says."""
 
+import copy
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from gradfold import _torch
 
 SOURCES = Path(gradfold.__file__).parent
 PRIVATE = re.compile(
-    r"""torch(\.\w+)*\._\w+                         # torch._C, torch.nn.modules._x
+    r"""\btorch(\.\w+)*\._(?!_)\w+                   # torch._C, torch.nn.modules._x
     | \bfrom\ torch[\w.]*\ import\ [^\n]*\b_\w+     # from torch.x import _y
     | \bfrom\ torch(\.\w+)*\._\w+                   # from torch._x
     | \._(cdata|version|is_view|backward_hooks|backward_pre_hooks|forward_hooks|post_accumulate_grad_hooks
-         |execution_engine|current_level|make_wrapper_subclass|active_ddp_module)\b
+         |execution_engine|current_level|make_wrapper_subclass|active_ddp_module
+         |unscale_grads_|optimizer_load_state_dict_\w+|schema|indices)\b
     | \b(module|one|me|model|layer|child)\._(parameters|modules|buffers)\b""",
     re.VERBOSE,
 )
@@ -89,8 +92,6 @@ def test_the_engine_says_what_it_will_execute(watching):
 
 
 def test_nodes_and_frames(watching):
-    import sys
-
     def frames():
         frame, codes = sys._getframe(), []
         while frame is not None:
@@ -138,6 +139,7 @@ def test_versions_views_and_memory():
     assert _torch.is_view(x[:2]) and not _torch.is_view(x) and not _torch.is_view(x.clone())
     assert torch.equal(_torch.unsafe_view(x[:2]), x[:2])
     assert _torch.storage_key(x) == _torch.storage_key(x[1:]) != _torch.storage_key(x.clone())
+    assert _torch.storage_address(x.untyped_storage()) == _torch.storage_key(x)
     assert _torch.data_ptr(x) == x.data_ptr()
     other = torch.zeros(4)
     first, second = _torch.implementation(x), _torch.implementation(other)
@@ -167,6 +169,7 @@ def test_modules():
     assert list(_torch.own_modules(module)) == ["0"] and list(_torch.own_parameters(module[0])) == ["weight", "bias"]
     nn.utils.parametrizations.weight_norm(module[0])
     assert "weight" not in _torch.own_parameters(module[0])
+    assert set(_torch.own_buffers(nn.BatchNorm1d(2))) == {"running_mean", "running_var", "num_batches_tracked"}
     assert _torch.active_ddp() is None
 
 
@@ -210,6 +213,66 @@ def test_a_tensor_without_memory():
     with _torch.without_torch_function():
         assert made.shape == (2, 3) and made.dtype == torch.float16 and made.requires_grad
     assert made.sum() == "asked"
+
+
+def test_parts_of_a_sparse_tensor():
+    indices, values = _torch.sparse_parts(torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True))
+    assert indices.tolist() == [[0, 0]] and values.tolist() == [1.0, 2.0]
+
+
+def test_schemas():
+    schema = _torch.schema_of(torch.ops.aten.add_.Tensor)
+    assert schema.name == "aten::add_" and schema.is_mutable
+    assert _torch.schema_of(len) is None
+
+
+def test_operators_pass_through_a_mode():
+    class Counts(_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(_torch.schema_of(func).name)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Counts():
+        torch.ones(2) + 1
+    assert seen == ["aten::ones", "aten::add"]
+
+
+def test_fake_tensors():
+    mode = _torch.FakeTensorMode()
+    with _torch.FakeCopyMode(mode):
+        fake = copy.deepcopy(nn.Linear(2, 2)).weight
+    assert fake.fake_mode is mode
+    assert _torch.tree_map_only(torch.Tensor, len, [fake, 3]) == [2, 3]
+    assert not _torch.is_traceable_wrapper_subclass(fake)
+    with mode, pytest.raises(_torch.DynamicOutputShapeException):
+        torch.ones(2).nonzero()
+    with mode, _torch.unset_fake_temporarily():
+        assert type(torch.ones(2)) is torch.Tensor
+
+
+def test_optimizers():
+    optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
+    assert not _torch.load_pre_hooks(optimizer) and not _torch.load_post_hooks(optimizer)
+    before = optimizer.register_load_state_dict_pre_hook(lambda *_: None)
+    after = optimizer.register_load_state_dict_post_hook(lambda *_: None)
+    assert list(_torch.load_pre_hooks(optimizer)) == [before.id]
+    assert list(_torch.load_post_hooks(optimizer)) == [after.id]
+
+
+def test_a_scaler_shows_on_the_stack():
+    class Looks(list):
+        def __iter__(self):
+            looking.append(sys._getframe(1).f_code is _torch.UNSCALES)
+            return super().__iter__()
+
+    looking = []
+    x = torch.ones(2, requires_grad=True)
+    optimizer, scaler = torch.optim.SGD([x], lr=0.1), torch.amp.GradScaler("cpu")
+    scaler.scale(x.sum()).backward()
+    optimizer.param_groups = Looks(optimizer.param_groups)
+    scaler.unscale_(optimizer)
+    assert looking == [True]
 
 
 def test_fused_kernels():

@@ -95,13 +95,18 @@ post_accumulate_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.a
 # memory ---------------------------------------------------------------------------------------------------------------
 
 
-key_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
-"""A number that a living storage has alone."""
+storage_address: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+"""Where a storage lies; another may lie there once it has died."""
 
 
 def storage_key(tensor: Tensor) -> int:
     """Return a number that two living tensors share if they lie in the same storage."""
-    return key_of(tensor.untyped_storage())
+    return storage_address(tensor.untyped_storage())
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the indices and values of a COO tensor, which need not be coalesced."""
+    return tensor._indices(), tensor._values()
 
 
 # transforms and modes -------------------------------------------------------------------------------------------------
@@ -148,6 +153,11 @@ data_ptr: Callable[[Tensor], int] = operator.methodcaller("data_ptr")
 """Where a tensor's data lies."""
 
 
+def schema_of(operator_or_callable: Any) -> Any | None:
+    """Return an operator's schema: its name, arguments and what it writes into; None for what is no operator."""
+    return getattr(operator_or_callable, "_schema", None)
+
+
 def tensor_without_memory(kind: type, shape: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> Any:
     """Return a tensor of the subclass ``kind`` that has a shape and no storage."""
     return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device, requires_grad=requires_grad)  # type: ignore[attr-defined]
@@ -158,6 +168,9 @@ def tensor_without_memory(kind: type, shape: Any, dtype: torch.dtype, device: to
 
 own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = operator.attrgetter("_parameters")
 """The parameters registered on this very module, by name; a parametrized one is not among them."""
+
+own_buffers: Callable[[nn.Module], dict[str, Tensor | None]] = operator.attrgetter("_buffers")
+"""The buffers registered on this very module, by name."""
 
 own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = operator.attrgetter("_modules")
 """The modules registered on this very module, by name."""
@@ -178,6 +191,22 @@ _DDP: Any = nn.parallel.DistributedDataParallel if torch.distributed.is_availabl
 
 active_ddp: Callable[[], Any | None] = functools.partial(getattr, _DDP, "_active_ddp_module", None)
 """The DistributedDataParallel wrapper whose forward is running."""
+
+
+# optimizers ----------------------------------------------------------------------------------------------------------
+
+# code on the stack while a GradScaler looks for gradients
+UNSCALES = torch.amp.GradScaler._unscale_grads_.__code__
+
+load_pre_hooks: Callable[[torch.optim.Optimizer], Mapping[int, Any]] = operator.attrgetter(
+    "_optimizer_load_state_dict_pre_hooks"
+)
+"""The hooks that ``register_load_state_dict_pre_hook`` has put on an optimizer."""
+
+load_post_hooks: Callable[[torch.optim.Optimizer], Mapping[int, Any]] = operator.attrgetter(
+    "_optimizer_load_state_dict_post_hooks"
+)
+"""The hooks that ``register_load_state_dict_post_hook`` has put on an optimizer."""
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from gradfold.train.checkpoint import (
     save_checkpoint,
 )
 from gradfold.train.optimizer import make_optimizer, parameter_groups
-from gradfold.train.recipe import OptimizerRecipe, ScheduleRecipe
+from gradfold.train.recipe_groups import OptimizerRecipe, ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 from tests.train.tiny import build_model, recipe
 

@@ -15,7 +15,7 @@ from gradfold.train.checkpoint import (
     read_checkpoint,
     restore_run,
 )
-from gradfold.train.recipe import OPTIMIZER_SETTINGS
+from gradfold.train.recipe_groups import OPTIMIZER_SETTINGS
 from tests.train.parts import Parts
 from tests.train.tiny import recipe
 

@@ -9,7 +9,7 @@ import torch
 from gradfold.train.data import prepare_data, split_rows
 from gradfold.train.errors import DataError
 from gradfold.train.optimizer import make_optimizer, parameter_groups
-from gradfold.train.recipe import OptimizerRecipe, ScheduleRecipe
+from gradfold.train.recipe_groups import OptimizerRecipe, ScheduleRecipe
 from gradfold.train.schedule import lr_factor, make_schedule
 from tests.train.test_packing import made_tokens
 from tests.train.tiny import build_model, recipe, sentence

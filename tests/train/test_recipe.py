@@ -10,18 +10,17 @@ import gradfold
 from gradfold._options import OPTIMIZERS, FoldOptions, StorageFields, StorageOptions
 from gradfold.planner.settings import Settings
 from gradfold.train.errors import RecipeError
-from gradfold.train.recipe import (
-    DEMO,
+from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe_file import differing_fields, dump_recipe, field_types, load_recipe, unflatten
+from gradfold.train.recipe_groups import (
     OPTIMIZER_SETTINGS,
     CheckpointRecipe,
     GradientRecipe,
     OptimizerRecipe,
-    Recipe,
     ScheduleRecipe,
     TextRecipe,
     WorkingSetRecipe,
 )
-from gradfold.train.recipe_file import differing_fields, dump_recipe, field_types, load_recipe, unflatten
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

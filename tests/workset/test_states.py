@@ -171,7 +171,7 @@ def test_lazy_states_of_slices_that_never_stepped_are_let_go():
     assert sum(row.state_bytes for row in fold.report().rows) == 8 * 8 * 8
     for _ in range(2):
         optimizer.step()  # without a backward: the turn ends
-    assert not first.waiting
+    assert not first.lazy
 
 
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])

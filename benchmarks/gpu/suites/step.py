@@ -7,8 +7,9 @@ last: a failed capture can leave the process unusable.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,14 +66,22 @@ def said_of(names: list[str], layers: int, context: Context) -> dict[str, Any]:
 
 def alone(name: str, context: Context) -> dict[str, Any]:
     """Measure one trainer's peak memory and step time."""
+    with ready_to_step(name, context) as (figures, trainer, batch, losses, step):
+        return figures | measure_steps(trainer, step, losses, batch, context)
+
+
+@contextlib.contextmanager
+def ready_to_step(
+    name: str, context: Context
+) -> Iterator[tuple[dict[str, Any], training.Trainer, Any, list[torch.Tensor], Callable[[], Any]]]:
+    """Give the figures of the model, a trainer of it, its batch, a list that losses go to, and one step."""
     layers = layers_for([name], context)
     figures = said_of([name], layers, context)
     shape = training.shape_of(context)
     batch = training.batch_of(shape, training.tokens_of(context), context.device)
     with training.training(name, shape, layers, context) as trainer:
         losses: list[torch.Tensor] = []
-        step = training.step_of(trainer, batch, losses)
-        return figures | measure_steps(trainer, step, losses, batch, context)
+        yield figures, trainer, batch, losses, training.step_of(trainer, batch, losses)
 
 
 def measure_steps(
@@ -152,13 +161,7 @@ def graph(context: Context) -> dict[str, Any]:
     """Capture a folded step, forward to zero_grad, in a CUDA graph and replay it."""
     if context.dry:
         raise LeftOut("there is nothing to capture on a CPU")
-    layers = layers_for([GRAPH], context)
-    figures = said_of([GRAPH], layers, context)
-    shape = training.shape_of(context)
-    batch = training.batch_of(shape, training.tokens_of(context), context.device)
-    with training.training(GRAPH, shape, layers, context) as trainer:
-        losses: list[torch.Tensor] = []
-        step = training.step_of(trainer, batch, losses)
+    with ready_to_step(GRAPH, context) as (figures, trainer, batch, losses, step):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

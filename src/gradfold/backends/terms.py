@@ -140,9 +140,9 @@ class MatmulTerm(GradTerm):
 
     def detach_from(self, storages: Container[int]) -> None:
         """Copy what lies in one of these storages."""
-        if _torch.key_of(self.left.untyped_storage()) in storages:
+        if _torch.storage_address(self.left.untyped_storage()) in storages:
             self.left = self.left.clone()
-        if _torch.key_of(self.right.untyped_storage()) in storages:
+        if _torch.storage_address(self.right.untyped_storage()) in storages:
             self.right = self.right.clone()
 
     def write(self, tile: Tensor, start: int, stop: int) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradfold.planner.report import Plan
     from gradfold.planner.search import SearchResult
 
-PROG = "gradfold plan"
+PLAN_COMMAND = "gradfold plan"
 ENDINGS = (".png", ".svg", ".pdf")
 SEARCHED = {
     "optimizer.states": "states",
@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
     """Plan; returns the exit code. Raises PlanError, FoldError or TrainError."""
     words = list(arguments)
     if "-h" in words or "--help" in words:
-        print_help(PlanCommand, PlanCommand(Recipe()), PROG)
+        print_help(PlanCommand, PlanCommand(Recipe()), PLAN_COMMAND)
         return 0
     options, chosen = _read(words)
     if options.plot is not None:
@@ -126,7 +126,7 @@ def _read(words: list[str]) -> tuple[PlanCommand, Chosen]:
             raise RecipeError(f"--{short} and --{name.replace('_', '-')} say the same; keep one")
         given[name], flags[name] = extra[short], f"--{short}"
     chosen = choose_recipe(extra.get("config"), given, flags)
-    parsed_again(PlanCommand, PlanCommand(chosen.recipe), words, PROG)
+    parsed_again(PlanCommand, PlanCommand(chosen.recipe), words, PLAN_COMMAND)
     return PlanCommand(chosen.recipe, **extra), chosen
 
 

@@ -70,7 +70,7 @@ def run_verify(options: argparse.Namespace) -> int:
             if not options.json:
                 print(f"gradfold: {_one_line(error)}", file=sys.stderr)
             continue
-        codes.append(_code(report))
+        codes.append(_exit_code(report))
         found.append({"file": path, **report.as_dict()})
         if not options.json:
             print_report(path, report, every=options.all)
@@ -88,7 +88,7 @@ def run_show(options: argparse.Namespace) -> int:
         print(json.dumps(card, indent=1))
     else:
         print_card(card)
-    return _code(report)
+    return _exit_code(report)
 
 
 def run_merge(options: argparse.Namespace) -> int:
@@ -255,7 +255,7 @@ def _naming(path: str, action: Any) -> Any:
         raise
 
 
-def _code(report: Verification) -> int:
+def _exit_code(report: Verification) -> int:
     return VERIFIED if report.verified else FAILED
 
 

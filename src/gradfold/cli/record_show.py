@@ -35,7 +35,7 @@ def print_report(path: str, report: Verification, every: bool = False, console: 
     checks = [check for check in report.checks if every or check.status is not Status.PASS]
     checks.sort(key=lambda check: check.status not in (Status.FAIL, Status.UNTRUSTED))  # the bad news first
     for check in checks if every else checks[:MOST_ROWS]:
-        table.add_row(*_row(check))
+        table.add_row(*_check_cells(check))
     passed = Counter(check.where for check in report.checks if check.status is Status.PASS and not every)
     for where, number in list(passed.items())[:MOST_ROWS]:
         table.add_row(Text("pass", style="green"), Text(clean(where)), Text(f"{number} checks"), Text(""))
@@ -73,7 +73,7 @@ def card_of(document: dict[str, Any], report: Verification) -> dict[str, Any]:
         },
         "submitted_at": typed(metadata, "submitted_at", str),
         "license": typed(metadata, "license", str),
-        "events": _events(current, document),
+        "events": _event_entries(current, document),
         "equivocations": len(typed(state, "equivocations", list) or []),
         "invalid_events": len(typed(state, "invalid_events", list) or []),
         "verified": report.verified,
@@ -118,7 +118,7 @@ def clean(text: str, most: int = 600) -> str:
     return shown if len(text) <= most else f"{shown} ..."
 
 
-def _row(check: Check) -> tuple[Text, Text, Text, Text]:
+def _check_cells(check: Check) -> tuple[Text, Text, Text, Text]:
     return (
         Text(str(check.status), style=STYLES[check.status]),
         Text(clean(check.where)),
@@ -127,7 +127,7 @@ def _row(check: Check) -> tuple[Text, Text, Text, Text]:
     )
 
 
-def _events(current: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
+def _event_entries(current: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the events of a state, or the one event that the document is."""
     found = [(RECORD, current.get(RECORD)), *((RECORD, entry) for entry in _entries(current, OTHER_RECORDS))]
     for event_type, name in LISTS.items():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradfold.train.checkpoint import Saved
 
 RUNS = "runs"
-PROG = "gradfold train"
+TRAIN_COMMAND = "gradfold train"
 FILE_ENDINGS = (*SUFFIXES, ".gguf")
 
 
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code. Raises TrainError."""
     words = _with_latest(arguments)
     if "-h" in words or "--help" in words:
-        print_help(TrainCommand, TrainCommand(Recipe()), PROG)
+        print_help(TrainCommand, TrainCommand(Recipe()), TRAIN_COMMAND)
         return 0
     extra = {"config": str | None, "resume": str | None}
     given = given_fields(words, extra)
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         recipe = overlay(overlay(saved.recipe, in_file), given)
     else:
         recipe = choose_recipe(config, given).recipe
-    if parsed_again(TrainCommand, TrainCommand(recipe), words, PROG).recipe != recipe:
+    if parsed_again(TrainCommand, TrainCommand(recipe), words, TRAIN_COMMAND).recipe != recipe:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))
     recipe = dataclasses.replace(recipe, out=str(out))

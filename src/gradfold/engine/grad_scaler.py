@@ -13,14 +13,13 @@ import sys
 from typing import Any
 
 import torch
-from torch.amp.grad_scaler import GradScaler
 
-_LOOKING = GradScaler._unscale_grads_.__code__
+from gradfold import _torch
 
 
 def scaler_is_looking() -> bool:
     """Return whether the caller's caller is a GradScaler that looks for gradients."""
-    return sys._getframe(2).f_code is _LOOKING
+    return sys._getframe(2).f_code is _torch.UNSCALES
 
 
 class Marker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
+from gradfold import _torch
 from gradfold._options import StorageOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.engine import (
@@ -143,6 +144,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if param not in self._steppers:
             self._steppers[param] = ParamStepper(param, self, self._backend)
         self._steppers[param].step([DenseTerm(grad.detach())], shared)
+
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the scratch memory of ordinary steps; a fold has its own."""
+        return () if self._backend is None else self._backend.scratch_tensors()
 
     def _refuse_slices(self, params: Iterable[Parameter]) -> None:
         for param in params:
@@ -301,7 +306,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is not None:
             self._fold.require_closed("load_state_dict()")
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for hook in _torch.load_pre_hooks(self).values():
             if (replaced := hook(self, state_dict)) is not None:
                 state_dict = replaced
         groups = self._merged_groups(state_dict["param_groups"])
@@ -335,7 +340,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for param in self._fold.params.values():
                 param.allocate()
         self._steppers.clear()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
+        for hook in _torch.load_post_hooks(self).values():
             hook(self)
 
     def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradfold._torch import FakeCopyMode, FakeTensorMode, TorchDispatchMode, schema_of, unset_fake_temporarily
 
 # Matrix products into a buffer of the right shape. Other out= operators may resize their result.
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
@@ -40,7 +40,7 @@ _RUN, _OUT, _NO_RESULT = -1, -2, -3
 @cache
 def _written_argument(func: Any) -> int:
     """Which argument an operator returns after writing into it, if that is all it does; else `_RUN`."""
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     if schema is None or not schema.is_mutable or torch.Tag.inplace_view in func.tags:
         return _RUN
     if schema.overload_name == "out":

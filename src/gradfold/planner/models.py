@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradfold import _torch
+from gradfold._torch import FakeTensorMode
 
 from .errors import PlanError
 from .fake import fake_copy, plain_torch
@@ -205,14 +207,15 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     """`model.to(dtype)`, which torch cannot do to fake parameters."""
     made: dict[int, nn.Parameter] = {}  # tied ones stay tied
     for module in list(model.modules()):
-        for name, parameter in module._parameters.items():
+        parameters, buffers = _torch.own_parameters(module), _torch.own_buffers(module)
+        for name, parameter in parameters.items():
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
+                parameters[name] = made[id(parameter)]
+        for name, buffer in buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
+                buffers[name] = buffer.to(dtype)
 
 
 def _refuse_other_kinds(name: str, config: Any) -> None:

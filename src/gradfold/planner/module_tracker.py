@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradfold import _torch
+
 _MARK = "gradfold.planner.module_tracker"
 
 
@@ -40,7 +42,7 @@ class ModuleTracker:
         """Its name in the model; "" for the model itself, and outside of it."""
         if self._running:
             return self._running[-1]
-        return self._backward if torch._C._current_graph_task_id() != -1 else ""
+        return self._backward if _torch.current_graph_task() != _torch.NO_TASK else ""
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._running.append(self._names[module])

@@ -123,7 +123,7 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
     ax.set_title(step.label, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
     edges = _phase_edges(step.timeline)
-    names = [phase.label for phase in _phases(step.timeline)]
+    names = [phase.label for phase in _phase_spans(step.timeline)]
     for name, start, end in zip(names, edges[:-1], edges[1:], strict=True):
         if start > 0:
             ax.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -171,7 +171,7 @@ def _draw_panel(ax: Axes, step: StepMemory, unit: str, unit_bytes: int, budget_b
         )
 
 
-class _Phase(NamedTuple):
+class _PhaseSpan(NamedTuple):
     label: str
     first: int  # event
     last: int  # event, exclusive
@@ -179,18 +179,18 @@ class _Phase(NamedTuple):
     stop: int
 
 
-def _phases(timeline: Timeline) -> list[_Phase]:
+def _phase_spans(timeline: Timeline) -> list[_PhaseSpan]:
     """Forward, backward, step; several micro-batches have a forward and a backward each."""
     end = Moment("end", len(timeline.live_bytes), timeline.end_touched_bytes)
     marks = [moment for moment in timeline.moments if moment.label in (*PHASES, "end")]
     if marks[-1].label != "end":
         marks.append(end)
-    return [_Phase(a.label, a.event, b.event, a.touched_bytes, b.touched_bytes) for a, b in pairwise(marks)]
+    return [_PhaseSpan(a.label, a.event, b.event, a.touched_bytes, b.touched_bytes) for a, b in pairwise(marks)]
 
 
 def _phase_edges(timeline: Timeline) -> np.ndarray:
     """Where each phase begins and the last one ends, in 0..1: as long as the bytes it touches, with a floor."""
-    lengths = np.array([phase.stop - phase.start for phase in _phases(timeline)], dtype=np.float64)
+    lengths = np.array([phase.stop - phase.start for phase in _phase_spans(timeline)], dtype=np.float64)
     shares = np.maximum(lengths / max(lengths.sum(), 1), min(MIN_PHASE_SHARE, 1 / len(lengths)))
     return np.concatenate([[0.0], (shares / shares.sum()).cumsum()])
 
@@ -198,7 +198,7 @@ def _phase_edges(timeline: Timeline) -> np.ndarray:
 def _resampled(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
     """Resample to x [B] and live bytes [B, C]: of each bin its largest and its latest event, so no peak is lost."""
     edges = _phase_edges(timeline)
-    phases = _phases(timeline)
+    phases = _phase_spans(timeline)
     first, last = phases[0].first, phases[-1].last
     x = np.concatenate(
         [

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
-from gradfold._fold import Fold, fold
-from gradfold.optim import RuleOptimizer
+from gradfold._fold import Fold
 from gradfold.workset.store import bytes_of
 
 from .models import Subject
@@ -55,9 +53,9 @@ def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predi
         optimizer = settings.make_optimizer(trainable(model))
         made = settings.make_fold(model, optimizer, None) if settings.fold else None
         if made is None:
-            _allocate(model, optimizer)
+            make_states(optimizer)
         try:
-            return _step(workload, model, optimizer, made, settings.describe())
+            return _record(workload, model, optimizer, made, settings.describe())
         finally:
             if made is not None:
                 made.remove()
@@ -74,8 +72,8 @@ def predict_baseline(
     def run(model: nn.Module) -> StepMemory:
         optimizer = make_optimizer(trainable(model))
         for one in getattr(optimizer, "optimizers", [optimizer]):
-            _allocate(model, one)
-        return _step(workload, model, optimizer, None, label)
+            make_states(one)
+        return _record(workload, model, optimizer, None, label)
 
     return workload.over_layers(run)
 
@@ -100,15 +98,7 @@ def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
     return weight_bytes, state_bytes
 
 
-def _allocate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer have its states."""
-    if isinstance(optimizer, RuleOptimizer):
-        fold(model, optimizer, backend="reference").remove()  # which takes no step
-    else:
-        make_states(optimizer)
-
-
-def _step(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
-    """One with all states there already: a fold makes them when it is made."""
+def _record(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
+    """Record a step; the states are there already."""
     parts = workload.settings.accumulate
     return record_step(model, optimizer, workload.batch(), made, loss=workload.loss, label=label, micro_batches=parts)

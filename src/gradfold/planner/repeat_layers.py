@@ -68,7 +68,7 @@ def repeated(shallow: Timeline, deeper: Timeline, more: int, period: int = 1) ->
 
 def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, int]) -> _Phase | None:
     a, b = one.events, other.events
-    put_in = _put_in(_rows(a, names), _rows(b, names))
+    put_in = _put_in(_event_rows(a, names), _event_rows(b, names))
     if put_in is None:
         return None
     # Backward meets the last layer first: there the layers that are put in lie below those met before.
@@ -93,7 +93,7 @@ def _join(one: _Phase, other: _Phase, more: int, period: int, names: dict[str, i
     return _Phase(one.label, made, tail)
 
 
-def _rows(stretch: _Stretch, names: dict[str, int]) -> np.ndarray:
+def _event_rows(stretch: _Stretch, names: dict[str, int]) -> np.ndarray:
     """What two events must have in common, which layer it is left out: [e, C + 3].
 
     Places and operators too: a model's last norm may take what a layer's first one takes.

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
 from gradfold._fold import Fold
 from gradfold._fold import fold as fold_model
+from gradfold._torch import FakeTensorMode, tree_map_only
+from gradfold.optim import RuleOptimizer
 from gradfold.optim.masters import RESIDUAL
 
 from .fake import SkipWrites, fake_copy, fake_tensor
@@ -219,12 +219,15 @@ def record_step(
 
 
 def _track_fold(live: LiveBytes, model: nn.Module, optimizer: Any, fold: Fold | None) -> None:
-    """What an optimizer's states do not say: which of them are masters, what the fold itself holds."""
+    """Track what an optimizer's states do not say: which are masters, what a fold holds, scratch memory."""
     for parameter in model.parameters():
         for name, state in getattr(optimizer, "state", {}).get(parameter, {}).items():
             if isinstance(name, str) and name.startswith(RESIDUAL) and isinstance(state, torch.Tensor):
                 live.label(state, "masters")
     if fold is None:
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            if isinstance(one, RuleOptimizer):
+                live.track(one.scratch_tensors(), category="scratch")
         return
     live.track(fold.waiting_tensors(), category="states")
     live.track(fold.scratch_tensors(), category="scratch")

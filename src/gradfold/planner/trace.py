@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from gradfold._torch import TorchDispatchMode, is_traceable_wrapper_subclass, sparse_parts, storage_address
 
 CATEGORIES = ("weights", "masters", "states", "staging", "gradients", "tape", "activations", "temporary", "scratch")
 """What a byte is for. Of what nobody labelled, `activations` are what backward finds when it begins, as long as they
@@ -174,7 +175,7 @@ class LiveBytes(TorchDispatchMode):
         index = _category_index(category)
         with self._lock:
             for storage in (storage for tensor in tensors for storage in _storages(tensor)):
-                block = self._blocks.get(storage._cdata)
+                block = self._blocks.get(storage_address(storage))
                 if block is None or self._categories is None:
                     self._see_storage(storage, index)
                 elif self._categories[block.index] != index:
@@ -188,7 +189,7 @@ class LiveBytes(TorchDispatchMode):
         """Stop counting tensors that would be in another memory by now, until an operator or `track` meets them."""
         with self._lock:
             for storage in (storage for tensor in tensors for storage in _storages(tensor)):
-                if (block := self._blocks.get(storage._cdata)) is not None:
+                if (block := self._blocks.get(storage_address(storage))) is not None:
                     block.aside = True
                     self._resize(block, 0)
 
@@ -253,7 +254,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _see_storage(self, storage: torch.UntypedStorage, category: int, relabel: bool = False) -> None:
         with self._lock:
-            block = self._blocks.get(storage._cdata)
+            block = self._blocks.get(storage_address(storage))
             if block is None:
                 block = self._born(storage, category)
             elif relabel and self._categories is not None:
@@ -270,7 +271,7 @@ class LiveBytes(TorchDispatchMode):
             self._categories.append(category)
         block = _Block(index)
         ref = _StorageRef(storage, self._on_free)
-        ref.key = storage._cdata
+        ref.key = storage_address(storage)
         block.ref = ref
         self._blocks[ref.key] = block
         return block
@@ -333,8 +334,8 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         for name in names:
             yield from _storages(getattr(tensor, name))
     elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
+        for part in sparse_parts(tensor):
+            yield part.untyped_storage()
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
     # Other layouts (mkldnn's opaque blocks) have no storage to count.

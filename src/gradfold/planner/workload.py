@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from gradfold._torch import DynamicOutputShapeException, FakeTensorMode
 from gradfold.backends import as_accelerator
 
 from .errors import PlanError

@@ -249,7 +249,7 @@ def append(
         ChecksFailed: ``paper`` (a bundle or a state) does not verify with ``store`` and the signer's own key.
         ProvenanceError: An argument cannot be used.
     """
-    store = _checked(paper, signer, store)
+    store = _store_that_trusts(paper, signer, store)
     subject = paper["pith_number"]
     follows = _last_event(merge([paper], store), signer, event_type, target)
     event = sign_event(signer, subject, event_type, target, payload, prev_event=follows, supersedes=supersedes)
@@ -273,7 +273,7 @@ def build_bundle(
         ChecksFailed: The paper or an event fails its checks.
         ProvenanceError: An argument cannot be used.
     """
-    store = _checked(paper, signer, store)
+    store = _store_that_trusts(paper, signer, store)
     is_state = "bundle_type" not in paper
     subject = paper["pith_number"]
     record = paper["current"]["canonical_record"] if is_state else paper["canonical_record"]
@@ -330,7 +330,7 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _checked(paper: dict[str, Any], signer: Signer, store: TrustStore | None) -> TrustStore:
+def _store_that_trusts(paper: dict[str, Any], signer: Signer, store: TrustStore | None) -> TrustStore:
     """Return the trust store with the signer's own key.
 
     Raises:

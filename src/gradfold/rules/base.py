@@ -155,11 +155,11 @@ def descent_gradient(grad: Tensor, maximize: bool) -> Tensor:
 def step_tensor(step: float, weight: Tensor) -> Tensor:
     """Return ``step`` the way torch's fused kernels read it: a float32 scalar on the weight's device."""
     if type(weight) is Tensor and weight.is_cpu:
-        return _on_cpu(step)
+        return torch.from_numpy(_on_cpu(step))
     return torch.full((), step, dtype=torch.float32, device=weight.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _on_cpu(step: float) -> Tensor:
-    """The kernels only read it, so that all parameters with as many steps share it."""
-    return torch.from_numpy(np.full((), step, dtype=np.float32))
+def _on_cpu(step: float) -> np.ndarray:
+    """The kernels only read it, so that all parameters with as many steps share it; what they are given is a view."""
+    return np.full((), step, dtype=np.float32)

@@ -19,7 +19,7 @@ from gradfold.planner.bytes import format_bytes
 from gradfold.planner.settings import batches_of_tokens
 
 if TYPE_CHECKING:
-    from .recipe import GradientRecipe
+    from .recipe_groups import GradientRecipe
     from .run import Run
 
 LOG_LINES = 20  # how often a run without a terminal says how far it is

@@ -12,7 +12,7 @@ from torch import nn
 import gradfold
 
 from .errors import RecipeError
-from .recipe import OptimizerRecipe
+from .recipe_groups import OptimizerRecipe
 
 
 def make_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any], seed: int = 0) -> Any:

@@ -2,302 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from gradfold._options import (
-    BATCH_SIZE,
-    INTERVAL,
-    SEQUENCE_LENGTH,
-    Axis,
-    Dtype,
-    FoldOptions,
-    GradientFields,
-    Head,
-    Offload,
-    OptimizerName,
-    Order,
-    StorageFields,
-    WakingStates,
-)
-from gradfold.errors import FoldError
+from gradfold._options import BATCH_SIZE, SEQUENCE_LENGTH, Dtype, Head
 
 from .errors import RecipeError
-from .validate import conform_fields
+from .recipe_groups import (
+    CheckpointRecipe,
+    EvaluationRecipe,
+    GradientRecipe,
+    OptimizerRecipe,
+    ScheduleRecipe,
+    TextRecipe,
+    WorkingSetRecipe,
+)
+from .validate import conform_fields, refused, require_at_least
 
 if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
-    from gradfold.workset import WorkingSet
-
-OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
-    "AdamW": ("betas", "eps", "amsgrad", "maximize"),
-    "Adam": ("betas", "eps", "amsgrad", "decoupled_weight_decay", "maximize"),
-    "SGD": ("momentum", "dampening", "nesterov", "maximize"),
-    "Lion": ("betas", "maximize"),
-    "RMSprop": ("alpha", "eps", "momentum", "centered", "maximize"),
-    "Adagrad": ("lr_decay", "initial_accumulator_value", "eps", "maximize"),
-    "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay", "maximize"),
-    "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
-}
-"""Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
-
-
-def _bad(group: Any, name: str, way_out: str) -> RecipeError:
-    dotted = f"{group.GROUP}.{name}" if group.GROUP else name
-    return RecipeError(f"{dotted} = {getattr(group, name)!r}: {way_out}")
-
-
-def _at_least(group: Any, low: int, *names: str) -> None:
-    for name in names:
-        if getattr(group, name) < low:
-            raise _bad(group, name, f"give a whole number, {low} or more")
-
-
-@dataclass(frozen=True)
-class TextRecipe:
-    """Tokenization, packing and loss masking."""
-
-    GROUP: ClassVar[str] = "text"
-
-    packing: bool = True
-    """Pack several rows into one sequence. Rows never attend to each other: position ids restart at each row."""
-    loss_on: Literal["completions", "all"] = "completions"
-    """Tokens in the loss: completions and assistant turns only, or prompts too. `text` rows count whole."""
-    too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with prompt/completion or messages rows longer than sequence_length. `text` rows are cut."""
-    held_out: float = 0.05
-    """Fraction of rows held out for evaluation. 0: none."""
-    held_out_data: tuple[str, ...] = ()
-    """Evaluation files, instead of a held-out fraction of the data."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        if not 0 <= self.held_out < 1:
-            raise _bad(self, "held_out", "give a fraction from 0 (nothing held out) to below 1")
-
-
-@dataclass(frozen=True)
-class OptimizerFields:
-    """The optimizer and its hyper-parameters."""
-
-    name: OptimizerName = "AdamW"
-    """Name of the optimizer."""
-    lr: float = 2e-5
-    """Peak learning rate, reached after warm-up."""
-    weight_decay: float = 0.0
-    """Weight decay, of all weights but norms and biases, as the optimizer defines it."""
-    betas: tuple[float, float] | None = None
-    """Decay rates (betas) of the first and second moment."""
-    eps: float | None = None
-    """Epsilon, added to the denominator."""
-    momentum: float | None = None
-    """SGD and RMSprop: momentum factor."""
-    dampening: float | None = None
-    """SGD: dampening of the momentum."""
-    nesterov: bool | None = None
-    """SGD: Nesterov momentum."""
-    alpha: float | None = None
-    """RMSprop: smoothing constant."""
-    centered: bool | None = None
-    """RMSprop: divide by the variance."""
-    lr_decay: float | None = None
-    """Adagrad: decay of the learning rate."""
-    initial_accumulator_value: float | None = None
-    """Adagrad: initial value of the sums of squares."""
-    momentum_decay: float | None = None
-    """NAdam: decay of the momentum."""
-    decoupled_weight_decay: bool | None = None
-    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW."""
-    amsgrad: bool | None = None
-    """Adam and AdamW: use the AMSGrad variant."""
-    maximize: bool | None = None
-    """Maximize the objective instead of minimizing it."""
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe(StorageFields, OptimizerFields):
-    """Optimizer, and how its states are stored (quantization). None: the optimizer's own default, which is torch's."""
-
-    GROUP: ClassVar[str] = "optimizer"
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        if not self.lr > 0:
-            raise _bad(self, "lr", "give a number above 0")
-        if self.weight_decay < 0:
-            raise _bad(self, "weight_decay", "give 0 or more")
-        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
-            raise _bad(self, "betas", "give two numbers from 0 to below 1")
-        if self.eps is not None and self.eps < 0:
-            raise _bad(self, "eps", "give 0 or more")
-        if self.small_size is not None:
-            _at_least(self, 0, "small_size")
-        known = OPTIMIZER_SETTINGS[self.name]
-        for name in self.settings():
-            if name not in known:
-                raise RecipeError(
-                    f"optimizer.{name} = {getattr(self, name)!r}: {self.name} has no such setting; "
-                    f"it has lr, weight_decay, {', '.join(known)}"
-                )
-
-    def settings(self) -> dict[str, Any]:
-        """What was chosen beside lr, weight_decay and storage, as keyword arguments of the optimizer."""
-        names = [f.name for f in dataclasses.fields(OptimizerFields) if f.name not in ("name", "lr", "weight_decay")]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-@dataclass(frozen=True)
-class GradientRecipe(GradientFields):
-    """Gradient accumulation, gradient clipping, and NaN or infinite gradients."""
-
-    GROUP: ClassVar[str] = "gradient"
-
-    on_nonfinite: Literal["raise", "skip"] = "raise"
-    """What to do after a NaN or infinite gradient, which never reaches a weight. raise: stop. skip: go on."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        try:
-            FoldOptions(**self.fold_options())
-        except FoldError as error:
-            name, _, rest = str(error).partition("=")
-            raise RecipeError(f"{self.GROUP}.{name} = {rest}") from None
-
-    @property
-    def waits(self) -> bool:
-        """Whether a fold keeps what gradients are made of (or, where smaller, a gradient) until the step."""
-        return self.accumulate > 1 or (self.clip_norm is not None and self.clip == "exact")
-
-    def fold_options(self) -> dict[str, Any]:
-        """The group as keyword arguments of `gradfold.fold`."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class WorkingSetRecipe:
-    """Working set: train one chunk of the model at a time. Off, unless chunks is given or by is layer."""
-
-    GROUP: ClassVar[str] = "working_set"
-
-    chunks: int | None = None
-    """Number of chunks the model is cut into. With by = layer, None makes one of each layer."""
-    interval: int = INTERVAL
-    """Number of optimizer steps before the next chunk trains."""
-    by: Literal["bytes", "layer"] = "bytes"
-    """How to cut. bytes: chunks of equal size, tensors sliced where a cut falls. layer: whole layers."""
-    axis: Axis = "out"
-    """Dimension that tensors are sliced along: rows (out), or columns of matrices (in)."""
-    order: Order = "forward"
-    """Order of the chunks. importance: largest gradients first, and each chunk within two rounds."""
-    always: tuple[str, ...] = ()
-    """Parameters that always train: those whose names contain one of these, e.g. norm."""
-    states: WakingStates = "keep"
-    """Optimizer states of a chunk that trains again: as they were (keep), or new (reset)."""
-    offload: Offload | None = None
-    """Where to offload the states of inactive chunks. disk: into the run's folder. None: they stay on the device."""
-    prefetch: int = 1
-    """Number of chunks whose states are prefetched: 1 or 0."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        if self.chunks is not None:
-            _at_least(self, 1, "chunks")
-        _at_least(self, 1, "interval")
-        if self.prefetch not in (0, 1):
-            raise _bad(self, "prefetch", "give 0 or 1")
-        if not self.used:
-            for spec in dataclasses.fields(self):
-                if getattr(self, spec.name) != spec.default:
-                    raise _bad(self, spec.name, "does nothing without working_set.chunks; say how many")
-
-    @property
-    def used(self) -> bool:
-        """Whether the run has a working set."""
-        return self.chunks is not None or self.by == "layer"
-
-    def build(self, folder: str | Path | None = None, **changes: Any) -> WorkingSet | None:
-        """Make the working set, or None where none is asked for.
-
-        Args:
-            folder: where the states of sleeping chunks go, if the recipe keeps them on disk.
-            **changes: other arguments of `gradfold.WorkingSet`, in the place of the recipe's or beside them.
-
-        Raises:
-            RecipeError: fields that do not go together.
-        """
-        if not self.used:
-            return None
-        from gradfold.workset import WorkingSet
-
-        options = dataclasses.asdict(self) | changes
-        try:
-            return WorkingSet(**options, folder=folder if options["offload"] == "disk" else None)
-        except FoldError as error:
-            raise RecipeError(f"working_set: {error}") from None
-
-
-@dataclass(frozen=True)
-class ScheduleRecipe:
-    """Learning-rate schedule."""
-
-    GROUP: ClassVar[str] = "schedule"
-
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Schedule after warm-up."""
-    warmup: float = 0.05
-    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
-    final: float = 0.0
-    """Final learning rate of cosine and linear, as a fraction of lr."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
-            raise _bad(self, "warmup", "give a fraction of all steps (0 to below 1) or a whole number of steps")
-        if not 0 <= self.final <= 1:
-            raise _bad(self, "final", "give a fraction of lr, 0 to 1")
-
-    def warmup_steps(self, steps: int) -> int:
-        """Number of warm-up steps in a run of `steps` steps."""
-        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
-
-
-@dataclass(frozen=True)
-class EvaluationRecipe:
-    """Evaluation: held-out loss and sample texts."""
-
-    GROUP: ClassVar[str] = "evaluation"
-
-    interval_steps: int = 0
-    """Steps between evaluations of the held-out loss. 0: only before and after training."""
-    sequences: int = 64
-    """Maximum number of held-out sequences to evaluate on, chosen once. 0: all."""
-    sample_prompt: str | None = None
-    """Prompt of the sample texts before and after training. None: the start of a held-out row."""
-    sample_tokens: int = 48
-    """Number of tokens per sample. 0: no samples."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        _at_least(self, 0, "interval_steps", "sequences", "sample_tokens")
-
-
-@dataclass(frozen=True)
-class CheckpointRecipe:
-    """Checkpoints: when to save, how many to keep."""
-
-    GROUP: ClassVar[str] = "checkpoint"
-
-    interval_steps: int = 500
-    """Steps between checkpoints. 0: only at the end, and when the run is interrupted."""
-    keep: int = 2
-    """Number of checkpoints to keep, the newest ones."""
-
-    def __post_init__(self) -> None:
-        conform_fields(self, self.GROUP)
-        _at_least(self, 0, "interval_steps")
-        _at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True)
@@ -343,21 +66,21 @@ class Recipe:
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
         if not self.model:
-            raise _bad(self, "model", "name a folder, a .gguf file or a hub id")
+            raise refused(self, "model", "name a folder, a .gguf file or a hub id")
         if not self.data:
-            raise _bad(self, "data", "name at least one file, or `pydoc`")
+            raise refused(self, "data", "name at least one file, or `pydoc`")
         if self.out == "":
-            raise _bad(self, "out", "name a folder, or leave it out")
+            raise refused(self, "out", "name a folder, or leave it out")
         if self.steps is not None and self.epochs is not None:
             raise RecipeError(
                 f"steps = {self.steps} and epochs = {self.epochs:g}: both say how long to train; keep one"
             )
         if self.steps is not None:
-            _at_least(self, 1, "steps")
+            require_at_least(self, 1, "steps")
         if self.epochs is not None and not self.epochs > 0:
-            raise _bad(self, "epochs", "give a number above 0")
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 2, "sequence_length")
+            raise refused(self, "epochs", "give a number above 0")
+        require_at_least(self, 1, "batch_size")
+        require_at_least(self, 2, "sequence_length")
         if not self.fold and self.gradient.clip != "exact":
             raise RecipeError(
                 f"gradient.clip = {self.gradient.clip!r} with fold = False: stored gradients are there to be measured, "
@@ -368,9 +91,11 @@ class Recipe:
                 "working_set with fold = False: only a folded model has one; leave working_set out, or fold"
             )
         if not self.fold and self.head != "fold":
-            raise _bad(self, "head", "does nothing with fold = False, where every head is plain; leave one of them out")
+            raise refused(
+                self, "head", "does nothing with fold = False, where every head is plain; leave one of them out"
+            )
         if not 0 <= self.seed < 2**32:
-            raise _bad(self, "seed", "give a whole number from 0 to 2**32 - 1")
+            raise refused(self, "seed", "give a whole number from 0 to 2**32 - 1")
 
     def plan_settings(self) -> Settings:
         """The recipe as `gradfold.plan` takes it.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .recipe import ScheduleRecipe
+from .recipe_groups import ScheduleRecipe
 
 
 def make_schedule(

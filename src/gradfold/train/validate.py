@@ -96,6 +96,19 @@ def from_words(annotation: Any, words: list[str], dotted: str) -> Any:
     return conform(annotation, word, dotted)
 
 
+def refused(group: Any, name: str, way_out: str) -> RecipeError:
+    """Return what to say about a field of a recipe or of one of its groups."""
+    dotted = f"{group.GROUP}.{name}" if group.GROUP else name
+    return RecipeError(f"{dotted} = {getattr(group, name)!r}: {way_out}")
+
+
+def require_at_least(group: Any, low: int, *names: str) -> None:
+    """Raise RecipeError for a field below ``low``."""
+    for name in names:
+        if getattr(group, name) < low:
+            raise refused(group, name, f"give a whole number, {low} or more")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'lr'?"` for the nearest known name (its last part alone may be meant), or nothing."""
     known = list(known)

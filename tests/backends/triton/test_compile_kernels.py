@@ -18,10 +18,10 @@ from triton.runtime.driver import driver
 import gradfold
 from benchmarks import inspect_ptx, kernels
 from benchmarks.compile_kernels import CompiledKernel, KernelJob, compile_kernel, compiling_for
-from gradfold.backends import DenseTerm
-from gradfold.backends.triton import batched, tile_configs
+from gradfold.backends import UNCHANGED, DenseTerm, Scratch
+from gradfold.backends.triton import Triton, backend, batched, tile_configs
 from gradfold.backends.triton.kernels.batched import fold_batched
-from gradfold.engine.apply import stepping
+from gradfold.engine.stepper import GroupStep, ParamStepper
 
 HOPPER = KernelJob(90)
 # The product with a bias is the one without, and more; all others, and other processors, are slow.
@@ -99,14 +99,13 @@ def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
     optimizer = gradfold.AdamW([param], states="fp32", rounding="stochastic", master="split8")
     gradient, made = [DenseTerm(torch.empty(4096))], []
     monkeypatch.setattr(batched, "fold_batched", Warming(made))
-    with (
-        torch.no_grad(),
-        stepping(param, gradient, {}, optimizer.rule, optimizer.param_groups[0], {}, "w") as job,
-    ):
+    monkeypatch.setattr(backend, "_reachable", lambda weight: True)  # a CPU's tensors, which nothing reads
+    with torch.no_grad(), compiling_for(90):
+        stepper = ParamStepper(param, optimizer, Triton(Scratch()))
+        job, _ = stepper.begin(gradient, GroupStep(optimizer.param_groups[0], optimizer.rule), UNCHANGED)
         found = batched.kind_of(job)
         assert found is not None
-        with compiling_for(90):
-            batched.step_batched(found[0], [job], [found[1]])
+        batched.step_batched(found[0], [job], [found[1]])
     code, usage = inspect_ptx.read_cubin(made[0].asm["cubin"])
     assert not code.spills and not usage.local_bytes and not usage.stack_bytes
 

@@ -91,7 +91,7 @@ def test_slices(weight, states, dim, cuts):
 
     for start, stop in itertools.pairwise(cuts):
         region = Region(dim, start, stop)
-        kernel(given, view(parts, start, stop), [region.of_use(DenseTerm(grad))], place=region.place(shape))
+        kernel(given, view(parts, start, stop), [region.of_term(DenseTerm(grad))], place=region.place(shape))
         assert differences(view(wanted, 0, stop), view(parts, 0, stop)) == {}
         rest = (stop, shape[dim])
         if stop < shape[dim]:
@@ -110,7 +110,7 @@ def test_slices_of_other_dimensions(shape):
     for start, stop in ((0, 1), (1, 4)):
         region = Region(0, start, stop)
         views = [{name: part[start:stop] for name, part in one.items()} for one in parts]
-        kernel(given, views, [region.of_use(DenseTerm(grad))], place=region.place(shape))
+        kernel(given, views, [region.of_term(DenseTerm(grad))], place=region.place(shape))
     assert differences(wanted, parts) == {}
 
 
