@@ -168,7 +168,8 @@ class FoldParam:
             task = _torch.current_graph_task()
             if task not in fold.step.backwards:
                 fold.enter(task)
-            if self.done:
+            step = fold.step
+            if self._fired is step or (step.deferred and self.done):
                 raise FoldError(second_backward(self.name, self.stepped))
         return wanted
 
@@ -216,8 +217,9 @@ class FoldParam:
         if grad is not None:
             terms.append(DenseTerm(self._checked(grad)))
         if backward.parent is None and not fold.segments:  # no reentrant checkpoints: nothing more can come
+            step = fold.step
             if terms:
-                if self.done:
+                if self._fired is step or (step.deferred and self.done):
                     raise FoldError(second_backward(self.name, self.stepped))
                 self.fire(backward, terms)
             return

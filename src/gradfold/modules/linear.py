@@ -38,8 +38,8 @@ class FoldedMatmul(torch.autograd.Function):
         else:
             y = F.linear(x, weight, bias)
         # as torch does: the weight is only needed for dX, and a graph without one outlives the weight's step
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        ctx.set_materialize_grads(False)
+        ctx.to_save = x, weight if ctx.needs_input_grad[0] else None  # as save_for_backward, without a call
+        ctx.materialize_grads = False
         return not_a_view(y) if _torch.is_view(y) else y
 
     @classmethod
@@ -48,12 +48,13 @@ class FoldedMatmul(torch.autograd.Function):
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 4
-        demand = ctx.param.admit() if ctx.needs_input_grad[2] else Demand.NOTHING
+        by_bias, by_weight = ctx.needs_input_grad[1:3]
+        demand = ctx.param.admit() if by_weight else Demand.NOTHING
         x, weight = ctx.saved_tensors
         if torch.is_autocast_enabled(ctx.param.device_type):
             with torch.autocast(ctx.param.device_type, enabled=False):
-                return _backward(ctx, demand, dY, x, weight, cls.transposed)
-        return _backward(ctx, demand, dY, x, weight, cls.transposed)
+                return _backward(ctx, demand, dY, x, weight, by_bias, cls.transposed)
+        return _backward(ctx, demand, dY, x, weight, by_bias, cls.transposed)
 
 
 class FoldedTransposedMatmul(FoldedMatmul):
@@ -66,7 +67,7 @@ _linear, _conv1d = _torch.direct_apply(FoldedMatmul), _torch.direct_apply(Folded
 
 
 def _backward(
-    ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | None, transposed: bool
+    ctx: Any, demand: Demand, dY: Tensor, x: Tensor, weight: Tensor | None, by_bias: bool, transposed: bool
 ) -> tuple[Tensor | None, ...]:
     dX = dW = db = None
     if weight is not None:  # before the step, with the weight forward used
@@ -82,10 +83,10 @@ def _backward(
         if demand is Demand.STEP:
             term = MatmulTerm(left, right)
             ctx.param.hand(term)
-            along = ctx.bias is not None and ctx.needs_input_grad[1] and ctx.bias.take_along(term, ctx.param)
+            along = by_bias and ctx.bias is not None and ctx.bias.take_along(term, ctx.param)
         else:
             dW = left.t() @ right
-    if not along and ctx.needs_input_grad[1]:
+    if by_bias and not along:
         db = rows(dY).sum(0)  # [N]
     return dX, db, dW, None
 
