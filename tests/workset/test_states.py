@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -187,3 +189,20 @@ def test_importance_goes_by_the_unscaled_norm(norm_type):
     scaler.step(optimizer)
     assert fold._state.turns.schedule.norms[0] == pytest.approx(fold.grad_norm, rel=1e-12)
     assert fold.grad_norm < 100
+
+
+def test_nothing_holds_states_that_sleep():
+    """Neither what was prepared for them nor a cycle that waits for the collector."""
+    model = linears(2)
+    optimizer = gradfold.AdamW(model.parameters())
+    gradfold.fold(model, optimizer, working_set=WS(chunks=2, states="reset"))
+    gc.collect()
+    gc.disable()
+    try:
+        model(torch.ones(1, 8, dtype=torch.float64)).sum().backward()
+        held = [weakref.ref(t) for states in optimizer.state.values() for t in states.values() if t.dim()]
+        assert held
+        optimizer.step()
+        assert not any(one() is not None for one in held)
+    finally:
+        gc.enable()

@@ -55,9 +55,7 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
         fold.following = coefficients(fold, known) if not step.nonfinite else {}
     if step.nonfinite and options.on_nonfinite == "raise":
         named = set(step.nonfinite)
-        places = {one.name: place for place, one in enumerate(slices)}  # else in the order they were found in
-        names = sorted(dict.fromkeys(step.nonfinite), key=lambda name: places.get(name, len(places)))
-        raise not_finite(names, moved=any(one.stepped and one.name not in named for one in slices))
+        raise not_finite(step.nonfinite, moved=any(one.stepped and one.name not in named for one in slices))
 
 
 def step_rest(fold: FoldContext) -> None:

@@ -133,6 +133,11 @@ class ParamStepper:
         with plainly(self._device_type):
             self._bound = self._bind(group, settings_of(group, self.optimizer.rule))
 
+    def release(self) -> None:
+        """Let go of its states: with what was prepared for them they would live as long as this object does."""
+        self.lazy.clear()
+        self._bound = None
+
     def stored(self, group: Group) -> tuple[Stored, list[Stored]]:
         """Return the weight and the states as a backend takes them."""
         storage = storage_of(self.view, self.optimizer.rule, group, self.place)

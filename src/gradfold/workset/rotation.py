@@ -252,7 +252,7 @@ class Rotation(Layout):
             raise
         for one in active:
             one.states.clear()
-            one.lazy.clear()
+            one.release()
         for member in self.turning:
             member.slices = []
             member.disarm()
@@ -334,6 +334,8 @@ class Rotation(Layout):
         for name in list(self.store.keys()):
             self.store.drop(name)
         for member in self.turning:
+            for one in member.slices:
+                one.release()
             member.slices = []
             member.disarm()
         if saved is not None:
