@@ -194,6 +194,17 @@ def test_a_parameter_that_moves_to_another_group():
     assert twins.distance() <= CLOSE
 
 
+def test_a_parameter_that_is_in_no_group():
+    model = build()
+    optimizer = gradfold.AdamW(model.parameters())
+    gradfold.fold(model, optimizer)
+    before = model[2].weight.detach().clone()
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not model[2].weight]
+    with pytest.raises(gradfold.FoldError, match=r"shape \(4, 6\) is in no param_group"):
+        model(X).sum().backward()
+    assert torch.equal(model[2].weight, before)
+
+
 def test_a_weight_with_new_memory():
     twins = Twins()
     twins.step()

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from gradfold._options import FoldOptions
 from gradfold.backends import BiasTerm, Change, GradTerm, PowerSum
+from gradfold.errors import FoldError
 
 from .backward import Backward
 from .clipping import change_for
@@ -86,7 +87,13 @@ class Step:
             for group in self.optimizer.groups:
                 shared = GroupStep(group, rule)
                 self._groups.update((id(member), shared) for member in group["params"])
-            found = self._groups[id(param)]
+            found = self._groups.get(id(param))
+            if found is None:
+                raise FoldError(
+                    f"a folded parameter of shape {tuple(param.shape)} is in no param_group of the "
+                    "optimizer any more, so it has no learning rate; put it back with "
+                    "optimizer.add_param_group, or freeze it"
+                )
         return found
 
     def change(self, group: GroupStep, guarded: bool) -> Change:
