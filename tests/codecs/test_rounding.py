@@ -34,7 +34,7 @@ def exponents(dtype):
 
 
 @both
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_the_chance_is_exact_at_every_exponent(dtype, sign):
     """Over all values of the bits the mean is the number itself; only the two neighbours ever come out."""
     generator = torch.Generator().manual_seed(7)

@@ -30,7 +30,10 @@ def batch_with(kind):
     return batch
 
 
-@pytest.mark.parametrize("kind", ["no mask", "all ones", "padded", "positions", "packed"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("no mask", "all ones", "positions")]
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", *SLOW])
 def test_fake_peak_equals_real_peak(kind):
     config = small_llama(num_hidden_layers=2, use_cache=False)
     torch.manual_seed(0)

@@ -106,7 +106,8 @@ def test_the_peak_is_found_in_a_layer_that_was_not_run():
     assert full.peak_place.startswith("model.layers.")
 
 
-@pytest.mark.parametrize("whole", [8, pytest.param(13, marks=slow)], ids=["even", "odd"])
+@slow
+@pytest.mark.parametrize("whole", [8, 13], ids=["even", "odd"])
 def test_two_kinds_of_layers_by_turns(whole):
     first = 4 + whole % 2
     check(gemma2, (first, first + 2, whole), torch_adamw, False, period=2)

@@ -67,6 +67,7 @@ def test_with_room_for_all_nothing_is_given_up():
     assert not found.misses
 
 
+@pytest.mark.slow
 def test_what_is_shown_fits_and_what_is_not_does_not():
     budget = (peak(BASE) + peak(dataclasses.replace(BASE, states="int8"))) // 2
     found = find(budget)

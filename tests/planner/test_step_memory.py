@@ -70,9 +70,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["activations", "gradients", pytest.param("tied", marks=pytest.mark.slow), "checkpointed"]
-)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("activations", "tied", "checkpointed")]
+
+
+@pytest.mark.parametrize("case", ["gradients", *SLOW])
 def test_fake_equals_real_equals_the_allocator(case):
     config, tokens = CASES[case]
     torch.manual_seed(0)

@@ -112,9 +112,8 @@ def test_with_other_settings(changes):
     assert sum(m.label == "forward" for m in predicted.memory.timeline.moments) == changes.get("accumulate", 1)
 
 
-@pytest.mark.parametrize(
-    ("chunks", "offload"), [(2, None), pytest.param(2, "cpu", marks=slow), pytest.param(5, None, marks=slow)]
-)
+@slow
+@pytest.mark.parametrize(("chunks", "offload"), [(2, None), (2, "cpu"), (5, None)])
 def test_on_a_processor_it_is_the_real_round(chunks, offload):
     turns = WorkingSet(interval=1, chunks=chunks, offload=offload)
     subject, settings = find_subject(llama(1, **MODEL)), dataclasses.replace(SHORT, working_set=turns)

@@ -287,6 +287,7 @@ def test_what_is_no_document(content):
         verify(content)
 
 
+@pytest.mark.slow
 def test_too_many_events():
     with pytest.raises(ProvenanceError, match="holds 1,000,000 events; at most 100,000 are read"):
         verify({"bundle_type": "pith_open_graph_bundle", "events": [{}] * 1_000_000})

@@ -239,6 +239,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_putting_64_mib_keeps_none_of_it_in_memory(tmp_path):
     # glibc keeps freed blocks, by chance more or fewer; so that what is measured is what is held, it maps each one

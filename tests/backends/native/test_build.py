@@ -167,7 +167,14 @@ def test_switched_off(monkeypatch):
     assert given.kernel() is not None
 
 
-@pytest.mark.parametrize("flag", ["-fno-tree-vectorize", "-O1", "-U__AVX2__"])  # the last: without what prelude.h has
+@pytest.mark.parametrize(
+    "flag",
+    [
+        pytest.param("-fno-tree-vectorize", marks=pytest.mark.slow),
+        pytest.param("-O1", marks=pytest.mark.slow),
+        "-U__AVX2__",  # without what prelude.h has
+    ],
+)
 @pytest.mark.parametrize("states", ["int8", "int4"])
 def test_results_do_not_depend_on_vectors(flag, states, folder, forgotten, monkeypatch):
     given = case(BUSY["AdamW"], "bf16 stochastic", states, step=2)
