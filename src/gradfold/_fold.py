@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .engine import FoldState, outside, refuse_parameter, wrapper_of
+from .engine import FoldState, enlist, outside, refuse_owned, refuse_parameter, wrapper_of
 from .errors import FoldError
 from .head import HeadRow, fold_heads
 from .modules import FOLD_PARAM, restore, swap
@@ -47,6 +47,7 @@ def fold(
     timing: TimingMode = "auto",
     tape: TapePlace = "device",
     working_set: WorkingSet | None = None,
+    joint: bool = False,
     head: Head = "fold",
     head_keep_bytes: int | None = None,
     backend: str | Backend = "auto",
@@ -81,6 +82,9 @@ def fold(
         tape: Where gradients that wait are kept: "device" (that of the weights) or "host" (pinned memory, with one
             parameter's gradient at a time on the device).
         working_set: Train one chunk of the model at a time: see ``WorkingSet``.
+        joint: A backward may step these weights although it reaches another fold, too: for a loss that trains two
+            folded models on purpose. Otherwise it is refused before any weight moves, unless they wait for
+            ``optimizer.step()`` anyway: a GAN's generator must not step the discriminator it passes through.
         head: "fold" lets transformers' causal models, given labels, compute their loss by ``linear_cross_entropy``, if
             it is transformers' own loss and the head is a plain Linear (``Fold.report()`` shows it). Logits are then
             computed only if something reads them, which raises after the head has stepped. "plain" leaves these
@@ -134,6 +138,7 @@ def fold(
         if param.requires_grad and id(param) not in in_optimizer:
             raise FoldError(outside(name))
         if param.requires_grad:
+            refuse_owned(name, param)
             refuse_parameter(name, param)
     _check_overlap(named)
     in_model = {id(param) for param in named.values()}
@@ -152,7 +157,7 @@ def fold(
             "'two_pass'"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
-    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options)
+    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
@@ -177,6 +182,7 @@ def fold(
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise
+    enlist(state)
     return made
 
 

@@ -325,21 +325,6 @@ def test_paused_survives_an_exception():
 # side by side ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_folds_in_one_graph():
-    plains, models = zip(*(twins(mlp) for _ in range(2)), strict=True)
-    optimizers = [ours(models[0]), ours(models[1], "SGD")]
-    torch_optimizers = [torchs(plains[0]), torchs(plains[1], "SGD")]
-    for model, optimizer in zip(models, optimizers, strict=True):
-        gradfold.fold(model, optimizer)
-    for _ in range(3):
-        for pair, steppers in ((models, optimizers), (plains, torch_optimizers)):
-            pair[1](torch.tanh(pair[0](X))).pow(2).sum().backward()
-            for stepper in steppers:
-                stepper.step()
-                stepper.zero_grad()
-    assert all(distance(a, b) <= CLOSE for a, b in zip(models, plains, strict=True))
-
-
 def test_threads_with_folds_of_their_own():
     plains, models = zip(*(twins(lambda: Net("tied")) for _ in range(4)), strict=True)
     errors = []

@@ -166,12 +166,3 @@ def test_failures_do_not_pile_up():
     assert sum(len(terms) for backward in fold.step.backwards.values() for terms in backward.terms.values()) <= 1
     optimizer.zero_grad()
     assert not fold.step.backwards
-
-
-def test_zero_grad_before_step_says_that_the_weights_have_moved():
-    model = nn.Linear(6, 6)
-    optimizer = ours(model)
-    gradfold.fold(model, optimizer)
-    model(X).sum().backward()
-    with pytest.warns(UserWarning, match="already stepped the weights"):
-        optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from .audit import outside
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
+from .live import enlist, refuse_owned
 from .param import FoldParam, param_of
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
@@ -22,9 +23,11 @@ __all__ = [
     "Region",
     "Turns",
     "allocate",
+    "enlist",
     "outside",
     "param_of",
     "refuse_ddp",
+    "refuse_owned",
     "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",

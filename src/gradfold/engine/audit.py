@@ -26,7 +26,16 @@ class Auditor:
         self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
         self._inside: list[nn.Parameter] = []  # parameters of the fold
-        self._addresses: list[int] = []  # addresses of these
+        self._addresses: list[int] = []  # addresses of these; empty for fake tensors, which have none
+
+    def stamps(self, params: Mapping[int, FoldParam]) -> list[int]:
+        """Return numbers that change when the values of the parameters do: versions and, if they have any, addresses.
+
+        Returns:
+            ``len(params)`` versions; then nothing, or twice as many numbers that say where the parameters lie.
+        """
+        tensors = [param.param for param in params.values()]
+        return [*map(_torch.version, tensors), *(addresses(tensors) if self._addresses else ())]
 
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
@@ -39,7 +48,7 @@ class Auditor:
         Returns:
             Whether all of them lie where they lay at the last call.
         """
-        if self._addresses and len(self._inside) == len(params) and _addresses(self._inside) == self._addresses:
+        if self._addresses and len(self._inside) == len(params) and addresses(self._inside) == self._addresses:
             return True
         for param in params.values():
             now, (shape, dtype, device) = param.param, param.placement
@@ -50,7 +59,7 @@ class Auditor:
                 )
         self._inside = [param.param for param in params.values()]
         fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these have no address
-        self._addresses = [] if fake else _addresses(self._inside)
+        self._addresses = [] if fake else addresses(self._inside)
         return False
 
     def audit(self, params: Mapping[int, FoldParam]) -> None:
@@ -85,7 +94,8 @@ class Auditor:
         return len(members) == len(self._members) and all(map(is_, members, self._members))
 
 
-def _addresses(params: list[nn.Parameter]) -> list[int]:
+def addresses(params: list[nn.Parameter]) -> list[int]:
+    """Return where the values of some parameters lie, and after that, which tensors these are."""
     return [*map(_torch.data_ptr, params), *map(_torch.implementation, params)]
 
 

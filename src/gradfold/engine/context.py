@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class FoldContext(ABC):
         optimizer: its optimizer.
         backend: computes gradients and steps parameters.
         options: what ``fold()`` was asked for.
+        joint: whether a backward that also reaches another fold may step its parameters.
+        params: its parameters (``FoldParam``), by id of the Parameter.
         host: copies deferred gradients to host memory, with ``tape="host"``.
         turns: the working set, if there is one.
         paused: depth of nested ``fold.paused()`` contexts.
@@ -35,11 +38,13 @@ class FoldContext(ABC):
         step: the open step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions):
+    def __init__(self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions, joint: bool):
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
         self.options = options
+        self.joint = joint
+        self.params: dict[int, Any] = {}
         self.host = Host() if options.tape == "host" else None
         self.turns: Turns | None = None
         self.paused = 0
@@ -74,6 +79,14 @@ class FoldContext(ABC):
     @abstractmethod
     def enter(self, task: int) -> Backward:
         """Return the backward of a graph task; one that reaches the fold for the first time is examined."""
+
+    @abstractmethod
+    def refuse_drop(self, members: Sequence[Any], set_to_none: bool, call: str) -> None:
+        """Raise if ``zero_grad`` of some parameters cannot do what torch's does."""
+
+    @abstractmethod
+    def drop(self, members: Sequence[Any] | None = None) -> None:
+        """Drop the gradients that wait and what a failed backward left behind; ``zero_grad`` calls this."""
 
     @property
     @abstractmethod

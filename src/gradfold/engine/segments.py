@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from gradfold import _torch
 
@@ -85,3 +88,19 @@ def node_around_backward() -> Any | None:
             return frame.f_locals["self"]
         frame = frame.f_back
     return None
+
+
+def outermost_root() -> Tensor | None:
+    """Return the first tensor that the outermost backward on this thread began at.
+
+    None on a thread of a device, which did not call it.
+    """
+    frame, found = sys._getframe(1), None
+    while frame is not None:
+        if frame.f_code is _torch.CALLS_ENGINE:
+            found = frame
+        frame = frame.f_back
+    if found is None:
+        return None
+    roots = found.f_locals[_torch.CALLS_ENGINE.co_varnames[0]]
+    return roots[0] if isinstance(roots, Sequence) and roots and isinstance(roots[0], Tensor) else None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .context import FoldContext
 from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
+from .live import dismiss, names_of, refuse_several
 from .param import FoldParam, hook_lost, second_backward
 from .param_slice import ParamSlice
 from .protocols import Optimizer
@@ -39,10 +39,14 @@ class FoldState(FoldContext):
     """All of a fold: the parameters of one model and one optimizer, and the open step."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        backend: Backend,
+        options: FoldOptions | None = None,
+        joint: bool = False,
     ) -> None:
-        super().__init__(model, optimizer, backend, options or FoldOptions())
-        self.params: dict[int, FoldParam] = {}  # by id of the Parameter
+        super().__init__(model, optimizer, backend, options or FoldOptions(), joint)
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
@@ -60,6 +64,7 @@ class FoldState(FoldContext):
         if self.optimizer._fold is self:
             self.optimizer._fold = None
         self.params.clear()
+        dismiss(self)
 
     @property
     def weight_storages(self) -> frozenset[int]:
@@ -122,6 +127,7 @@ class FoldState(FoldContext):
         if found is not None:
             return found
         node = node_around_backward()
+        refuse_several(self, nested=node is not None)
         if node is None:
             self._begin()
         made = Backward(None if node is None else self.segment(node))
@@ -201,11 +207,22 @@ class FoldState(FoldContext):
             self._flush(backward)
             step_rest(self)
             step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
+            if step.moved:
+                step.stamps = self._auditor.stamps(self.params)
             return
         parent.done = True
         for param in list(step.waiting):
             if not param.due(parent):
                 param.flush(backward)
+
+    def _changed(self) -> list[str]:
+        """Return the weights that stepped inside backward and were changed by anyone else since."""
+        before, params = self.step.stamps, list(self.params.values())
+        if not before or (now := self._auditor.stamps(self.params)) == before or len(now) != len(before):
+            return []
+        parts = range(0, len(now), len(params))
+        differs = [any(now[part + index] != before[part + index] for part in parts) for index in range(len(params))]
+        return [param.name for param, found in zip(params, differs, strict=True) if found and param.stepped]
 
     def _flush(self, backward: Backward | None = None) -> None:
         self.step.surveyed = False
@@ -281,6 +298,7 @@ class FoldState(FoldContext):
                 "optimizer.step() after a backward that raised: some weights have stepped and others have not; call "
                 "optimizer.zero_grad() and run the batch again"
             )
+        changed = self._changed()
         self._plan()
         self._flush()
         for backward in step.backwards.values():
@@ -298,20 +316,61 @@ class FoldState(FoldContext):
         self._arm(there=True)
         step.unscale = self._marker.take()
         try:
+            if changed:
+                raise FoldError(changed_since(changed))
             finish_step(self, self.slices())
         finally:
             self.new_step()
         if self.turns is not None:
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 
-    def drop(self) -> None:
-        """Drop what a failed backward left behind, and open the next step; ``zero_grad`` calls this."""
-        if self.step.moved and not self.step.running:
-            warnings.warn(
-                "optimizer.zero_grad() before optimizer.step(): the folded backward has already stepped the weights, "
-                "so there is no gradient to discard",
-                stacklevel=3,
+    def refuse_drop(self, members: Sequence[FoldParam], set_to_none: bool, call: str) -> None:
+        """Raise if ``zero_grad`` of some parameters cannot do what torch's does.
+
+        Args:
+            members: the parameters.
+            set_to_none: as in torch.
+            call: what was called, for messages.
+
+        Raises:
+            FoldError: some have stepped inside a backward that did not raise, or ``set_to_none`` is False.
+        """
+        step = self.step
+        if not set_to_none:
+            raise FoldError(
+                f"{call[:-1]}set_to_none=False): folded weights have no gradient to fill with zeros, so those that the "
+                f"next backward does not reach would not step, where torch steps them with zeros; call {call}"
             )
+        if not step.moved or step.running:
+            return
+        settle(self, self.slices())
+        stayed = set(step.nonfinite)  # their gradient was not finite, so that they have not moved
+        moved = [one.name for member in members for one in member.slices if one.stepped and one.name not in stayed]
+        if moved:
+            raise FoldError(
+                f"{call} after a backward that no optimizer.step() has closed: {names_of(moved)} stepped inside that "
+                "backward, so there is no gradient left to throw away. Run passes whose gradients are thrown away "
+                "(warm-up, adversarial examples, probes) inside `with fold.paused():`, or fold with timing='deferred', "
+                "where a batch can be skipped after its backward; to keep this step, call optimizer.step() first"
+            )
+
+    def drop(self, members: Sequence[FoldParam] | None = None) -> None:
+        """Drop the gradients that wait and what a failed backward left behind; ``zero_grad`` calls this.
+
+        Args:
+            members: only theirs, unless nothing of the open step is left without them; None: those of all.
+        """
+        step = self.step
+        if members is not None and not step.running:
+            chosen = set(members)
+            others = (one for one in self.params.values() if one not in chosen)
+            if any(one.waits or one.defers or one.stepped for one in others):
+                for member in chosen:
+                    step.waiting.pop(member, None)
+                    for one in member.slices:
+                        if (kept := step.deferred.pop(one, None)) is not None:
+                            kept.take()
+                return
         self.new_step()
 
     def new_step(self) -> None:
@@ -324,3 +383,16 @@ class FoldState(FoldContext):
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""
         return self.params.get(id(bias)) if self.backend.steps_biases else None
+
+
+def changed_since(names: Sequence[str]) -> str:
+    """Return the message about weights that were changed after they had stepped inside backward.
+
+    Methods that move weights for one backward and move them back (SAM) do that. Torch would step from the weights that
+    were put back; here the step was taken from the others, and may just have been overwritten.
+    """
+    return (
+        f"{names_of(names)}: changed between the backward that stepped it and optimizer.step(), so that its step was "
+        "not taken from the values torch would take it from; methods that move weights for one backward and move them "
+        "back (SAM) need timing='deferred'; other changes belong after optimizer.step()"
+    )

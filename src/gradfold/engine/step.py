@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,8 @@ class Step:
         waiting: terms of parameters for which reentrant checkpoints will bring more.
         outer_due: parameters that the outermost backward has yet to reach outside of those checkpoints.
         moved: whether some parameter has stepped.
+        root: the tensor at which the last backward began, where several folds are alive.
+        stamps: which values all parameters had at the end of a backward that has stepped some (``Auditor.stamps``).
     """
 
     def __init__(self, optimizer: Optimizer, options: FoldOptions):
@@ -71,6 +74,8 @@ class Step:
         self.waiting: dict[Any, list[GradTerm | BiasTerm]] = {}
         self.outer_due: set[Any] = set()
         self.moved = False
+        self.root: weakref.ref[Tensor] | None = None
+        self.stamps: list[int] = []
         self._groups: dict[int, GroupStep] = {}  # id of a parameter -> its group
 
     # what param_groups say ------------------------------------------------------------------------------------------

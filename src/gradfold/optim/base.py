@@ -158,10 +158,20 @@ class RuleOptimizer(torch.optim.Optimizer):
                 )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients; in a fold, also drop what a backward that raised left behind, and open a new step."""
+        """Clear gradients, in a fold also those that wait for ``step()`` and what a backward that raised left behind.
+
+        Args:
+            set_to_none: as in torch; a fold has no gradients that could be zeros, and refuses False.
+
+        Raises:
+            FoldError: weights have stepped inside a backward that ``step()`` has not closed, so that no gradient is
+                left to throw away. Nothing is cleared then.
+        """
+        fold = self._fold
+        if fold is not None and not fold.paused:
+            fold.refuse_drop(list(fold.params.values()), set_to_none, "optimizer.zero_grad()")
+            fold.drop()
         super().zero_grad(set_to_none)
-        if self._fold is not None and not self._fold.paused:
-            self._fold.drop()
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
         """Return the live param_group that a parameter belongs to."""
