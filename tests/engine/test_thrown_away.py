@@ -32,6 +32,10 @@ def loss_of(model, seed):
     return F.cross_entropy(model(x), y)
 
 
+class Around(torch.optim.Optimizer):
+    """As SAM's own, Lookahead and others: it has the same groups, and does not call the other's zero_grad."""
+
+
 def outer(model):
     """A module around the folded one, with a weight of its own."""
     return nn.ModuleList([model, nn.Linear(2, 2).double()])
@@ -42,6 +46,7 @@ CLEARS = {
     "model": lambda model, optimizer: model.zero_grad(),
     "a module around it": lambda model, optimizer: outer(model).zero_grad(),
     "its parts": lambda model, optimizer: [part.zero_grad() for part in model],
+    "an optimizer around it": lambda model, optimizer: Around(optimizer.param_groups, {}).zero_grad(),
     "super().zero_grad": lambda model, optimizer: nn.Module.zero_grad(model),
 }
 clears = pytest.mark.parametrize("clear", CLEARS.values(), ids=CLEARS.keys())

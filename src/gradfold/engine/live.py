@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from gradfold.errors import FoldError
@@ -136,23 +137,31 @@ def zero_gradients(params: Iterable[Tensor], set_to_none: bool, call: str) -> No
 
 
 def _watch_zero_grad() -> None:
-    """Let ``Module.zero_grad`` drop what a fold keeps in place of gradients, once per process.
+    """Let every ``zero_grad`` of torch drop what a fold keeps in place of gradients, once per process.
 
-    Torch has no hook for it. The method is wrapped for all modules, since a submodule's clears part of a fold, and that
-    of a module around the folded one clears all of it.
+    Torch has no hook for it. The methods of all modules and optimizers are wrapped: a submodule's clears a part of a
+    fold, that of a module around the folded one all of it, and so does an optimizer that is wrapped around gradfold's.
     """
-    plain = nn.Module.zero_grad
-    if getattr(plain, "_clears_folds", False):
+    if getattr(nn.Module.zero_grad, "_clears_folds", False):
         return
+    of_modules, of_optimizers = nn.Module.zero_grad, torch.optim.Optimizer.zero_grad
 
-    @functools.wraps(plain)
-    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+    @functools.wraps(of_modules)
+    def zero_module(self: nn.Module, set_to_none: bool = True) -> None:
         if _LIVE:
             zero_gradients(self.parameters(), set_to_none, f"{type(self).__name__}.zero_grad()")
-        plain(self, set_to_none)
+        of_modules(self, set_to_none)
 
-    zero_grad._clears_folds = True  # type: ignore[attr-defined]
-    nn.Module.zero_grad = zero_grad  # type: ignore[method-assign]
+    @functools.wraps(of_optimizers)
+    def zero_optimizer(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        if _LIVE and getattr(self, "_fold", None) is None:  # a folded optimizer has done so itself
+            params = (param for group in self.param_groups for param in group["params"])
+            zero_gradients(params, set_to_none, f"{type(self).__name__}.zero_grad()")
+        of_optimizers(self, set_to_none)
+
+    zero_module._clears_folds = True  # type: ignore[attr-defined]
+    nn.Module.zero_grad = zero_module  # type: ignore[method-assign]
+    torch.optim.Optimizer.zero_grad = zero_optimizer  # type: ignore[method-assign]
 
 
 def names_of(names: Sequence[str]) -> str:
