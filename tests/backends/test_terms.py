@@ -244,3 +244,89 @@ def test_uses_of_several_dtypes_add_up(native, monkeypatch):
     ]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         check([parts[i] for i in order], sum(want), sum(map(abs, want)), 2**-8, torch.float32)
+
+
+# streams, of which this machine has none: what is asked of CUDA ------------------------------------------------------
+
+
+class Stream:
+    """Writes down what it is told to wait for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it lies on a GPU, and for which streams it has been kept."""
+
+    is_cuda = True
+
+    def record_stream(self, stream):
+        self.__dict__.setdefault("kept_for", []).append(stream)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Two streams, and a function that makes one of them the current one."""
+    found = Stream(), Stream()
+    current = lambda index: monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found[index])  # noqa: E731
+    return *found, current
+
+
+def on_device(*shape):
+    return torch.zeros(*shape).as_subclass(OnDevice)
+
+
+def term_of(kind):
+    left, right = on_device(4, 6), on_device(4, 3)
+    made = {
+        "product": lambda: MatmulTerm(left, right),
+        "dense": lambda: DenseTerm(right),
+        "bias": lambda: terms.BiasTerm(left),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("kind", ["product", "dense", "bias"])
+def test_a_term_of_the_same_stream_waits_for_nothing(kind, streams):
+    first, _, current = streams
+    term = term_of(kind)
+    current(0)
+    term.record(CUDA)
+    term.wait(CUDA)
+    assert first.waited == [] and not any(hasattr(one, "kept_for") for one in term.tensors)
+
+
+@pytest.mark.parametrize("kind", ["product", "dense", "bias"])
+def test_a_term_of_another_stream_is_waited_for_and_kept(kind, streams):
+    first, second, current = streams
+    term = term_of(kind)
+    current(0)
+    term.record(CUDA)
+    current(1)
+    term.wait(CUDA)
+    assert second.waited == [first] and first.waited == []
+    assert all(one.kept_for == [second] for one in term.tensors)
+
+
+def test_what_is_made_of_a_term_was_made_where_it_was(streams):
+    first, second, current = streams
+    term = term_of("product")
+    current(0)
+    term.record(CUDA)
+    current(1)
+    term.narrow(0, 0, 2).wait(CUDA)
+    assert second.waited == [first]
+
+
+def test_terms_of_the_cpu_ask_for_no_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("asked"))
+    term = MatmulTerm(torch.zeros(4, 6), torch.zeros(4, 3))
+    term.record(torch.device("cpu"))
+    term.wait(torch.device("cpu"))

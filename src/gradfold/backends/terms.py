@@ -23,33 +23,45 @@ from .cpu_gemm import accumulate
 GATHER_BYTES = 2**20  # bytes of an embedding's gradient rows that are copied at a time
 
 
-class Ready:
-    """A CUDA event after which a term's tensors may be read on another stream; None where autograd has synchronised."""
+class Made(ABC):
+    """On which CUDA stream a term's tensors were made; None: on the CPU, or nobody has noted it.
 
-    ready: torch.cuda.Event | None = None
+    Autograd runs a weight's gate on the stream that its leaf was used on first, which need not be that of the term.
+    Where they are the same, as in most models, nothing has to wait.
+    """
 
-    def record(self, device: torch.device) -> None:
-        """Mark the term as complete once everything queued on the current stream has run."""
-        if device.type == "cuda":
-            self.ready = torch.cuda.current_stream(device).record_event()  # type: ignore[assignment]
-
-    def wait(self, device: torch.device) -> None:
-        """Make the current stream wait for the stream the term came from."""
-        if self.ready is not None:
-            torch.cuda.current_stream(device).wait_event(self.ready)
-
-
-class GradTerm(Ready, ABC):
-    """One term of a weight's gradient."""
-
-    prepares: ClassVar[bool] = False  # whether ``prepare`` must be called before rows are computed
-    reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
-    in_registers: ClassVar[bool] = True  # whether GPU kernels can compute it a tile at a time
+    made_on: torch.cuda.Stream | None = None
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that the term keeps alive."""
+
+    def record(self, device: torch.device) -> None:
+        """Note that the tensors are complete once everything queued on the current stream has run."""
+        if device.type == "cuda":
+            self.made_on = torch.cuda.current_stream(device)
+
+    def wait(self, device: torch.device) -> None:
+        """Make the current stream wait for the stream the term came from, and keep its memory for the current one."""
+        if self.made_on is None:
+            return
+        current = torch.cuda.current_stream(device)
+        if current == self.made_on:
+            return
+        current.wait_stream(self.made_on)
+        for tensor in self.tensors:
+            if tensor.is_cuda:  # else it lies in host memory
+                # freed, it would be handed out to the stream it was made on, while this one may still read it
+                tensor.record_stream(current)
+
+
+class GradTerm(Made):
+    """One term of a weight's gradient."""
+
+    prepares: ClassVar[bool] = False  # whether ``prepare`` must be called before rows are computed
+    reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
+    in_registers: ClassVar[bool] = True  # whether GPU kernels can compute it a tile at a time
 
     @property
     @abstractmethod
@@ -99,11 +111,11 @@ class GradTerm(Ready, ABC):
         return self._like_me(self.replaced([change(tensor) for tensor in self.tensors]))
 
     def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
-        """Return ``narrowed(...)``, ready when this term is."""
+        """Return ``narrowed(...)``, made on the same stream."""
         return self._like_me(self.narrowed(dim, start, stop))
 
     def _like_me(self, made: GradTerm) -> GradTerm:
-        made.ready = self.ready
+        made.made_on = self.made_on
         return made
 
     def resolved(self) -> GradTerm:
@@ -289,7 +301,7 @@ class DenseTerm(GradTerm):
         return largest(self.grad)
 
 
-class BiasTerm(Ready):
+class BiasTerm(Made):
     """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which the weight's kernel can also compute.
 
     A backend gets it by ``Backend.step_along``, or as a dense gradient (``resolved``).
@@ -298,10 +310,16 @@ class BiasTerm(Ready):
     def __init__(self, left: Tensor):
         self.left = left  # [T, R]
 
+    @property
+    def tensors(self) -> tuple[Tensor]:
+        """The matrix ``left``."""
+        return (self.left,)
+
     def resolved(self) -> DenseTerm:
-        """Return the gradient ``[R]``, written out."""
+        """Return the gradient ``[R]``, written out on the current stream."""
+        self.wait(self.left.device)
         made = DenseTerm(self.left.sum(0))
-        made.ready = self.ready
+        made.record(self.left.device)
         return made
 
 

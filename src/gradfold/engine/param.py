@@ -194,7 +194,7 @@ class FoldParam:
         if self.gate is None or self.gate.others(True) or self.admit() is not Demand.STEP:
             return False
         total = BiasTerm(term.left)
-        total.ready = term.ready
+        total.made_on = term.made_on
         self.fold.enter(_torch.current_graph_task()).add(self, total)
         self.weight = weight
         return True

@@ -106,7 +106,7 @@ class ParamSlice(ParamStepper):
         step = self.fold.step
         self._stepped, step.moved = step, True
         for term in terms:
-            if term.ready is not None:
+            if term.made_on is not None:
                 term.wait(self.param.device)
         group = step.group_of(self.param)
         change = group.changes.get(guarded) or step.change(group, guarded)
@@ -154,7 +154,7 @@ class ParamSlice(ParamStepper):
     def wait(self, terms: Sequence[GradTerm]) -> None:
         """Make the current CUDA stream wait for the streams that the terms came from."""
         for term in terms:
-            if term.ready is not None:
+            if term.made_on is not None:
                 term.wait(self.param.device)
 
     def is_deferred_finite(self) -> bool:

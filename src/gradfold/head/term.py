@@ -124,7 +124,7 @@ class HeadTerm(GradTerm):
         grad = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
         self.write_out(grad)
         made = DenseTerm(grad)
-        made.ready = self.ready
+        made.made_on = self.made_on
         return made
 
     def write_out(self, grad: Tensor | None, bias_grad: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 
 import gc
+import types
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from triton.runtime.driver import driver
 
 import gradfold
 from benchmarks.compile_kernels import Listening
-from gradfold.backends import UNCHANGED, Change, MatmulTerm, Scratch, StepNumbers
+from gradfold.backends import UNCHANGED, Change, Job, MatmulTerm, Scratch, StepNumbers
 from gradfold.backends.triton import Triton, backend, launch_cache, tile_configs
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.engine.storage import allocate_state, bind, storage_of
@@ -75,6 +76,12 @@ def arguments_of(call):
     return call[:3], list(map(plain, call[9:]))
 
 
+def but_norms(arguments):
+    """Their memory is another in each stepper."""
+    at = launch_cache.SCALARS_AT + 7
+    return arguments[:at] + arguments[at + 1 :]
+
+
 def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
     job, prepare = problem()
     stepper = prepare(Triton(Scratch()))
@@ -94,6 +101,91 @@ def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
                 assert a == b, fold_step.arg_names[index]
 
 
+def test_a_product_that_lies_where_an_earlier_one_lay_keeps_its_arguments(listening, monkeypatch):
+    """As activations of a training loop do: only the numbers of the step are put in."""
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
+    at = launch_cache.SCALARS_AT
+    terms, *_ = job(1)
+    for step in (1, 2):  # compiled, then kept
+        stepper(terms, *job(step)[1:])
+    monkeypatch.setattr(Triton, "take_step", lambda *_: pytest.fail("prepared again"))
+    for step, change in [(3, UNCHANGED), (4, Change(0.5)), (5, Change(2.0)), (6, UNCHANGED)]:
+        _, numbers, _ = job(step)
+        scalars = stepper.numbers(numbers)[1]
+        power = stepper(terms, numbers, change)
+        _, mine = arguments_of(listening.launched[-1])
+        assert mine[at] == (scalars.data_ptr(), torch.float32) and mine[at + 4] == change.scale
+        assert scalars[-1:].view(torch.int32).item() == step
+        assert mine[at + 7] == (power.tiles.data_ptr(), torch.float32)
+
+
+@pytest.mark.parametrize("change", ["place", "tokens", "strides", "clip_value", "guarded", "scale"])
+def test_arguments_are_not_kept_for_another(listening, change):
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
+    terms, numbers, usual = job(1)
+    for _ in range(2):
+        stepper(terms, numbers, usual)
+    (term,) = terms
+    others = {
+        "place": MatmulTerm(term.left.clone(), term.right),
+        "tokens": MatmulTerm(term.left[:16], term.right[:16]),
+        "strides": MatmulTerm(term.left, torch.zeros(TOKENS, 2 * SHAPE[1], dtype=torch.bfloat16)[:, : SHAPE[1]]),
+    }
+    changes = {"clip_value": Change(clip_value=0.5), "guarded": Change(guarded=True), "scale": Change(torch.ones(()))}
+    given = [others.get(change, term)], numbers, changes.get(change, usual)
+    for _ in range(3):
+        stepper(*given)
+        prepare(Triton(Scratch()))(*given)  # by Triton's own dispatch
+        mine, theirs = map(arguments_of, listening.launched[-2:])
+        norms = launch_cache.SCALARS_AT + 7
+        assert (
+            mine[0] == theirs[0]
+            and mine[1][:norms] == theirs[1][:norms]
+            and mine[1][norms + 1 :] == theirs[1][norms + 1 :]
+        )
+
+
+def test_a_bias_that_steps_along_brings_its_own_memory(listening):
+    """Also one that was prepared again, as after load_state_dict."""
+    job, prepare = problem("fp32")
+    ours, (terms, numbers, change) = Triton(Scratch()), job(1)
+    stepper = prepare(ours)
+
+    def bias():
+        optimizer = gradfold.AdamW([torch.nn.Parameter(torch.zeros(1))], small_size=0)
+        group, weight, state = optimizer.param_groups[0], torch.zeros(SHAPE[0], dtype=torch.bfloat16), {}
+        storage = storage_of(weight, optimizer.rule, group)
+        for spec, codec in zip(storage.specs, storage.codecs, strict=True):
+            state |= allocate_state(weight, spec, codec)
+        first, states = bind(weight, storage, state, "b", group)
+        return ours.prepare(first, states, optimizer.rule, group)
+
+    for other in (bias(), bias()):
+        for _ in range(3):
+            along = Job(other, [], numbers, change)
+            assert ours.step_along(Job(stepper, terms, numbers, change), along) is not None
+            fresh = Triton(Scratch())
+            assert fresh.step_along(Job(prepare(fresh), terms, numbers, change), along) is not None
+            mine, theirs = map(arguments_of, listening.launched[-2:])
+            assert mine[0] == theirs[0] and but_norms(mine[1]) == but_norms(theirs[1])
+            assert other.weight.values.data_ptr() in [
+                v[0] for v in mine[1][launch_cache.BIAS_AT] if isinstance(v, tuple)
+            ]
+
+
+def test_few_arguments_are_kept(listening, monkeypatch):
+    monkeypatch.setattr(launch_cache, "MAX_BLOCKS", 3)
+    job, prepare = problem()
+    stepper = prepare(Triton(Scratch()))
+    terms = [job(1, tokens=8 * n)[0] for n in range(1, 9)]
+    for _ in range(2):
+        for one in terms:
+            stepper(one, *job(1)[1:])
+            assert len(stepper.here().blocks) <= 3
+
+
 def test_another_kind_of_launch_is_made_anew(listening):
     job, prepare = problem("fp32")
     stepper = prepare(Triton(Scratch()))
@@ -105,7 +197,8 @@ def test_another_kind_of_launch_is_made_anew(listening):
 def test_operands_that_lie_otherwise_are_another_kind(listening, monkeypatch):
     """Triton compiles for addresses and strides that are multiples of 16, and for those that are not."""
     made = []
-    monkeypatch.setattr(Triton, "_launch", lambda *_: made.append(1) or ([0.0], lambda *_: None))
+    launch = types.SimpleNamespace(block=lambda *_: lambda *_: [0.0])
+    monkeypatch.setattr(Triton, "_launch", lambda *_: made.append(1) or ([0.0], launch))
     job, prepare = problem()
     stepper = prepare(Triton(Scratch()))
 

@@ -30,12 +30,12 @@ from .launch import (
     counts_of,
     describable,
     narrowed_tensors,
-    product_arguments,
     source_of,
     tensors_of,
 )
-from .launch_cache import CompiledLaunch, TritonStepper, specialization_of
+from .launch_cache import CompiledLaunch, TritonStepper, block_key, kind_of, product_by_address, specialization_of
 from .scalars import Twin, twin_of
+from .transfer import stream_of
 
 
 def interpreted() -> bool:
@@ -105,8 +105,10 @@ class Triton(Backend):
             return None
         if not PLAIN_FORMATS.issuperset(bias_tensors.formats) or bias_tensors.formats[0] != tensors.formats[0]:
             return None
-        flags, scalars = stepper.numbers(job.numbers)
         along = Bias(bias_tensors, *other.numbers(bias.numbers))
+        if (found := stepper.again(job.terms, job.numbers, job.change, along)) is not None:
+            return found[0], found[1]
+        flags, scalars = stepper.numbers(job.numbers)
         one = job.terms[0] if len(job.terms) == 1 else None
         if isinstance(one, MatmulTerm) and self._takes(one, weight, tensors):
             powers = self._launch_prepared(stepper, one, flags, scalars, job.change, along)
@@ -134,23 +136,33 @@ class Triton(Backend):
     ) -> list[PendingSum]:
         described, tf32 = describable(term, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
         scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
-        along = None if bias is None else (id(bias.tensors), bias.flags)
-        key = (described, specialization_of(term), flags, tf32, scaled, limited, change.guarded, along)
-        launch, tensors = stepper.launches().get(key), stepper.tensors
+        key = (
+            described,
+            specialization_of(term),
+            flags,
+            tf32,
+            scaled,
+            limited,
+            change.guarded,
+            kind_of(bias),
+        )
+        here = stepper.here()
+        launch, tensors = here.launches.get(key), here.tensors
         assert tensors is not None
         if launch is None:  # the first of its kind: Triton compiles, and launches
             source = source_of([term], tensors.rows, tensors.columns, scalars, self.where)
             assert source is not None
-            powers, made = self._launch(tensors, source, stepper.twin, flags, scalars, change, bias)
-            stepper.launches()[key] = made
+            powers, here.launches[key] = self._launch(tensors, source, stepper.twin, flags, scalars, change, bias)
             return powers
         tiles = tile_configs.tile_config(tile_configs.PRODUCT, term.left.element_size(), self.where)
         counts = counts_of(tensors, tiles, bias)
-        norms = torch.empty(sum(counts), dtype=torch.float32, device=scalars.device)
+        norms, powers = here.norms(counts, scalars.device)
         with _on(scalars.device):
-            product = product_arguments(term, described, tiles)
-            launch(counts[0], product, scalars, change.scale, change.clip_value, norms, bias)
-        return [PendingSum(part) for part in norms.split(counts)]
+            product = product_by_address(term, described, tiles)
+            block = launch.block(counts[0], product, change.clip_value, norms, powers)
+            block(stream_of(scalars.device), scalars, change.scale, bias)
+        here.keep(block_key(term, flags, change, bias), block)
+        return powers
 
     def gathers(self, weight: Tensor, terms: Sequence[GradTerm]) -> bool:
         """Return whether this step is better taken in one launch with others: small ones are."""

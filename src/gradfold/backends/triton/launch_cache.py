@@ -5,28 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradfold.backends.contract import UNCHANGED, Change, StepNumbers, Stepper
-from gradfold.backends.norms import PowerSum
+from gradfold.backends.norms import PendingSum, PowerSum
 from gradfold.backends.reference import Reference
 from gradfold.backends.stored import Stored
 from gradfold.backends.terms import GradTerm, MatmulTerm
 from gradfold.rules import Group, Rule
 
 from .kernels.step import fold_step
-from .launch import Bias, Tensors, tensors_of
+from .launch import Bias, Tensors, product_arguments, tensors_of
 from .scalars import Twin, step_scalars, twin_of
-from .transfer import stream_of
+from .tile_configs import TileConfig
+from .transfer import is_current, stream_of
 
 # Position of `scalars`; after it come words, offset, row_stride, scale, scale_there, limit, norms, N, K and the bias's.
 SCALARS_AT = fold_step.arg_names.index("scalars")
 
+BIAS_AT = fold_step.arg_names.index("bias_firsts")
+
 PRODUCT_ARGUMENTS = 5  # the arguments of the product come first
+
+MAX_BLOCKS = 64  # of one parameter and stream; sequences of many lengths lie in many places
+
+
+class Address:
+    """Where an operand lies, in place of the tensor: arguments that are kept must not keep an activation alive."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, tensor: Tensor):
+        self._address = tensor.data_ptr()
+        self.dtype = tensor.dtype
+
+    def data_ptr(self) -> int:
+        """Return the address, as a tensor does; launchers ask for nothing else."""
+        return self._address
 
 
 class CompiledLaunch:
-    """A compiled kernel with its arguments, of which those that change are put in before each launch."""
+    """A compiled kernel with its arguments, from which the argument blocks of single products are made."""
 
     def __init__(self, names: Sequence[str], kernel: Any, positions: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel = kernel
@@ -35,29 +56,49 @@ class CompiledLaunch:
         for at in (*range(PRODUCT_ARGUMENTS), SCALARS_AT, SCALARS_AT + 5, SCALARS_AT + 7):
             self.arguments[at] = None
 
-    def __call__(
-        self,
-        tiles: int,
-        product: tuple[Any, ...],
-        scalars: Tensor,
-        scale: float | Tensor,
-        limit: float | None,
-        norms: Tensor,
-        bias: Bias | None,
-    ) -> None:
-        """CompiledLaunch ``tiles`` programs with the arguments of this step."""
+    def block(
+        self, tiles: int, product: Sequence[Any], limit: float | None, norms: Tensor, powers: list[PendingSum]
+    ) -> ArgumentBlock:
+        """Return the arguments of a launch of ``tiles`` programs for one product, to be used whenever it comes again.
+
+        Args:
+            tiles: number of programs.
+            product: the kernel's arguments ``left`` to ``right_stride``, by address.
+            limit: largest magnitude of an element.
+            norms: fp32, one per tile, and one per tile of rows of a bias.
+            powers: the same, as the launch returns them.
+        """
         arguments = list(self.arguments)
         arguments[: len(product)] = product
-        at = SCALARS_AT
-        scaled = isinstance(scale, Tensor)
-        arguments[at] = scalars
-        arguments[at + 4] = 1.0 if scaled else float(scale)
-        arguments[at + 5] = scale if scaled else scalars
-        arguments[at + 6] = 0.0 if limit is None else float(limit)
-        arguments[at + 7] = norms
+        arguments[SCALARS_AT + 6] = 0.0 if limit is None else float(limit)
+        arguments[SCALARS_AT + 7] = norms
+        return ArgumentBlock(self.kernel[(tiles, 1, 1)], arguments, powers)
+
+
+class ArgumentBlock:
+    """A launch that is made again for a product that lies where an earlier one lay, as activations of a loop do."""
+
+    __slots__ = ("_arguments", "_powers", "_run")
+
+    def __init__(self, run: Any, arguments: list[Any], powers: list[PendingSum]):
+        self._run, self._arguments, self._powers = run, arguments, powers
+
+    def __call__(
+        self, stream: int, scalars: Tensor, scale: float | Tensor, bias: Bias | None = None
+    ) -> list[PendingSum]:
+        """Launch with the numbers of this step; gives the norms of the weight, and of the bias."""
+        arguments = self._arguments
+        arguments[SCALARS_AT] = scalars
+        if type(scale) is float:
+            arguments[SCALARS_AT + 4], arguments[SCALARS_AT + 5] = scale, scalars
+        elif isinstance(scale, Tensor):
+            arguments[SCALARS_AT + 4], arguments[SCALARS_AT + 5] = 1.0, scale
+        else:
+            arguments[SCALARS_AT + 4], arguments[SCALARS_AT + 5] = float(scale), scalars
         if bias is not None:
-            arguments[at + 10 : at + 14] = bias.arguments()
-        self.kernel[(tiles, 1, 1)](*arguments)
+            arguments[BIAS_AT : BIAS_AT + 4] = bias.arguments()
+        self._run(*arguments, stream=stream)
+        return self._powers
 
 
 class Taker(Protocol):
@@ -81,12 +122,42 @@ class TritonStepper:
         self.rule, self.group = rule, group
         self._twin = twin_of(rule) if reachable else None
         self._capturable = bool(group.get("capturable"))
-        self._by_stream: dict[int, tuple[Tensors | None, dict[Any, CompiledLaunch]]] = {}
+        self._device = self.weight.values.device
+        self._by_stream: dict[int, OnStream] = {}
         self._reference: Stepper | None = None
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> PowerSum:
         """Step; see ``Stepper``."""
+        if (powers := self.again(terms, numbers, change)) is not None:
+            return powers[0]
         return self.backend.take_step(self, terms, numbers, change)
+
+    def again(
+        self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change, bias: Bias | None = None
+    ) -> list[PendingSum] | None:
+        """Step with one product that lies where an earlier one lay; None if it has to be prepared first.
+
+        Args:
+            terms: the terms of the gradient.
+            numbers: this step's numbers.
+            change: what happens to the gradient before the rule.
+            bias: a bias that steps in the same launch.
+
+        Returns:
+            The norms of the weight, and of the bias. Their memory is used again in the next step.
+        """
+        if self._twin is None or self._capturable or len(terms) != 1:
+            return None
+        term = terms[0]
+        if type(term) is not MatmulTerm or not is_current(self._device):
+            return None
+        stream = stream_of(self._device)
+        here = self._by_stream.get(stream)
+        if here is None or not here.blocks:
+            return None
+        flags, scalars = self.numbers(numbers)
+        block = here.blocks.get(block_key(term, flags, change, bias))
+        return None if block is None else block(stream, scalars, change.scale, bias)
 
     @property
     def twin(self) -> Twin:
@@ -97,29 +168,106 @@ class TritonStepper:
     @property
     def tensors(self) -> Tensors | None:
         """Weight and states as kernels take them on the current stream; None: no kernel steps this parameter."""
-        return self._here()[0]
+        return self.here().tensors
 
     def launches(self) -> dict[Any, CompiledLaunch]:
         """Return the launches made on the current stream so far."""
-        return self._here()[1]
+        return self.here().launches
 
-    def _here(self) -> tuple[Tensors | None, dict[Any, CompiledLaunch]]:
-        stream = stream_of(self.weight.values.device)
+    def here(self) -> OnStream:
+        """Return what was prepared for the current stream."""
+        stream = stream_of(self._device)
         found = self._by_stream.get(stream)
         if found is None:
             tensors = None if self._twin is None else tensors_of([self.weight, *self.states])
-            found = self._by_stream[stream] = tensors, {}
+            found = self._by_stream[stream] = OnStream(tensors)
         return found
 
     def numbers(self, numbers: StepNumbers) -> tuple[tuple[int, ...], Tensor]:
         """Return what the rule's twin takes for this step: constants, and scalars on the device."""
-        return step_scalars(self.twin, numbers.rule, numbers.count, self.weight.values.device, self._capturable)
+        if self._capturable:
+            return step_scalars(self.twin, numbers.rule, numbers.count, self._device, True)
+        key = self._twin, self._device, stream_of(self._device)
+        found = numbers.derived.get(key)
+        if found is None:
+            found = step_scalars(self.twin, numbers.rule, numbers.count, self._device, False)
+            numbers.derived[key] = found
+        return found
 
     def by_reference(self) -> Stepper:
         """Return the reference backend's stepper, for terms that no kernel takes."""
         if self._reference is None:
             self._reference = self.backend.reference.prepare(self.weight, self.states, self.rule, self.group)
         return self._reference
+
+
+class OnStream:
+    """What one CUDA stream has of a parameter's launches.
+
+    Attributes:
+        tensors: weight and states as kernels take them; None: no kernel steps this parameter.
+        launches: compiled kernels with their arguments, by what Triton sees of the others (``specialization_of``).
+        blocks: argument blocks, by where the product lies (``block_key``).
+    """
+
+    __slots__ = ("_norms", "blocks", "launches", "tensors")
+
+    def __init__(self, tensors: Tensors | None):
+        self.tensors = tensors
+        self.launches: dict[Any, CompiledLaunch] = {}
+        self.blocks: dict[Any, ArgumentBlock] = {}
+        self._norms: dict[tuple[int, ...], tuple[Tensor, list[PendingSum]]] = {}
+
+    def norms(self, counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[PendingSum]]:
+        """Return memory for the norms of a launch, the same in each step, and the parts of weight and bias."""
+        key = tuple(counts)
+        if key not in self._norms:
+            norms = torch.empty(sum(counts), dtype=torch.float32, device=device)
+            self._norms[key] = norms, [PendingSum(part) for part in norms.split(key)]
+        return self._norms[key]
+
+    def keep(self, key: Any, block: ArgumentBlock) -> None:
+        """Keep a block, and no more than ``MAX_BLOCKS``."""
+        if len(self.blocks) >= MAX_BLOCKS:
+            self.blocks.clear()
+        self.blocks[key] = block
+
+
+def kind_of(bias: Bias | None) -> tuple[Any, ...]:
+    """Return what a launch depends on in a bias that steps along; its memory is handed over in each launch."""
+    return () if bias is None else (bias.flags, bias.tensors.formats, bias.tensors.random)
+
+
+def block_key(term: MatmulTerm, flags: tuple[int, ...], change: Change, bias: Bias | None) -> tuple[Any, ...]:
+    """Return all that an argument block depends on, beside the numbers of the step."""
+    left, right = term.left, term.right
+    return (
+        left.data_ptr(),
+        right.data_ptr(),
+        left.shape[0],
+        left.stride(),
+        right.stride(),
+        left.dtype,
+        left.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        flags,
+        type(change.scale) is Tensor,
+        change.clip_value,
+        change.guarded,
+        kind_of(bias),
+    )
+
+
+def product_by_address(term: MatmulTerm, described: bool, tiles: TileConfig) -> list[Any]:
+    """Return ``product_arguments`` without the tensors."""
+    return list(map(_by_address, product_arguments(term, described, tiles)))
+
+
+def _by_address(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return Address(argument)
+    if isinstance(argument, TensorDescriptor):
+        argument.base = Address(argument.base)
+    return argument
 
 
 def specialization_of(term: MatmulTerm) -> tuple[Any, ...]:

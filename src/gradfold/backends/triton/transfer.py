@@ -33,7 +33,14 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 def stream_of(device: torch.device) -> int:
     """Return the device's current CUDA stream, or 0; other streams must not read its copies unsynchronized."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def is_current(device: torch.device) -> bool:
+    """Return whether a launch would go to this device as it is; Triton launches on the current one."""
+    return device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device()
 
 
 def capturing(device: torch.device) -> bool:
