@@ -55,6 +55,8 @@ def clip_norm_at_step(fold: FoldState, max_norm: float, norm_type: float, error_
             )
         if any("clip_norm" in group for group in fold.optimizer.groups):
             raise FoldError(f"{call}: a param_group has clip_norm of its own; leave out one of them")
+    if by_itself:
+        _refuse_again(fold, max_norm, call)
     params = list(fold.params.values())
     norm = _norm(fold, params, norm_type, call, error_if_nonfinite)
     if max_norm < math.inf:
@@ -87,10 +89,18 @@ def answer_norm(
             f"fold.clip_grad_norm_({max_norm:g}) under timing='deferred', or give gradfold.fold clip_norm={max_norm:g} "
             f"(it has {_options(fold)})"
         )
+    _refuse_again(fold, max_norm, call)
     norm = _norm(fold, params, norm_type, call, error_if_nonfinite)
     if max_norm < math.inf:
         fold.step.clipped = fold.step.clipped * coefficient(max_norm, norm)
     return _as_tensor(norm, params)
+
+
+def _refuse_again(fold: FoldState, max_norm: float, call: str) -> None:
+    """Raise if the fold is to clip a second time: torch then scales by 1 - 2e-6, as it adds 1e-6 to the norm."""
+    clipped = fold.step.clipped
+    if max_norm < math.inf and (isinstance(clipped, Tensor) or clipped != 1.0):
+        raise FoldError(f"{call}: for the second time in this step, and the fold clips once (clip_norm=); call it once")
 
 
 def answer_value(fold: FoldState, params: Sequence[FoldParam], value: float, call: str) -> None:
