@@ -113,6 +113,43 @@ def test_it_clips_one_step_only():
     assert distance(model, plain) < CLOSE
 
 
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "mixed"])
+def test_with_checkpoints(kind):
+    """Hooked weights in reentrant segments wait for the call, or for step()."""
+    plain, model = twins(lambda: Net("bptt"))
+    theirs, optimizer = torchs(plain, "SGD"), ours(model, "SGD")
+    fold = gradfold.fold(model, optimizer, timing="deferred")
+    for step, ids in enumerate(batches(3)):
+        plain.loss(ids, kind, step).backward()
+        model.loss(ids, kind, step).backward()
+        wanted = float(clip_grad_norm_(plain.parameters(), 0.3))
+        assert float(fold.clip_grad_norm_(0.3)) == pytest.approx(wanted, rel=CLOSE)
+        for one in (theirs, optimizer):
+            one.step()
+            one.zero_grad()
+    assert distance(model, plain) < CLOSE
+
+
+@pytest.mark.parametrize("master", [None, "split8"])
+def test_with_a_working_set_and_coded_states(master):
+    """As the fold's own clip_norm does: over the slices that are active."""
+    models = [twins(mlp, torch.bfloat16)[0] for _ in range(2)]
+    options = [{"timing": "deferred"}, {"clip_norm": 0.5}]
+    folds = []
+    for model, more in zip(models, options, strict=True):
+        optimizer = gradfold.AdamW(model.parameters(), lr=1e-2, states="int8", master=master, small_size=0)
+        folds.append(gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, interval=1), **more))
+    for step in range(6):
+        norms = []
+        for model, fold in zip(models, folds, strict=True):
+            model((step + 1) * X.bfloat16()).pow(2).sum().backward()
+            norms.append(float(fold.clip_grad_norm_(0.5)))
+            fold._state.optimizer.step()
+            fold._state.optimizer.zero_grad()
+        assert norms[0] == norms[1] == pytest.approx(folds[0].grad_norm, rel=1e-6)
+    assert same_bits(*models)
+
+
 def test_zero_grad_drops_it():
     plain, model, optimizer, fold = folded(timing="deferred")
     backward(model)
@@ -429,6 +466,27 @@ def test_other_parameters_are_clipped_as_ever():
     assert clip_grad_norm_(one.parameters(), 0.5) == 0  # a plain model without gradients: as torch
     with pytest.warns(UserWarning, match="empty generator"):
         clip_grad_norm_((p for p in ()), 0.5)
+
+
+@pytest.mark.parametrize("when", ["after backward", "after step", "after zero_grad"])
+def test_a_norm_of_no_gradients(when):
+    """Where plain parameters would have gradients it is the folded ones that have none; else nobody has."""
+    gc.collect()  # folds of other tests, which nobody has removed
+    _, model, optimizer, fold = folded()
+    assert get_total_norm([]) == 0
+    backward(model)
+    if when != "after backward":
+        optimizer.step()
+    if when == "after zero_grad":
+        optimizer.zero_grad()
+        assert get_total_norm([]) == 0
+    else:
+        with pytest.raises(gradfold.FoldError, match=r"get_total_norm of no gradients.*\(0.weight \.\.\.\)"):
+            get_total_norm([])
+        assert get_total_norm([torch.ones(4)]) == 2
+    optimizer.step()
+    fold.remove()
+    assert get_total_norm([]) == 0
 
 
 def test_frozen_parameters_count_nowhere():

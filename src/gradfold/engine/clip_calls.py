@@ -98,8 +98,7 @@ def answer_norm(
 
 def _refuse_again(fold: FoldState, max_norm: float, call: str) -> None:
     """Raise if the fold is to clip a second time: torch then scales by 1 - 2e-6, as it adds 1e-6 to the norm."""
-    clipped = fold.step.clipped
-    if max_norm < math.inf and (isinstance(clipped, Tensor) or clipped != 1.0):
+    if max_norm < math.inf and float(fold.step.clipped) != 1.0:
         raise FoldError(f"{call}: for the second time in this step, and the fold clips once (clip_norm=); call it once")
 
 

@@ -139,7 +139,7 @@ def _of_lightning(trainer: Any) -> Loop | None:
 
 # module and class of each loop, the methods that run it, how its options are read, and where it keeps its model
 _LOOPS: tuple[tuple[str, str, tuple[str, ...], Callable[[Any], Loop | None], str], ...] = (
-    ("transformers.trainer", "Trainer", ("train", "_inner_training_loop", "training_step"), _of_trainer, "model"),
+    ("transformers.trainer", "Trainer", ("train", "_inner_training_loop"), _of_trainer, "model"),
     ("lightning.pytorch.trainer.trainer", "Trainer", ("fit", "_fit_impl", "_run"), _of_lightning, "lightning_module"),
     ("pytorch_lightning.trainer.trainer", "Trainer", ("fit", "_fit_impl", "_run"), _of_lightning, "lightning_module"),
 )

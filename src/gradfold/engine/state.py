@@ -333,6 +333,7 @@ class FoldState(FoldContext):
             finish_step(self, self.slices())
         finally:
             self.new_step()
+            self.step.follows = True
         if self.turns is not None:
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 

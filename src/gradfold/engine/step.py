@@ -49,6 +49,7 @@ class Step:
         known: deferred gradients whose norm was asked for before ``optimizer.step()``, with its order.
         clipped: what calls between backward and ``optimizer.step()`` have scaled gradients by, as their caller sees it.
         asked: the last of these calls that clips what the fold does not clip by itself; empty if there is none.
+        follows: whether the step before was closed, and nothing has cleared its gradients yet, where there are any.
         bounded: whether the caller takes the elements of gradients for clipped.
     """
 
@@ -82,6 +83,7 @@ class Step:
         self.clipped: float | Tensor = 1.0
         self.asked = ""
         self.bounded = False
+        self.follows = False
         self._groups: dict[int, GroupStep] = {}  # id of a parameter -> its group
 
     # what param_groups say ------------------------------------------------------------------------------------------

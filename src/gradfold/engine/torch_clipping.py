@@ -154,12 +154,13 @@ def _clip_grads_with_norm(params: list[Tensor], max_norm: float, *args: Any, **k
 
 
 def _total_norm(gradients: list[Tensor], *args: Any, **kwargs: Any) -> tuple[bool, Any]:
-    """Refuse a norm of no gradients at all while a model is folded: its parameters have none.
+    """Refuse a norm of no gradients at all, between a folded backward and the ``zero_grad`` that would clear gradients.
 
-    Gradients do not say whose they are, so a list that has some is taken as it is.
+    Gradients do not say whose they are: a list that has some is taken as it is.
     """
-    if not gradients and (folds := [fold for fold in _FOLDS if not fold.paused]):
-        name = next((param.name for fold in folds for param in fold.params.values()), "")
+    due = [fold for fold in _FOLDS if not fold.paused and (fold.step.open or fold.step.follows)]
+    if not gradients and due:
+        name = next((param.name for fold in due for param in fold.params.values()), "")
         raise FoldError(
             f"torch.nn.utils.get_total_norm of no gradients: the parameters of a folded model ({name} ...) have no "
             f".grad. Call fold.clip_grad_norm_(float('inf')), which returns the norm, or {READ}"
