@@ -74,7 +74,8 @@ def fold(
             step, and where all parameters wait for ``optimizer.step()`` none of them does; "raise" then raises in
             ``optimizer.step()``, "skip" goes on. "ignore" does not look.
         timing: "auto" lets every weight step inside backward, unless clipping makes it wait. "deferred" lets all of
-            them wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
+            them wait for ``optimizer.step()``, which ``Fold.clip_grad_norm_`` needs, and a ``GradScaler``: it skips
+            that call after an overflow.
         tape: Where gradients that wait are kept: "device" (that of the weights) or "host" (pinned memory, with one
             parameter's gradient at a time on the device).
         working_set: Train one chunk of the model at a time: see ``WorkingSet``.

@@ -66,6 +66,12 @@ def test_lr_is_one_number(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_text_is_no_number(name):
+    with pytest.raises(TypeError, match="lr='1e-3': text; give a number"):
+        getattr(gradfold, name)(params(), lr="1e-3")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_torch_refuses_is_refused(name):
     make = getattr(gradfold, name)
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -193,7 +199,11 @@ def test_every_optimizer_of_torch_is_refused_by_name():
     assert theirs <= {*UNFOLDABLE, *NAMES}
 
 
-@pytest.mark.parametrize("thing", [None, "AdamW", object(), gradfold.AdamW], ids=["none", "name", "object", "class"])
+@pytest.mark.parametrize(
+    "thing",
+    [None, "AdamW", object(), gradfold.AdamW, nn.Sequential(nn.Linear(3, 2)), torch.ones(2)],
+    ids=["none", "name", "object", "class", "model", "tensor"],
+)
 def test_something_else_than_an_optimizer(thing):
     with pytest.raises(gradfold.FoldError, match="is not one of gradfold's"):
         gradfold.fold(nn.Linear(3, 2), thing)
@@ -209,6 +219,7 @@ SEVERAL = {
     "tuple": (lambda model: tuple(two(model)), r"optimizer=tuple of 2 \(SGD, AdamW\)"),
     "dict": (lambda model: dict(zip("ab", two(model), strict=True)), r"optimizer=dict of 2 \(SGD, AdamW\)"),
     "set": (lambda model: set(two(model)), "optimizer=set of 2"),
+    "values": (lambda model: dict(zip("ab", two(model), strict=True)).values(), r"of 2 \(SGD, AdamW\)"),
     "generator": (lambda model: iter(two(model)), r"of 2 \(SGD, AdamW\)"),
     "one": (lambda model: [gradfold.AdamW(model.parameters())], r"optimizer=list of 1 \(AdamW\)"),
     "none": (lambda model: [], "optimizer=list of 0: fold takes one optimizer"),

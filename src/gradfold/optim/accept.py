@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from gradfold._options import OPTIMIZERS
 from gradfold.engine import unwrapped
@@ -30,7 +32,7 @@ def accepted(given: Any) -> RuleOptimizer:
     Raises:
         FoldError: it is none of gradfold's, not a single one, or folded already.
     """
-    if isinstance(given, Mapping | Sequence | Set | Iterator) and not isinstance(given, str):
+    if isinstance(given, Collection | Iterator) and not isinstance(given, str | Tensor | nn.Module):
         raise FoldError(_several(given))
     optimizer = unwrapped(given)
     name = type(optimizer).__name__

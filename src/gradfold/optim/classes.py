@@ -21,6 +21,8 @@ def _at_least_zero(group: dict[str, Any], *names: str) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"lr: a tensor of {group['lr'].numel()} elements; give one element")
     for name in names:
+        if isinstance(group[name], str):  # YAML reads 1e-3 as text
+            raise TypeError(f"{name}={group[name]!r}: text; give a number")
         if not group[name] >= 0.0:
             raise ValueError(f"{name}={group[name]}: must be 0 or more")
 
