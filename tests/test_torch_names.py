@@ -279,3 +279,14 @@ def test_fused_kernels():
     for kernel in (_torch.fused_adam, _torch.fused_adamw, _torch.fused_adagrad, _torch.fused_sgd):
         assert callable(kernel)
     assert _torch.multiplies(torch.bfloat16) in (True, False)
+
+
+@pytest.mark.parametrize("function", [*_torch.CLIPPING.values(), _torch.TOTAL_NORM])
+def test_what_lies_behind_torchs_wrapper_is_what_runs(function):
+    cell = _torch.behind_wrapper(function)
+    plain = cell.cell_contents
+    cell.cell_contents = lambda *args, **kwargs: (args, kwargs, torch.is_grad_enabled())
+    try:
+        assert function(1, b=2) == ((1,), {"b": 2}, False)
+    finally:
+        cell.cell_contents = plain

@@ -10,27 +10,26 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from . import _torch
-from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
+from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .engine import FoldState, enlist, outside, refuse_owned, refuse_parameter, wrapper_of
+from .engine import (
+    FoldState,
+    clip_norm_at_step,
+    enlist,
+    outside,
+    refuse_owned,
+    refuse_parameter,
+    unwatch,
+    watch,
+    wrapper_of,
+)
 from .errors import FoldError
 from .head import HeadRow, fold_heads
 from .modules import FOLD_PARAM, restore, swap
 from .optim import RuleOptimizer
+from .optim.accept import accepted
 from .report import Report, report_of
 from .workset import Rotation, Turn, WorkingSet
-
-# optimizers of torch without a counterpart here, and why
-_UNFOLDABLE = {
-    "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
-    "SparseAdam": "it needs sparse gradients",
-    "Adafactor": "it looks at whole rows and columns of a gradient, not at single elements",
-    "Muon": "it orthogonalises a whole gradient matrix, not single elements",
-    "ASGD": "gradfold has no rule for it yet",
-    "Adadelta": "gradfold has no rule for it yet",
-    "Adamax": "gradfold has no rule for it yet",
-    "Rprop": "gradfold has no rule for it yet",
-}
 
 
 def fold(
@@ -61,12 +60,12 @@ def fold(
 
     Args:
         model: Any module on one device. Its trainable parameters must be those of ``optimizer``.
-        optimizer: One of gradfold's optimizers.
+        optimizer: One of gradfold's optimizers, also as Accelerate or Lightning has wrapped it.
         accumulate: Backwards that one ``optimizer.step()`` sums, exactly. All but the last keep the terms of their
             gradients, or the summed gradient where that is smaller; parameters step during the last one.
-        clip_norm: Clip the norm of all gradients together to this, exactly as ``torch.nn.utils.clip_grad_norm_``. Every
-            weight then steps in ``optimizer.step()``. A param_group's own key ``clip_norm`` clips the group by its own
-            norm, or not at all if it is None.
+        clip_norm: Clip the norm of all gradients together to this, exactly as ``torch.nn.utils.clip_grad_norm_``, which
+            itself raises for folded parameters. Every weight then steps in ``optimizer.step()``. A param_group's own
+            key ``clip_norm`` clips the group by its own norm, or not at all if it is None.
         clip_value: Clip every element of a gradient to plus or minus this, after ``clip_norm``. Also a key of
             param_groups.
         norm_type: Order of the norm: 2.0, another number above 0, or ``inf``.
@@ -78,7 +77,8 @@ def fold(
             step, and where all parameters wait for ``optimizer.step()`` none of them does; "raise" then raises in
             ``optimizer.step()``, "skip" goes on. "ignore" does not look.
         timing: "auto" lets every weight step inside backward, unless clipping makes it wait. "deferred" lets all of
-            them wait for ``optimizer.step()``, which a ``GradScaler`` needs: it skips that call after an overflow.
+            them wait for ``optimizer.step()``, which ``Fold.clip_grad_norm_`` needs, and a ``GradScaler``: it skips
+            that call after an overflow.
         tape: Where gradients that wait are kept: "device" (that of the weights) or "host" (pinned memory, with one
             parameter's gradient at a time on the device).
         working_set: Train one chunk of the model at a time: see ``WorkingSet``.
@@ -126,7 +126,7 @@ def fold(
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
-    _check_optimizer(optimizer)
+    optimizer = accepted(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
     for name, module in model.named_modules():
@@ -172,6 +172,8 @@ def fold(
                 param.arm()
         else:
             rotation.begin()
+        enlist(state)
+        watch(state)
     except BaseException as error:  # out of memory, too: what is half folded would step without being seen
         with contextlib.suppress(FoldError):  # of a store that has already failed
             made.remove()
@@ -182,7 +184,6 @@ def fold(
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise
-    enlist(state)
     return made
 
 
@@ -193,20 +194,6 @@ def _check_keep_bytes(keep_bytes: object, head: str) -> None:
         raise FoldError(f"head_keep_bytes={keep_bytes!r}: how many bytes of the softmax to keep, 0 or more")
     if head == "plain":
         raise FoldError(f"head_keep_bytes={keep_bytes} with head='plain', which keeps all logits: give one of them")
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if isinstance(optimizer, RuleOptimizer):
-        if optimizer._fold is not None:
-            raise FoldError("this optimizer is folded into a model already; call remove() on that fold first")
-        return
-    name = type(optimizer).__name__
-    if name in _UNFOLDABLE:
-        raise FoldError(f"{name} cannot be folded: {_UNFOLDABLE[name]}; use gradfold.AdamW or another of gradfold's")
-    raise FoldError(
-        f"optimizer={name} is not one of gradfold's; use gradfold.{name if name in OPTIMIZERS else 'AdamW'} "
-        "(its load_state_dict takes torch's state_dict)"
-    )
 
 
 def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
@@ -327,6 +314,39 @@ class Fold:
         if not state.step.nonfinite or not state.step.guarded:  # else this step is left out as a whole
             loss.backward()
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` does, after the last backward.
+
+        It needs ``timing="deferred"``: the gradients of all weights wait then. They are measured at once, over all that
+        the step's backwards have brought, and clipped in ``optimizer.step()``. With a ``GradScaler`` call
+        ``scaler.unscale_(optimizer)`` before, as in torch. Inside ``paused()`` it clips ``.grad``.
+
+        Args:
+            max_norm: The largest norm; ``float("inf")`` clips nothing and only measures, in any timing.
+            norm_type: Order of the norm: 2.0, another number above 0, or ``inf``.
+            error_if_nonfinite: Raise if the norm is not finite.
+
+        Returns:
+            The norm before clipping, 0-d, of the dtype that torch would return (fp32 for 16-bit gradients).
+
+        Raises:
+            FoldError: the weights do not wait for ``optimizer.step()``; the fold clips by ``clip_norm=`` to another
+                norm. Nothing has changed then.
+
+        Example:
+            >>> fold = gradfold.fold(model, optimizer, timing="deferred")
+            >>> model(**batch).loss.backward()
+            >>> norm = fold.clip_grad_norm_(1.0)
+            >>> optimizer.step()
+        """
+        state = self._state
+        if state.optimizer._fold is not state:
+            raise FoldError("fold.clip_grad_norm_() after fold.remove(): call torch.nn.utils.clip_grad_norm_")
+        if state.paused:
+            params = [param.param for param in state.params.values()]
+            return nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        return clip_norm_at_step(state, float(max_norm), float(norm_type), error_if_nonfinite)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A context in which backward and ``optimizer.step()`` are plain PyTorch's: ``.grad`` is written and read.
@@ -353,6 +373,7 @@ class Fold:
         restore(self._modules)
         self._modules = []
         self._state.release()
+        unwatch()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the temporary memory that the fold holds between steps."""

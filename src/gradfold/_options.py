@@ -134,6 +134,24 @@ class StorageOptions(TypedDict, total=False):
     capturable: bool
 
 
+class TorchOptions(TypedDict, total=False):
+    """Keyword arguments that choose among torch's implementations of a formula; each optimizer takes torch's.
+
+    Attributes:
+        foreach: One of torch's implementations. It changes nothing here; a state_dict hands it on to torch.
+        fused: The same. RMSprop, NAdam and RAdam have no such implementation in torch, and refuse it as torch does.
+        differentiable: Only False: the rules run without grad.
+    """
+
+    foreach: bool | None
+    fused: bool | None
+    differentiable: bool
+
+
+class OptimizerOptions(StorageOptions, TorchOptions, total=False):
+    """What every optimizer takes beside its hyper-parameters."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StorageFields:
     """The storage options that decide memory, as fields of plans and recipes. None: not given."""

@@ -209,6 +209,25 @@ load_post_hooks: Callable[[torch.optim.Optimizer], Mapping[int, Any]] = operator
 """The hooks that ``register_load_state_dict_post_hook`` has put on an optimizer."""
 
 
+# clipping -------------------------------------------------------------------------------------------------------------
+
+CLIPPING: Mapping[str, Any] = {
+    name: getattr(nn.utils, name) for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_")
+}
+"""The functions of ``torch.nn.utils`` that clip the gradients of parameters."""
+
+TOTAL_NORM: Any = nn.utils.get_total_norm
+"""The one that takes gradients."""
+
+
+def behind_wrapper(function: Any) -> Any:
+    """Return the cell where torch's no_grad wrapper around one of these keeps the function that it calls.
+
+    What lies in the cell is what runs, also for code that has imported the wrapper by name.
+    """
+    return function.__closure__[function.__code__.co_freevars.index("func")]
+
+
 # kernels --------------------------------------------------------------------------------------------------------------
 
 fused_adam: Callable[..., None] = torch._fused_adam_

@@ -1,5 +1,6 @@
 """What an optimizer or a fold will not take is refused by name, before anything has changed."""
 
+import copy
 import inspect
 
 import pytest
@@ -62,6 +63,12 @@ def test_nesterov_needs_momentum_without_dampening(extra):
 def test_lr_is_one_number(name):
     with pytest.raises(ValueError, match="lr: a tensor of 2 elements"):
         getattr(gradfold, name)(params(), lr=torch.tensor([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_no_number(name):
+    with pytest.raises(TypeError, match="lr='1e-3': text; give a number"):
+        getattr(gradfold, name)(params(), lr="1e-3")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,10 +199,75 @@ def test_every_optimizer_of_torch_is_refused_by_name():
     assert theirs <= {*UNFOLDABLE, *NAMES}
 
 
-@pytest.mark.parametrize("thing", [None, "AdamW", object(), gradfold.AdamW], ids=["none", "name", "object", "class"])
+@pytest.mark.parametrize(
+    "thing",
+    [None, "AdamW", object(), gradfold.AdamW, nn.Sequential(nn.Linear(3, 2)), torch.ones(2)],
+    ids=["none", "name", "object", "class", "model", "tensor"],
+)
 def test_something_else_than_an_optimizer(thing):
     with pytest.raises(gradfold.FoldError, match="is not one of gradfold's"):
         gradfold.fold(nn.Linear(3, 2), thing)
+
+
+def two(model):
+    return [gradfold.SGD(model[0].parameters()), gradfold.AdamW(model[1].parameters())]
+
+
+# in place of one optimizer; what the message says of it
+SEVERAL = {
+    "list": (two, r"optimizer=list of 2 \(SGD, AdamW\): fold takes one optimizer"),
+    "tuple": (lambda model: tuple(two(model)), r"optimizer=tuple of 2 \(SGD, AdamW\)"),
+    "dict": (lambda model: dict(zip("ab", two(model), strict=True)), r"optimizer=dict of 2 \(SGD, AdamW\)"),
+    "set": (lambda model: set(two(model)), "optimizer=set of 2"),
+    "values": (lambda model: dict(zip("ab", two(model), strict=True)).values(), r"of 2 \(SGD, AdamW\)"),
+    "generator": (lambda model: iter(two(model)), r"of 2 \(SGD, AdamW\)"),
+    "one": (lambda model: [gradfold.AdamW(model.parameters())], r"optimizer=list of 1 \(AdamW\)"),
+    "none": (lambda model: [], "optimizer=list of 0: fold takes one optimizer"),
+    "torch's": (
+        lambda model: [torch.optim.SGD(model[0].parameters()), gradfold.AdamW(model[1].parameters())],
+        r"optimizer=list of 2 \(SGD, AdamW\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_optimizers_are_pointed_to_submodules(name):
+    make, message = SEVERAL[name]
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with pytest.raises(gradfold.FoldError, match=message) as raised:
+        gradfold.fold(model, make(model))
+    assert "gradfold.fold(model.encoder, first, joint=True)" in str(raised.value) and "param_group" in str(raised.value)
+    assert type(model[0]) is nn.Linear
+
+
+def test_one_optimizer_of_two_is_pointed_to_submodules():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with pytest.raises(gradfold.FoldError, match=r"1\.weight: .*two optimizers share a model, fold the submodules"):
+        gradfold.fold(model, gradfold.SGD(model[0].parameters()))
+
+
+def test_what_these_messages_advise_is_exact():
+    """Submodules folded apart, beside one that torch's Muon trains."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)).double()
+    model = copy.deepcopy(plain)
+    muon = getattr(torch.optim, "Muon", torch.optim.SGD)
+    kinds = [(torch.optim.SGD, gradfold.SGD), (muon, muon), (torch.optim.AdamW, gradfold.AdamW)]
+    optimizers = [[ours[way](one.parameters(), lr=0.1) for one, ours in zip(m, kinds, strict=True)]
+                  for way, m in enumerate((plain, model))]  # fmt: skip
+    gradfold.fold(model[0], optimizers[1][0], clip_norm=0.1, joint=True)
+    gradfold.fold(model[2], optimizers[1][2], joint=True)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(3):
+        for one, steps in zip((plain, model), optimizers, strict=True):
+            one(x).square().sum().backward()
+            if one is plain:
+                nn.utils.clip_grad_norm_(plain[0].parameters(), 0.1)
+            for optimizer in steps:
+                optimizer.step()
+                optimizer.zero_grad()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
 def test_an_optimizer_is_folded_once():

@@ -1,9 +1,11 @@
 """The engine: steps each parameter after its last use in a backward, and keeps track of the open optimizer step."""
 
 from .audit import outside
+from .clip_calls import clip_norm_at_step
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .live import enlist, refuse_owned
+from .loops import unwrapped
 from .param import FoldParam, param_of
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
@@ -11,6 +13,7 @@ from .protocols import Turns
 from .region import Region
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
+from .torch_clipping import unwatch, watch
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "Region",
     "Turns",
     "allocate",
+    "clip_norm_at_step",
     "enlist",
     "outside",
     "param_of",
@@ -32,5 +36,8 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "unwatch",
+    "unwrapped",
+    "watch",
     "wrapper_of",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gradfold.backends import PendingSum, resolve, safe_magnitude, total
+from gradfold.backends import PendingSum, PowerSum, resolve, safe_magnitude, total
 from gradfold.errors import FoldError, NonFiniteError
 
 from .clipping import add_power, coefficient, limit_of, norm_from
@@ -101,6 +101,8 @@ def _measure(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     norm_type = step.power_type
     with torch.no_grad():
         for one in slices:
+            if step.known and step.known.get(one) == norm_type:
+                continue
             step.power_sums[one] = fold.backend.power(one.view, step.deferred[one].peek(), norm_type)
 
 
@@ -131,14 +133,18 @@ def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, f
 def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
     """Return the norm of these gradients; a 0-d tensor where the host has not waited for the device."""
     step = fold.step
-    sums, norm_type = step.power_sums, step.power_type
-    powers = [sums[one] for one in slices if one in sums]
+    sums = step.power_sums
+    return step.unscale * norm_of([sums[one] for one in slices if one in sums], step.power_type)
+
+
+def norm_of(powers: Sequence[PowerSum], norm_type: float) -> float | Tensor:
+    """Return the norm of order ``norm_type`` from sums of powers; a 0-d tensor if one is still on the device."""
     summed = 0.0
     for power in powers:
         if isinstance(power, PendingSum):  # squares, then
-            return step.unscale * total(powers).sqrt()
+            return total(powers).sqrt()
         summed = summed + power if norm_type == 2 else add_power(summed, power, norm_type)
-    return step.unscale * norm_from(summed, norm_type)
+    return norm_from(summed, norm_type)
 
 
 def not_finite(names: list[str], moved: bool) -> NonFiniteError:

@@ -34,6 +34,10 @@ class Marker:
         param.grad = self._shown = torch.full((), 1.0 if finite else math.inf, device=device)
         return [{"params": [param]}]
 
+    def peek(self) -> float:
+        """Return the inverse scale, if a scaler has unscaled already; else 1."""
+        return 1.0 if self._shown is None else float(self._shown)
+
     def take(self) -> float:
         """Return the inverse scale; 1 where no scaler has looked."""
         shown, self._shown = self._shown, None

@@ -26,6 +26,11 @@ def enlist(fold: FoldContext) -> None:
     _LIVE[next(_numbers)] = fold
 
 
+def live_folds() -> list[FoldContext]:
+    """Return the folds that are alive, in the order they were made."""
+    return list(_LIVE.values())
+
+
 def dismiss(fold: FoldContext) -> None:
     """Forget a fold that was removed."""
     for number in [number for number, other in _LIVE.items() if other is fold]:
@@ -34,7 +39,7 @@ def dismiss(fold: FoldContext) -> None:
 
 def refuse_owned(name: str, param: Tensor) -> None:
     """Raise if a parameter belongs to a fold already."""
-    for fold in list(_LIVE.values()):
+    for fold in live_folds():
         if (found := fold.params.get(id(param))) is not None and found.param is param:
             raise FoldError(
                 f"{name}: is in a fold already, {_of(fold)}, as {found.name}; a weight that two optimizers step is in "
@@ -61,7 +66,7 @@ def refuse_several(fold: FoldContext, nested: bool) -> None:
         return
     root = outermost_root()
     fold.step.root = None if root is None else weakref.ref(root)
-    others = [other for other in list(_LIVE.values()) if other is not fold and not other.paused]
+    others = [other for other in live_folds() if other is not fold and not other.paused]
     others = [other for other in others if (_has_begun(other, root) if nested else _is_reached(other))]
     if not others:
         return
@@ -124,7 +129,7 @@ def zero_gradients(params: Iterable[Tensor], set_to_none: bool, call: str) -> No
         FoldError: one of them has stepped inside a backward that ``optimizer.step()`` has not closed, or
             ``set_to_none`` is False. Nothing is dropped then.
     """
-    folds = [fold for fold in list(_LIVE.values()) if not fold.paused]
+    folds = [fold for fold in live_folds() if not fold.paused]
     if not folds:
         return
     ids = {id(param) for param in params}

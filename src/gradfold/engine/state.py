@@ -28,6 +28,7 @@ from .finish_step import coefficients, finish_step, not_finite, settle, step_res
 from .gate import Demand
 from .grad_scaler import Marker
 from .live import dismiss, names_of, refuse_several
+from .loops import refuse_loop, refuse_micro_batch
 from .param import FoldParam, hook_lost, second_backward
 from .param_slice import ParamSlice
 from .protocols import Optimizer
@@ -84,6 +85,8 @@ class FoldState(FoldContext):
         if self.step.looked:
             return
         self._auditor.refuse_wrappers()
+        if not self.paused:
+            self.step.loop, self.step.loop_looked = refuse_loop(self), True
         there = self._auditor.refuse_moved(self.params)
         if self.turns is not None:
             self.turns.catch_up()
@@ -126,6 +129,9 @@ class FoldState(FoldContext):
         found = self.step.backwards.get(task)
         if found is not None:
             return found
+        if not self.step.loop_looked:  # no folded module was called; the caller may be on another thread
+            self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
+        refuse_micro_batch(self.step.loop, self)
         node = node_around_backward()
         refuse_several(self, nested=node is not None)
         if node is None:
@@ -141,6 +147,7 @@ class FoldState(FoldContext):
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
         self._refuse_second()
+        step.forget_norms()
         self._forget_failed()
         if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)
@@ -283,6 +290,35 @@ class FoldState(FoldContext):
             self.grad_norm = math.nan
         return self._marker.show(finite, next(iter(self.params.values())).param.device)
 
+    def loss_scale_inverse(self) -> float:
+        """Return what a GradScaler has unscaled the step's gradients by; 1 if none has."""
+        return self._marker.peek()
+
+    def bring_in(self, call: str) -> None:
+        """Let all gradients arrive that the step's backwards have brought, as ``optimizer.step()`` does.
+
+        Args:
+            call: who asks, for the message.
+
+        Raises:
+            FoldError: a backward is running, or has raised.
+        """
+        if self.step.running:
+            raise FoldError(
+                f"{call} inside a backward, or after one that raised; call optimizer.zero_grad() and run the batch "
+                "again"
+            )
+        self._plan()
+        self._flush()
+        self._take_late()
+
+    def _take_late(self) -> None:
+        for param in list(unhooked_gradients(self.params.values())):
+            # unfrozen after the forward began: autograd wrote its gradient before the gate was there
+            grad, param.param.grad = param.param.grad, None
+            for one in param.slices:
+                one.add_late(grad.detach())  # type: ignore[union-attr]
+
     # the end of the step ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -306,11 +342,7 @@ class FoldState(FoldContext):
                 raise FoldError(hook_lost(param.name))
         self._auditor.refuse_wrappers()
         self._auditor.audit(self.params)
-        for param in list(unhooked_gradients(self.params.values())):
-            # unfrozen after the forward began: autograd wrote its gradient before the gate was there
-            grad, param.param.grad = param.param.grad, None
-            for one in param.slices:
-                one.add_late(grad.detach())  # type: ignore[union-attr]
+        self._take_late()
         if self.turns is not None:
             self.turns.look()
         self._arm(there=True)
@@ -321,6 +353,7 @@ class FoldState(FoldContext):
             finish_step(self, self.slices())
         finally:
             self.new_step()
+            self.step.follows = True
         if self.turns is not None:
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 

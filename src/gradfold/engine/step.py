@@ -48,6 +48,12 @@ class Step:
         moved: whether some parameter has stepped.
         root: the tensor at which the last backward began, where several folds are alive.
         stamps: which values all parameters had at the end of a backward that has stepped some (``Auditor.stamps``).
+        loop: the framework's loop that trains the model, if any; ``loop_looked``: whether it was looked for.
+        known: deferred gradients whose norm was asked for before ``optimizer.step()``, with its order.
+        clipped: what calls between backward and ``optimizer.step()`` have scaled gradients by, as their caller sees it.
+        asked: the last of these calls that clips what the fold does not clip by itself; empty if there is none.
+        follows: whether the step before was closed, and nothing has cleared its gradients yet, where there are any.
+        bounded: whether the caller takes the elements of gradients for clipped.
     """
 
     def __init__(self, optimizer: Optimizer, options: FoldOptions):
@@ -76,6 +82,13 @@ class Step:
         self.moved = False
         self.root: weakref.ref[Tensor] | None = None
         self.stamps: list[int] = []
+        self.loop: Any = None
+        self.loop_looked = False
+        self.known: dict[Any, float] = {}
+        self.clipped: float | Tensor = 1.0
+        self.asked = ""
+        self.bounded = False
+        self.follows = False
         self._groups: dict[int, GroupStep] = {}  # id of a parameter -> its group
 
     # what param_groups say ------------------------------------------------------------------------------------------
@@ -83,6 +96,22 @@ class Step:
     def refresh(self) -> None:
         """Read the param_groups again: users may have changed them since the last backward."""
         self._groups.clear()
+
+    def forget_norms(self) -> None:
+        """Forget the norms that were asked for: a backward begins, which changes them.
+
+        Raises:
+            FoldError: gradients were to be clipped by such a norm.
+        """
+        if self.asked:
+            raise FoldError(
+                f"a backward after {self.asked}, which measured the gradients without it: call clip_grad_norm_ after "
+                "the last backward of the step (to drop the step: optimizer.zero_grad())"
+            )
+        for one in self.known:
+            self.power_sums.pop(one, None)
+        self.known.clear()
+        self.clipped, self.bounded = 1.0, False
 
     def group_of(self, param: Parameter) -> GroupStep:
         """Return a parameter's param_group, with what its parameters share in this step."""

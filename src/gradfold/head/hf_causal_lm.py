@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from gradfold import _torch
 from gradfold.backends import rows
 from gradfold.modules.linear import FoldedLinear
-from gradfold.modules.routing import FOLD_PARAM, Folded, is_plain, transformed
+from gradfold.modules.routing import FOLD_PARAM, PLAIN_FORWARD, Folded, is_plain, transformed
 from gradfold.modules.swap import foldable
 
 from .lazy_logits import LazyLogits, real
@@ -118,6 +119,9 @@ def fold_heads(
             continue
         kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
         head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes})
+        if (forward := vars(one).get("forward")) is not None:
+            one.__dict__[PLAIN_FORWARD] = forward
+            one.__dict__["forward"] = MethodType(_around(forward.__func__), one)
         one.__class__ = _class(type(one), Folded, _methods(type(one), _loss()))
         changed += [one, head]
     return changed, said
@@ -139,7 +143,7 @@ def _is_causal(module: Any) -> bool:
 
 def _why_plain(model: Any, head: Any) -> str:
     """Return why this head cannot be folded; empty if it can."""
-    if "forward" in vars(model):
+    if "forward" in vars(model) and not _is_autocast(model):
         return "its model's forward was replaced"
     if not _calls_loss_function(type(model)):
         return f"{type(model).__name__} computes its loss without loss_function"
@@ -148,6 +152,15 @@ def _why_plain(model: Any, head: Any) -> str:
     if isinstance(head, FoldedLinear) or (isinstance(head, nn.Linear) and foldable(head) is FoldedLinear):
         return ""
     return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
+
+
+def _is_autocast(model: Any) -> bool:
+    """Return whether Accelerate has put its autocast around the forward of the model's class, and nothing else has."""
+    before = vars(model).get("_original_forward")
+    function = getattr(vars(model)["forward"], "__func__", None)
+    if function is None or getattr(before, "__func__", None) is not type(model).forward:
+        return False
+    return function.__globals__["__name__"].startswith("accelerate.")
 
 
 def _calls_loss_function(kind: type) -> bool:
@@ -165,20 +178,35 @@ def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
     return type(plain.__name__, (folding, plain), {**names, **members})
 
 
+def _with_lazy_logits(model: Any, kwargs: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
+    """Call a causal model's forward; its head returns lazy logits if there are labels."""
+    hooked = _torch.has_hooks(model, forward=False)  # they put a Function around the outputs
+    if kwargs.get("labels") is None or hooked or transformed():
+        return forward()
+    head = model.get_output_embeddings()
+    head.__dict__[LAZY] = True
+    try:
+        return forward()
+    finally:
+        head.__dict__.pop(LAZY, None)
+
+
+def _around(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward for an instance that has one of its own, which calls its class's without asking for it."""
+
+    @functools.wraps(function)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_lazy_logits(self, kwargs, functools.partial(self.__dict__[PLAIN_FORWARD], *args, **kwargs))
+
+    return forward
+
+
 def _methods(plain: Any, loss: Any) -> dict[str, Any]:
     own_loss = plain.loss_function.fget
 
     @functools.wraps(plain.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hooked = _torch.has_hooks(self, forward=False)  # they put a Function around the outputs
-        if kwargs.get("labels") is None or hooked or transformed():
-            return plain.forward(self, *args, **kwargs)
-        head = self.get_output_embeddings()
-        head.__dict__[LAZY] = True
-        try:
-            return plain.forward(self, *args, **kwargs)
-        finally:
-            head.__dict__.pop(LAZY, None)
+        return _with_lazy_logits(self, kwargs, functools.partial(plain.forward, self, *args, **kwargs))
 
     def get(self: Any) -> Any:
         found = own_loss(self)

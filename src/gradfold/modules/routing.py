@@ -14,6 +14,8 @@ from gradfold.engine import FoldParam, refuse_ddp, refuse_replica
 
 FOLD_PARAM = "_gradfold_param"  # attribute of a folded module: the FoldParam of its weight
 
+PLAIN_FORWARD = "_gradfold_plain_forward"  # of a module whose own forward, set on the instance, was replaced by a fold
+
 
 def routed(module: nn.Module) -> FoldParam | None:
     """Return the ``FoldParam`` of ``module.weight`` if this call can hand it a term; None for the plain path."""
@@ -74,6 +76,8 @@ class Folded:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         state = self.__dict__.copy()  # type: ignore[attr-defined]
         state.pop(FOLD_PARAM, None)
+        if (forward := state.pop(PLAIN_FORWARD, None)) is not None:
+            state["forward"] = forward
         # a class injected over ours (parametrize) stays; without a place in a fold it takes the plain path
         # copyreg's own constructor, so that the pickle loads where gradfold is not installed
         return copyreg._reconstructor, (vars(type(self)).get("plain_class", type(self)), object, None), state  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from gradfold.errors import FoldError
 
 from .embedding import FoldedEmbedding
 from .linear import FoldedConv1D, FoldedLinear
-from .routing import FOLD_PARAM, Folded
+from .routing import FOLD_PARAM, PLAIN_FORWARD, Folded
 
 
 def foldable(module: nn.Module) -> type[Folded] | None:
@@ -110,5 +110,7 @@ def restore(modules: list[nn.Module]) -> None:
         param = module.__dict__.pop(FOLD_PARAM, None)
         if param is not None:
             param.folded = False
+        if (forward := module.__dict__.pop(PLAIN_FORWARD, None)) is not None:
+            module.__dict__["forward"] = forward
         if "plain_class" in vars(type(module)):  # else a class injected over ours stays, on the plain path
             module.__class__ = vars(type(module))["plain_class"]

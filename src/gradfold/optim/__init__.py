@@ -1,6 +1,6 @@
 """gradfold's optimizers: true ``torch.optim.Optimizer``s, folded or not."""
 
-from gradfold._options import StorageOptions
+from gradfold._options import StorageOptions, TorchOptions
 
 from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
@@ -17,6 +17,7 @@ __all__ = [
     "RMSprop",
     "RuleOptimizer",
     "StorageOptions",
+    "TorchOptions",
     "export_masters",
     "import_masters",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter, UninitializedParameter
 
 from gradfold import _torch
-from gradfold._options import StorageOptions
+from gradfold._options import OptimizerOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.engine import (
     FoldState,
@@ -45,14 +45,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     torch_only: ClassVar[tuple[str, ...]] = ("foreach", "capturable", "differentiable")
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], storage: StorageOptions | None = None):
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], storage: OptimizerOptions | None = None):
         self._fold: FoldState | None = None
         self._groups: dict[int, dict[str, Any]] = {}
         self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
         self._steppers: dict[Parameter, ParamStepper] = {}  # for steps without a fold
         storage = storage or {}
-        if unknown := storage.keys() - OPTIONS.keys() - {"capturable"}:
+        implementations = self.torch_only or TORCH_ONLY.keys()  # Lion, which torch does not have, takes any
+        if unknown := storage.keys() - OPTIONS.keys() - {"capturable", *implementations}:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
         # options that are not given are not added to the groups, so that their keys are torch's own
         super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}, **storage})
@@ -69,7 +70,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         if self._fold is not None and not self._fold.paused and scaler_is_looking():
             return self._fold.show_to_scaler()
-        return self.__dict__["param_groups"]
+        return self.groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -78,7 +79,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups themselves, whoever asks."""
-        return self.__dict__["param_groups"]
+        try:
+            return self.__dict__["param_groups"]
+        except (
+            KeyError
+        ):  # frameworks wrap an optimizer in an object of a subclass, which forwards what it does not have
+            raise AttributeError(f"{type(self).__name__} has no param_groups of its own") from None
 
     # stepping ---------------------------------------------------------------------------------------------------------
 
@@ -194,8 +200,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self._streams[id(param)]
 
     def _check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for hyper-parameters out of range, and for storage a parameter cannot have."""
+        """Raise ValueError for options out of range, and for storage a parameter cannot have."""
         self.validate(group)
+        if group.get("differentiable"):
+            raise ValueError(
+                "differentiable=True: the rules run without grad, so no gradient flows through a step; give "
+                "differentiable=False, or use one of torch's optimizers"
+            )
+        if group.get("fused") and group.get("foreach"):
+            raise ValueError("fused=True with foreach=True: torch's optimizers take one of them; leave one out")
         for param in group["params"]:
             # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):

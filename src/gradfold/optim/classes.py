@@ -1,6 +1,6 @@
 """The optimizers: torch's names, arguments and defaults, each running a rule from ``gradfold.rules``.
 
-Every optimizer also takes the keyword arguments of ``StorageOptions``.
+Every optimizer also takes the keyword arguments of ``StorageOptions`` and ``TorchOptions``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from gradfold._options import StorageOptions
+from gradfold._options import OptimizerOptions
 from gradfold.rules import AdagradRule, AdamRule, LionRule, NAdamRule, RAdamRule, RMSpropRule, SGDRule
 
 from .base import RuleOptimizer
@@ -21,10 +21,10 @@ def _at_least_zero(group: dict[str, Any], *names: str) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"lr: a tensor of {group['lr'].numel()} elements; give one element")
     for name in names:
+        if isinstance(group[name], str):  # YAML reads 1e-3 as text
+            raise TypeError(f"{name}={group[name]!r}: text; give a number")
         if not group[name] >= 0.0:
             raise ValueError(f"{name}={group[name]}: must be 0 or more")
-    if group.get("differentiable"):
-        raise ValueError("differentiable=True: the rules run without grad; use torch's optimizer for that")
 
 
 def _betas(group: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Adam(RuleOptimizer):
         decoupled_weight_decay: Multiply the weight by ``1 - lr * weight_decay`` instead: AdamW.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach``, ``fused`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -82,7 +82,7 @@ class Adam(RuleOptimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
@@ -119,7 +119,7 @@ class AdamW(Adam):
         amsgrad: Divide by the running maximum of ``exp_avg_sq``.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach``, ``fused`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -143,7 +143,7 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, **storage
@@ -170,7 +170,7 @@ class SGD(RuleOptimizer):
         nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach``, ``fused`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -194,7 +194,7 @@ class SGD(RuleOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
@@ -233,7 +233,7 @@ class Lion(RuleOptimizer):
         weight_decay: Decoupled weight decay.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach``, ``fused`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -255,7 +255,7 @@ class Lion(RuleOptimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, storage)
@@ -289,7 +289,7 @@ class RMSprop(RuleOptimizer):
         centered: Divide by an estimate of the variance instead of the second moment.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -313,7 +313,7 @@ class RMSprop(RuleOptimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
@@ -349,7 +349,7 @@ class Adagrad(RuleOptimizer):
         eps: Added to the denominator for numerical stability.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach``, ``fused`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -373,7 +373,7 @@ class Adagrad(RuleOptimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
@@ -409,7 +409,7 @@ class NAdam(RuleOptimizer):
         decoupled_weight_decay: Decouple the weight decay as AdamW does.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -433,7 +433,7 @@ class NAdam(RuleOptimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
@@ -470,7 +470,7 @@ class RAdam(RuleOptimizer):
         decoupled_weight_decay: Decouple the weight decay as AdamW does.
         maximize: Maximize the objective instead of minimizing it.
         **storage: How weights and states are stored: ``states``, ``rounding``, ``master``, ``small_size``, ``seed`` and
-            ``capturable``, see ``StorageOptions``.
+            ``capturable``, see ``StorageOptions``; ``foreach`` and ``differentiable``, see ``TorchOptions``.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -493,7 +493,7 @@ class RAdam(RuleOptimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        **storage: Unpack[StorageOptions],
+        **storage: Unpack[OptimizerOptions],
     ):
         super().__init__(
             params,
