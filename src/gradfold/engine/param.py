@@ -8,6 +8,7 @@ parameter's AccumulateGrad node after the last use; its hook, the gate, collects
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gradfold.errors import FoldError
 from .backward import Backward
 from .context import FoldContext
 from .gate import Demand, Gate, demand
+from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
@@ -173,10 +175,17 @@ class FoldParam:
                 raise FoldError(second_backward(self.name, self.stepped))
         return wanted
 
-    def hand(self, term: GradTerm) -> None:
-        """Keep a term until the gate runs."""
+    def hand(self, term: GradTerm, node: Any = None) -> None:
+        """Keep a term until the gate runs.
+
+        Args:
+            term: the term.
+            node: the graph node of the module's autograd Function, whose first input was the module's.
+        """
         fold = self.fold
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
+        if fold.step.defers and node is not None and (x := term.input) is not None:
+            term.lent = is_lent(node, x)
         if not self._on_cpu:
             term.record(self.param.device)
         found = fold.step.backwards[_torch.current_graph_task()].terms

@@ -28,6 +28,7 @@ from .context import FoldContext
 from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
+from .owned import given_gradients
 from .param import FoldParam, hook_lost, second_backward
 from .param_slice import ParamSlice
 from .protocols import Optimizer
@@ -149,6 +150,8 @@ class FoldState(FoldContext):
                 )
         step.refresh()
         self._plan()
+        if step.defers:
+            step.copies.given = given_gradients()
         if options.clip == "delayed":
             step.coefficients = self.following
         if self.segments:
