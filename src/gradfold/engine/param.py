@@ -41,6 +41,9 @@ class FoldParam:
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         weight: for a bias, the last weight whose kernel could step it as well.
+        read_unseen: whether code that is not folded may read it inside a reentrant checkpoint.
+        handed: how often its gate has run with terms of folded modules.
+        dense: how often it has run with a dense gradient.
         gate: the hook; None while the parameter is frozen, and after ``remove()``.
         placement: shape, dtype and device when it was folded.
         device_type: "cpu" or "cuda".
@@ -56,7 +59,8 @@ class FoldParam:
         self.gate: Gate | None = None
         self._fired: Step | None = None  # the step its last terms were for
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
-        self._read_unseen = False  # one of them read it through something that is not folded
+        self.read_unseen = False
+        self.handed = self.dense = 0
         self.placement = param.shape, param.dtype, param.device
         self._on_cpu = param.is_cpu
         self.device_type = param.device.type
@@ -217,8 +221,11 @@ class FoldParam:
         backward = fold.step.backwards.get(task)
         terms = [] if backward is None else backward.terms.pop(self, [])
         grad = self.param.grad
+        if terms:
+            self.handed += 1
         if grad is not None:
             self.param.grad = None
+            self.dense += 1
         if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
@@ -240,7 +247,7 @@ class FoldParam:
         if backward.parent is None:
             step.outer_due.discard(self)
         elif backward.parent not in self._segments:
-            self._read_unseen = True
+            self.read_unseen = True
         if terms:  # else: reached, but nothing flowed
             if self.done:
                 raise FoldError(second_backward(self.name, self.stepped))
@@ -254,7 +261,7 @@ class FoldParam:
         if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
             return True
         # first passes of modules that are not folded are not seen, so any segment may have read such a parameter
-        unseen = self._read_unseen or not self.folded
+        unseen = self.read_unseen or not self.folded
         segments = fold.segments.values() if unseen else self._segments
         return any(segment.open for segment in segments if segment is not parent)
 
