@@ -122,8 +122,8 @@ def _storage(
 def squares_in_fp16(dtype: torch.dtype, specs: Iterable[State]) -> bool:
     """Return whether second moments in this dtype would underflow.
 
-    fp16 ends at 6e-8, which is the square of 2.4e-4: a smaller gradient has a second moment of 0, and its weight moves by
-    a first moment that is divided by ``eps``, or by 0.
+    fp16 ends at 6e-8, which is the square of 2.4e-4: a smaller gradient has a second moment of 0, and its weight moves
+    by a first moment that is divided by ``eps``, or by 0.
     """
     return dtype == torch.float16 and any(not spec.signed for spec in specs)
 

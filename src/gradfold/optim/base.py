@@ -298,8 +298,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         The groups' options are taken over, as torch's hyper-parameters are. Torch casts every state to its parameter's
         dtype. Here a state keeps the dtype it was saved in, unless its group's ``states=`` names another form: then it
-        is converted, rounded to nearest. Second moments are never kept in fp16: they are widened, and a warning says how
-        many of them had underflowed.
+        is converted, rounded to nearest. Second moments are never kept in fp16: they are widened, and a warning says
+        how many of them had underflowed.
 
         Raises:
             ValueError: the groups differ, or a state does not fit its parameter. Nothing is changed then.
