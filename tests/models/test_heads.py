@@ -321,7 +321,12 @@ AFTERWARDS = {  # what is done after fold(), what then runs, what is said before
         "its model's forward was replaced after fold()",
         "its model's forward was replaced after fold()",
     ),
-    "a forward on the class": (replaced_on_the_class, None, "", f"{DIRECT} 2 times"),
+    "a forward on the class": (
+        replaced_on_the_class,
+        None,
+        "its model's forward was replaced after fold()",
+        f"{DIRECT} 2 times",
+    ),
     "a head's forward": (
         replaced_head,
         None,

@@ -50,7 +50,7 @@ class HeadRow:
 class HeadUse:
     """What a head has been used for since it was folded."""
 
-    forwards: tuple[Any, Any]  # the model's and the head's, as they were replaced when it was last used
+    forwards: tuple[Any, ...]  # as they were when it was last used: see ``_forwards``
     losses: int = 0
     logits: int = 0
 
@@ -79,15 +79,16 @@ class FoldedCausalHead:
         model, head = self.model, self.head
         if "plain_class" not in vars(type(model)) or model.get_output_embeddings() is not head:
             return "its model's class or head was replaced after fold()"
-        for whose, now, then in zip(("model", "head"), _forwards(model, head), self.use.forwards, strict=True):
+        for whose, now, then in zip(("model", "model", "head"), _forwards(model, head), self.use.forwards, strict=True):
             if now is not None and now is not then:
                 return f"its {whose}'s forward was replaced after fold()"
         return ""
 
 
-def _forwards(model: Any, head: Any) -> tuple[Any, Any]:
-    """Return the forwards that were replaced on these two modules themselves."""
-    return vars(model).get("forward"), vars(head).get("forward") if isinstance(head, nn.Module) else None
+def _forwards(model: Any, head: Any) -> tuple[Any, ...]:
+    """Return the forward of the model's own class, and those that were put on the model and the head themselves."""
+    kind = vars(type(model)).get("plain_class", type(model))
+    return kind.forward, vars(model).get("forward"), vars(head).get("forward") if isinstance(head, nn.Module) else None
 
 
 def _times(count: int) -> str:
