@@ -28,7 +28,7 @@ from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
-from .convert import place, plain_states, underflowed
+from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
@@ -328,12 +328,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if turns is not None:
             turns.check(state_dict.get("working_set"))
         if lost:
-            warnings.warn(
-                f"load_state_dict: {lost} second moments are 0 because they were kept in float16, where squares of "
-                "gradients below 2.4e-4 underflow; they go on in a wider dtype, but until they have grown again their "
-                "weights move too far. To start the states anew instead: load_state_dict({**saved, 'state': {}})",
-                stacklevel=2,
-            )
+            warnings.warn(lost_in_fp16(lost), stacklevel=2)
         self.state.clear()
         self.state.update(placed)
         self.groups[:] = groups

@@ -95,6 +95,15 @@ def underflowed(saved: Mapping[str, Any], storage: Storage) -> int:
     return lost
 
 
+def lost_in_fp16(count: int) -> str:
+    """Return the warning about second moments that had underflowed when they were saved."""
+    return (
+        f"load_state_dict: {count} second moments are 0 because they were kept in float16, where squares of gradients "
+        "below 2.4e-4 underflow; they go on in a wider dtype, but until they have grown again their weights move too "
+        "far. To start the states anew instead: load_state_dict({**saved, 'state': {}})"
+    )
+
+
 def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | None, storage: Storage) -> dict[str, Any]:
     if name in saved and not isinstance(saved[name], Tensor):
         return {name: deepcopy(saved[name])}
