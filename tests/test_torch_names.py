@@ -1,6 +1,7 @@
 """torch's private names stand in one file, and each of them is what that file says."""
 
 import copy
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_nodes_and_frames(watching):
     x = torch.ones(2, requires_grad=True)
     y = watching.apply(x)
     assert isinstance(y.grad_fn, _torch.BackwardNode)
+    assert not _torch.is_graphed(y.grad_fn)
+    watching.__module__, before = torch.cuda.graphs.__name__, watching.__module__
+    assert _torch.is_graphed(y.grad_fn) and "class Graphed(" in inspect.getsource(torch.cuda.graphs)
+    watching.__module__ = before
     y.sum().backward()
     assert _torch.CALLS_BACKWARD in watching.answers[0] and _torch.CALLS_ENGINE in watching.answers[0]
 
@@ -141,6 +146,12 @@ def test_versions_views_and_memory():
     assert _torch.storage_key(x) == _torch.storage_key(x[1:]) != _torch.storage_key(x.clone())
     assert _torch.storage_address(x.untyped_storage()) == _torch.storage_key(x)
     assert _torch.data_ptr(x) == x.data_ptr()
+    shared = [
+        torch.from_numpy(x.clone().numpy()),
+        x.clone().share_memory_(),
+        torch.frombuffer(bytearray(4), dtype=torch.int32),
+    ]
+    assert [_torch.is_shared(t) for t in (x, x[1:], *shared)] == [False, False, True, True, True]
     other = torch.zeros(4)
     first, second = _torch.implementation(x), _torch.implementation(other)
     torch.utils.swap_tensors(x, other)

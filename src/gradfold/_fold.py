@@ -24,7 +24,7 @@ from .engine import (
     wrapper_of,
 )
 from .errors import FoldError
-from .head import HeadRow, fold_heads
+from .head import FoldedCausalHead, fold_heads
 from .modules import FOLD_PARAM, restore, swap
 from .optim import RuleOptimizer
 from .optim.accept import accepted
@@ -227,7 +227,7 @@ class Fold:
     def __init__(self, state: FoldState, modules: list[nn.Module]):
         self._state = state
         self._modules = modules
-        self._heads: Sequence[HeadRow] = ()
+        self._heads: Sequence[FoldedCausalHead] = ()
 
     @property
     def grad_norm(self) -> float | None:
@@ -395,7 +395,10 @@ class Fold:
         return [t for param in self._state.params.values() for one in param.slices for t in one.lazy.values()]
 
     def report(self) -> Report:
-        """Print and return every parameter's route and bytes, and which heads of causal models are folded."""
-        report = report_of(self._state, self._heads)
+        """Print and return every parameter's route and bytes, and which heads of causal models are folded.
+
+        Once backwards have run, routes and heads are what has happened in them, not what was meant to.
+        """
+        report = report_of(self._state, [head.row() for head in self._heads])
         print(report)
         return report

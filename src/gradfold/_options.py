@@ -113,7 +113,9 @@ class StorageOptions(TypedDict, total=False):
 
     Attributes:
         states: How optimizer states are stored: "fp32", "bf16", or quantized to "int8" or "int4" in blocks of 128
-            elements along a row, with an fp32 scale each. None keeps them in the weight's dtype, as torch does.
+            elements along a row, with an fp32 scale each. None keeps them in the weight's dtype, as torch does; beside
+            fp16 weights it means "fp32" for rules with second moments (all but SGD and Lion), since squares of
+            gradients below 2.4e-4 are 0 in fp16.
         rounding: How values are rounded to fewer bits than fp32: "nearest" or "stochastic". None rounds states and
             masters stochastically where they need it (see `gradfold/codecs/README.md`), and a weight without master to
             nearest.
@@ -157,7 +159,8 @@ class StorageFields:
     """The storage options that decide memory, as fields of plans and recipes. None: not given."""
 
     states: StateFormat | None = None
-    """Storage of optimizer states; int8 and int4 are block-quantized. None: the weights' dtype, as torch does."""
+    """Storage of optimizer states; int8 and int4 are block-quantized. None: the weights' dtype, as torch does;
+    but fp32 beside fp16 weights, except for SGD and Lion."""
     rounding: Rounding | None = None
     """Rounding of 16-bit weights and states. None: states stochastically where that helps, weights to nearest."""
     master: Master | None = None

@@ -54,6 +54,13 @@ will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 BackwardNode: type = torch.autograd.function.BackwardCFunction
 """The graph nodes of autograd Functions written in Python."""
 
+
+def is_graphed(node: Any) -> bool:
+    """Return whether a node is of ``make_graphed_callables``: each replay overwrites the tensors it returned."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and function.__module__ == torch.cuda.graphs.__name__
+
+
 # code that is on the stack while a backward runs, an autograd Function's backward, and its forward
 CALLS_ENGINE = torch.autograd.graph._engine_run_backward.__code__
 CALLS_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
@@ -102,6 +109,12 @@ storage_address: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_c
 def storage_key(tensor: Tensor) -> int:
     """Return a number that two living tensors share if they lie in the same storage."""
     return storage_address(tensor.untyped_storage())
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Return whether others know this memory: NumPy, a buffer, DLPack, another process. They change it unnoticed."""
+    storage = tensor.untyped_storage()
+    return not storage.resizable() or (tensor.is_cpu and storage.is_shared())
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .backends import Routed, native
-from .engine import FoldState
+from .engine import FoldParam, FoldState
 from .engine.storage import storage_of
 from .head import HeadRow
+from .modules import FOLD_PARAM
 from .optim import RuleOptimizer
 from .workset import Rotation
 
@@ -24,13 +25,16 @@ class Row:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    route: str  # folded, hooked, frozen; or asleep: not in the active chunk of a working set
+    route: str  # folded, hooked (a dense gradient is written), frozen; or asleep: not in the working set's active chunk
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int
     state_bytes: int  # on the device, in host memory or on disk
     tape: str = ""  # waits for optimizer.step(): "uses" for gradient terms, "gradient" for their sum
     tape_bytes: int = 0  # of these; a tensor that several parameters hold is counted for one of them
     chunks: str = ""  # of the working set: "3", "3-5" if it is cut, "always"
+    handed: int = 0  # backwards that brought it gradient terms
+    dense: int = 0  # backwards that brought it a dense gradient
+    why: str = ""  # it is hooked, though a module of it was folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Report:
     def __str__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
         text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
-        for head in self.heads:
-            text.append(f"head {head.name}: {head.how}" + (f", since {head.why}" if head.why else ""))
+        text += [f"{row.name}: {row.route}, since {row.why}" for row in self.rows if row.why]
+        text += map(str, self.heads)
         if self.chunks:
             lines = [(str(c.index), c.first, c.last, _mib(c.bytes), "awake" if c.awake else "") for c in self.chunks]
             text += ["", *_table(("chunk", "from", "to", "MiB", ""), lines, left=3)]
@@ -87,7 +91,8 @@ class Report:
 
 def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     """Return the report of a fold as it is now."""
-    rows = tuple(_row(fold, name, param) for name, param in fold.model.named_parameters())
+    unfolded = _unfolded(fold)
+    rows = tuple(_row(fold, name, param, unfolded) for name, param in fold.model.named_parameters())
     scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
     made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
     turns = fold.turns
@@ -132,7 +137,30 @@ def _routes(fold: FoldState, backend: Routed) -> str:
     return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
 
-def _row(fold: FoldState, name: str, param: nn.Parameter) -> Row:
+def _unfolded(fold: FoldState) -> dict[int, str]:
+    """Return why modules will not hand terms of their weight, by the weight's id, as far as that can be seen."""
+    found = {}
+    for name, module in fold.model.named_modules():
+        for key, param in module.named_parameters(recurse=False):
+            if FOLD_PARAM not in vars(module) or key != "weight":
+                found[id(param)] = f"{name or 'the model'} ({type(module).__name__}) uses it too, and is not folded"
+            elif "forward" in vars(module):
+                found[id(param)] = f"the forward of {name or 'the model'} was replaced"
+    return found
+
+
+def _route(param: FoldParam, unfolded: Mapping[int, str]) -> tuple[str, str]:
+    """Return a trainable parameter's route, and why it is not what its module was folded for."""
+    if not param.folded:
+        return "hooked", ""
+    if param.dense:
+        times = "once" if param.dense == 1 else f"{param.dense} times"
+        return "hooked", f"a dense gradient of it was made {times}: code that is not folded used it"
+    why = "" if param.handed else unfolded.get(id(param.param), "")
+    return "hooked" if why else "folded", why
+
+
+def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int, str]) -> Row:
     member = fold.params.get(id(param))
     held: list[Tensor] = []
     stored, chunks = "", ""
@@ -150,9 +178,9 @@ def _row(fold: FoldState, name: str, param: nn.Parameter) -> Row:
     tapes = [] if member is None else [kept for one in member.slices if (kept := one.deferred)]
     asleep = member is not None and not member.slices
     frozen = member is None or not (asleep or param.requires_grad)
-    route = (
-        "frozen" if frozen else "asleep" if asleep else "folded" if member is not None and member.folded else "hooked"
-    )
+    route, why = "frozen" if frozen else "asleep", ""
+    if member is not None and not (frozen or asleep):
+        route, why = _route(member, unfolded)
     return Row(
         name=name,
         shape=tuple(param.shape),
@@ -164,6 +192,9 @@ def _row(fold: FoldState, name: str, param: nn.Parameter) -> Row:
         tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
         tape_bytes=sum(tape.cost_bytes for tape in tapes),
         chunks=chunks,
+        handed=0 if member is None else member.handed,
+        dense=0 if member is None else member.dense,
+        why=why,
     )
 
 

@@ -12,7 +12,6 @@ from torch import nn
 import gradfold
 from gradfold.backends import MatmulTerm
 from gradfold.engine.offload import Host
-from gradfold.errors import FoldError
 from tests.accumulated import check
 from tests.pairs import each_pair
 from tests.zoo import Net, batches, ours
@@ -70,18 +69,6 @@ def test_low_precision_accumulates_in_fp32():
     optimizer.step()
     masters = gradfold.export_masters(model, optimizer)["weight"]
     assert torch.equal(masters, torch.full((4, 4), -(1 + 8 * 2**-9)))
-
-
-def test_an_input_changed_in_place_is_refused():
-    model = nn.Linear(8, 8)
-    optimizer = gradfold.AdamW(model.parameters())
-    gradfold.fold(model, optimizer, accumulate=2)
-    x = torch.randn(2, 8)
-    model(x).sum().backward()
-    x.copy_(torch.randn(2, 8))  # the next micro-batch, in the same memory
-    with pytest.raises(FoldError, match=r"weight.*changed in place.*clone"):
-        model(x).sum().backward()
-    optimizer.zero_grad()
 
 
 class Elsewhere(Host):

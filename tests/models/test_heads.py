@@ -207,6 +207,21 @@ class Inherits(transformers.LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
+class ScaledHead(nn.Linear):
+    """A head that does more than its product, as Dory's."""
+
+    def forward(self, x):
+        return super().forward(x).float() * 2.0
+
+
+def scaled_head():
+    model = build("llama")
+    scaled = ScaledHead(8, 53, bias=False)
+    scaled.weight = model.lm_head.weight
+    model.lm_head = scaled
+    return model
+
+
 SCENES = {  # what is folded, and what is said of its head
     "as it is": (lambda: build("llama"), ""),
     "frozen head": (lambda: frozen("llama"), ""),
@@ -216,6 +231,7 @@ SCENES = {  # what is folded, and what is said of its head
     "adapter": (adapted, "its head is Adapted"),
     "head with a forward of its own": (replaced_head_forward, "its head's forward was replaced"),
     "forward of its own": (replaced_forward, "its model's forward was replaced"),
+    "head that scales": (scaled_head, "its head is ScaledHead, with a forward of its own"),
     "loss in forward": (lambda: Own(MODELS["llama"]()), "Own computes its loss without loss_function"),
     "another loss": (another_loss, "its loss is squared, not transformers' ForCausalLMLoss"),
 }
@@ -260,6 +276,127 @@ def test_heads_in_the_report(capsys):
     assert "head policy.lm_head: plain, since head='plain'" in capsys.readouterr().out
     other = nn.Linear(2, 2)
     assert "head" not in str(gradfold.fold(other, ours(other)).report())
+
+
+def direct(model, inputs):
+    """TRL and Liger: the loss from hidden states and the weight itself."""
+    hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+    logits = hidden @ model.lm_head.weight.t()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def from_logits(model, inputs):
+    """Preference losses: a forward without labels."""
+    logits = model(input_ids=inputs["input_ids"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def replaced_on_the_instance(model):
+    model.forward = lambda input_ids, labels: transformers.modeling_outputs.CausalLMOutputWithPast(
+        loss=direct(model, {"input_ids": input_ids, "labels": labels})
+    )
+
+
+def replaced_on_the_class(model, monkeypatch):
+    """As ``apply_liger_kernel_to_llama`` does."""
+
+    def forward(self, input_ids, labels):
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            loss=direct(self, {"input_ids": input_ids, "labels": labels})
+        )
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+
+
+def replaced_head(model):
+    model.lm_head.forward = functools.partial(F.linear, weight=model.lm_head.weight)
+
+
+DIRECT = "its weight was used directly: a dense gradient was made"
+AFTERWARDS = {  # what is done after fold(), what then runs, what is said before and after two steps
+    "nothing": (None, None, "", ""),
+    "a forward on the instance": (
+        replaced_on_the_instance,
+        None,
+        "its model's forward was replaced after fold()",
+        "its model's forward was replaced after fold()",
+    ),
+    "a forward on the class": (
+        replaced_on_the_class,
+        None,
+        "its model's forward was replaced after fold()",
+        f"{DIRECT} 2 times",
+    ),
+    "a head's forward": (
+        replaced_head,
+        None,
+        "its head's forward was replaced after fold()",
+        f"{DIRECT} 2 times",
+    ),
+    "the weight itself": (None, direct, "", f"{DIRECT} 2 times"),
+    "logits": (None, from_logits, "", "its logits were computed, 2 times, and no loss from the head itself"),
+    "compiled": (None, "compiled", "", f"{DIRECT} 2 times"),
+}
+
+
+@pytest.mark.parametrize("scene", AFTERWARDS)
+def test_the_report_says_what_happened(scene, monkeypatch, capsys):
+    change, loss, before, after = AFTERWARDS[scene]
+    plain, folded = twins(lambda: build("llama"))
+    optimizers = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, optimizers[1])
+    if change is not None:
+        change(folded, *([monkeypatch] if change is replaced_on_the_class else []))
+    call = torch.compile(folded, backend="eager") if loss == "compiled" else folded
+    (head,) = fold.report().heads
+    assert (head.how, head.why) == ("plain" if before else "folded", before)
+    for step in range(2):
+        for model, optimizer in zip((plain, folded), optimizers, strict=True):
+            if callable(loss):
+                loss(model, batch(step)).backward()
+            else:
+                (call if model is folded else plain)(**batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(folded, plain) <= 1e-11
+    capsys.readouterr()
+    report = fold.report()
+    (head,) = report.heads
+    assert (head.how, head.why) == ("plain" if after else "folded", after)
+    row = next(row for row in report.rows if row.name == "lm_head.weight")
+    assert row.route == ("hooked" if head.dense else "folded")
+    assert (row.handed, row.dense) == ((0, 2) if head.dense else (2, 0))
+    assert f"head lm_head: {head.how}" in capsys.readouterr().out
+
+
+def test_logits_that_were_computed_as_well_are_said(capsys):
+    _, model = twins(lambda: build("llama"))
+    optimizer = ours(model)
+    fold = gradfold.fold(model, optimizer)
+    for step in range(3):
+        out = model(**batch(step))
+        if step:
+            out.logits.argmax(-1)
+        out.loss.backward()
+        optimizer.step()
+    (head,) = fold.report().heads
+    assert (head.how, head.losses, head.logits, head.dense) == ("folded", 3, 2, 0)
+    assert "head lm_head: folded; also computed: its logits 2 times" in capsys.readouterr().out
+    with torch.no_grad():
+        model(**batch(0))
+    assert fold.report().heads == (head,)  # an evaluation is no training
+
+
+def test_a_wrapper_around_the_forward_is_no_replacement(capsys):
+    """As Accelerate's for mixed precision."""
+    _, model = twins(lambda: build("llama"))
+    fold = gradfold.fold(model, ours(model))
+    inner = model.forward
+    model.forward = lambda **inputs: [inner(**inputs)][0]
+    assert fold.report().heads[0].why == "its model's forward was replaced after fold()"
+    model(**batch(0)).loss.backward()
+    assert fold.report().heads[0].how == "folded"
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,21 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bart():
+    """Word embeddings that scale what they look up, tied to the head, and positions that look up shifted ones."""
+    size = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    config = transformers.BartConfig(
+        **size, vocab_size=V, d_model=H, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=2 * T,
+        scale_embedding=True, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def gemma3():
+    config = transformers.Gemma3TextConfig(**SIZE, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    return transformers.Gemma3ForCausalLM(config)
+
+
 def vit():
     size = {key: value for key, value in SIZE.items() if key != "vocab_size"}
     config = transformers.ViTConfig(**size, **NO_DROPOUT, image_size=8, patch_size=4, num_labels=5)
@@ -123,6 +138,8 @@ MODELS = {
     "bert": (bert, language),
     "albert": (albert, language),
     "t5": (t5, language),
+    "bart": (bart, language),
+    "gemma3": (gemma3, language),
     "vit": (vit, classify),
     "cnn": (CNN, cnn_loss),
     "transformer": (
@@ -133,7 +150,7 @@ MODELS = {
     "lstm": (Recurrent, lambda m, step: nn.functional.cross_entropy(m(ids(step)).flatten(0, 1), ids(step).flatten())),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
-CHECKPOINTED = [name for name in MODELS if name in ("llama", "llama_tied", "gpt2", "bert", "t5", "vit")]
+CHECKPOINTED = [name for name in MODELS if name in ("llama", "llama_tied", "gpt2", "bert", "t5", "bart", "vit")]
 
 
 def trained(name, prepare=lambda model: None, steps=3, rule="AdamW"):
@@ -208,6 +225,8 @@ HOOKED = {
     "bert": (".bias", "LayerNorm.weight"),
     "albert": (".bias", "ayer_norm.weight", "LayerNorm.weight"),
     "t5": ("layer_norm.weight",),
+    "bart": (".bias", "layer_norm.weight", "layernorm_embedding.weight"),
+    "gemma3": ("norm.weight",),
     "vit": (
         ".bias",
         "cls_token",

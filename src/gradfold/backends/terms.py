@@ -63,10 +63,23 @@ class GradTerm(Made):
     reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
     in_registers: ClassVar[bool] = True  # whether GPU kernels can compute it a tile at a time
 
+    lent: bool = False  # whether ``input`` is no result of autograd, so that its memory may be used again
+    owned: bool = False  # whether nobody else may change its tensors any more
+
     @property
     @abstractmethod
     def factor(self) -> Tensor:
         """The tensor in whose dtype the term is computed."""
+
+    @property
+    def input(self) -> Tensor | None:
+        """Which of the tensors is the module's input, if one is."""
+        return None
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Which of the tensors holds token ids or labels; autograd never makes these."""
+        return None
 
     @abstractmethod
     def replaced(self, tensors: Sequence[Tensor]) -> GradTerm:
@@ -115,7 +128,7 @@ class GradTerm(Made):
         return self._like_me(self.narrowed(dim, start, stop))
 
     def _like_me(self, made: GradTerm) -> GradTerm:
-        made.made_on = self.made_on
+        made.made_on, made.lent, made.owned = self.made_on, self.lent, self.owned
         return made
 
     def resolved(self) -> GradTerm:
@@ -126,9 +139,16 @@ class GradTerm(Made):
 class MatmulTerm(GradTerm):
     """``left.T @ right``, for a weight ``[R, C]``: of a Linear, left = dY and right = X."""
 
+    transposed: bool = False  # of a Conv1D, left = X and right = dY
+
     def __init__(self, left: Tensor, right: Tensor):
         self.left = left if left.is_contiguous() else gemm_ready(left)  # [T, R]
         self.right = right if right.is_contiguous() else gemm_ready(right)  # [T, C]
+
+    @property
+    def input(self) -> Tensor:
+        """X."""
+        return self.left if self.transposed else self.right
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -142,13 +162,15 @@ class MatmulTerm(GradTerm):
 
     def replaced(self, tensors: Sequence[Tensor]) -> MatmulTerm:
         """Return the term of these tensors."""
-        return MatmulTerm(*tensors)
+        made = MatmulTerm(*tensors)
+        made.transposed = self.transposed
+        return made
 
     def narrowed(self, dim: int, start: int, stop: int) -> MatmulTerm:
         """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
         if dim == 0:
-            return MatmulTerm(self.left[:, start:stop], self.right)
-        return MatmulTerm(self.left, self.right[:, start:stop])
+            return self.replaced((self.left[:, start:stop], self.right))
+        return self.replaced((self.left, self.right[:, start:stop]))
 
     def detach_from(self, storages: Container[int]) -> None:
         """Copy what lies in one of these storages."""
@@ -189,6 +211,11 @@ class GatherTerm(GradTerm):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The token ids, and the gradient rows they select."""
         return self.ids, self.grad
+
+    @property
+    def indices(self) -> Tensor:
+        """The token ids."""
+        return self.ids
 
     @property
     def factor(self) -> Tensor:

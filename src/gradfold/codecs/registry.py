@@ -18,6 +18,7 @@ STATES: dict[str, tuple[Codec, Codec]] = {
     "int4": (INT4_SIGNED, INT4_UNSIGNED),
 }
 MASTERS: dict[str, Split] = {"split8": SPLIT8, "split16": SPLIT16}
+HALVES = ("fp16", "float16", "half", "torch.float16")
 WEIGHTS: dict[torch.dtype, Codec] = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 
@@ -32,7 +33,8 @@ def state_codec(states: str, signed: bool) -> Codec:
         ValueError: The name is unknown.
     """
     if states not in STATES:
-        raise ValueError(f"states={states!r}: one of {', '.join(map(repr, STATES))}")
+        fp16 = "; fp16 cannot hold the squares of small gradients" if str(states) in HALVES else ""
+        raise ValueError(f"states={states!r}: one of {', '.join(map(repr, STATES))}{fp16}")
     first, second = STATES[states]
     return first if signed else second
 

@@ -1,13 +1,15 @@
 """Gradients that wait for ``optimizer.step()``, for accumulation and exact clipping, and the memory they take.
 
-A parameter's terms are kept by reference. A tensor that several terms hold, as those of q, k and v hold their input, is
-counted once, for the first of them. Where the terms would take more memory than the gradient they collapse into it: the
-sum of all terms so far, in fp32 (fp64 for fp64 weights), to which later terms are added at once. With a ``Host`` all of
-this lies in host memory, and is copied to the device for one parameter at a time.
+A parameter's terms are kept by reference, but for what the caller may change (``owned.py``). A tensor that several
+terms hold, as those of q, k and v hold their input, is counted once, for the first of them. Where the terms would take
+more memory than the gradient they collapse into it: the sum of all terms so far, in fp32 (fp64 for fp64 weights), to
+which later terms are added at once. With a ``Host`` all of this lies in host memory, and is copied to the device for
+one parameter at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +20,7 @@ from gradfold.backends import Backend, DenseTerm, GradTerm, accumulation_dtype
 from gradfold.errors import FoldError
 
 from .offload import Host
+from .owned import Copies
 from .region import Region
 
 
@@ -31,6 +34,7 @@ class DeferredGrads:
         region: Region | None,
         backend: Backend,
         holders: StorageHolders,
+        copies: Copies,
         host: Host | None = None,
     ):
         self.name = name
@@ -38,6 +42,7 @@ class DeferredGrads:
         self._backend = backend
         self._host = host
         self._holders = holders
+        self._copies = copies
         self._terms: list[GradTerm] = []
         self._versions: list[tuple[Tensor, int]] = []
         self.collapsed: Tensor | None = None  # the sum so far, of the weight's shape
@@ -69,21 +74,37 @@ class DeferredGrads:
             if self.collapsed is not None:
                 self._accumulate([term])
                 continue
-            if self._host is not None:
-                term = self._host.send(term)
-                term.record(self._param.device)
-            self._terms.append(term)
-            for tensor in term.tensors:
+            kept = self._own(term)
+            self._terms.append(term if kept is None else kept)
+            if kept is None:  # the sum of all terms takes less than a copy of this one
+                self.collapse()
+                continue
+            for tensor in kept.tensors:
                 self._versions.append((tensor, _torch.version(tensor)))
                 self._holders.hold(self, tensor)
         if self.collapsed is None and self._holders.cost_bytes(self) >= self.gradient_bytes > 0:
             self.collapse()
 
+    def _own(self, term: GradTerm) -> GradTerm | None:
+        """Return the term as it can be kept; None if it would need copies larger than the gradient."""
+        device, own = self._param.device, term
+        term.wait(device)
+        if self._host is None or device.type == "cpu":  # else it is copied anyway
+            found = self._copies.own(term, self.gradient_bytes or math.inf)
+            if found is None:
+                return None
+            own = found
+        if self._host is not None:
+            own = self._host.send(own)
+        if own is not term:
+            own.record(device)
+        return own
+
     def collapse(self) -> None:
         """Sum the terms into one gradient, and drop them."""
         terms = self.peek()
         self._terms = []
-        if len(terms) == 1 and isinstance(terms[0], DenseTerm):
+        if len(terms) == 1 and isinstance(terms[0], DenseTerm) and not self._copies.lent(terms[0]):
             self._keep(terms[0].grad)
         else:
             self._accumulate(terms)
@@ -151,8 +172,8 @@ class DeferredGrads:
             if _torch.version(tensor) != version:
                 raise FoldError(
                     f"{self.name}: an input of its module, or the gradient of its output, of shape "
-                    f"{tuple(tensor.shape)} was changed in place after backward, and its step still needs it; give the "
-                    "model a new tensor for each micro-batch (batch.clone())"
+                    f"{tuple(tensor.shape)} was changed in place after backward, and its step still needs it; change a "
+                    "copy (hidden.clone())"
                 )
 
 

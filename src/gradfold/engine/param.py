@@ -8,6 +8,7 @@ parameter's AccumulateGrad node after the last use; its hook, the gate, collects
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gradfold.errors import FoldError
 from .backward import Backward
 from .context import FoldContext
 from .gate import Demand, Gate, demand
+from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
@@ -39,6 +41,9 @@ class FoldParam:
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         weight: for a bias, the last weight whose kernel could step it as well.
+        read_unseen: whether code that is not folded may read it inside a reentrant checkpoint.
+        handed: how often its gate has run with terms of folded modules.
+        dense: how often it has run with a dense gradient.
         gate: the hook; None while the parameter is frozen, and after ``remove()``.
         placement: shape, dtype and device when it was folded.
         device_type: "cpu" or "cuda".
@@ -54,7 +59,8 @@ class FoldParam:
         self.gate: Gate | None = None
         self._fired: Step | None = None  # the step its last terms were for
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
-        self._read_unseen = False  # one of them read it through something that is not folded
+        self.read_unseen = False
+        self.handed = self.dense = 0
         self.placement = param.shape, param.dtype, param.device
         self._on_cpu = param.is_cpu
         self.device_type = param.device.type
@@ -173,10 +179,17 @@ class FoldParam:
                 raise FoldError(second_backward(self.name, self.stepped))
         return wanted
 
-    def hand(self, term: GradTerm) -> None:
-        """Keep a term until the gate runs."""
+    def hand(self, term: GradTerm, node: Any = None) -> None:
+        """Keep a term until the gate runs.
+
+        Args:
+            term: the term.
+            node: the graph node of the module's autograd Function, whose first input was the module's.
+        """
         fold = self.fold
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
+        if fold.step.defers and node is not None and (x := term.input) is not None:
+            term.lent = is_lent(node, x)
         if not self._on_cpu:
             term.record(self.param.device)
         found = fold.step.backwards[_torch.current_graph_task()].terms
@@ -208,8 +221,11 @@ class FoldParam:
         backward = fold.step.backwards.get(task)
         terms = [] if backward is None else backward.terms.pop(self, [])
         grad = self.param.grad
+        if terms:
+            self.handed += 1
         if grad is not None:
             self.param.grad = None
+            self.dense += 1
         if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
@@ -231,7 +247,7 @@ class FoldParam:
         if backward.parent is None:
             step.outer_due.discard(self)
         elif backward.parent not in self._segments:
-            self._read_unseen = True
+            self.read_unseen = True
         if terms:  # else: reached, but nothing flowed
             if self.done:
                 raise FoldError(second_backward(self.name, self.stepped))
@@ -245,7 +261,7 @@ class FoldParam:
         if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
             return True
         # first passes of modules that are not folded are not seen, so any segment may have read such a parameter
-        unseen = self._read_unseen or not self.folded
+        unseen = self.read_unseen or not self.folded
         segments = fold.segments.values() if unseen else self._segments
         return any(segment.open for segment in segments if segment is not parent)
 

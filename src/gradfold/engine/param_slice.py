@@ -81,7 +81,7 @@ class ParamSlice(ParamStepper):
         kept = step.deferred.get(self)
         if kept is None:
             kept = step.deferred[self] = DeferredGrads(
-                self.name, self.param, self.region, fold.backend, step.holders, fold.host
+                self.name, self.param, self.region, fold.backend, step.holders, step.copies, fold.host
             )
         kept.add(terms)
 

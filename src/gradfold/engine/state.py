@@ -29,6 +29,7 @@ from .gate import Demand
 from .grad_scaler import Marker
 from .live import dismiss, names_of, refuse_several
 from .loops import refuse_loop, refuse_micro_batch
+from .owned import given_gradients
 from .param import FoldParam, hook_lost, second_backward
 from .param_slice import ParamSlice
 from .protocols import Optimizer
@@ -162,6 +163,8 @@ class FoldState(FoldContext):
                 )
         step.refresh()
         self._plan()
+        if step.defers:
+            step.copies.given = given_gradients()
         if options.clip == "delayed":
             step.coefficients = self.following
         if self.segments:

@@ -15,6 +15,7 @@ from gradfold.errors import FoldError
 from .backward import Backward
 from .clipping import change_for
 from .deferred import DeferredGrads, StorageHolders
+from .owned import Copies
 from .protocols import Optimizer
 from .stepper import GroupStep
 
@@ -43,6 +44,7 @@ class Step:
         biases: biases that may step along with their weight, by that weight.
         deferred: gradients that wait for ``optimizer.step()``, by slice.
         holders: which of them hold which storage.
+        copies: copies of what the caller may change while they wait.
         waiting: terms of parameters for which reentrant checkpoints will bring more.
         outer_due: parameters that the outermost backward has yet to reach outside of those checkpoints.
         moved: whether some parameter has stepped.
@@ -77,6 +79,7 @@ class Step:
         self.biases: dict[Any, tuple[Any, list[BiasTerm]]] = {}
         self.deferred: dict[Any, DeferredGrads] = {}
         self.holders = StorageHolders()
+        self.copies = Copies()
         self.waiting: dict[Any, list[GradTerm | BiasTerm]] = {}
         self.outer_due: set[Any] = set()
         self.moved = False

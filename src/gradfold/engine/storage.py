@@ -2,7 +2,8 @@
 
 The options:
 
-    states      None (as torch: the weight's own dtype), "fp32", "bf16", "int8", "int4"
+    states      None (as torch: the weight's own dtype), "fp32", "bf16", "int8", "int4"; beside fp16 weights None means
+                "fp32" for rules with second moments, whose squares fp16 cannot hold
     rounding    "nearest"; "stochastic"; None: stochastic for states and masters that ask for it, else to nearest
     master      None; "split8", "split16": the bits that bf16 drops are kept beside a bf16 weight
     small_size  parameters of fewer elements, and vectors (norms, biases), have fp32 states; 0: none of them
@@ -98,7 +99,7 @@ def _storage(
         return as_torch
     weight = weight_codec(dtype, None if dtype == torch.float32 else master)  # an fp32 weight is its own master
     small = small_size > 0 and (len(shape) < 2 or math.prod(shape) < small_size)
-    named = "fp32" if small and states is not None else states
+    named = "fp32" if (small and states is not None) or (states is None and squares_in_fp16(dtype, specs)) else states
     codecs = [WEIGHTS[dtype] if named is None else state_codec(named, spec.signed) for spec in specs]
     for spec, codec in zip(specs, codecs, strict=True):
         if spec.exact and states is not None and codec is not WEIGHTS[torch.float32]:
@@ -116,6 +117,15 @@ def _storage(
         return as_torch._replace(fixed=named is not None)
     dithered = isinstance(weight, Split) and rounding != "nearest"
     return Storage(specs, weight, tuple(codecs), random, fixed=named is not None, dithered=dithered)
+
+
+def squares_in_fp16(dtype: torch.dtype, specs: Iterable[State]) -> bool:
+    """Return whether second moments in this dtype would underflow.
+
+    fp16 ends at 6e-8, which is the square of 2.4e-4: a smaller gradient has a second moment of 0, and its weight moves
+    by a first moment that is divided by ``eps``, or by 0.
+    """
+    return dtype == torch.float16 and any(not spec.signed for spec in specs)
 
 
 def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
@@ -183,6 +193,12 @@ def bind(
     Raises:
         FoldError: a state is not stored as the group says, because one or the other was changed.
     """
+    for spec in storage.specs:
+        if spec.name in state and squares_in_fp16(state[spec.name].dtype, [spec]):
+            raise FoldError(
+                f"state {spec.name!r} is float16, in which the squares of gradients below 2.4e-4 are 0; load it by "
+                f"optimizer.load_state_dict, which widens it, or replace it by state[{spec.name!r}].float()"
+            )
     if storage.weight is None:
         return Stored.plain(param.detach()), [Stored.plain(state[spec.name]) for spec in storage.specs]
     seed = group.get("seed", 0)

@@ -33,27 +33,92 @@ class HeadRow:
     """The head of one causal model in ``Fold.report()``."""
 
     name: str
-    how: Literal["folded", "plain"]
+    how: Literal["folded", "plain"]  # what has happened; before the first forward, what is meant to
     why: str  # the reason, where it is plain
+    losses: int = 0  # computed without logits
+    logits: int = 0  # computed with grad, where something asked for them
+    dense: int = 0  # gradients of the weight that were written out
+
+    def __str__(self) -> str:
+        if self.why:
+            return f"head {self.name}: {self.how}, since {self.why}"
+        also = [f"its logits {_times(self.logits)}"] if self.logits else []
+        also += [f"a dense gradient of its weight {_times(self.dense)}"] if self.dense else []
+        return f"head {self.name}: {self.how}" + (f"; also computed: {' and '.join(also)}" if also else "")
+
+
+@dataclasses.dataclass
+class HeadUse:
+    """What a head has been used for since it was folded."""
+
+    forwards: tuple[Any, ...]  # as they were when it was last used: see ``_forwards``
+    losses: int = 0
+    logits: int = 0
+
+
+class FoldedCausalHead:
+    """The head of one causal model as ``fold`` has left it."""
+
+    def __init__(self, name: str, model: Any, head: Any, why: str):
+        self.name, self.model, self.head, self.why = name, model, head, why
+        self.use = HeadUse(_forwards(model, head))
+
+    def row(self) -> HeadRow:
+        """Return what has become of it."""
+        use, param = self.use, vars(self.head).get(FOLD_PARAM) if isinstance(self.head, nn.Module) else None
+        dense = 0 if param is None else param.dense
+        why = self.why or self._replaced()
+        if not why and not use.losses:
+            if use.logits:
+                why = f"its logits were computed, {_times(use.logits)}, and no loss from the head itself"
+            elif dense:
+                why = f"its weight was used directly: a dense gradient was made {_times(dense)}"
+        return HeadRow(self.name, "plain" if why else "folded", why, use.losses, use.logits, dense)
+
+    def _replaced(self) -> str:
+        """Return what was replaced since the model was folded or last run; a wrapper that still ran it is no reason."""
+        model, head = self.model, self.head
+        if "plain_class" not in vars(type(model)) or model.get_output_embeddings() is not head:
+            return "its model's class or head was replaced after fold()"
+        for whose, now, then in zip(("model", "model", "head"), _forwards(model, head), self.use.forwards, strict=True):
+            if now is not None and now is not then:
+                return f"its {whose}'s forward was replaced after fold()"
+        return ""
+
+
+def _forwards(model: Any, head: Any) -> tuple[Any, ...]:
+    """Return the forward of the model's own class, and those that were put on the model and the head themselves."""
+    kind = vars(type(model)).get("plain_class", type(model))
+    return kind.forward, vars(model).get("forward"), vars(head).get("forward") if isinstance(head, nn.Module) else None
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 class LazyHead(FoldedLinear):
     """A folded head, whose output is lazy while its model's forward runs with labels."""
 
     keep_bytes: int | None = None  # for ``linear_cross_entropy``
+    head_use: HeadUse
 
     def forward(self, input: Tensor) -> Any:
         """Return lazy logits where the model's loss will ask for them, else the head's own output."""
-        me: Any = self
-        if not self.__dict__.get(LAZY) or not torch.is_grad_enabled() or transformed():
+        if not torch.is_grad_enabled() or transformed():
             return super().forward(input)
-        if _torch.has_hooks(me) or _torch.has_global_hooks():
-            return super().forward(input)  # they wait for a tensor
-        param, weight = self.__dict__.get(FOLD_PARAM), _torch.own_parameters(me).get("weight")
-        replaced = not isinstance(weight, nn.Parameter) or (param is not None and weight is not param.param)
-        if replaced or not is_plain(input) or input.is_inference():
+        if not self._may_wait(input):
+            self.head_use.logits += 1
             return super().forward(input)
         return LazyLogits(self, input)
+
+    def _may_wait(self, input: Tensor) -> bool:
+        """Return whether the logits may be computed later, or not at all."""
+        me: Any = self
+        if not self.__dict__.get(LAZY) or _torch.has_hooks(me) or _torch.has_global_hooks():
+            return False  # hooks wait for a tensor
+        param, weight = self.__dict__.get(FOLD_PARAM), _torch.own_parameters(me).get("weight")
+        replaced = not isinstance(weight, nn.Parameter) or (param is not None and weight is not param.param)
+        return not replaced and is_plain(input) and not input.is_inference()
 
 
 LAZY = "_gradfold_lazy_logits"
@@ -77,6 +142,7 @@ def causal_loss(
     if operands is None:
         return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
     head, (x, softcap) = logits._head, operands
+    head.head_use.losses += 1
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return linear_cross_entropy(
@@ -93,7 +159,7 @@ def causal_loss(
 
 def fold_heads(
     model: nn.Module, how: Literal["fold", "plain"], keep_bytes: int | None
-) -> tuple[list[nn.Module], list[HeadRow]]:
+) -> tuple[list[nn.Module], list[FoldedCausalHead]]:
     """Let transformers' causal models take their loss from their heads.
 
     A head that does not step, because it is frozen, is folded too: neither its logits nor their gradient are stored.
@@ -104,27 +170,29 @@ def fold_heads(
         keep_bytes: bytes of the softmax that are kept for backward; None: the default of ``linear_cross_entropy``.
 
     Returns:
-        The modules whose class was swapped, and a row of the report for each head.
+        The modules whose class was swapped, and each head, for the report.
     """
     changed: list[nn.Module] = []
-    said: list[HeadRow] = []
+    heads: list[FoldedCausalHead] = []
     names = {id(module): name for name, module in model.named_modules()}
     for one in list(model.modules()):
         if not _is_causal(one):
             continue
         head: Any = one.get_output_embeddings()  # type: ignore[operator]
         why = "head='plain'" if how == "plain" else _why_plain(one, head)
-        said.append(HeadRow(names.get(id(head)) or type(one).__name__, "plain" if why else "folded", why))
+        made = FoldedCausalHead(names.get(id(head)) or type(one).__name__, one, head, why)
+        heads.append(made)
         if why:
             continue
         kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
-        head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes})
+        head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes, "head_use": made.use})
         if (forward := vars(one).get("forward")) is not None:
             one.__dict__[PLAIN_FORWARD] = forward
-            one.__dict__["forward"] = MethodType(_around(forward.__func__), one)
-        one.__class__ = _class(type(one), Folded, _methods(type(one), _loss()))
+            one.__dict__["forward"] = MethodType(_around(forward.__func__, made.use), one)
+        one.__class__ = _class(type(one), Folded, _methods(type(one), _loss(), made.use))
+        made.use.forwards = _forwards(one, head)
         changed += [one, head]
-    return changed, said
+    return changed, heads
 
 
 def _loss() -> Callable[..., Tensor] | None:
@@ -149,9 +217,11 @@ def _why_plain(model: Any, head: Any) -> str:
         return f"{type(model).__name__} computes its loss without loss_function"
     if (loss := model.loss_function) is not _loss():
         return f"its loss is {getattr(loss, '__name__', loss)}, not transformers' ForCausalLMLoss"
-    if isinstance(head, FoldedLinear) or (isinstance(head, nn.Linear) and foldable(head) is FoldedLinear):
-        return ""
-    return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
+    if not isinstance(head, nn.Linear) or not (isinstance(head, FoldedLinear) or foldable(head) is FoldedLinear):
+        return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
+    if type(head).forward not in (FoldedLinear.forward, nn.Linear.forward):  # it may scale them
+        return f"its head is {type(head).__name__}, with a forward of its own"
+    return ""
 
 
 def _is_autocast(model: Any) -> bool:
@@ -178,12 +248,13 @@ def _class(plain: type, folding: type, members: Mapping[str, Any]) -> type:
     return type(plain.__name__, (folding, plain), {**names, **members})
 
 
-def _with_lazy_logits(model: Any, kwargs: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
+def _with_lazy_logits(model: Any, use: HeadUse, kwargs: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
     """Call a causal model's forward; its head returns lazy logits if there are labels."""
     hooked = _torch.has_hooks(model, forward=False)  # they put a Function around the outputs
     if kwargs.get("labels") is None or hooked or transformed():
         return forward()
     head = model.get_output_embeddings()
+    use.forwards = _forwards(model, head)  # a wrapper that got here is no replacement
     head.__dict__[LAZY] = True
     try:
         return forward()
@@ -191,22 +262,22 @@ def _with_lazy_logits(model: Any, kwargs: Mapping[str, Any], forward: Callable[[
         head.__dict__.pop(LAZY, None)
 
 
-def _around(function: Callable[..., Any]) -> Callable[..., Any]:
+def _around(function: Callable[..., Any], use: HeadUse) -> Callable[..., Any]:
     """Return a forward for an instance that has one of its own, which calls its class's without asking for it."""
 
     @functools.wraps(function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _with_lazy_logits(self, kwargs, functools.partial(self.__dict__[PLAIN_FORWARD], *args, **kwargs))
+        return _with_lazy_logits(self, use, kwargs, functools.partial(self.__dict__[PLAIN_FORWARD], *args, **kwargs))
 
     return forward
 
 
-def _methods(plain: Any, loss: Any) -> dict[str, Any]:
+def _methods(plain: Any, loss: Any, use: HeadUse) -> dict[str, Any]:
     own_loss = plain.loss_function.fget
 
     @functools.wraps(plain.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _with_lazy_logits(self, kwargs, functools.partial(plain.forward, self, *args, **kwargs))
+        return _with_lazy_logits(self, use, kwargs, functools.partial(plain.forward, self, *args, **kwargs))
 
     def get(self: Any) -> Any:
         found = own_loss(self)

@@ -27,7 +27,7 @@ PLAIN = "fold with head='plain'"
 class LazyLogits(Tensor):
     """The logits ``[*, V]`` of ``head(x)``, which are computed when something reads them."""
 
-    _head: Any
+    _head: Any  # a LazyHead
     _x: Tensor  # [*, H]
     _done: tuple[tuple[str, float], ...]  # to the head's output: ("/", 3.0), ("tanh", 0.0)
     _made: Tensor | None
@@ -63,6 +63,8 @@ class LazyLogits(Tensor):
         if self._made is None:
             self._refuse_changed()
             folded = isinstance(self._head, FoldedLinear)  # not after fold.remove()
+            if folded:
+                self._head.head_use.logits += 1
             forward = FoldedLinear.forward if folded else type(self._head).forward
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._x.device.type, *self._autocast):
                 logits = forward(self._head, self._x)

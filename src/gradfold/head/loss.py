@@ -205,7 +205,7 @@ class FoldedHead(torch.autograd.Function):
                 if dW is not None or db is not None:
                     term.write_out(dW, db)
                 if demand is Demand.STEP and param is not None:
-                    param.hand(term)
+                    param.hand(term, ctx)
         return dX, db, dW, None, None, None, None, None, None
 
 

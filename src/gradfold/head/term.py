@@ -69,6 +69,16 @@ class HeadTerm(GradTerm):
         return self.x
 
     @property
+    def input(self) -> Tensor:
+        """The head's input."""
+        return self.x
+
+    @property
+    def indices(self) -> Tensor:
+        """The labels."""
+        return self.labels
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors the term keeps alive; the weight lives anyway."""
         held = [self.x, self.labels, self.lse, self.scale]

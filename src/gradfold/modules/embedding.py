@@ -37,7 +37,7 @@ class FoldedLookup(torch.autograd.Function):
         dW = None
         demand = ctx.param.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
         if demand is Demand.STEP:
-            ctx.param.hand(GatherTerm(ids, dY, ctx.padding_idx))
+            ctx.param.hand(GatherTerm(ids, dY, ctx.padding_idx), ctx)
         elif demand is Demand.CAPTURE:
             grad = rows(dY)  # [T, H]
             if ctx.padding_idx is not None:

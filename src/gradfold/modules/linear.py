@@ -82,7 +82,9 @@ def _backward(
         left, right = (x2, dY2) if transposed else (dY2, x2)
         if demand is Demand.STEP:
             term = MatmulTerm(left, right)
-            ctx.param.hand(term)
+            if transposed:
+                term.transposed = True
+            ctx.param.hand(term, ctx)
             along = by_bias and ctx.bias is not None and ctx.bias.take_along(term, ctx.param)
         else:
             dW = left.t() @ right

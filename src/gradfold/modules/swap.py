@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
@@ -27,9 +30,12 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     """
     if "forward" in vars(module):  # replaced on the instance: its own business
         return None
-    folded = next((f for plain, f in _table().items() if _is_plain(module, plain)), None)
-    if folded is None:
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight directly
         return None
+    plain = next((plain for plain in _table() if isinstance(module, plain)), None)
+    if plain is None or not reaches(type(module), plain):
+        return None
+    folded = _table()[plain]
     if "weight" not in _torch.own_parameters(module):  # parametrized or weight-normed: computed from other parameters
         return None
     if isinstance(module, nn.Embedding):
@@ -45,10 +51,41 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     return folded
 
 
-def _is_plain(module: nn.Module, plain: type[nn.Module]) -> bool:
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight directly
+def reaches(kind: type, plain: type) -> bool:
+    """Return whether the forward of a class ends in that of ``plain``, its base: inherited, or by ``super().forward``.
+
+    Whatever it does before and after, the weight is then used as ``plain`` uses it, and the folded forward can stand in
+    ``plain``'s place. A forward that does not always call it is still right: what it does with the weight instead gives
+    a dense gradient, which the gate takes.
+    """
+    for base in kind.__mro__[: kind.__mro__.index(plain)]:
+        if (forward := vars(base).get("forward")) is not None and not _calls_super_forward(forward):
+            return False
+    return True
+
+
+def _calls_super_forward(forward: Any) -> bool:
+    """Return whether a method's own code takes the attribute ``forward`` of ``super()``."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or "super" not in code.co_names:
         return False
-    return isinstance(module, plain) and type(module).forward is plain.forward
+    after_super = False
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_GLOBAL"):
+            after_super = after_super or step.argval == "super"
+        elif after_super and step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if step.argval == "forward":
+                return True
+            after_super = False
+    return False
+
+
+def in_own_forward(module: nn.Module) -> bool:
+    """Return whether a folded module is of a class whose own forward calls the folded one."""
+    return type(module).forward not in _FORWARDS
+
+
+_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward)
 
 
 def _table() -> Mapping[type[nn.Module], type[Folded]]:
@@ -59,13 +96,14 @@ def _table() -> Mapping[type[nn.Module], type[Folded]]:
 
 
 @functools.cache
-def _folded_class(plain: type, folding: type[Folded]) -> type:
-    """Return a class with ``folding``'s forward and the name of ``plain``, so that a printed model looks the same."""
-    return type(
-        plain.__name__,
-        (folding, plain),
-        {"plain_class": plain, "__doc__": folding.__doc__, "__module__": plain.__module__},
-    )
+def _folded_class(kind: type, folding: type[Folded]) -> type:
+    """Return a class with ``folding``'s forward and the name of ``kind``, so that a printed model looks the same."""
+    plain = next(plain for plain, folded in _table().items() if folded is folding)
+    bases = (folding, kind)
+    if kind.forward is not plain.forward:  # ``super().forward`` of its forward must find the folded one
+        bases = (kind, type(folding.__name__, (folding, plain), {}))
+    members = {"plain_class": kind, "__doc__": folding.__doc__, "__module__": kind.__module__}
+    return type(kind.__name__, bases, {**members, "__reduce_ex__": Folded.__reduce_ex__})
 
 
 def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
@@ -101,6 +139,8 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
         module.__dict__[FOLD_PARAM] = param
         module.__class__ = _folded_class(type(module), folding)
         param.folded = True
+        if in_own_forward(module):
+            param.read_unseen = True  # it may also read the weight itself
     return [module for module, _, _ in chosen]
 
 

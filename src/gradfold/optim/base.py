@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -27,7 +28,7 @@ from gradfold.engine.storage import OPTIONS, storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
 
-from .convert import place, plain_states
+from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
@@ -320,7 +321,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         The groups' options are taken over, as torch's hyper-parameters are. Torch casts every state to its parameter's
         dtype. Here a state keeps the dtype it was saved in, unless its group's ``states=`` names another form: then it
-        is converted, rounded to nearest.
+        is converted, rounded to nearest. Second moments are never kept in fp16: they are widened, and a warning says
+        how many of them had underflowed.
 
         Raises:
             ValueError: the groups differ, or a state does not fit its parameter. Nothing is changed then.
@@ -338,14 +340,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
         placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
+        lost = 0
         for param in self._params:  # all of them before anything changes
             refuse_other_cut(saved.get(param, {}), regions[id(param)])
+            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule, owners[id(param)]))
             for region in regions[id(param)]:
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
                     placed[param] = states
         if turns is not None:
             turns.check(state_dict.get("working_set"))
+        if lost:
+            warnings.warn(lost_in_fp16(lost), stacklevel=2)
         self.state.clear()
         self.state.update(placed)
         self.groups[:] = groups

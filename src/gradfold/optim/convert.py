@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradfold.codecs import WEIGHTS, Codec, Plain, matrix
-from gradfold.engine.storage import Storage, keys_of
+from gradfold.engine.storage import Storage, keys_of, squares_in_fp16
 from gradfold.rules import Rule
 
 PANE_ELEMENTS = 2**20  # elements converted at a time, to bound temporary memory
@@ -20,7 +20,7 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
     """Convert one parameter's saved states to the form its group asks for, on the parameter's device.
 
     Plain states are quantized if the group stores quantized states. Without ``states=`` they keep the dtype they were
-    saved in.
+    saved in, but for fp16 if some are second moments.
 
     Args:
         param: The parameter, or the slice of it, that the states belong to.
@@ -44,7 +44,7 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
     residuals = storage.residuals()
     known = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
     for name in dict.fromkeys(key.partition(".")[0] for key in saved if key not in counters and key not in residuals):
-        placed |= _state(param, name, saved, known.get(name), storage.fixed)
+        placed |= _state(param, name, saved, known.get(name), storage)
     if residuals and all(key in saved for key in residuals):
         assert storage.weight is not None
         kinds = storage.weight.parts(param.shape)
@@ -76,7 +76,35 @@ def _counter(value: Any) -> Tensor:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
-def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | None, fixed: bool) -> dict[str, Any]:
+def underflowed(saved: Mapping[str, Any], storage: Storage) -> int:
+    """Return how many second moments of a parameter's saved states were lost in fp16.
+
+    Where there is a first moment, these are zeros beside one that is not zero; else all zeros, though some may be those
+    of weights that never had a gradient.
+    """
+    lost = 0
+    first = [saved.get(spec.name) for spec in storage.specs if spec.signed]
+    for spec in storage.specs:
+        second = saved.get(spec.name)
+        if isinstance(second, Tensor) and squares_in_fp16(second.dtype, [spec]):
+            zero = second == 0
+            for moment in first:
+                if isinstance(moment, Tensor) and moment.shape == second.shape:
+                    zero &= moment != 0
+            lost += int(zero.sum())
+    return lost
+
+
+def lost_in_fp16(count: int) -> str:
+    """Return the warning about second moments that had underflowed when they were saved."""
+    return (
+        f"load_state_dict: {count} second moments are 0 because they were kept in float16, where squares of gradients "
+        "below 2.4e-4 underflow; they go on in a wider dtype, but until they have grown again their weights move too "
+        "far. To start the states anew instead: load_state_dict({**saved, 'state': {}})"
+    )
+
+
+def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | None, storage: Storage) -> dict[str, Any]:
     if name in saved and not isinstance(saved[name], Tensor):
         return {name: deepcopy(saved[name])}
     keys = keys_of(name, codec)
@@ -92,9 +120,11 @@ def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | No
     value = saved[name]
     _check_shape(name, value, tuple(param.shape), param)
     if codec is None or isinstance(codec, Plain):
-        dtype = codec.dtype if codec is not None and (fixed or value.dtype not in WEIGHTS) else value.dtype
-        if codec is None and fixed:
-            dtype = param.dtype
+        chosen = storage.fixed or squares_in_fp16(value.dtype, storage.specs)
+        if codec is None:
+            dtype = param.dtype if chosen else value.dtype
+        else:
+            dtype = codec.dtype if chosen or value.dtype not in WEIGHTS else value.dtype
         return {name: torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())}
     parts = codec.allocate(param.shape, param.device)
     _by_panes(codec, parts, value.detach().to(param.device).reshape(param.shape), _encode)

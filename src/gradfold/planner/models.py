@@ -22,6 +22,7 @@ from gradfold._torch import FakeTensorMode
 from .errors import PlanError
 from .fake import fake_copy, plain_torch
 from .presets import PRESETS, config_of, preset_of
+from .quantization import quantization_in, quantization_of, way_out
 
 
 @dataclass(eq=False)
@@ -31,6 +32,14 @@ class Subject:
     name: str
     config: Any = None
     source: Any = None
+
+    def __post_init__(self) -> None:
+        said = quantization_of(self.config)
+        if said is None and getattr(self.source, "is_quantized", False):  # not if it was read from a GGUF file
+            said = quantization_of(getattr(self.source, "config", None)) or "is_quantized"
+            said = None if said.endswith(" gguf") else said
+        if said is not None:
+            raise PlanError(f"model {self.name}: {way_out(said)}")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -130,6 +139,8 @@ def _named(name: str) -> Subject:
         raise PlanError(f"model {name!r}: give a name, a folder or a hub id, ORG/MODEL")
     path = Path(name).expanduser()
     if path.is_dir():
+        if said := quantization_in(path):
+            raise PlanError(f"model {name}: {way_out(said)}")
         path = path / "config.json"
         if not path.is_file():
             raise PlanError(f"model {name}: has no config.json; name a folder that save_pretrained wrote")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradfold.planner.quantization import quantization_in, quantization_of, way_out
 from gradfold.planner.workload import enable_checkpointing
 
 from .data import Data
@@ -69,6 +70,8 @@ def find_model(name: str) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: has no config.json; name a folder that save_pretrained wrote")
+        if said := quantization_in(path):
+            raise ModelError(f"model {name}: {way_out(said)}")
         return ModelSource(name, name, None)
     if path.exists():
         raise ModelError(f"model {name}: is a file; name a folder, a .gguf file or a hub id")
@@ -91,8 +94,13 @@ def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> tor
     Raises:
         ModelError: it cannot be loaded, or the files lack some of its weights (transformers would make them up).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    if source.gguf_file is None:  # of a hub id nobody has seen the config yet; loading may need what is not installed
+        with quiet_transformers(), _as_model_error(source, "cannot be loaded"):
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        if said := quantization_of(config):
+            raise ModelError(f"model {source.name}: {way_out(said)}")
     gguf = _reading_gguf() if source.gguf_file else contextlib.nullcontext()
     with quiet_transformers(), gguf, _as_model_error(source, "cannot be loaded"):
         options = {
@@ -112,9 +120,7 @@ def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> tor
         model.is_quantized = False
         model.hf_quantizer = None
     elif getattr(model, "is_quantized", False):
-        raise ModelError(
-            f"model {source.name}: its weights are quantized and cannot be trained; use the original model"
-        )
+        raise ModelError(f"model {source.name}: {way_out('is_quantized')}")
     _mend_generation_config(model)
     if recipe.gradient_checkpointing and not enable_checkpointing(model):
         raise ModelError(f"model {source.name}: has no gradient checkpointing; set gradient_checkpointing to false")
