@@ -39,7 +39,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a remark, in yellow."""
-        self.console.print(Text(text, style="yellow"))
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     def started(self, run: Run) -> None:
         """What is about to be trained, on what, for how long."""
@@ -73,6 +73,9 @@ class Display:
         self.console.print(grid)
         if skipped := data.tokens.skipped:
             self.note(f"{skipped:,} rows were left out: empty, or nothing to learn in them")
+        if data.unread:
+            columns = ", ".join(f"`{_printable(name)}` ({where})" for name, where in data.unread.items())
+            self.note(f"nothing reads these columns: {columns}")
         if run.progress.step:
             self.console.print(f"continuing after step {run.progress.step}")
 
@@ -159,6 +162,10 @@ class Bar:
     def measured(self, step: int, loss: float) -> None:
         """Print a held-out loss above the bar."""
         self._display.measured(step, loss)
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _figure(value: float | None) -> str:

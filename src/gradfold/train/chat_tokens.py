@@ -1,0 +1,161 @@
+"""A row of messages as tokens: the text of the whole as its template writes it, and which of it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .answers import Answer, AnswerFinder
+from .chat_rows import open_chat
+from .chat_template import ChatTemplate
+from .errors import DataError, ModelError
+from .shapes import DataRow
+
+Span = tuple[int, int]
+"""Characters [start, stop) of a text."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Tokens, a mark for each, and what the template did not read (`Chat.unread`)."""
+
+    ids: list[int]
+    learned: list[bool]
+    unread: tuple[str, ...]
+
+
+def encode_chat(row: DataRow, template: ChatTemplate, whole: bool) -> EncodedChat:
+    """Tokenize one row. Learned are the assistant's answers with what ends them; `whole`: all of it.
+
+    Raises ModelError without a template, DataError if it cannot write the row or if an answer cannot be found.
+    """
+    chat = open_chat(row, template)
+    if not template.tokenizer.is_fast:
+        raise ModelError(f"{type(template.tokenizer).__name__} cannot tell where its tokens start; set text.loss_on to "
+                         "all and give `text` rows, or use a fast tokenizer")  # fmt: skip
+    wanted, unwanted = _choose(row, whole)
+    if not wanted and not whole:
+        return EncodedChat([], [], chat.unread)  # the row says of each answer that it is not to be learned
+    finder = AnswerFinder(chat, template)
+    if not whole and template.marks_answers:
+        ids, learned = template.render_marked(chat.messages, chat.options)
+        if any(learned):
+            spans = [_turn(finder, _found(finder, row, index), False).span for index in unwanted]
+            places = _tokenize(template.tokenizer, chat.text)[1]
+            kept = [mark and not _in_any(place, spans) for mark, place in zip(learned, places, strict=True)]
+            return EncodedChat(ids, kept, chat.unread)
+    last = len(chat.messages) - 1
+    turns = {}
+    for index in sorted({*wanted, *unwanted}):
+        if whole and index in wanted:  # for its end only, which a template that rewrites it may do without
+            answer = finder.find(index)
+            if answer is None:
+                continue
+        else:
+            answer = _found(finder, row, index)
+        turns[index] = _turn(finder, answer, index == last)
+    more = "".join(turn.more for turn in turns.values())
+    ids, places = _tokenize(template.tokenizer, chat.text + more)
+    learn = [(0, len(chat.text + more))] if whole else [turns[index].span for index in wanted]
+    keep = [turns[index].span for index in unwanted]
+    learned = [_in_any(place, learn) and not _in_any(place, keep) for place in places]
+    if any(turn.ends_text for turn in turns.values()) and template.tokenizer.eos_token_id is not None:
+        ids, learned = [*ids, template.tokenizer.eos_token_id], [*learned, last in wanted]
+    return EncodedChat(ids, learned, chat.unread)
+
+
+def _choose(row: DataRow, whole: bool) -> tuple[list[int], list[int]]:
+    """(indices of the messages whose end is to be learned, of those that are not to be learned)."""
+    marks = row.learn or (None,) * len(row.messages)
+    last = len(row.messages) - 1
+    if whole:
+        unwanted = [index for index, mark in enumerate(marks) if mark is False]
+        return ([last] if row.messages[last]["role"] == "assistant" and last not in unwanted else []), unwanted
+    for index, (message, mark) in enumerate(zip(row.messages, marks, strict=True)):
+        if mark and message["role"] != "assistant":
+            raise DataError(
+                f"{row.where}: message {row.number(index)} is to be learned, says its weight, but its role is "
+                f"{message['role']!r} and text.loss_on completions; take the weight away, or set text.loss_on to all"
+            )
+    answers = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if not any(index >= row.answers_from for index in answers):
+        raise DataError(f"{row.where}: has no assistant message to learn; set text.loss_on to all to learn the others")
+    wanted = [index for index in answers if index >= row.answers_from and marks[index] is not False]
+    return wanted, [index for index in answers if index not in wanted]
+
+
+def _found(finder: AnswerFinder, row: DataRow, index: int) -> Answer:
+    answer = finder.find(index)
+    if answer is None:
+        raise DataError(
+            f"{row.where}: the chat template rewrites earlier turns, so message {row.number(index)} cannot be found in "
+            "the whole; split the row so that it ends there, or set text.loss_on to all"
+        )
+    return answer
+
+
+# ---- the end of a turn -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """`span`: an answer with what ends it. `more`: what the next turn would write to end it, which the text lacks.
+
+    `ends_text`: nothing ends it, and only the end of the text can.
+    """
+
+    span: Span
+    more: str = ""
+    ends_text: bool = False
+
+
+def _turn(finder: AnswerFinder, answer: Answer, last: bool) -> _Turn:
+    """What ends an answer's turn: the first special token behind it, of this turn or of the next one."""
+    text, tokenizer = finder.chat.text, finder.template.tokenizer
+    stop = answer.words_stop
+    token = _first_special(tokenizer, text[stop:])
+    if token is not None and not text[stop : stop + token[0]].strip():
+        return _Turn((answer.start, stop + token[1]))
+    closing = finder.turn_end(answer) or ""
+    if not text.startswith(closing, stop):
+        closing = ""
+    if token is not None and token[0] < len(closing):
+        return _Turn((answer.start, stop + token[1]))
+    if closing.strip() or not last:  # words end it, or nothing does
+        return _Turn((answer.start, stop + len(closing)))
+    behind = finder.next_turn(answer)
+    if behind is not None and behind.startswith(text[stop:]):
+        more = behind[len(text) - stop :]
+        token = _first_special(tokenizer, more)
+        if token is not None and not more[: token[0]].strip():
+            return _Turn((answer.start, len(text) + token[1]), more[: token[1]])
+    return _Turn((answer.start, len(text)), ends_text=True)
+
+
+def _first_special(tokenizer: Any, text: str) -> Span | None:
+    """The first token in a text that can end a turn: a special one, or one that was added, if it comes first of all."""
+    added = tokenizer.added_tokens_decoder
+    others = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    for token, (start, stop) in zip(*_tokenize(tokenizer, text), strict=True):
+        if token in others or (token not in added and token not in tokenizer.all_special_ids):
+            continue
+        special = token in tokenizer.all_special_ids or added[token].special
+        if special or (text[start:stop].strip() and not text[:start].strip()):
+            return start, stop
+    return None
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------
+
+
+def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    """Tokens of a text that has its special tokens already, and the characters of each."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _in_any(place: Span, spans: Sequence[Span]) -> bool:
+    """Whether a token has characters in one of the spans; one without any, whether it stands in one."""
+    start, stop = place
+    return any(start < b and (stop > a or start == stop == a) for a, b in spans)
