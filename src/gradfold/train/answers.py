@@ -11,7 +11,6 @@ ends the turn. Where only the next turn would write such a token, it is written 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,13 @@ ANSWER_KEYS = ("content", "tool_calls", "function_call", *REASONING)
 class Answer:
     """An answer in the text: its turn after the generation prompt, from `start`; its own words, to `words_stop`.
 
-    `index`: of its message.
+    `index`: of its message. `in_other_words`: the message that was put in its place to find it.
     """
 
     index: int
     start: int
     words_stop: int
+    in_other_words: Message
 
 
 class AnswerFinder:
@@ -43,56 +43,61 @@ class AnswerFinder:
         self.template = template
         self._opening: str | None = None
 
-    def find(self, index: int, after: int = 0) -> Answer | None:
-        """Message `index` in the text, not before `after`; None if the template does not write it."""
-        text = self.chat.text
+    def find(self, index: int) -> Answer | None:
+        """Message `index` in the text; None if the template does not write it."""
+        found = self._words(index)
+        if found is None:
+            return None
+        begin, stop, message = found
+        return Answer(index, self._start(index, begin, stop), stop, message)
+
+    def _words(self, index: int) -> tuple[int, int, Message] | None:
+        """Where a message's own words are in the text, and the message that was put in its place to find them."""
+        text, messages = self.chat.text, self.chat.messages
         for message in self._in_other_words(index):
-            other = self._render([*self.chat.messages[:index], message, *self.chat.messages[index + 1 :]])
-            if other is None or OTHER_WORDS not in other:
-                continue
-            begin = max(after, _common_prefix(text, other))
-            stop = max(begin, len(text) - _common_suffix(text, other))
-            if begin == stop and _has_words(self.chat.messages[index]):
-                return None
-            return Answer(index, self._start(index, after, begin, stop), stop)
+            other = self._render([*messages[:index], message, *messages[index + 1 :]])
+            if other is not None and OTHER_WORDS in other:
+                begin = _common_prefix(text, other)
+                stop = max(begin, len(text) - _common_suffix(text, other))
+                return None if begin == stop and _has_words(messages[index]) else (begin, stop, message)
         return None
 
     def turn_end(self, answer: Answer) -> str | None:
         """What the template writes behind an answer if nothing follows it: the end of its turn. None if it refuses."""
-        return self._behind(answer.index, ())
+        return self._behind(answer)
 
     def next_turn(self, answer: Answer) -> str | None:
         """What it writes behind an answer that a tool or the user replies to."""
         asks = "tool_calls" in self.chat.messages[answer.index]
         reply: Message = {"role": "tool" if asks else "user", "content": "."}
-        return self._behind(answer.index, (reply,))
+        return self._behind(answer, reply)
 
-    def _behind(self, index: int, more: Sequence[Message]) -> str | None:
-        for message in self._in_other_words(index):
-            other = self._render([*self.chat.messages[:index], message, *more])
-            if other is not None and OTHER_WORDS in other:
-                return other.rpartition(OTHER_WORDS)[2]
-        return None
+    def _behind(self, answer: Answer, *more: Message) -> str | None:
+        other = self._render([*self.chat.messages[: answer.index], answer.in_other_words, *more])
+        return None if other is None or OTHER_WORDS not in other else other.rpartition(OTHER_WORDS)[2]
 
-    def _start(self, index: int, after: int, begin: int, stop: int) -> int:
+    def _start(self, index: int, begin: int, stop: int) -> int:
         """Where a message's turn begins, after the generation prompt; `begin`, `stop`: where its words are."""
         text, messages = self.chat.text, self.chat.messages
+        if messages[index]["role"] != "assistant":
+            return begin
         if self._opening is None:
             self._opening = self._generation_prompt(messages[:index]) if index else ""
             if not self._opening:
                 self._opening = self._generation_prompt([{"role": "user", "content": OTHER_WORDS}])
-        if not self._opening or messages[index]["role"] != "assistant":
-            return begin
         before = self._render(messages[:index], answer=True) if index else None
-        if before is not None and after <= len(before) <= stop and text.startswith(before):
-            return len(before)
-        # The whole begins otherwise: look for the generation prompt, or as much of it as stands there.
-        size = len(self._opening)
-        lengths = [_common_prefix(text[at : min(at + size, begin)], self._opening) for at in range(after, begin)]
-        longest = max(lengths, default=0)
-        if not longest:
-            return begin
-        return after + max(at for at, length in enumerate(lengths) if length == longest) + longest
+        if before is not None and len(before) <= stop and text.startswith(before):
+            # Without a generation prompt there may be a turn's heading between, which is no part of the answer.
+            if self._opening or not text[len(before) : begin].strip():
+                return len(before)
+        # The whole begins otherwise: look for the generation prompt, or as much of it as stands in this turn.
+        earlier = self._words(index - 1) if index else None
+        after = earlier[1] if earlier else 0
+        for size in range(len(self._opening), 0, -1):
+            at = text.rfind(self._opening[:size], after, begin)
+            if at >= 0:
+                return at + size
+        return begin
 
     def _generation_prompt(self, messages: Messages) -> str:
         closed, opened = self._render(messages), self._render(messages, answer=True)

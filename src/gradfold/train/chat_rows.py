@@ -19,6 +19,7 @@ from .errors import DataError, ModelError, one_line
 from .shapes import REASONING, DataRow, check_text, parsed
 
 Message = dict[str, Any]
+PART_OF_CONTENTS = "content of messages, in part"
 WAY_OUT = "remove it, or train a model whose template does"
 
 
@@ -48,6 +49,8 @@ def open_chat(row: DataRow, template: ChatTemplate) -> Chat:
     _check_options(row, messages, options, text, template)
     _check_messages(row, messages, options, text, template)
     unread += _unread_keys(messages, options, text, template)
+    if _left_out(messages, text) is not None:
+        unread.append(PART_OF_CONTENTS)
     return Chat(row.where, messages, options, text, tuple(unread))
 
 

@@ -53,9 +53,9 @@ class DataRow:
     """One checked row.
 
     `where`: where it stands, for people: `notes.jsonl line 3`. `learn`: what the row says of each message: to be
-    learned or not, or None where it says nothing; empty where it says nothing of any. `answers_from`: index of the first
-    message that is not part of a prompt. `columns`: all other fields that hold something. `system`: the text of such a
-    column, which is the first message by now.
+    learned or not, or None where it says nothing; empty where it says nothing of any. `answers_from`: index of the
+    first message that is not part of a prompt. `columns`: all other fields that hold something. `system`: the text of
+    such a column, which is the first message by now.
     """
 
     where: str
