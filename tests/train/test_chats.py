@@ -1,13 +1,16 @@
 """Chats as their templates write them: the model sees the whole rendering, and learns the answers with their ends."""
 
 import json
+from datetime import datetime
 
 import pytest
 
+from gradfold.train.data import prepare_data
 from gradfold.train.errors import DataError
 from gradfold.train.tokens import encode_prompt
 from tests.train import templates
 from tests.train.templates import byte_level, encode_fields, metaspace, seen_and_learned, turns
+from tests.train.tiny import recipe
 
 CHAT = turns("the cat?", "sat on a mat", "and the dog?", "in the rain")
 END = "<|im_end|>"
@@ -147,6 +150,12 @@ def test_a_row_of_which_nothing_is_to_be_learned_is_left_out():
     chat = [CHAT[0], CHAT[1] | {"weight": 0}]
     tokens = encode_fields(tokenizer_of("CHATML"), {"messages": chat}, {"messages": CHAT})
     assert (len(tokens), tokens.skipped) == (1, 1)
+
+
+def test_a_file_of_which_nothing_is_to_be_learned(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no row has anything to learn \(all are empty or of weight 0\)"):
+        prepare_data(recipe(tmp_path, tmp_path / "a.jsonl"), tokenizer_of("CHATML"))
 
 
 def test_a_question_is_learned_only_if_all_is():
@@ -333,3 +342,18 @@ def test_of_a_prompt_of_messages_nothing_is_learned():
 def test_a_sample_prompt_that_is_no_text():
     with pytest.raises(DataError, match=r"evaluation\.sample_prompt holds half of a surrogate pair, \\udcff"):
         encode_prompt("a\udcff", tokenizer_of("CHATML"), chat=False)
+
+
+def test_the_compiled_template_is_what_transformers_renders():
+    """A private name of transformers gives it; its clock is ours only while we render."""
+    from gradfold.train.chat_template import ChatTemplate, _compiled
+
+    source = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = byte_level(source)
+    then = ChatTemplate(tokenizer, datetime(1999, 1, 1))
+    assert then.writes_date and then.render(CHAT[:1]) == "1999the cat?"
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False).startswith("2")
+    assert _compiled(source) is _compiled(source)
+    with pytest.raises(Exception, match="empty"):
+        then.render([])
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False).startswith("2")

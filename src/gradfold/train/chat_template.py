@@ -71,6 +71,17 @@ class ChatTemplate:
         """Whether the template says itself which of its text is an answer's, in a way that can be followed."""
         return self.tokenizer.is_fast and any(_marks(source) for source in self._sources())
 
+    @functools.cached_property
+    def turn_ends(self) -> dict[int, bool]:
+        """Tokens that can end a turn: those added to the vocabulary -> whether they are special."""
+        tokenizer = self.tokenizer
+        ends = {token: added.special for token, added in tokenizer.added_tokens_decoder.items()}
+        ends |= dict.fromkeys(tokenizer.all_special_ids, True)
+        for token in (tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id):
+            if token != tokenizer.eos_token_id:
+                ends.pop(token, None)
+        return ends
+
     def _sources(self) -> list[str]:
         """The template, or all of them where there are several (one for chats with tools)."""
         template = self.tokenizer.chat_template

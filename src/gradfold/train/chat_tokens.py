@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .answers import Answer, AnswerFinder
 from .chat_rows import open_chat
@@ -38,15 +38,15 @@ def encode_chat(row: DataRow, template: ChatTemplate, whole: bool) -> EncodedCha
     if not wanted and not whole:
         return EncodedChat([], [], chat.unread)  # the row says of each answer that it is not to be learned
     finder = AnswerFinder(chat, template)
+    text = TokenizedText(chat.text, template)
     if not whole and template.marks_answers:
         ids, learned = template.render_marked(chat.messages, chat.options)
         if any(learned):
-            spans = [_turn(finder, _found(finder, row, index), False).span for index in unwanted]
-            places = _tokenize(template.tokenizer, chat.text)[1]
-            kept = [mark and not _in_any(place, spans) for mark, place in zip(learned, places, strict=True)]
+            spans = [_turn(finder, _found(finder, row, index), text, False).span for index in unwanted]
+            kept = [mark and not _in_any(place, spans) for mark, place in zip(learned, text.places, strict=True)]
             return EncodedChat(ids, kept, chat.unread)
     last = len(chat.messages) - 1
-    turns = {}
+    turns: dict[int, _Turn] = {}
     for index in sorted({*wanted, *unwanted}):
         if whole and index in wanted:  # for its end only, which a template that rewrites it may do without
             answer = finder.find(index)
@@ -54,15 +54,37 @@ def encode_chat(row: DataRow, template: ChatTemplate, whole: bool) -> EncodedCha
                 continue
         else:
             answer = _found(finder, row, index)
-        turns[index] = _turn(finder, answer, index == last)
-    more = "".join(turn.more for turn in turns.values())
-    ids, places = _tokenize(template.tokenizer, chat.text + more)
-    learn = [(0, len(chat.text + more))] if whole else [turns[index].span for index in wanted]
+        turns[index] = _turn(finder, answer, text, index == last and index in wanted)
+    if more := "".join(turn.more for turn in turns.values()):
+        text = TokenizedText(chat.text + more, template)
+    learn = [(0, len(text.text))] if whole else [turns[index].span for index in wanted]
     keep = [turns[index].span for index in unwanted]
-    learned = [_in_any(place, learn) and not _in_any(place, keep) for place in places]
+    ids, learned = text.ids, [_in_any(place, learn) and not _in_any(place, keep) for place in text.places]
     if any(turn.ends_text for turn in turns.values()) and template.tokenizer.eos_token_id is not None:
-        ids, learned = [*ids, template.tokenizer.eos_token_id], [*learned, last in wanted]
+        ids, learned = [*ids, template.tokenizer.eos_token_id], [*learned, True]
     return EncodedChat(ids, learned, chat.unread)
+
+
+class TokenizedText:
+    """A text that has its special tokens already, its tokens, and the characters of each."""
+
+    def __init__(self, text: str, template: ChatTemplate):
+        encoded = template.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        self.text = text
+        self.ids: list[int] = encoded["input_ids"]
+        self.places: list[Span] = encoded["offset_mapping"]
+        self._ends = template.turn_ends
+
+    def turn_end(self, at: int) -> Span | None:
+        """The first token from character `at` on that can end a turn: a special one, or any other if it comes first."""
+        for index in range(bisect.bisect_left(self.places, at, key=lambda place: place[0]), len(self.ids)):
+            start, stop = self.places[index]
+            special = self._ends.get(self.ids[index])
+            if special or (special is not None and self.text[start:stop].strip() and not self.text[at:start].strip()):
+                return start, stop
+        return None
 
 
 def _choose(row: DataRow, whole: bool) -> tuple[list[int], list[int]]:
@@ -110,49 +132,26 @@ class _Turn:
     ends_text: bool = False
 
 
-def _turn(finder: AnswerFinder, answer: Answer, last: bool) -> _Turn:
+def _turn(finder: AnswerFinder, answer: Answer, text: TokenizedText, last: bool) -> _Turn:
     """What ends an answer's turn: the first special token behind it, of this turn or of the next one."""
-    text, tokenizer = finder.chat.text, finder.template.tokenizer
-    stop = answer.words_stop
-    token = _first_special(tokenizer, text[stop:])
-    if token is not None and not text[stop : stop + token[0]].strip():
-        return _Turn((answer.start, stop + token[1]))
+    whole, stop = text.text, answer.words_stop
+    end = text.turn_end(stop)
+    if end is not None and not whole[stop : end[0]].strip():
+        return _Turn((answer.start, end[1]))
     closing = finder.turn_end(answer) or ""
-    if not text.startswith(closing, stop):
+    if not whole.startswith(closing, stop):
         closing = ""
-    if token is not None and token[0] < len(closing):
-        return _Turn((answer.start, stop + token[1]))
+    if end is not None and end[0] < stop + len(closing):
+        return _Turn((answer.start, end[1]))
     if closing.strip() or not last:  # words end it, or nothing does
         return _Turn((answer.start, stop + len(closing)))
     behind = finder.next_turn(answer)
-    if behind is not None and behind.startswith(text[stop:]):
-        more = behind[len(text) - stop :]
-        token = _first_special(tokenizer, more)
-        if token is not None and not more[: token[0]].strip():
-            return _Turn((answer.start, len(text) + token[1]), more[: token[1]])
-    return _Turn((answer.start, len(text)), ends_text=True)
-
-
-def _first_special(tokenizer: Any, text: str) -> Span | None:
-    """The first token in a text that can end a turn: a special one, or one that was added, if it comes first of all."""
-    added = tokenizer.added_tokens_decoder
-    others = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    for token, (start, stop) in zip(*_tokenize(tokenizer, text), strict=True):
-        if token in others or (token not in added and token not in tokenizer.all_special_ids):
-            continue
-        special = token in tokenizer.all_special_ids or added[token].special
-        if special or (text[start:stop].strip() and not text[:start].strip()):
-            return start, stop
-    return None
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------
-
-
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
-    """Tokens of a text that has its special tokens already, and the characters of each."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+    if behind is not None and behind.startswith(whole[stop:]):
+        more = behind[len(whole) - stop :]
+        end = TokenizedText(more, finder.template).turn_end(0)
+        if end is not None and not more[: end[0]].strip():
+            return _Turn((answer.start, len(whole) + end[1]), more[: end[1]])
+    return _Turn((answer.start, len(whole)), ends_text=True)
 
 
 def _in_any(place: Span, spans: Sequence[Span]) -> bool:

@@ -90,10 +90,13 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     """
     now = now or datetime.now()
     shapes: set[Shape] = set()
+    marked = False
 
     def noting_shapes(rows: Iterator[DataRow]) -> Iterator[DataRow]:
+        nonlocal marked
         for row in rows:
             shapes.add(row.shape)
+            marked = marked or bool(row.learn)
             yield row
 
     text = recipe.text
@@ -103,6 +106,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     tokens = encode_rows(noting_shapes(read_rows(recipe.data)), tokenizer, **options)
     if not len(tokens):
         raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
+                        + (" or of weight 0" if marked else "")
                         + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
     if text.held_out_data:
         held_out_tokens = encode_rows(noting_shapes(read_rows(text.held_out_data)), tokenizer, **options)

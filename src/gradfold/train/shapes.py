@@ -178,6 +178,8 @@ def _chat(where: str, messages: list[dict[str, Any]], columns: dict[str, Any], a
 
 
 def _messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # as in a CSV file, which has no lists
+        messages = parsed(messages, f"{where}: `{name}`")
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: `{name}` is not a list of messages")
     return [_message(message, number, where) for number, message in enumerate(messages, 1)]
