@@ -237,6 +237,14 @@ def test_arguments_of_a_call_are_json_once(what, arguments):
         assert dumped in seen_and_learned(tokenizer, {"messages": [CHAT[0], old]})[1]
 
 
+def test_a_call_without_content_for_a_template_that_wants_one():
+    template = templates.TOOLS.replace("CALL", "{{ m.content.strip() }}CALL")
+    call = {"type": "function", "function": {"name": "lamp", "arguments": "{}"}}
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [call]}]
+    learned = seen_and_learned(byte_level(template), {"messages": chat})[1]
+    assert learned == 'CALL [{"type": "function", "function": {"name": "lamp", "arguments": {}}}]<eos>'
+
+
 def test_a_reply_that_needs_its_call():
     """Without the call the template would refuse the reply; the answer is found all the same, with its end."""
     template = (

@@ -173,8 +173,8 @@ def _reformed(
     message: Message, content: Callable[[Any], Any] | None, arguments: Callable[[Any], Any] | None
 ) -> Message:
     message = dict(message)
-    if content is not None and "content" in message:
-        message["content"] = content(message["content"])
+    if content is not None:  # some templates want one with each message
+        message["content"] = content(message.get("content", ""))
     if arguments is not None and "tool_calls" in message:
         message["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
     return message
