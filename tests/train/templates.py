@@ -73,6 +73,11 @@ PARTS = (
     "{% endif %}{% endfor %}<eos>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+# The same for questions and answers, but what a tool says is text.
+PARTS_BUT_TOOLS = PARTS.replace(
+    "{% for part in m.content", "{% if m.role == 'tool' %}{{ m.content + '' }}{% endif %}{% for part in m.content"
+)
+
 
 def byte_level(template=None, **options):
     """A byte-level BPE whose chat template is `template`."""

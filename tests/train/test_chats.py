@@ -206,6 +206,12 @@ def test_a_content_in_parts_is_the_same_as_text(name):
     assert "sat on a mat" in tokenizer.decode(plain.ids.tolist())
 
 
+def test_questions_in_parts_and_replies_as_text():
+    chat = [*CHAT[:2], {"role": "tool", "content": "done"}, CHAT[3]]
+    seen = "<|user|>the cat?<eos><|assistant|>sat on a mat<eos><|tool|>done<eos><|assistant|>in the rain<eos>"
+    assert seen_and_learned(tokenizer_of("PARTS_BUT_TOOLS"), {"messages": chat})[0] == seen
+
+
 CALLS = {
     "dumped whole": ("TOOLS", 'CALL [{"type": "function", "function": {"name": "lamp", "arguments": ARGUMENTS}}]<eos>'),
     "dumped": ("THINKING", THOUGHT + '<tool_call>\n{"name": "lamp", "arguments": ARGUMENTS}\n</tool_call>' + END),

@@ -49,7 +49,7 @@ def open_chat(row: DataRow, template: ChatTemplate) -> Chat:
     _check_options(row, messages, options, text, template)
     _check_messages(row, messages, options, text, template)
     unread += _unread_keys(messages, options, text, template)
-    if _left_out(messages, text) is not None:
+    if _left_out(messages, text):
         unread.append(PART_OF_CONTENTS)
     return Chat(row.where, messages, options, text, tuple(unread))
 
@@ -134,34 +134,37 @@ def _rendered(
 ) -> tuple[list[Message], str]:
     """The messages in the first of their forms that the template writes rightly, and what it writes."""
     refusal: Exception | None = None
-    first: tuple[list[Message], str] | None = None
+    misprint: tuple[int, str] | None = None
+    best: tuple[int, list[Message], str] | None = None
     for form in _forms(given):
         try:
             text = template.render(form, options)
         except Exception as error:
             refusal = refusal or error
             continue
-        if _misprint(form, text) is None and _left_out(form, text) is None:
-            return form, text
-        if form is given:
-            first = form, text
-    if first is None:
+        if wrong := _misprint(form, text):
+            misprint = misprint or wrong
+            continue
+        missing = len(_left_out(form, text))
+        if best is None or missing < best[0]:
+            best = missing, form, text
+        if not missing:
+            break
+    if best is not None:
+        return best[1:]
+    if misprint is None:
         assert refusal is not None
         raise DataError(f"{row.where}: the chat template refuses the messages ({one_line(refusal)})") from None
-    if (found := _misprint(*first)) is None:
-        index = _left_out(*first)
-        if index is None or isinstance(given[index]["content"], str):
-            return first  # the template leaves something out or rewrites it, and that is what the model will see
-        found = index, "content"
-    raise DataError(f"{row.where}: message {row.number(found[0])}: the chat template does not write `{found[1]}` as it "
-                    "is meant; give it as plain text")  # fmt: skip
+    number, key = row.number(misprint[0]), misprint[1]
+    raise DataError(f"{row.where}: message {number}: the chat template does not write `{key}` as it is meant; "
+                    "give it as plain text")  # fmt: skip
 
 
 def _forms(given: list[Message]) -> Iterator[list[Message]]:
     """The messages as they are; then with contents and arguments in the other forms that templates take."""
     forms = [given]
     yield given
-    for content in (None, _joined, _in_parts):
+    for content in (None, _joined, _in_parts, _turns_in_parts):
         for arguments in (None, _as_object, _as_text):
             form = [_reformed(message, content, arguments) for message in given]
             if form not in forms:
@@ -170,11 +173,11 @@ def _forms(given: list[Message]) -> Iterator[list[Message]]:
 
 
 def _reformed(
-    message: Message, content: Callable[[Any], Any] | None, arguments: Callable[[Any], Any] | None
+    message: Message, content: Callable[[Message], Any] | None, arguments: Callable[[Any], Any] | None
 ) -> Message:
     message = dict(message)
     if content is not None:  # some templates want one with each message
-        message["content"] = content(message.get("content", ""))
+        message["content"] = content(message)
     if arguments is not None and "tool_calls" in message:
         message["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
     return message
@@ -187,12 +190,18 @@ def _with_arguments(call: Message, change: Callable[[Any], Any]) -> Message:
     return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
 
 
-def _joined(content: Any) -> Any:
+def _joined(message: Message) -> str:
+    content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _in_parts(content: Any) -> Any:
+def _in_parts(message: Message) -> list[Message]:
+    content = message.get("content", "")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _turns_in_parts(message: Message) -> str | list[Message]:
+    return _in_parts(message) if message["role"] in ("user", "assistant") else _joined(message)
 
 
 def _as_object(arguments: Any) -> Any:
@@ -234,14 +243,15 @@ def _is_dumped(value: Any, text: str) -> bool:
     return any(json.dumps(value, ensure_ascii=ascii, default=str) in text for ascii in (False, True))
 
 
-def _left_out(messages: Messages, text: str) -> int | None:
-    """Index of the first message whose content is not in the text; what was thought before an answer may be."""
+def _left_out(messages: Messages, text: str) -> list[int]:
+    """Indices of the messages whose content is not in the text; what was thought before an answer may be."""
+    found = []
     for index, message in enumerate(messages):
         content = message.get("content", "")
         parts = [content.rpartition("</think>")[2]] if isinstance(content, str) else [p["text"] for p in content]
         if any(part.strip() not in text for part in parts):
-            return index
-    return None
+            found.append(index)
+    return found
 
 
 def _arguments(call: Message) -> Any:
