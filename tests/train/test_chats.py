@@ -1,12 +1,16 @@
 """Chats as their templates write them: the model sees the whole rendering, and learns the answers with their ends."""
 
+import io
 import json
 from datetime import datetime
 
 import pytest
+from rich.console import Console
 
 from gradfold.train.data import prepare_data
+from gradfold.train.display import Display
 from gradfold.train.errors import DataError
+from gradfold.train.loop import train
 from gradfold.train.tokens import encode_prompt
 from tests.train import templates
 from tests.train.templates import byte_level, encode_fields, metaspace, seen_and_learned, turns
@@ -311,7 +315,11 @@ def test_a_system_column_that_is_not_written_is_refused():
 def test_a_column_that_the_template_names_is_given_to_it():
     template = "{% if mood is defined %}<|system|>{{ mood }}<eos>{% endif %}" + templates.TOOLS
     for row in ({"mood": "kind"}, {"chat_template_kwargs": {"mood": "kind"}}):
-        assert "<|system|>kind<eos>" in seen_and_learned(byte_level(template), {"messages": CHAT} | row)[0]
+        tokenizer = byte_level(template)
+        tokens = encode_fields(tokenizer, {"messages": CHAT} | row)
+        assert "<|system|>kind<eos>" in tokenizer.decode(tokens.ids.tolist()) and not tokens.unread
+    named_only = "{% set mine = mood %}" + templates.TOOLS
+    assert encode_fields(byte_level(named_only), {"messages": CHAT, "mood": "kind"}).unread == {"mood": "row 1"}
 
 
 def test_columns_that_nothing_reads_are_named_once():
@@ -333,6 +341,17 @@ def test_columns_that_nothing_reads_are_named_once():
     }
     assert encode_fields(byte_level(), {"text": "the cat", "label": 1}).unread == {"label": "row 1"}
     assert encode_fields(byte_level(), {"prompt": "a", "completion": "b", "label": 1}).unread == {"label": "row 1"}
+
+
+def test_a_run_names_unread_columns_once(tiny, texts, tmp_path, no_pictures):
+    rows = [json.loads(line) | {"label": 1} for line in texts.read_text().splitlines()]
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = io.StringIO()
+    chosen = recipe(tiny, data, steps=1, text__held_out_data=(str(data),), evaluation__sample_tokens=0)
+    train(chosen, tmp_path / "out", None, Display(Console(file=said)))
+    assert said.getvalue().count("`label`") == 1
+    assert f"nothing reads these columns of the data: `label` ({data} line 1)" in said.getvalue()
 
 
 def test_a_content_that_the_template_leaves_out_is_named():

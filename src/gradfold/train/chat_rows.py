@@ -48,6 +48,7 @@ def open_chat(row: DataRow, template: ChatTemplate) -> Chat:
     check_text(text, f"{row.where}: what the chat template writes")
     _check_options(row, messages, options, text, template)
     _check_messages(row, messages, options, text, template)
+    unread += _unread_options(messages, options, text, template)
     unread += _unread_keys(messages, options, text, template)
     if _left_out(messages, text):
         unread.append(PART_OF_CONTENTS)
@@ -109,10 +110,26 @@ def _check_options(
         raise DataError(f"{row.where}: the chat template does not write `system`; {WAY_OUT}")
 
 
-def _try_render(template: ChatTemplate, messages: Messages, options: dict[str, Any]) -> str | None:
+def _unread_options(messages: Messages, options: dict[str, Any], text: str, template: ChatTemplate) -> list[str]:
+    """Columns that the template names, but of which it writes nothing here or in any row before."""
+    found = []
+    for name in options.keys() - {"tools", "functions", "documents"} - template.read_columns:
+        rest = {key: value for key, value in options.items() if key != name}
+        if _try_render(template, messages, rest) == text and _try_render(template, messages, rest, True) == _try_render(
+            template, messages, options, True
+        ):
+            found.append(name)
+        else:
+            template.read_columns.add(name)
+    return sorted(found)
+
+
+def _try_render(
+    template: ChatTemplate, messages: Messages, options: dict[str, Any], answer: bool = False
+) -> str | None:
     """The messages as the template writes them, or None if it refuses them."""
     try:
-        return template.render(messages, options)
+        return template.render(messages, options, answer)
     except Exception:  # templates are programs; jinja2 has a dozen ways to say no
         return None
 

@@ -31,6 +31,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, now: datetime | None = None):
         self.tokenizer = tokenizer
         self.now = now
+        self.read_columns: set[str] = set()  # columns that some row's rendering was seen to depend on
         self.read_keys: set[str] = set()  # keys of messages that some message's rendering was seen to depend on
         self.unread_keys: set[str] = set()
 

@@ -41,6 +41,12 @@ class Display:
         """Print a remark, in yellow."""
         self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
+    def unread(self, columns: dict[str, str]) -> None:
+        """Name the columns of the data that nothing reads, with the first row that has them."""
+        if columns:
+            names = ", ".join(f"`{_printable(name)}` ({where})" for name, where in columns.items())
+            self.note(f"nothing reads these columns of the data: {names}")
+
     def started(self, run: Run) -> None:
         """What is about to be trained, on what, for how long."""
         recipe, data = run.recipe, run.data
@@ -73,9 +79,6 @@ class Display:
         self.console.print(grid)
         if skipped := data.tokens.skipped:
             self.note(f"{skipped:,} rows were left out: empty, or nothing to learn in them")
-        if data.unread:
-            columns = ", ".join(f"`{_printable(name)}` ({where})" for name, where in data.unread.items())
-            self.note(f"nothing reads these columns: {columns}")
         if run.progress.step:
             self.console.print(f"continuing after step {run.progress.step}")
 

@@ -55,6 +55,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         tokenizer = load_tokenizer(source)
     with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
         data = prepare_data(recipe, tokenizer) if saved is None else prepare_data_again(saved, recipe, tokenizer)
+    display.unread(data.unread)
     with display.waiting("loading the model"):
         model = load_model(source, recipe, device)
     check_length(model, recipe)
