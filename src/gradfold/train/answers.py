@@ -41,7 +41,6 @@ class AnswerFinder:
     def __init__(self, chat: Chat, template: ChatTemplate):
         self.chat = chat
         self.template = template
-        self._opening: str | None = None
 
     def find(self, index: int) -> Answer | None:
         """Message `index` in the text; None if the template does not write it."""
@@ -81,23 +80,26 @@ class AnswerFinder:
         text, messages = self.chat.text, self.chat.messages
         if messages[index]["role"] != "assistant":
             return begin
-        if self._opening is None:
-            self._opening = self._generation_prompt(messages[:index]) if index else ""
-            if not self._opening:
-                self._opening = self._generation_prompt([{"role": "user", "content": OTHER_WORDS}])
         before = self._render(messages[:index], answer=True) if index else None
         if before is not None and len(before) <= stop and text.startswith(before):
             # Without a generation prompt there may be a turn's heading between, which is no part of the answer.
-            if self._opening or not text[len(before) : begin].strip():
+            if not text[len(before) : begin].strip() or self._opening(index):
                 return len(before)
         # The whole begins otherwise: look for the generation prompt, or as much of it as stands in this turn.
-        earlier = self._words(index - 1) if index else None
+        opening = self._opening(index)
+        earlier = self._words(index - 1) if index and opening else None
         after = earlier[1] if earlier else 0
-        for size in range(len(self._opening), 0, -1):
-            at = text.rfind(self._opening[:size], after, begin)
+        for size in range(len(opening), 0, -1):
+            at = text.rfind(opening[:size], after, begin)
             if at >= 0:
                 return at + size
         return begin
+
+    def _opening(self, index: int) -> str:
+        """The generation prompt of an answer; if the chat begins with it, that of the answer to some question."""
+        return (self._generation_prompt(self.chat.messages[:index]) if index else "") or self._generation_prompt(
+            [{"role": "user", "content": OTHER_WORDS}]
+        )
 
     def _generation_prompt(self, messages: Messages) -> str:
         closed, opened = self._render(messages), self._render(messages, answer=True)

@@ -90,9 +90,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     """
     now = now or datetime.now()
     shapes: set[Shape] = set()
+    held_out_shapes: set[Shape] = set()
     marked = False
 
-    def noting_shapes(rows: Iterator[DataRow]) -> Iterator[DataRow]:
+    def noting_shapes(rows: Iterator[DataRow], shapes: set[Shape]) -> Iterator[DataRow]:
         nonlocal marked
         for row in rows:
             shapes.add(row.shape)
@@ -103,13 +104,15 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     limit = recipe.sequence_length
     options: dict[str, Any] = {"loss_on": text.loss_on, "too_long": text.too_long, "limit": limit}
     options |= {"now": now, "encoding": encoding}
-    tokens = encode_rows(noting_shapes(read_rows(recipe.data)), tokenizer, **options)
+    tokens = encode_rows(noting_shapes(read_rows(recipe.data), shapes), tokenizer, **options)
     if not len(tokens):
         raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
                         + (" or of weight 0" if marked else "")
                         + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
     if text.held_out_data:
-        held_out_tokens = encode_rows(noting_shapes(read_rows(text.held_out_data)), tokenizer, **options)
+        held_out_tokens = encode_rows(
+            noting_shapes(read_rows(text.held_out_data), held_out_shapes), tokenizer, **options
+        )
         if not len(held_out_tokens):
             raise DataError(f"text.held_out_data {', '.join(text.held_out_data)}: no row has anything to measure on")
         train_ranges, held_ranges = _all_rows(tokens), _all_rows(held_out_tokens)
@@ -129,6 +132,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
         sample_ids = encode_prompt(prompt, tokenizer, chat="messages" in shapes, now=now)
     else:
         sample_ids = _sample_ids(held_out_tokens, held_ranges) if held_out else _sample_ids(tokens, train_ranges)
+    dated = "messages" in shapes | held_out_shapes and ChatTemplate(tokenizer).writes_date
     return Data(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -141,7 +145,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
         accumulate=recipe.gradient.accumulate,
         sha256=_sha256(tokens, held_out_tokens),
         unread=held_out_tokens.unread | tokens.unread,
-        rendered_at=now.isoformat() if "messages" in shapes and ChatTemplate(tokenizer).writes_date else "",
+        rendered_at=now.isoformat() if dated else "",
     )
 
 
