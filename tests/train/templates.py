@@ -93,7 +93,7 @@ def byte_level(template=None, **options):
         show_progress=False,
     )
     bpe.train_from_iterator([sentence(seed) for seed in range(50)], trainer)
-    return _wrapped(bpe, template, **options)
+    return wrapped(bpe, template, **options)
 
 
 def metaspace(scheme, template=None, **options):
@@ -106,7 +106,7 @@ def metaspace(scheme, template=None, **options):
     texts = [sentence(seed) for seed in range(50)] + ["2+2=4 3+3=6 Answer: yes no x(y) [INST]/.,?\n"] * 3
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", *SPECIAL], show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    return _wrapped(bpe, template, unk_token="<unk>", **options)
+    return wrapped(bpe, template, unk_token="<unk>", **options)
 
 
 def word_piece():
@@ -119,10 +119,10 @@ def word_piece():
     piece.decoder = decoders.WordPiece(cleanup=False)
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["<unk>", *SPECIAL], show_progress=False)
     piece.train_from_iterator([sentence(seed) for seed in range(50)] + ["2+2=4 answer: yes no"] * 3, trainer)
-    return _wrapped(piece, None, unk_token="<unk>")
+    return wrapped(piece, None, unk_token="<unk>")
 
 
-def _wrapped(tokenizer, template, **options):
+def wrapped(tokenizer, template, **options):
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<eos>"} | options)

@@ -104,6 +104,25 @@ def test_a_vocabulary_with_spaces_before_words(name, scheme):
     assert tokens.ids[: len(rendered)].tolist() == rendered
 
 
+def test_a_token_across_the_border_is_learned_if_it_holds_some_of_the_answer():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = {"<unk>": 0, "<eos>": 1, "a": 2, ":": 3, " ": 4, "b": 5, ": ": 6, "ab": 7}
+    # a vocabulary that does not split at words: `: ` and `ab` are tokens, of which the prompt has the first half
+    bpe = Tokenizer(models.BPE(words, [(":", " "), ("a", "b")], unk_token="<unk>"))
+    bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.Fuse()
+    chat = turns("b", "b")
+    for template, ids, learned in (
+        ("{% for m in messages %}a: {{ m.content }}{% endfor %}", [2, 6, 5, 2, 6, 5, 1], [0, 0, 0, 0, 0, 1, 1]),
+        ("{% for m in messages %}a{{ m.content }}{% endfor %}", [7, 7, 1], [0, 1, 1]),
+    ):
+        tokenizer = templates.wrapped(bpe, template, unk_token="<unk>")
+        tokens = encode_fields(tokenizer, {"messages": chat})
+        assert (tokens.ids.tolist(), tokens.learned.tolist()) == (ids, [bool(mark) for mark in learned])
+        prompted = templates.wrapped(bpe, template + "{% if add_generation_prompt %}a:{% endif %}", unk_token="<unk>")
+        assert encode_fields(prompted, {"messages": chat}).learned.tolist() == tokens.learned.tolist()
+
+
 # ---- thinking --------------------------------------------------------------------------------------------------
 
 

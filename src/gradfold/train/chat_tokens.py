@@ -43,7 +43,7 @@ def encode_chat(row: DataRow, template: ChatTemplate, whole: bool) -> EncodedCha
         ids, learned = template.render_marked(chat.messages, chat.options)
         if any(learned):
             spans = [_turn(finder, _found(finder, row, index), text, False).span for index in unwanted]
-            kept = [mark and not _in_any(place, spans) for mark, place in zip(learned, text.places, strict=True)]
+            kept = [mark and not left for mark, left in zip(learned, text.within(spans), strict=True)]
             return EncodedChat(ids, kept, chat.unread)
     last = len(chat.messages) - 1
     turns: dict[int, _Turn] = {}
@@ -59,7 +59,8 @@ def encode_chat(row: DataRow, template: ChatTemplate, whole: bool) -> EncodedCha
         text = TokenizedText(chat.text + more, template)
     learn = [(0, len(text.text))] if whole else [turns[index].span for index in wanted]
     keep = [turns[index].span for index in unwanted]
-    ids, learned = text.ids, [_in_any(place, learn) and not _in_any(place, keep) for place in text.places]
+    ids = text.ids
+    learned = [mark and not left for mark, left in zip(text.within(learn), text.within(keep), strict=True)]
     if any(turn.ends_text for turn in turns.values()) and template.tokenizer.eos_token_id is not None:
         ids, learned = [*ids, template.tokenizer.eos_token_id], [*learned, True]
     return EncodedChat(ids, learned, chat.unread)
@@ -82,9 +83,23 @@ class TokenizedText:
         for index in range(bisect.bisect_left(self.places, at, key=lambda place: place[0]), len(self.ids)):
             start, stop = self.places[index]
             special = self._ends.get(self.ids[index])
-            if special or (special is not None and self.text[start:stop].strip() and not self.text[at:start].strip()):
+            if special is None or not self.text[start:stop].strip():
+                continue
+            if special or not self.text[at:start].strip():
                 return start, stop
         return None
+
+    def within(self, spans: Sequence[Span]) -> list[bool]:
+        """For each token whether it is part of one of the spans: with more than the space behind what comes before."""
+        return [any(self._is_within(place, span) for span in spans) for place in self.places]
+
+    def _is_within(self, place: Span, span: Span) -> bool:
+        (start, stop), (begin, end) = place, span
+        if begin <= start < end:
+            return True
+        if not start < begin < stop:
+            return False
+        return bool(self.text[begin:stop].strip()) or not self.text[start:begin].strip()
 
 
 def _choose(row: DataRow, whole: bool) -> tuple[list[int], list[int]]:
@@ -152,9 +167,3 @@ def _turn(finder: AnswerFinder, answer: Answer, text: TokenizedText, last: bool)
         if end is not None and not more[: end[0]].strip():
             return _Turn((answer.start, len(whole) + end[1]), more[: end[1]])
     return _Turn((answer.start, len(whole)), ends_text=True)
-
-
-def _in_any(place: Span, spans: Sequence[Span]) -> bool:
-    """Whether a token has characters in one of the spans; one without any, whether it stands in one."""
-    start, stop = place
-    return any(start < b and (stop > a or start == stop == a) for a, b in spans)
