@@ -128,6 +128,26 @@ CASES = {
         file("a.jsonl", json.dumps({"messages": TURNS[:1]}) + "\n"),
         "line 1: has no assistant message to learn",
     ),
+    "half of a surrogate pair": (
+        file("a.jsonl", ROW + '{"text": "ok \\ud83d"}\n'),
+        "a.jsonl line 2: `text` holds half of a surrogate pair, \\ud83d, at character 4; it stands for no character",
+    ),
+    "half of a surrogate pair in a prompt": (
+        lambda place, m: ["--model", m, "--data", "pydoc", "--evaluation.sample-prompt", "a\udcff"],
+        "evaluation.sample_prompt holds half of a surrogate pair",
+    ),
+    "a weight of a half": (
+        file("a.jsonl", json.dumps({"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}) + "\n"),
+        "a.jsonl line 1: message 2 has `weight` = 0.5; give 1 (learned) or 0 (not)",
+    ),
+    "a picture": (
+        file("a.jsonl", json.dumps({"messages": [TURNS[0] | {"content": [{"type": "image"}]}, TURNS[1]]}) + "\n"),
+        "a.jsonl line 1: message 1: `content` has a part of type 'image'",
+    ),
+    "tools that the template does not write": (
+        file("a.jsonl", json.dumps({"messages": TURNS, "tools": [{"name": "lamp"}]}) + "\n"),
+        "a.jsonl line 1: the chat template does not write `tools`; remove it, or train a model whose template does",
+    ),
     "a sequence too long": (
         file("a.jsonl", PAIR + json.dumps({"prompt": "the " * 99, "completion": "x"}) + "\n"),
         "line 2: has ",

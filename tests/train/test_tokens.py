@@ -8,6 +8,7 @@ import pytest
 from gradfold.train.errors import DataError, ModelError
 from gradfold.train.readers import DataRow
 from gradfold.train.tokens import encode_rows
+from tests.train.templates import byte_level, metaspace, word_piece
 
 CHAT = (
     {"role": "system", "content": "be kind"},
@@ -45,6 +46,56 @@ def test_a_prompt_is_tokenized_as_it_is_at_inference(tokenizer):
     """`th` + `e` would merge into one token; the model will only ever be given `th`."""
     tokens = encode(tokenizer, DataRow("r", "completion", prompt="th", completion="e"))
     assert tokens.ids[: tokens.learned.argmax()].tolist() == tokenizer("th")["input_ids"]
+
+
+SPLIT = [
+    ("2+2=", "4"),
+    ("Answer: ", "yes"),
+    ("Answer:", " yes"),
+    ("th", "e"),
+    ("the cat", " sat on a mat"),
+    ("x", "(y)"),
+    ("the\n", "\ncat"),
+    ("the", ""),
+    ("", "the cat"),
+]
+TOKENIZERS = {
+    "byte level": byte_level,
+    "byte level, with a space before": lambda: byte_level(add_prefix_space=True),
+    "a space before the first word": lambda: metaspace("first"),
+    "a space before each word": lambda: metaspace("always"),
+    "a space before, after a beginning": lambda: metaspace("first", bos_token="<bos>", add_bos_token=True),
+    "pieces of words": word_piece,
+}
+
+
+@pytest.mark.parametrize("what", TOKENIZERS)
+def test_a_prompt_and_its_completion_are_the_text_of_both(what):
+    """No space between them that is not there, and the tokens of the one text, up to one across the border."""
+    tokenizer = TOKENIZERS[what]()
+    for prompt, completion in SPLIT:
+        tokens = encode(tokenizer, DataRow("r", "completion", prompt=prompt, completion=completion))
+        whole = tokenizer(prompt + completion)["input_ids"]
+        *ids, end = tokens.ids.tolist()
+        assert tokenizer.decode(ids) == tokenizer.decode(whole), (prompt, completion)
+        assert end == tokenizer.eos_token_id and tokens.learned[-1]
+        before = tokenizer(prompt)["input_ids"]
+        assert ids[: len(before)] == before
+        assert tokens.learned.tolist() == [False] * len(before) + [True] * (len(ids) + 1 - len(before))
+        if whole[: len(before)] == before:
+            assert ids == whole
+
+
+def test_a_completion_that_cannot_be_told_from_its_prompt():
+    """In whole words, `the` and `cat` without a space are another word: that is what the model sees and learns."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "the": 2, "cat": 3, "thecat": 4, "a": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    tokens = encode(tokenizer, DataRow("r", "completion", prompt="a the", completion="cat"))
+    assert (tokens.ids.tolist(), tokens.learned.tolist()) == ([5, 4, 1], [False, True, True])
 
 
 def test_of_messages_the_answers_are_learned_with_their_ends(tokenizer):

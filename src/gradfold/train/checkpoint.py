@@ -39,13 +39,20 @@ STATES, TRAINER, RECIPE = "optimizer.safetensors", "trainer.json", "recipe.yaml"
 
 @dataclass
 class Progress:
-    """How far a run is. `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl."""
+    """How far a run is.
+
+    `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl. `rendered_at`: the time
+    that the chat template was told, empty if it does not ask. `encoding`: which way rows became tokens
+    (`tokens.ENCODING`); checkpoints of 0.1 do not say.
+    """
 
     step: int = 0
     skipped_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     data_sha256: str = ""
+    rendered_at: str = ""
+    encoding: int = 1
     metrics_lines: int = 0
     peak_rss_bytes: int = 0
     peak_cuda_bytes: int = 0

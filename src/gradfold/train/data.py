@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import torch
 
+from .chat_template import ChatTemplate
 from .errors import DataError
 from .packing import Batch, Window, build_batch, cut_windows
-from .readers import DataRow, Shape, read_rows
+from .readers import read_rows
 from .recipe import Recipe
-from .tokens import Tokens, encode_prompt, encode_rows
+from .shapes import DataRow, Shape
+from .tokens import ENCODING, Tokens, encode_prompt, encode_rows
 
 SAMPLE_PROMPT_TOKENS = 24
 
@@ -27,7 +30,8 @@ Range = tuple[int, int, bool]
 class Data:
     """Sequences to train on and to measure on; `held_out` may be empty.
 
-    `sample_ids`: tokens for the model to continue. `sha256`: of all the rows' tokens.
+    `sample_ids`: tokens for the model to continue. `sha256`: of all the rows' tokens. `unread`: columns that nothing
+    reads -> where the first one stands. `rendered_at`: the time that the chat template was told, if it asks for it.
     """
 
     tokens: Tokens
@@ -40,6 +44,8 @@ class Data:
     batch_size: int
     accumulate: int
     sha256: str
+    unread: dict[str, str] = field(default_factory=dict)
+    rendered_at: str = ""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,24 +75,44 @@ class Data:
         return [build_batch(self.held_out_tokens, chunk, self.pad_id) for chunk in chunks]
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
-    """Read, tokenize, split, cut and pack what the recipe names. Raises DataError; ModelError without a template."""
-    shapes: set[Shape] = set()
+def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, encoding: int = ENCODING) -> Data:
+    """Read, tokenize, split, cut and pack what the recipe names.
 
-    def noting_shapes(rows: Iterator[DataRow]) -> Iterator[DataRow]:
+    Args:
+        recipe: the run's.
+        tokenizer: of transformers.
+        now: the time that a chat template is told which writes the date. None: the time of this call.
+        encoding: which way rows become tokens (`tokens.ENCODING`).
+
+    Raises:
+        DataError: a file or a row cannot be used, or there is too little.
+        ModelError: rows of messages without a chat template.
+    """
+    now = now or datetime.now()
+    shapes: set[Shape] = set()
+    held_out_shapes: set[Shape] = set()
+    marked = False
+
+    def noting_shapes(rows: Iterator[DataRow], shapes: set[Shape]) -> Iterator[DataRow]:
+        nonlocal marked
         for row in rows:
             shapes.add(row.shape)
+            marked = marked or bool(row.learn)
             yield row
 
     text = recipe.text
     limit = recipe.sequence_length
     options: dict[str, Any] = {"loss_on": text.loss_on, "too_long": text.too_long, "limit": limit}
-    tokens = encode_rows(noting_shapes(read_rows(recipe.data)), tokenizer, **options)
+    options |= {"now": now, "encoding": encoding}
+    tokens = encode_rows(noting_shapes(read_rows(recipe.data), shapes), tokenizer, **options)
     if not len(tokens):
         raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
+                        + (" or of weight 0" if marked else "")
                         + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
     if text.held_out_data:
-        held_out_tokens = encode_rows(read_rows(text.held_out_data), tokenizer, **options)
+        held_out_tokens = encode_rows(
+            noting_shapes(read_rows(text.held_out_data), held_out_shapes), tokenizer, **options
+        )
         if not len(held_out_tokens):
             raise DataError(f"text.held_out_data {', '.join(text.held_out_data)}: no row has anything to measure on")
         train_ranges, held_ranges = _all_rows(tokens), _all_rows(held_out_tokens)
@@ -103,9 +129,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         held_out = [held_out[i] for i in sorted(chosen)]
     prompt = recipe.evaluation.sample_prompt
     if prompt:
-        sample_ids = encode_prompt(prompt, tokenizer, chat="messages" in shapes)
+        sample_ids = encode_prompt(prompt, tokenizer, chat="messages" in shapes, now=now)
     else:
         sample_ids = _sample_ids(held_out_tokens, held_ranges) if held_out else _sample_ids(tokens, train_ranges)
+    dated = "messages" in shapes | held_out_shapes and ChatTemplate(tokenizer).writes_date
     return Data(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
@@ -117,6 +144,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         batch_size=recipe.batch_size,
         accumulate=recipe.gradient.accumulate,
         sha256=_sha256(tokens, held_out_tokens),
+        unread=held_out_tokens.unread | tokens.unread,
+        rendered_at=now.isoformat() if dated else "",
     )
 
 

@@ -39,7 +39,13 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a remark, in yellow."""
-        self.console.print(Text(text, style="yellow"))
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
+
+    def unread(self, columns: dict[str, str]) -> None:
+        """Name the columns of the data that nothing reads, with the first row that has them."""
+        if columns:
+            names = ", ".join(f"`{_printable(name)}` ({where})" for name, where in columns.items())
+            self.note(f"nothing reads these columns of the data: {names}")
 
     def started(self, run: Run) -> None:
         """What is about to be trained, on what, for how long."""
@@ -159,6 +165,10 @@ class Bar:
     def measured(self, step: int, loss: float) -> None:
         """Print a held-out loss above the bar."""
         self._display.measured(step, loss)
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _figure(value: float | None) -> str:

@@ -1,46 +1,28 @@
 """Rows of text from files: JSONL, JSON, CSV, Parquet and plain text, read as streams through `datasets`.
 
-A row has one of three shapes: `text`; `prompt` and `completion`; `messages`. Files are streamed, so nothing is cached
-on disk and one chunk at a time is in memory. JSON and CSV are parsed by Python's own readers and passed through
-`datasets` as they are. Its builders would name neither the file nor the line of a broken row, turn date-like text into
-timestamps, `007` into 7 and `NA` into nothing, fill short lines up, and give every message the keys of all others.
+What a row may hold is said in `shapes.py`. Files are streamed, so nothing is cached on disk and one chunk at a time is
+in memory. A byte order mark before the first character is no part of the text. JSON and CSV are parsed by Python's own
+readers and passed through `datasets` as they are. Its builders would name neither the file nor the line of a broken
+row, turn date-like text into timestamps, `007` into 7 and `NA` into nothing, fill short lines up, and give every
+message the keys of all others.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import glob
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import DataError, one_line
-
-Shape = Literal["text", "completion", "messages"]
-FIELDS: dict[Shape, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""Shape -> the fields it needs; where a row would fit several, the first counts."""
+from .shapes import DataRow, Form, form_of, make_row
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
-
-
-@dataclass(frozen=True)
-class DataRow:
-    """One checked row. `where` says where it stands, for messages: `notes.jsonl line 3`."""
-
-    where: str
-    shape: Shape
-    text: str = ""
-    prompt: str = ""
-    completion: str = ""
-    messages: tuple[dict[str, Any], ...] = ()
 
 
 def read_rows(sources: Sequence[str]) -> Iterator[DataRow]:
@@ -74,10 +56,10 @@ def _file_rows(source: str) -> Iterator[DataRow]:
         if path.stat().st_size == 0:
             raise DataError(f"{source}: is empty")
         with _stream(path) as rows:
-            shape: Shape | None = None
+            form: Form | None = None
             for where, fields in rows:
-                shape = shape or _shape_of(fields, where)
-                yield _checked(fields, shape, where)
+                form = form or form_of(fields, where)
+                yield make_row(fields, form, where)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or one_line(error)})") from None
     except UnicodeDecodeError as error:
@@ -94,14 +76,15 @@ def _stream(path: Path) -> Iterator[Iterator[tuple[str, Any]]]:
     # The builders want a cache folder even when they stream and put nothing there.
     with tempfile.TemporaryDirectory(prefix="gradfold-") as cache, _quiet_datasets():
         if suffix == ".parquet":
-            yield ((f"{path} row {n}", row) for n, row in enumerate(_load("parquet", path, cache), 1))
+            yield ((f"{path} row {n}", _unfilled(row)) for n, row in enumerate(_load("parquet", path, cache), 1))
         elif suffix == ".txt":
-            yield ((f"{path}", row) for row in _load("text", path, cache, sample_by="document"))
+            rows = _load("text", path, cache, sample_by="document")
+            yield ((f"{path}", {"text": row["text"].removeprefix("\ufeff")}) for row in rows)
         else:
             from datasets import IterableDataset
 
-            rows: Iterable[Any] = IterableDataset.from_generator(_records, gen_kwargs={"path": path})
-            yield ((row["where"], row["fields"]) for row in rows)
+            records: Iterable[Any] = IterableDataset.from_generator(_records, gen_kwargs={"path": path})
+            yield ((row["where"], row["fields"]) for row in records)
 
 
 def _load(builder: str, path: Path, cache: str, **options: Any) -> Iterator[Any]:
@@ -114,6 +97,17 @@ def _load(builder: str, path: Path, cache: str, **options: Any) -> Iterator[Any]
         raise
     except Exception as error:  # pyarrow and datasets each raise their own kinds
         raise DataError(f"{path}: is not a readable {builder} file ({one_line(error)})") from None
+
+
+def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
+    """A Parquet row without the keys that its schema adds to every object and that this one does not have."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items() if inner is not None}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: without(value) for name, value in row.items()}
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -144,11 +138,13 @@ def _is_json(text: str) -> bool:
 def _jsonl_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{path} line {number}"
             try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                fields = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start + 1})") from None
             except RecursionError:
@@ -207,43 +203,3 @@ def _quiet_datasets() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------
-
-
-def _shape_of(fields: Any, where: str) -> Shape:
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: is a {type(fields).__name__}, not an object with named fields")
-    for shape, needed in FIELDS.items():
-        if all(name in fields for name in needed):
-            return shape
-    got = ", ".join(map(str, fields)) or "no fields"
-    raise DataError(f"{where}: has {got}; needs `text`, or `prompt` and `completion`, or `messages`")
-
-
-def _checked(fields: Any, shape: Shape, where: str) -> DataRow:
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: is a {type(fields).__name__}, not an object with named fields")
-    for name in FIELDS[shape]:
-        if fields.get(name) is None:
-            raise DataError(f"{where}: has no `{name}`, which the rows before it have" if name not in fields
-                            else f"{where}: `{name}` is null")  # fmt: skip
-    if shape == "messages":
-        return DataRow(where, shape, messages=_checked_messages(fields["messages"], where))
-    texts = {name: fields[name] for name in FIELDS[shape]}
-    for name, value in texts.items():
-        if not isinstance(value, str):
-            raise DataError(f"{where}: `{name}` is a {type(value).__name__}, not text")
-    return DataRow(where, shape, **texts)
-
-
-def _checked_messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"{where}: `messages` is not a list of messages")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{where}: message {number} has no `role` and `content`")
-    # Parquet fills rows up with empty keys (`tool_calls: None`), which chat templates take for present ones.
-    return tuple({key: value for key, value in message.items() if value is not None or key == "content"}
-                 for message in messages)  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 import gradfold
 
 from .checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore_run
-from .data import prepare_data
+from .data import Data, prepare_data
 from .display import Display
-from .errors import CheckpointError, ModelError, RecipeError, one_line
+from .errors import CheckpointError, DataError, ModelError, RecipeError, one_line
 from .model import (
     ModelSource,
     check_length,
@@ -34,6 +35,7 @@ from .recipe import Recipe
 from .recipe_file import differing_fields
 from .run import Run
 from .schedule import make_schedule
+from .tokens import ENCODING
 
 SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
@@ -52,19 +54,16 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     with display.waiting("loading the tokenizer"):
         tokenizer = load_tokenizer(source)
     with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
-        data = prepare_data(recipe, tokenizer)
-    if saved is not None and data.sha256 != saved.progress.data_sha256:
-        raise CheckpointError(
-            f"--resume {saved.path}: {', '.join(recipe.data)} no longer gives the tokens this run was started with; "
-            "restore the files, or start a new run from the checkpoint with --model"
-        )
+        data = prepare_data(recipe, tokenizer) if saved is None else prepare_data_again(saved, recipe, tokenizer)
+    display.unread(data.unread)
     with display.waiting("loading the model"):
         model = load_model(source, recipe, device)
     check_length(model, recipe)
     check_tokens(model, data, tokenizer, recipe)
     check_packing(model, recipe)
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
-    progress = saved.progress if saved else Progress(data_sha256=data.sha256)
+    progress = saved.progress if saved else Progress(data_sha256=data.sha256, encoding=ENCODING)
+    progress.rendered_at = data.rendered_at
     if steps < progress.step:
         raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
     try:
@@ -83,6 +82,32 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         forget_states(out, made)
         raise
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
+
+
+def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:
+    """The data of a run that goes on, with the date it began with. Raises CheckpointError if it is not the same."""
+    progress = saved.progress
+    now = datetime.fromisoformat(progress.rendered_at) if progress.rendered_at else None
+    said = ""
+    for encoding in dict.fromkeys(
+        (ENCODING, progress.encoding)
+    ):  # most rows of 0.1 became the tokens that they become now
+        try:
+            data = prepare_data(recipe, tokenizer, now, encoding)
+        except DataError as error:  # as a row that 0.1 took, and took wrongly
+            if progress.encoding == ENCODING:
+                raise
+            said = said or f" ({error})"
+            continue
+        if data.sha256 == progress.data_sha256:
+            progress.encoding = encoding
+            return data
+        if data.rendered_at and not progress.rendered_at:
+            said = " (its chat template writes the date, and a checkpoint of gradfold 0.1 does not say which it was)"
+    raise CheckpointError(
+        f"--resume {saved.path}: {', '.join(recipe.data)} no longer gives the tokens this run was started with{said}; "
+        "restore the files, or start a new run from the checkpoint with --model"
+    )
 
 
 def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 
-from .errors import DataError, ModelError, one_line
-from .readers import DataRow
+from . import earlier
+from .chat_rows import open_chat
+from .chat_template import ChatTemplate
+from .chat_tokens import encode_chat
+from .errors import DataError
+from .shapes import DataRow, check_text
 
 ROWS_AT_ONCE = 256  # fast tokenizers work on many texts in parallel
+ENCODING = 2
+"""Which way rows become tokens; a checkpoint says it of its run. 1 is that of 0.1 (`earlier.py`)."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Tokens:
 
     `ids`: int32 [T]. `learned`: bool [T], whether the token is a target. `starts`: int64 [R + 1].
     `is_document`: bool [R], a `text` row, which may be cut anywhere. `skipped`: rows that had nothing to learn.
+    `unread`: columns that nothing reads -> where the first one stands.
     """
 
     ids: np.ndarray
@@ -29,6 +37,7 @@ class Tokens:
     starts: np.ndarray
     is_document: np.ndarray
     skipped: int
+    unread: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.is_document)
@@ -40,19 +49,41 @@ class Tokens:
 
 
 def encode_rows(
-    rows: Iterable[DataRow], tokenizer: Any, *, loss_on: Literal["completions", "all"], too_long: str, limit: int
+    rows: Iterable[DataRow],
+    tokenizer: Any,
+    *,
+    loss_on: Literal["completions", "all"],
+    too_long: str,
+    limit: int,
+    now: datetime | None = None,
+    encoding: int = ENCODING,
 ) -> Tokens:
-    """Tokenize rows. `limit`: most tokens of a row that is not a document.
+    """Tokenize rows.
 
-    Raises DataError naming a row that is longer than `limit` (if too_long is "error") or that its chat template
-    refuses, ModelError if the tokenizer has no chat template.
+    Args:
+        rows: what to tokenize.
+        tokenizer: of transformers.
+        loss_on: what is learned of rows that are not documents.
+        too_long: error, truncate or drop: rows of more than `limit` tokens, documents aside.
+        limit: most tokens of a row that is not a document.
+        now: the time that a chat template is told which writes the date; None for the time of each rendering.
+        encoding: `ENCODING`, or 1 to get the tokens that 0.1 gave.
+
+    Raises:
+        DataError: a row is too long, or its chat template cannot write it.
+        ModelError: the tokenizer has no chat template.
     """
     ids, learned, starts, documents = array("i"), bytearray(), array("q", [0]), bytearray()
     skipped = 0
+    unread: dict[str, str] = {}
+    template = ChatTemplate(tokenizer, now)
+    encode_batch = _encode_batch if encoding == ENCODING else earlier.encode_batch
     rows = iter(rows)
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        for row, (row_ids, row_learned) in zip(batch, _encode_batch(batch, tokenizer, loss_on), strict=True):
+        for row, (row_ids, row_learned, names) in zip(batch, encode_batch(batch, template, loss_on), strict=True):
             document = row.shape == "text"
+            for name in names:
+                unread.setdefault(name, row.where)
             if len(row_ids) > limit and not document:
                 if too_long == "error":
                     raise DataError(
@@ -76,35 +107,72 @@ def encode_rows(
         np.array(starts, dtype=np.int64),
         np.frombuffer(bytes(documents), dtype=bool),
         skipped,
+        unread,
     )
 
 
-def encode_prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
-    """A prompt's tokens, as the model would see them at inference; `chat`: as a user's message."""
-    if chat:
-        row = DataRow("evaluation.sample_prompt", "messages", messages=({"role": "user", "content": prompt},))
-        return _ids(tokenizer, [render_chat(row, tokenizer, answer=True)], special=False)[0]
-    return _open(_ids(tokenizer, [prompt])[0], tokenizer)
+def encode_prompt(prompt: str, tokenizer: Any, chat: bool, now: datetime | None = None) -> list[int]:
+    """A prompt's tokens, as the model would see them at inference; `chat`: as a user's message.
+
+    Raises DataError for a prompt that is no text or that the chat template refuses, ModelError if there is none.
+    """
+    name = "evaluation.sample_prompt"
+    check_text(prompt, name)
+    if not chat:
+        return _open(_ids(tokenizer, [prompt])[0], tokenizer)
+    row = DataRow(name, "messages", messages=({"role": "user", "content": prompt},))
+    template = ChatTemplate(tokenizer, now)
+    opened = open_chat(row, template)
+    return _ids(tokenizer, [template.render(opened.messages, answer=True)], special=False)[0]
 
 
-Encoded = tuple[list[int], list[bool]]
+Encoded = tuple[list[int], list[bool], Iterable[str]]
+"""Tokens, which of them are learned, and the columns that nothing read."""
 
 
-def _encode_batch(rows: Sequence[DataRow], tokenizer: Any, loss_on: str) -> Iterator[Encoded]:
-    whole = loss_on == "all"
+def _encode_batch(rows: Sequence[DataRow], template: ChatTemplate, loss_on: str) -> Iterator[Encoded]:
+    tokenizer, whole = template.tokenizer, loss_on == "all"
+    pairs = [row for row in rows if row.shape == "completion"]
     texts = iter(_ids(tokenizer, [row.text for row in rows if row.shape == "text"]))
-    prompts = iter(_ids(tokenizer, [row.prompt for row in rows if row.shape == "completion"]))
-    completions = iter(_ids(tokenizer, [row.completion for row in rows if row.shape == "completion"], special=False))
+    prompts = iter(_ids(tokenizer, [row.prompt for row in pairs]))
+    joined = iter(_ids(tokenizer, [row.prompt + row.completion for row in pairs]))
     for row in rows:
         if row.shape == "text":
             ids = _end(next(texts), tokenizer)
-            yield ids, [bool(row.text.strip())] * len(ids)
+            yield ids, [bool(row.text.strip())] * len(ids), row.columns
         elif row.shape == "completion":
-            # Each on its own, as at inference, where the prompt is all there is.
-            prompt, completion = _open(next(prompts), tokenizer), _end(next(completions), tokenizer)
-            yield prompt + completion, [whole] * len(prompt) + [True] * len(completion)
+            prompt, completion = _split(row, next(prompts), next(joined), tokenizer)
+            completion = _end(completion, tokenizer)
+            yield prompt + completion, [whole] * len(prompt) + [True] * len(completion), row.columns
         else:
-            yield _encode_messages(row, tokenizer, whole)
+            chat = encode_chat(row, template, whole)
+            yield chat.ids, chat.learned, chat.unread
+
+
+CONTEXTS = ("\n", "=", ".", ")", "a")
+"""Texts that a completion may follow so that a tokenizer does not take it for the start of a text."""
+
+
+def _split(row: DataRow, prompt: list[int], joined: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of its completion, which together are the text of both.
+
+    `prompt`, `joined`: the tokens of the prompt, and of both as one text. The prompt has the tokens that it has at
+    inference, where it is all there is. The completion has those that it has in the one text, unless there its
+    beginning is in one token with the prompt's end; then those that it has elsewhere in a text. Alone it would not do:
+    many tokenizers put a space before a text.
+    """
+    prompt, joined = _open(prompt, tokenizer), _open(joined, tokenizer)
+    size = len(prompt)
+    if joined[:size] == prompt:
+        return prompt, joined[size:]
+    text = tokenizer.decode(joined)
+    for context in ("", *CONTEXTS):
+        before, both = _ids(tokenizer, [context, context + row.completion], special=False)
+        completion = both[len(before) :]
+        if both[: len(before)] == before and tokenizer.decode(prompt + completion) == text:
+            return prompt, completion
+    size = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*joined, -2], strict=False)) if a != b)
+    return joined[:size], joined[size:]
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
@@ -122,54 +190,3 @@ def _end(ids: list[int], tokenizer: Any) -> list[int]:
 def _open(ids: list[int], tokenizer: Any) -> list[int]:
     """Without the end-of-text token that some tokenizers append by themselves."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-# ---- messages --------------------------------------------------------------------------------------------------
-
-
-def _encode_messages(row: DataRow, tokenizer: Any, whole: bool) -> Encoded:
-    """The whole chat as its template writes it; learned are the tokens that start inside an assistant's turn."""
-    text = render_chat(row, tokenizer)
-    spans = [(0, len(text))] if whole else _assistant_spans(row, text, tokenizer)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{type(tokenizer).__name__} cannot tell where its tokens start; set text.loss_on to all "
-                         "and give `text` rows, or use a fast tokenizer")  # fmt: skip
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    return encoded["input_ids"], [any(a <= start < b for a, b in spans) for start in starts]
-
-
-def render_chat(
-    row: DataRow, tokenizer: Any, messages: Sequence[dict[str, Any]] | None = None, answer: bool = False
-) -> str:
-    """The row's messages (or some of them) as the template writes them; `answer`: up to where an answer begins.
-
-    Raises ModelError if there is no template, DataError if it refuses the row.
-    """
-    if not tokenizer.chat_template:
-        raise ModelError(f"{row.where}: has `messages`, but the tokenizer has no chat template; use an instruct model, "
-                         "or rows with `prompt` and `completion`")  # fmt: skip
-    chosen = list(row.messages if messages is None else messages)
-    try:
-        return tokenizer.apply_chat_template(chosen, tokenize=False, add_generation_prompt=answer)
-    except Exception as error:  # templates are programs; jinja2 has a dozen ways to say no
-        raise DataError(f"{row.where}: the chat template refuses the messages ({one_line(error)})") from None
-
-
-def _assistant_spans(row: DataRow, text: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Character ranges of the assistant's turns: from where a generation prompt ends to the end of the turn."""
-    spans = []
-    for index, message in enumerate(row.messages):
-        if message["role"] != "assistant":
-            continue
-        before = render_chat(row, tokenizer, row.messages[:index], answer=True) if index else ""
-        after = render_chat(row, tokenizer, row.messages[: index + 1])
-        if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
-            raise DataError(
-                f"{row.where}: the chat template rewrites earlier turns, so message {index + 1} cannot be found in the "
-                "whole; split the row so that it ends there, or set text.loss_on to all"
-            )
-        spans.append((len(before), len(after)))
-    if not spans:
-        raise DataError(f"{row.where}: has no assistant message to learn; set text.loss_on to all to learn the others")
-    return spans
