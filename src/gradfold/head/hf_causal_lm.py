@@ -81,6 +81,8 @@ class FoldedCausalHead:
         if "plain_class" not in vars(type(model)) or model.get_output_embeddings() is not head:
             return "its model's class or head was replaced after fold()"
         for whose, now, then in zip(("model", "model", "head"), _forwards(model, head), self.use.forwards, strict=True):
+            if whose == "model" and now is not None and now is vars(model).get("forward") and _is_autocast(model):
+                continue
             if now is not None and now is not then:
                 return f"its {whose}'s forward was replaced after fold()"
         return ""
