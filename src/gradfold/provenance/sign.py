@@ -321,9 +321,10 @@ def mirror_hint(url: str, name: str | None = None) -> dict[str, Any]:
     Raises:
         ProvenanceError: The URL cannot be used.
     """
-    if not url.startswith("https://") or not url.isprintable() or " " in url:
+    host = url.split("/")[2] if url.startswith("https://") else ""
+    if not host or not url.isprintable() or " " in url or len(url) > 2000:
         raise ProvenanceError(f"mirror {url[:60]!r}: takes an address that begins with https://")
-    return {"mirror_type": "https", "name": name or url.split("/")[2], "bundle_url": url, "status": "mirror"}
+    return {"mirror_type": "https", "name": name or host, "bundle_url": url, "status": "mirror"}
 
 
 def now() -> str:
