@@ -11,6 +11,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from .say import complain
+
 COMMANDS = {
     "train": ("gradfold.cli.train", "fine-tune every weight of a causal language model"),
     "plan": ("gradfold.cli.plan", "predict what a training step takes, and what fits a budget"),
@@ -27,8 +29,6 @@ ERRORS = {
 """Module -> its class of errors whose message is written for the user."""
 
 OK, ERROR, INTERRUPTED = 0, 2, 130
-MOST_LETTERS = 1000
-"""Length of the line that says what is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,12 +144,7 @@ def _version() -> str:
 
 
 def _fail(message: str, code: int = ERROR) -> int:
-    """Print one line: without control characters, and shortened in its middle where it repeats something endless."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-    if len(line) > MOST_LETTERS:
-        line = f"{line[: MOST_LETTERS // 2]} ... {line[-MOST_LETTERS // 2 :]}"
-    if sys.stderr is not None:  # print() would take standard output instead
-        print(f"gradfold: {line}", file=sys.stderr)
+    complain(message)
     return code
 
 

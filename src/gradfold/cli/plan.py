@@ -136,8 +136,8 @@ def _check_plot(path: str, compare: bool) -> None:
         raise RecipeError(f"--plot {path}: name a file that ends in {', '.join(ENDINGS)}")
     if not Path(path).absolute().parent.is_dir():
         raise RecipeError(f"--plot {path}: there is no folder {Path(path).parent}")
-    if Path(path).is_dir():
-        raise RecipeError(f"--plot {path}: is a folder; name a file")
+    if Path(path).exists() and not Path(path).is_file():
+        raise RecipeError(f"--plot {path}: is a folder, a pipe or a device; name a file")
     refuse_unwritable(Path(path).absolute().parent, f"--plot {path}")
     if not compare:
         raise RecipeError("--plot with --no-compare: the picture has plain AdamW above the plan; leave one of them out")

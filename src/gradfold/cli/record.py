@@ -35,6 +35,7 @@ from gradfold.provenance.vocabulary import CITATION, REPLICATION
 
 from .record_options import build_parser
 from .record_show import card_of, print_card, print_report
+from .say import complain, one_line
 
 VERIFIED, FAILED, UNREADABLE = 0, 1, 2
 PASSPHRASE_BYTES = 1024
@@ -72,7 +73,7 @@ def run_verify(options: argparse.Namespace) -> int:
             codes.append(UNREADABLE)
             found.append({"file": path, "verified": False, "error": str(error)})
             if not options.json:
-                print(f"gradfold: {_one_line(error)}", file=sys.stderr)
+                complain(error)
             continue
         codes.append(_exit_code(report))
         found.append({"file": path, **report.as_dict()})
@@ -117,7 +118,7 @@ def run_merge(options: argparse.Namespace) -> int:
         print(f"  {len(merger.pool.unsigned)} of them come from states alone, so without their signatures")
     for entry in state["invalid_events"]:
         print(
-            f"  set aside: {entry['event_id'] or entry['event_sha256']} fails {_one_line(', '.join(entry['reasons']))}"
+            f"  set aside: {entry['event_id'] or entry['event_sha256']} fails {one_line(', '.join(entry['reasons']))}"
         )
     for slot in state["equivocations"]:
         print(f"  equivocation by key {slot['public_key_fingerprint']}: {', '.join(slot['event_ids'])}")
@@ -127,7 +128,7 @@ def run_merge(options: argparse.Namespace) -> int:
 def run_keygen(options: argparse.Namespace) -> int:
     """Generate a key pair."""
     passphrase = None
-    if options.passphrase_file:
+    if options.passphrase_file is not None:
         passphrase = _passphrase_in(options.passphrase_file)
     elif options.passphrase:
         passphrase = getpass.getpass("passphrase: ").encode("utf-8")
@@ -256,7 +257,7 @@ def _store(options: argparse.Namespace) -> TrustStore:
 
 def _signer(options: argparse.Namespace) -> Signer:
     """Load the signer of --key; asks for the passphrase on a terminal."""
-    passphrase = _passphrase_in(options.passphrase_file) if options.passphrase_file else None
+    passphrase = _passphrase_in(options.passphrase_file) if options.passphrase_file is not None else None
     try:
         return load_signer(options.key, passphrase, options.signer_id, options.key_id)
     except NeedsPassphrase:
@@ -289,8 +290,3 @@ def _naming(path: str, action: Any) -> Any:
 
 def _exit_code(report: Verification) -> int:
     return VERIFIED if report.verified else FAILED
-
-
-def _one_line(error: object) -> str:
-    """Remove line breaks and control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))

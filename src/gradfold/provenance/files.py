@@ -121,6 +121,10 @@ def _look(path: str | os.PathLike[str], target: Path) -> None:
         raise ProvenanceError(f"{path}: there is no folder {target.parent}; make it first")
     if target.is_dir():
         raise ProvenanceError(f"{path}: is a folder; name a file")
+    if target.is_symlink() and not target.exists():
+        raise ProvenanceError(f"{path}: is a link that leads nowhere; name a file")
+    if target.exists() and not target.is_file():  # to rename onto a device would take it away from everyone
+        raise ProvenanceError(f"{path}: is no regular file; name a file")
 
 
 @contextlib.contextmanager

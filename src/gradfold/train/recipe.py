@@ -72,7 +72,7 @@ class Recipe:
         conform_fields(self, self.GROUP)
         if not self.model:
             raise refused(self, "model", "name a folder, a .gguf file or a hub id")
-        if not self.data:
+        if not self.data or not all(self.data):
             raise refused(self, "data", "name at least one file, or `pydoc`")
         if self.out == "":
             raise refused(self, "out", "name a folder, or leave it out")

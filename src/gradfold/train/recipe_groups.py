@@ -65,6 +65,8 @@ class TextRecipe:
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
+        if not all(self.held_out_data):
+            raise refused(self, "held_out_data", "name files, or leave it out")
         if not 0 <= self.held_out < 1:
             raise refused(self, "held_out", "give a fraction from 0 (nothing held out) to below 1")
 
