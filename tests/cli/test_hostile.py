@@ -7,17 +7,19 @@ a process of its own with little memory, and what only a whole process can show:
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from gradfold.cli.main import main
 from gradfold.train.recipe_file import load_fields
 from tests.cli import hostile
-from tests.train.tiny import tree_bytes
 
 EVERY = hostile.all_cases()
 AT_ONCE = [name for cases in (hostile.yaml_cases, hostile.record_cases, hostile.other_cases) for name, _ in cases()]
@@ -113,9 +115,15 @@ def test_every_command_line(name, place, home):
     before = names_in(place)
     words = spelled(EVERY[name], place)
     out_path, err_path = place.parent / f"{place.name}-out", place.parent / f"{place.name}-err"
+    status, out, err = forked(words, out_path, err_path)
+    judge(status, out, err, home, place, before)
+
+
+def forked(words, out_path, err_path, user=None):
+    """Run the command line in a forked process: (exit code, standard output, standard error)."""
     process = os.fork()
     if process == 0:
-        child(words, out_path, err_path)
+        child(words, out_path, err_path, user)
     started, status = time.monotonic(), None
     while status is None and time.monotonic() - started < 3 * SECONDS:
         ended, status_word = os.waitpid(process, os.WNOHANG)
@@ -125,14 +133,18 @@ def test_every_command_line(name, place, home):
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
     assert status is not None, "it hangs"
-    err = "".join(err_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True))
-    judge(status, out_path.read_text(encoding="utf-8", errors="replace"), err, home, place, before)
+    out, err = (path.read_bytes().decode("utf-8", errors="replace") for path in (out_path, err_path))
+    return status, out, err
 
 
-def child(words, out_path, err_path):
+def child(words, out_path, err_path, user=None):
     """The command line in a forked process, which this ends."""
     code = 99
     try:
+        if user is not None:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
         for path, number in ((out_path, 1), (err_path, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), encoding="utf-8", write_through=True)
@@ -236,25 +248,37 @@ def test_a_folder_that_is_gone(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def open_folder():
+    """A folder that every user can reach; those of pytest are its own."""
+    folder = Path(tempfile.mkdtemp(prefix="gradfold-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_files_of_somebody_else(tmp_path):
+def test_files_of_somebody_else(open_folder, monkeypatch):
     """Without the rights of the superuser, whom no permission stops."""
     for name in ("recipe.yaml", "a.txt", "document.json"):
-        (tmp_path / name).write_text("{}")
-        (tmp_path / name).chmod(0)
-    (tmp_path / "locked").mkdir(mode=0o500)
-    os.chmod(tmp_path, 0o755)
-    lower = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-    readable = all(os.stat(folder).st_mode & 0o001 for folder in tmp_path.parents)
-    if lower and not readable:
-        pytest.skip("nobody else can reach the folder of the tests")
-    before = tree_bytes(tmp_path / "locked")
+        (open_folder / name).write_text("{}")
+        (open_folder / name).chmod(0)
+    (open_folder / "locked").mkdir(mode=0o500)
+    (open_folder / "bundle.json").write_bytes(Path(hostile.BUNDLE).read_bytes())
+    for name in ("out", "err"):
+        (open_folder / name).touch()
+        (open_folder / name).chmod(0o666)
+    monkeypatch.chdir(open_folder)
+    import gradfold.cli.record
+    import gradfold.cli.train  # noqa: F401
+
+    user = 65534 if os.getuid() == 0 else None
     for words, said in (
         (["train", "--config", "recipe.yaml"], "recipe recipe.yaml: cannot be read (Permission denied)"),
-        (["train", "--data", "a.txt", "--model", "none", "--out", "locked/out"], "nothing can be written in"),
         (["record", "verify", "document.json"], "document.json: cannot be read (Permission denied)"),
-        (["record", "merge", hostile.BUNDLE, "-o", "locked/x"], "locked/x: cannot be written (Permission denied)"),
+        (["record", "merge", "bundle.json", "-o", "locked/x"], "locked/x: cannot be written (Permission denied)"),
+        (["record", "keygen", "-o", "locked/k.pem"], "locked/k.pem: cannot be written (Permission denied)"),
     ):
-        code, err = run(words, tmp_path, **lower)
-        assert code == 2 and said in err and err.count("\n") == 1, err
-    assert tree_bytes(tmp_path / "locked") == before
+        code, out, err = forked(words, open_folder / "out", open_folder / "err", user)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1, err
+    assert not list((open_folder / "locked").iterdir())

@@ -51,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _debug()
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        _debug()
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _debug()  # rich makes an exit of it, with the code of a failed check
         _stop_printing(arguments)
         return _fail("standard output was closed before everything was printed")
     except OSError as error:
