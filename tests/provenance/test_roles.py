@@ -80,6 +80,14 @@ def test_who_was_a_registry_elsewhere_does_not_stick():
         assert merge(documents, knowing) == merge([bundle], knowing)
 
 
+def test_nobody_else_signs_as_a_registry():
+    posing = Signer(ADA.private, ADA.key_id, ADA.signer_id, "pith_registry")
+    made = event(posing, {"n": 1})
+    assert failed(verify(made, plainly_trusting(ADA))) == {"registry"}
+    assert verify(made, TrustStore(registries=[ADA.public])).verified
+    assert merge([bundle_of(ADA, [made])])["invalid_events"][0]["reasons"] == ["registry"]
+
+
 # unsigned claims
 
 UNSIGNED = [name for name in LISTS if name != "graph_snapshot"]

@@ -25,7 +25,7 @@ from .keys import PublicKey, check_entry
 from .plain_text import plain_text
 from .report import Check, Checker, Status, brief, typed
 from .signatures import EVENT_MESSAGE, RECEIPT_MESSAGE, check_signature
-from .trust import RESERVED, Keyring, TrustStore
+from .trust import REGISTRY_TYPE, RESERVED, Keyring, TrustStore
 
 MAX_EVENTS = 100_000
 ELSEWHERE = frozenset({"key", "receipt_key", "registry"})
@@ -173,6 +173,9 @@ def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: boo
     if not at.test("signer", sound, f"is not an object of {', '.join(SIGNER_FIELDS)}"):
         return
     name, key_id, fingerprint = signer["signer_id"], signer["key_id"], signer["public_key_fingerprint"]
+    if plain_text(signer["signer_type"]) == REGISTRY_TYPE:
+        detail = "{} signs as a registry and is none; name its key with --trust-registry if it is one"
+        at.test("registry", keys.store.is_registry(fingerprint), detail, name)
     # A name of the registry's is wrong for everyone, that of another trusted key for those who trust it.
     for store, intrinsic in ((RESERVED, True), (keys.store, False)):
         owner = store.owner_of(key_id)

@@ -20,6 +20,9 @@ PITH_REGISTRY = PublicKey(
 )
 """The registry's published key (https://pith.science/pith-signing-key.json), fingerprint 8d4b5ee7...8b0d54."""
 
+REGISTRY_TYPE = "pith_registry"
+"""The `signer_type` of a registry."""
+
 KNOWN_SIGNATURES = {
     "953c1334c881b59c9946750fb5ed160a5babeb2c1de42be54538ba0f8fed4213": (
         "e369997a6bf66c50145302c888e5eba4434d8b3c541a859aaa7ef484ab8e74f2"
