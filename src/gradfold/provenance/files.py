@@ -92,6 +92,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     with _saying(path):
         target = Path(os.path.realpath(path))
         _look(path, target)
+        # To rename onto a device would take it away from everyone. What is still a link leads back to itself.
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise ProvenanceError(f"{path}: is no regular file; name a file")
         write_file(target, data)
 
 
@@ -121,10 +124,6 @@ def _look(path: str | os.PathLike[str], target: Path) -> None:
         raise ProvenanceError(f"{path}: there is no folder {target.parent}; make it first")
     if target.is_dir():
         raise ProvenanceError(f"{path}: is a folder; name a file")
-    if target.is_symlink() and not target.exists():
-        raise ProvenanceError(f"{path}: is a link that leads nowhere; name a file")
-    if target.exists() and not target.is_file():  # to rename onto a device would take it away from everyone
-        raise ProvenanceError(f"{path}: is no regular file; name a file")
 
 
 @contextlib.contextmanager
