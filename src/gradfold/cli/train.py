@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gradfold.train.errors import CheckpointError, RecipeError
-from gradfold.train.readers import SUFFIXES, find_file
+from gradfold.train.readers import SUFFIXES
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))
     recipe = dataclasses.replace(recipe, out=str(out))
-    _check_places(recipe, out)
+    _check_out(out)
 
     quiet_environment()
     from gradfold.train.loop import train
@@ -71,11 +71,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_places(recipe: Recipe, out: Path) -> None:
-    """Refuse at once what would else be found after the model is loaded. Raises RecipeError, DataError."""
-    for source in (*recipe.data, *recipe.text.held_out_data):
-        if source != "pydoc":
-            find_file(source)
+def _check_out(out: Path) -> None:
+    """Refuse at once what would else be found after the model is loaded. Raises RecipeError."""
     if out.is_symlink() and not out.exists():
         raise RecipeError(f"out = {str(out)!r}: is a link that leads nowhere; name a new folder")
     if out.exists() and not out.is_dir():

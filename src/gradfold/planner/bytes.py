@@ -6,8 +6,8 @@ import re
 
 from .errors import PlanError
 
-MOST = 2**60
-"""An exbibyte; no card has it, and sizes beyond are slips."""
+MOST = 2**70
+"""Sizes beyond are slips."""
 _UNITS = {
     "": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib": 2**20, "mb": 10**6,
     "g": 2**30, "gib": 2**30, "gb": 10**9, "t": 2**40, "tib": 2**40, "tb": 10**12,
