@@ -32,6 +32,10 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 """The dtypes that weights may train in."""
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 512
 """Sequences per micro-batch, and tokens per sequence, of a training run and of a plan, where neither is given."""
+MAX_WHOLE = 2**31 - 1
+"""Limit of every whole number that has no limit of its own."""
+MAX_BATCH, MAX_TOKENS, MAX_ACCUMULATE = 2**20, 2**24, 2**20
+"""Limits of sequences per micro-batch, tokens per sequence, and micro-batches per step: beyond, it is a slip."""
 INTERVAL = 4
 """Steps before the next chunk of a working set wakes."""
 

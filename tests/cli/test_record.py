@@ -82,8 +82,9 @@ def test_a_replication_from_a_key_to_a_merged_state(record, key):
     assert Path("one.json").read_bytes() == Path("two.json").read_bytes()
     state = read_document("one.json")
     assert state["applied_event_ids"][:2] == read_document(BUNDLE)["state"]["applied_event_ids"]
-    assert record("verify", "one.json")[0] == 0
-    code, out, _ = record("show", "one.json")
+    code, out, _ = record("verify", "--trust-key", "k.pem.pub", "one.json")  # its signature is in b.json only
+    assert code == 1 and "unsigned claim in the registry's name" in " ".join(out.split())
+    code, out, _ = record("show", "b.json", "--trust-key", "k.pem.pub")
     assert code == 0 and "FORGE: Fused On-Register" in out and "replication record" in out and "ada" in out
 
 
@@ -104,7 +105,7 @@ def test_a_paper_known_by_its_state_only(record, key):
     assert record("verify", "--trust-key", "k.pem.pub", "b.json")[0] == 0
     assert record("merge", "b.json", STATE, "-o", "s.json")[0] == 0
     code, out, _ = record("show", "s.json")
-    assert code == 0 and "ChunkFT" in out and "Working sets were tried." in out
+    assert code == 1 and "ChunkFT" in out and "Working sets were tried." in out and "signed_event fails" in out
 
 
 def test_show(record):
@@ -182,6 +183,15 @@ BAD = {
     "bytes": (["show", "bytes"], "bytes: is not UTF-8 (byte 0)"),
     "depth": (["show", "deep"], "deep: is nested deeper than 100 levels"),
     "papers that differ": (["merge", BUNDLE, STATE, "-o", "out"], "2026:EH4GZG7XGWF4DMCCJSKTRY62GS, another paper"),
+    "an outcome that is none": (
+        ["replicate", "--paper", BUNDLE, "--result", RESULT, "--key", "k.pem", "-o", "out", "--outcome", "success"],
+        "--outcome = 'success': takes replication, falsification, formal_bridge",
+    ),
+    "a relation that is none": (
+        ["cite", "--paper", BUNDLE, "--citing", "x", "--key", "k.pem", "-o", "out", "--relation", "likes"],
+        "--relation = 'likes': takes supports, refutes, extends, uses_method, depends_on, replaces, compares, cites",
+    ),
+    "no relation": (["cite", "--paper", BUNDLE, "--citing", "x", "--key", "k.pem", "-o", "out"], "--relation"),
     "a state in no folder": (["merge", BUNDLE, "-o", "none/out"], "none/out: there is no folder"),
     "no key file": (["sign", BUNDLE, "--key", "none", "-o", "out"], "none: no such file"),
     "a key that is none": (["sign", BUNDLE, "--key", "empty", "-o", "out"], "empty: is not a private PEM key"),
@@ -226,11 +236,68 @@ def test_a_paper_that_fails_is_not_built_on(record, key, tmp_path):
     assert not Path("out.json").exists()
 
 
+@pytest.mark.parametrize("outcome", [None, "replication", "falsification", "formal_bridge", "formal-bridge"])
+def test_the_outcome_of_a_replication(record, key, outcome):
+    words = ["--paper", BUNDLE, "--result", RESULT, "--key", key, "--revision", "0f", "-o", "b.json"]
+    assert record("replicate", *words, *([] if outcome is None else ["--outcome", outcome]))[0] == 0
+    found = read_document("b.json")["events"][-1]["payload"]["replication_record"]["outcome"]
+    assert found == (outcome or "replication").replace("-", "_")
+    code, out, _ = record("show", "b.json", "--trust-key", "k.pem.pub")
+    assert code == 0 and found.replace("_", " ") in out
+
+
+@pytest.mark.parametrize(
+    "relation", ["supports", "refutes", "extends", "uses_method", "depends_on", "replaces", "compares", "cites"]
+)
+def test_a_citation(record, key, relation):
+    words = ["--paper", BUNDLE, "--citing", "hep-lat/0305021", "--key", key, "-o", "b.json"]
+    assert record("cite", *words, "--relation", relation, "--claim", "It folds.")[0] == 0
+    made = read_document("b.json")["events"][-1]
+    assert made["event_type"] == "citation_signature" and made["target"] == "citation:hep-lat/0305021"
+    assert made["payload"]["citation"]["relation"] == relation
+    assert record("verify", "--trust-key", "k.pem.pub", "--require-signed-events", "b.json")[0] == 0
+    code, out, _ = record("show", "b.json", "--trust-key", "k.pem.pub")
+    assert code == 0 and f"hep-lat/0305021 {relation.replace('_', ' ')}" in out and "It folds." in out
+
+
+def test_signed_events_may_be_required(record, key):
+    required = "--require-signed-events"
+    assert record("verify", BUNDLE, required)[0] == 0
+    assert record("verify", STATE)[0] == 0
+    code, out, _ = record("verify", STATE, required)
+    assert code == 1 and "signed_event" in out
+    assert record("show", STATE, required)[0] == 1
+    before = sorted(os.listdir())
+    for words in (
+        ["merge", STATE],
+        ["sign", STATE, "--key", key],
+        ["replicate", "--paper", STATE, "--result", RESULT, "--key", key, "--revision", "0f"],
+        ["cite", "--paper", STATE, "--citing", "x", "--relation", "cites", "--key", key],
+    ):
+        code, _, err = record(*words, required, "-o", "out.json")
+        assert code == 1 and "signature" in err and err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+    assert record("merge", BUNDLE, required, "-o", "out.json")[0] == 0
+
+
+def test_a_key_is_trusted_for_what_it_signs_or_as_a_registry(record, key):
+    """A record of one's own making, with one's own receipt."""
+    from gradfold.provenance import load_signer
+
+    made = record_event(load_signer(key))
+    Path("e.json").write_bytes(canonical_bytes(made))
+    code, out, _ = record("verify", "e.json", "--trust-key", "k.pem.pub")
+    assert code == 1 and "only a registry creates records" in " ".join(out.split())
+    assert record("verify", "e.json", "--trust-registry", "k.pem.pub")[0] == 0
+    code, out, _ = record("merge", "e.json", "--trust-key", "k.pem.pub", "-o", "s.json")
+    assert code == 0 and "fails registry" in out
+
+
 def test_help(record):
     code, out, _ = record("--help")
     assert code == 0 and all(action in out for action in ("verify", "show", "merge", "keygen", "sign", "replicate"))
     assert record()[0] == 2
-    for action in ("verify", "show", "merge", "keygen", "sign", "replicate"):
+    for action in ("verify", "show", "merge", "keygen", "sign", "replicate", "cite"):
         assert record(action, "--help")[0] == 0
 
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 
-from gradfold.provenance import TrustStore
-from tests.provenance.makers import SEEDS, read_seed, signer
+from tests.provenance.makers import REGISTRIES, SEEDS, read_seed, signer
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +33,6 @@ def bob():
 
 
 @pytest.fixture
-def trusting(ada, bob):
-    """The registry, ada and bob."""
-    store = TrustStore()
-    store.add(ada.public)
-    store.add(bob.public)
-    return store
+def trusting():
+    """The registry, and ada and bob as registries too."""
+    return REGISTRIES

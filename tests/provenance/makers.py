@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from gradfold.provenance import merge, parse, pith_number, sha256_hex, sign_bundle, sign_event, signer_for
+from gradfold.provenance import TrustStore, merge, parse, pith_number, sha256_hex, sign_bundle, sign_event, signer_for
 from gradfold.provenance.identity import short_number, source_aliases
 from gradfold.provenance.sign import seal
 
@@ -24,6 +24,10 @@ def read_seed(name):
 
 def signer(name, number):
     return signer_for(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32), name)
+
+
+REGISTRIES = TrustStore(registries=[signer("ada", 1).public, signer("bob", 2).public])
+"""Trusts ada and bob as registries, beside the built-in one: most documents here hold a record of theirs."""
 
 
 def record(identifier="2601.00001"):
@@ -100,7 +104,7 @@ def bundle_of(by, events, canonical_record=None, keys=()):
         "merge_version": "pith-open-graph-merge-v1",
         "built_at": TIME,
     }
-    bundle["state"] = merge([bundle])
+    bundle["state"] = merge([bundle], REGISTRIES)
     return {**bundle, "bundle_signature": sign_bundle(bundle, by)}
 
 

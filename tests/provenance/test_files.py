@@ -64,6 +64,24 @@ def test_links_are_followed(tmp_path):
         read_document(link)
 
 
+def test_only_regular_files_are_replaced(tmp_path, monkeypatch):
+    """Renaming onto a device, which the superuser may, would take it away from everyone."""
+    import socket
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with socket.socket(socket.AF_UNIX) as listening:
+        monkeypatch.chdir(tmp_path)  # the address of a socket is short
+        listening.bind("socket")
+        for name in ("pipe", "link", "loop", "socket"):
+            before = os.lstat(tmp_path / name)
+            with pytest.raises(ProvenanceError, match="is no regular file; name a file"):
+                write_document(tmp_path / name, {})
+            assert os.lstat(tmp_path / name) == before
+    assert sorted(os.listdir(tmp_path)) == ["link", "loop", "pipe", "socket"]
+
+
 def test_a_secret_is_not_written_through_a_link(tmp_path):
     link = tmp_path / "key.pem"
     link.symlink_to(tmp_path / "elsewhere")

@@ -25,7 +25,8 @@ from gradfold.provenance import (
     verify,
 )
 from gradfold.provenance.events import LISTS
-from tests.provenance.makers import changed, read_seed, signer
+from gradfold.provenance.plain_text import plain_text
+from tests.provenance.makers import changed, failed, read_seed, signer
 
 payloads = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
@@ -43,7 +44,7 @@ payloads = st.dictionaries(
 @given(
     payloads,
     st.sampled_from(sorted(LISTS)),
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(plain_text),
     st.booleans(),
 )
 def test_what_is_signed_verifies(trusting, payload, event_type, target, from_state):
@@ -54,7 +55,7 @@ def test_what_is_signed_verifies(trusting, payload, event_type, target, from_sta
     assert report.verified, report.failures
     assert verify(bundle["events"][-1], trusting).verified
     whole = merge([paper, bundle])
-    assert verify(whole, trusting).verified
+    assert failed(verify(whole, trusting)) == {"signed_event"}  # a state says it, but holds no signature of it
     assert whole["current"][LISTS[event_type]][-1]["payload"] == payload
     assert whole["valid_event_count"] == 3
 
@@ -87,9 +88,8 @@ def test_nothing_is_signed_that_would_not_verify(bundle, ada):
     with pytest.raises(ChecksFailed, match=f"the bundle would not verify: events\\[2\\] links: {nowhere} is not here"):
         append(bundle, ada, "correction", "t", {}, supersedes=[nowhere])
     own = append(bundle, ada, "correction", "t", {"n": 1})
-    with pytest.raises(ChecksFailed, match="is not here"):  # a state gives no event that the new one could follow
-        append(merge([own]), ada, "correction", "t", {"n": 2})
-    assert append(merge([own]), ada, "correction", "u", {"n": 2})
+    with pytest.raises(ChecksFailed, match="the paper's state is not verified: .* unsigned claim"):
+        append(merge([own]), ada, "correction", "u", {"n": 2})
 
 
 def test_nobody_signs_in_the_registrys_name(bundle, ada):

@@ -28,9 +28,9 @@ def anew(bundle, by, state=True):
     return bundle
 
 
-def test_an_own_bundle_verifies_for_those_who_trust_its_signer(own, trusting):
+def test_an_own_bundle_verifies_for_those_who_trust_its_signer(own, ada, trusting):
     assert verify(own, trusting).verified
-    report = verify(own)
+    report = verify(bundle_of(ada, [event(ada, {"n": 1})]))
     assert not report.failures and report.verdict == "valid signature, untrusted key"
 
 

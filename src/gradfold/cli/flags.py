@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe_file import field_types
-from gradfold.train.validate import did_you_mean, from_words
+from gradfold.train.validate import did_you_mean, from_words, shown
 
 
 def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
@@ -33,10 +35,12 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
         if dotted not in types:
             hint = did_you_mean(flag.removeprefix("--"), [name.replace("_", "-") for name in types])
             hint = hint.replace("'", "'--", 1)
-            raise RecipeError(f"unknown option {flag}{hint}; see --help")
+            raise RecipeError(f"unknown option {shown(flag)[1:-1]}{hint}; see --help")
         if dotted in found:
             raise RecipeError(f"{flag} is given twice; keep one")
         found[dotted] = from_words(types[dotted], values, dotted)
+        if dotted in extra and found[dotted] == "":
+            raise RecipeError(f"{flag} got nothing: name a file or a value, or leave it out")
     return found
 
 
@@ -69,10 +73,23 @@ def _split_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
             flag, equals, value = word.partition("=")
             flags.append((flag, [value] if equals else []))
         elif not flags:
+            word = shown(word)[1:-1]
             raise RecipeError(f"{word}: options begin with --, as in --data {word}")
         else:
             flags[-1][1].append(word)
     return flags
+
+
+def refuse_unwritable(folder: Path, what: str) -> None:
+    """Raise RecipeError, before an hour of work, if no file can be made in a folder or the nearest one above it."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # it has no name that could be left behind
+            pass
+    except OSError as error:
+        why = error.strerror or "no file can be made"
+        raise RecipeError(f"{what}: nothing can be written in {folder} ({why}); name another folder") from None
 
 
 def quiet_environment() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+
+from .say import complain
 
 COMMANDS = {
     "train": ("gradfold.cli.train", "fine-tune every weight of a causal language model"),
@@ -33,6 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     With GRADFOLD_DEBUG=1 an error's traceback is shown too.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # the next file that is opened would take its place, and be printed into
+        return _fail("standard output is closed; redirect it to a file, or to /dev/null")
+    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
+    for word in words:
+        if (trouble := _no_text(word)) is not None:
+            return _fail(f"the word {word[:60]!a} {trouble}")
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _debug()
+        return _fail("interrupted", INTERRUPTED)
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _debug()  # rich makes an exit of it, with the code of a failed check
+        _stop_printing(arguments)
+        return _fail("standard output was closed before everything was printed")
+    except OSError as error:
+        _debug()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop_printing(arguments)
+        return _fail(_os_message(error))
+
+
+def _run(words: list[str]) -> int:
+    """Find the command and run it; errors the user can act on are printed."""
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return OK if words else ERROR
@@ -43,14 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name[:60], COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(COMMANDS)}"
-        return _fail(f"unknown command {name!r}{hint}")
+        return _fail(f"unknown command {name[:60]!r}{hint}")
     try:
         return importlib.import_module(COMMANDS[name][0]).run(words[1:])
-    except KeyboardInterrupt:
-        _debug()
-        return _fail("interrupted", INTERRUPTED)
+    except (KeyboardInterrupt, OSError):
+        raise
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if not package or package == "gradfold":
@@ -73,15 +105,32 @@ def _message(error: Exception) -> str | None:
     ours = tuple(getattr(sys.modules[module], name) for module, name in ERRORS.items() if module in sys.modules)
     if isinstance(error, ours):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{f' ({error.filename})' if error.filename else ''}; free some space"
-    if isinstance(error, PermissionError):
-        return f"{error.filename or 'a file'}: no permission; name a folder of your own"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
             f"out of memory ({one_line(error)}); lower batch_size (gradient.accumulate makes up for it) "
             "or sequence_length, or use --gradient-checkpointing"
         )
+    return None
+
+
+def _os_message(error: OSError) -> str:
+    """One line for what the operating system refuses: a path that is no path, a folder that is not one's own."""
+    name = error.filename if isinstance(error.filename, str) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{f' ({name})' if name else ''}; free some space"
+    if isinstance(error, PermissionError):
+        return f"{name or 'a file'}: no permission; name a folder of your own"
+    return f"{name or 'a file'}: {error.strerror or error}; name another"
+
+
+def _no_text(word: str) -> str | None:
+    """Why a word of the command line is no text; None if it is."""
+    if "\0" in word:
+        return "holds a NUL character"
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        return "holds bytes that are not UTF-8, or half a surrogate pair; rename the file, or spell it otherwise"
     return None
 
 
@@ -97,8 +146,16 @@ def _version() -> str:
 
 
 def _fail(message: str, code: int = ERROR) -> int:
-    print(f"gradfold: {message}", file=sys.stderr)
+    complain(message)
     return code
+
+
+def _stop_printing(arguments: Sequence[str] | None) -> None:
+    """Let the interpreter write nothing more, as it ends, to a standard output that is gone."""
+    if arguments is not None:  # the process is not ours
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _debug() -> None:

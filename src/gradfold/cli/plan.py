@@ -15,7 +15,7 @@ from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import Recipe
 
 from .chosen import Chosen, choose_recipe
-from .flags import given_fields, parsed_again, print_help, quiet_environment
+from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
 from .plan_target import device_of, subject_of
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ def _check_plot(path: str, compare: bool) -> None:
         raise RecipeError(f"--plot {path}: name a file that ends in {', '.join(ENDINGS)}")
     if not Path(path).absolute().parent.is_dir():
         raise RecipeError(f"--plot {path}: there is no folder {Path(path).parent}")
+    if Path(path).exists() and not Path(path).is_file():
+        raise RecipeError(f"--plot {path}: is a folder, a pipe or a device; name a file")
+    refuse_unwritable(Path(path).absolute().parent, f"--plot {path}")
     if not compare:
         raise RecipeError("--plot with --no-compare: the picture has plain AdamW above the plan; leave one of them out")
     import importlib.util

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradfold.provenance import (
+    ChecksFailed,
     Merger,
     NeedsPassphrase,
     ProvenanceError,
@@ -18,6 +19,7 @@ from gradfold.provenance import (
     Verification,
     append,
     build_bundle,
+    citation_payload,
     generate_key,
     load_signer,
     mirror_hint,
@@ -28,9 +30,12 @@ from gradfold.provenance import (
     write_document,
 )
 from gradfold.provenance.files import read_bytes
+from gradfold.provenance.verify import SIGNED_EVENT
+from gradfold.provenance.vocabulary import CITATION, REPLICATION
 
 from .record_options import build_parser
 from .record_show import card_of, print_card, print_report
+from .say import complain, one_line
 
 VERIFIED, FAILED, UNREADABLE = 0, 1, 2
 PASSPHRASE_BYTES = 1024
@@ -63,12 +68,12 @@ def run_verify(options: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     for path in options.files:
         try:
-            report = _naming(path, lambda path=path: verify(read_document(path), store))
+            report = _naming(path, lambda path=path: _verify(read_document(path), store, options))
         except ProvenanceError as error:
             codes.append(UNREADABLE)
             found.append({"file": path, "verified": False, "error": str(error)})
             if not options.json:
-                print(f"gradfold: {_one_line(error)}", file=sys.stderr)
+                complain(error)
             continue
         codes.append(_exit_code(report))
         found.append({"file": path, **report.as_dict()})
@@ -82,7 +87,7 @@ def run_verify(options: argparse.Namespace) -> int:
 def run_show(options: argparse.Namespace) -> int:
     """Print a summary of one paper."""
     document = read_document(options.file)
-    report = _naming(options.file, lambda: verify(document, _store(options)))
+    report = _naming(options.file, lambda: _verify(document, _store(options), options))
     card = {"file": options.file, **card_of(document, report)}
     if options.json:
         print(json.dumps(card, indent=1))
@@ -97,6 +102,11 @@ def run_merge(options: argparse.Namespace) -> int:
     for path in options.files:
         _naming(path, lambda path=path: merger.add(read_document(path)))
     state = merger.state()
+    if options.require_signed_events and merger.pool.unsigned:
+        raise ChecksFailed(
+            f"{len(merger.pool.unsigned)} events come from states alone, without their signatures "
+            f"({min(merger.pool.unsigned)}); merge the bundles that they are in, or leave out --require-signed-events"
+        )
     write_document(options.out, state)
     if options.json:
         names = ("pith_number", "state_sha256", "valid_event_count", "invalid_events", "equivocations")
@@ -108,7 +118,7 @@ def run_merge(options: argparse.Namespace) -> int:
         print(f"  {len(merger.pool.unsigned)} of them come from states alone, so without their signatures")
     for entry in state["invalid_events"]:
         print(
-            f"  set aside: {entry['event_id'] or entry['event_sha256']} fails {_one_line(', '.join(entry['reasons']))}"
+            f"  set aside: {entry['event_id'] or entry['event_sha256']} fails {one_line(', '.join(entry['reasons']))}"
         )
     for slot in state["equivocations"]:
         print(f"  equivocation by key {slot['public_key_fingerprint']}: {', '.join(slot['event_ids'])}")
@@ -118,7 +128,7 @@ def run_merge(options: argparse.Namespace) -> int:
 def run_keygen(options: argparse.Namespace) -> int:
     """Generate a key pair."""
     passphrase = None
-    if options.passphrase_file:
+    if options.passphrase_file is not None:
         passphrase = _passphrase_in(options.passphrase_file)
     elif options.passphrase:
         passphrase = getpass.getpass("passphrase: ").encode("utf-8")
@@ -140,26 +150,24 @@ def run_keygen(options: argparse.Namespace) -> int:
 def run_sign(options: argparse.Namespace) -> int:
     """Append an event to a paper's bundle, or sign the same events anew."""
     paper, signer, store = read_document(options.file), _signer(options), _store(options)
-    mirrors = [mirror_hint(url) for url in options.mirror]
     given = [options.type, options.target, options.payload]
     if all(given):
-        bundle = _naming(
-            options.file,
-            lambda: append(
-                paper,
-                signer,
-                options.type,
-                options.target,
-                read_document(options.payload),
-                supersedes=options.supersedes,
-                mirror_hints=mirrors,
-                store=store,
-            ),
-        )
+        payload = read_document(options.payload)
+        bundle = _append(options.file, paper, signer, options.type, options.target, payload, options, store)
     elif any(given) or options.supersedes:
         raise ProvenanceError("an event takes --type, --target and --payload; without any, the bundle alone is signed")
     else:
+        mirrors = [mirror_hint(url) for url in options.mirror]
+        _refuse_unsigned(options.file, paper, store, options)
         bundle = _naming(options.file, lambda: build_bundle(paper, signer, mirror_hints=mirrors, store=store))
+    return _write(bundle, signer, options)
+
+
+def run_cite(options: argparse.Namespace) -> int:
+    """Append a citation to a paper's bundle."""
+    paper, signer, store = read_document(options.paper), _signer(options), _store(options)
+    target, payload = citation_payload(paper, options.citing, options.relation, claim=options.claim)
+    bundle = _append(options.paper, paper, signer, CITATION, target, payload, options, store)
     return _write(bundle, signer, options)
 
 
@@ -169,25 +177,13 @@ def run_replicate(options: argparse.Namespace) -> int:
     target, payload = replication_payload(
         paper,
         options.result,
+        outcome=options.outcome,
         claim=options.claim,
         command=options.command,
         revision=options.revision,
         artifacts=options.artifact,
     )
-    mirrors = [mirror_hint(url) for url in options.mirror]
-    bundle = _naming(
-        options.paper,
-        lambda: append(
-            paper,
-            signer,
-            "replication_record",
-            target,
-            payload,
-            supersedes=options.supersedes,
-            mirror_hints=mirrors,
-            store=store,
-        ),
-    )
+    bundle = _append(options.paper, paper, signer, REPLICATION, target, payload, options, store)
     return _write(bundle, signer, options)
 
 
@@ -198,7 +194,42 @@ ACTIONS = {
     "keygen": run_keygen,
     "sign": run_sign,
     "replicate": run_replicate,
+    "cite": run_cite,
 }
+
+
+def _append(
+    path: str,
+    paper: dict[str, Any],
+    signer: Signer,
+    event_type: str,
+    target: str,
+    payload: dict[str, Any],
+    options: argparse.Namespace,
+    store: TrustStore,
+) -> dict[str, Any]:
+    """Return the paper's bundle with a new event."""
+    mirrors = [mirror_hint(url) for url in options.mirror]
+    _refuse_unsigned(path, paper, store, options)
+    how = {"supersedes": options.supersedes, "mirror_hints": mirrors, "store": store}
+    return _naming(path, lambda: append(paper, signer, event_type, target, payload, **how))
+
+
+def _refuse_unsigned(path: str, paper: dict[str, Any], store: TrustStore, options: argparse.Namespace) -> None:
+    """With --require-signed-events, refuse to build on a state, whose events carry no signatures.
+
+    Raises:
+        ChecksFailed: It is one.
+    """
+    if not options.require_signed_events:
+        return
+    for check in _naming(path, lambda: _verify(paper, store, options)).failures:
+        if check.name == SIGNED_EVENT:
+            raise ChecksFailed(f"{path}: {check.where} {check.name}: {check.detail}")
+
+
+def _verify(document: dict[str, Any], store: TrustStore, options: argparse.Namespace) -> Verification:
+    return verify(document, store, require_signed_events=options.require_signed_events)
 
 
 def _write(bundle: dict[str, Any], signer: Signer, options: argparse.Namespace) -> int:
@@ -219,12 +250,14 @@ def _store(options: argparse.Namespace) -> TrustStore:
     store = TrustStore()
     for path in options.trust_key:
         store.add_file(path)
+    for path in options.trust_registry:
+        store.add_file(path, registry=True)
     return store
 
 
 def _signer(options: argparse.Namespace) -> Signer:
     """Load the signer of --key; asks for the passphrase on a terminal."""
-    passphrase = _passphrase_in(options.passphrase_file) if options.passphrase_file else None
+    passphrase = _passphrase_in(options.passphrase_file) if options.passphrase_file is not None else None
     try:
         return load_signer(options.key, passphrase, options.signer_id, options.key_id)
     except NeedsPassphrase:
@@ -257,8 +290,3 @@ def _naming(path: str, action: Any) -> Any:
 
 def _exit_code(report: Verification) -> int:
     return VERIFIED if report.verified else FAILED
-
-
-def _one_line(error: object) -> str:
-    """Remove line breaks and control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gradfold.provenance import ProvenanceError
+from gradfold.provenance import OUTCOMES, RELATIONS, ProvenanceError
 from gradfold.provenance.events import LISTS
+from gradfold.provenance.vocabulary import known_word
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +20,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ProvenanceError with the message."""
         raise ProvenanceError(f"{message}; see {self.prog} --help")
+
+
+def _word(option: str, known: Sequence[str]) -> Callable[[str], str]:
+    """Return a converter to the registry's spelling, for an option that takes one of its words."""
+
+    def word(text: str) -> str:
+        return known_word(option, text, known)
+
+    return word
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     replicate.add_argument(
         "--result", required=True, metavar="RESULT.json", help="result file of a benchmark, as in benchmarks/results"
     )
+    replicate.add_argument(
+        "--outcome",
+        type=_word("--outcome", OUTCOMES),
+        choices=OUTCOMES,
+        default=OUTCOMES[0],
+        help=f"whether the claim held, did not, or was formalised: {', '.join(OUTCOMES)} (default: {OUTCOMES[0]})",
+    )
     replicate.add_argument("--claim", help="the replicated claim, in one sentence")
     replicate.add_argument("--command", help="command that produced the result, if the file does not contain it")
     replicate.add_argument("--revision", help="commit of the code, if neither the file nor git knows it")
@@ -64,7 +82,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="further file to record with its digest; repeatable",
     )
 
-    for action in (sign, replicate):
+    cite = actions.add_parser("cite", help="append a signed citation of a paper by another work")
+    cite.add_argument("--paper", required=True, metavar="BUNDLE", help="bundle or state of the paper that is cited")
+    cite.add_argument(
+        "--citing", required=True, metavar="WORK", help="the work that cites it: a pith number, arXiv id, DOI or URL"
+    )
+    cite.add_argument(
+        "--relation",
+        required=True,
+        type=_word("--relation", RELATIONS),
+        choices=RELATIONS,
+        help=f"what it does with the paper: {', '.join(RELATIONS)}",
+    )
+    cite.add_argument("--claim", help="what exactly it supports, refutes, uses ..., in one sentence")
+
+    for action in (sign, replicate, cite):
         action.add_argument(
             "--key", required=True, metavar="KEY", help="private key file from `gradfold record keygen`"
         )
@@ -82,19 +114,31 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="URL",
             help="URL where the bundle will be published; repeatable",
         )
-    for action in (keygen, sign, replicate):
+    for action in (keygen, sign, replicate, cite):
         action.add_argument("--signer-id", help="name of the signer in documents (default: from KEY.pub)")
         action.add_argument("--key-id", help="name of the key in documents (default: from KEY.pub)")
         action.add_argument("--passphrase-file", metavar="FILE", help="file that contains the passphrase of the key")
-    for action in (merge, keygen, sign, replicate):
+    for action in (merge, keygen, sign, replicate, cite):
         action.add_argument("-o", "--out", required=True, metavar="FILE", help="output file")
-    for action in (verify, show, merge, sign, replicate):
+    for action in (verify, show, merge, sign, replicate, cite):
         action.add_argument(
             "--trust-key",
             action="append",
             default=[],
             metavar="FILE",
-            help="file with public keys to trust; repeatable",
+            help="file with public keys to trust for what they sign, but not to create records; repeatable",
+        )
+        action.add_argument(
+            "--trust-registry",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="file with public keys to trust as registries, which create records; repeatable",
+        )
+        action.add_argument(
+            "--require-signed-events",
+            action="store_true",
+            help="refuse events without a signature of their own, so everything that only a state says",
         )
     for action in actions.choices.values():
         action.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -13,6 +13,7 @@ from rich.text import Text
 from gradfold.provenance import Status, Verification
 from gradfold.provenance.events import LISTS, OTHER_RECORDS, RECORD
 from gradfold.provenance.report import Check, typed
+from gradfold.provenance.vocabulary import WORDS
 
 STYLES = {
     Status.PASS: "green",
@@ -97,8 +98,9 @@ def print_card(card: dict[str, Any], console: Console | None = None) -> None:
             grid.add_row(clean(kind.replace("_", " ")), clean(value))
     for event in card["events"][:MOST_ROWS]:
         grid.add_row(clean(event["type"].replace("_", " ")), Text(clean(f"{event['created_at']}  {event['signer']}  ")))
-        if event["claim"]:
-            grid.add_row("", Text(clean(event["claim"])))
+        for said in (event["word"], event["claim"]):
+            if said:
+                grid.add_row("", Text(clean(said)))
     if len(card["events"]) > MOST_ROWS:
         grid.add_row("", f"... and {len(card['events']) - MOST_ROWS} events more")
     for name in ("equivocations", "invalid_events"):
@@ -140,11 +142,26 @@ def _event_entries(current: dict[str, Any], document: dict[str, Any]) -> list[di
             "event_id": typed(entry, "event_id", str),
             "created_at": typed(entry, "created_at", str),
             "signer": typed(typed(entry, "signer", dict), "signer_id", str),
-            "claim": typed(typed(typed(entry, "payload", dict), "replication_record", dict), "claim", str),
+            "word": _word_of(entry, event_type),
+            "claim": typed(_said(entry, event_type), "claim", str),
         }
         for event_type, entry in found
         if isinstance(entry, dict)
     ]
+
+
+def _said(entry: dict[str, Any], event_type: str) -> dict[str, Any]:
+    """Return the object in the payload of a citation or replication record; empty for other events."""
+    holder, _, _ = WORDS.get(event_type, ("", "", ()))
+    return typed(typed(entry, "payload", dict), holder, dict) or {}
+
+
+def _word_of(entry: dict[str, Any], event_type: str) -> str | None:
+    """Return what a replication came to, or who cites the paper and how; None for other events."""
+    _, name, _ = WORDS.get(event_type, ("", "", ()))
+    said = _said(entry, event_type)
+    word, citing = typed(said, name, str), typed(said, "citing", str)
+    return " ".join(text for text in (citing, word.replace("_", " ")) if text) if word else None
 
 
 def _entries(current: dict[str, Any], name: str) -> list[Any]:

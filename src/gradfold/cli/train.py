@@ -16,7 +16,7 @@ from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
 from .chosen import base_recipe, choose_recipe, overlay
-from .flags import given_fields, parsed_again, print_help, quiet_environment
+from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
 
 if TYPE_CHECKING:
     from gradfold.train.checkpoint import Saved
@@ -62,12 +62,22 @@ def run(arguments: Sequence[str]) -> int:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))
     recipe = dataclasses.replace(recipe, out=str(out))
+    _check_out(out)
 
     quiet_environment()
     from gradfold.train.loop import train
 
     train(recipe, out, saved)
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse at once what would else be found after the model is loaded. Raises RecipeError."""
+    if out.is_symlink() and not out.exists():
+        raise RecipeError(f"out = {str(out)!r}: is a link that leads nowhere; name a new folder")
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"out = {str(out)!r}: is a file; name a new folder")
+    refuse_unwritable(out.absolute(), f"out = {str(out)!r}")
 
 
 def _find_saved(resume: str, chosen: dict[str, Any]) -> Saved:
@@ -82,7 +92,7 @@ def _find_saved(resume: str, chosen: dict[str, Any]) -> Saved:
 
 def _name(recipe: Recipe) -> str:
     """MODEL-DATA, of a path its last part without the file's ending."""
-    parts = [Path(part).name for part in (recipe.model, recipe.data[0])]
+    parts = [Path(part).name[-80:] for part in (recipe.model, recipe.data[0])]
     return "-".join(part.removesuffix(next((end for end in FILE_ENDINGS if part.endswith(end)), "")) for part in parts)
 
 

@@ -6,6 +6,8 @@ import re
 
 from .errors import PlanError
 
+MOST = 2**70
+"""Sizes beyond are slips."""
 _UNITS = {
     "": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib": 2**20, "mb": 10**6,
     "g": 2**30, "gib": 2**30, "gb": 10**9, "t": 2**40, "tib": 2**40, "tb": 10**12,
@@ -19,8 +21,9 @@ def parse_bytes(text: str | float) -> int:
         size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     except (KeyError, ValueError, OverflowError):
         size = 0
-    if size <= 0:
-        raise PlanError(f"budget={text!r}: give a size such as 24GiB, 80GB or 24000MiB")
+    if not 0 < size <= MOST:
+        said = repr(text) if len(str(text)) <= 60 else f"{str(text)[:60]!r} ..."
+        raise PlanError(f"budget={said}: give a size such as 24GiB, 80GB or 24000MiB")
     return size
 
 

@@ -24,6 +24,10 @@ from .fake import fake_copy, plain_torch
 from .presets import PRESETS, config_of, preset_of
 from .quantization import quantization_in, quantization_of, way_out
 
+MOST_CONFIG_BYTES, MOST_LAYERS = 2**24, 4096
+BROKEN_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
+"""What models raise whose config has widths of 0, -64 or "wide"."""
+
 
 @dataclass(eq=False)
 class Subject:
@@ -83,7 +87,7 @@ class Subject:
         try:
             with mode or contextlib.nullcontext():
                 return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        except (ValueError, TypeError, KeyError, ImportError) as error:
+        except BROKEN_CONFIG as error:
             what = f"transformers cannot build a causal model of it ({_short(error)})"
             raise PlanError(f"model {self.name}: {what}") from None
 
@@ -137,7 +141,10 @@ def find_subject(model: Any) -> Subject:
 def _named(name: str) -> Subject:
     if not name.strip():
         raise PlanError(f"model {name!r}: give a name, a folder or a hub id, ORG/MODEL")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # "~name" of nobody, or no home at all
+        raise PlanError(f"model {name}: {_short(error)}; name the folder itself") from None
     if path.is_dir():
         if said := quantization_in(path):
             raise PlanError(f"model {name}: {way_out(said)}")
@@ -165,11 +172,18 @@ def _from_file(name: str, path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"model {name}: {path.name} cannot be read ({error})") from None
+        with path.open("rb") as file:
+            data = file.read(MOST_CONFIG_BYTES + 1)
+        if len(data) > MOST_CONFIG_BYTES:
+            raise PlanError(f"model {name}: {path.name} is larger than {MOST_CONFIG_BYTES >> 20} MiB, and so no config")
+        fields = json.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"model {name}: {path.name} cannot be read ({_short(error)})") from None
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise PlanError(f"model {name}: {path.name} is no transformers config, it has no model_type")
+    layers = fields.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise PlanError(f"model {name}: num_hidden_layers in {path.name} is no number from 1 to {MOST_LAYERS:,}")
     try:
         return AutoConfig.for_model(**fields)
     except Exception as error:

@@ -14,6 +14,8 @@ from gradfold._fold import Fold, fold
 from gradfold._options import (
     BATCH_SIZE,
     DTYPES,
+    MAX_BATCH,
+    MAX_TOKENS,
     OPTIMIZERS,
     SEQUENCE_LENGTH,
     Dtype,
@@ -27,6 +29,9 @@ from gradfold.optim import RuleOptimizer
 from gradfold.workset import WorkingSet
 
 from .errors import PlanError
+
+MOST_TRACED = 4096
+"""Limit of micro-batches in a planned step, each of which is run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,16 @@ class Settings(GradientFields, StorageFields):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name}={value!r}: give a whole number, 1 or more")
+        if self.tokens > MAX_TOKENS or self.batch > MAX_BATCH or self.batch * self.tokens > MAX_TOKENS:
+            raise PlanError(
+                f"batch={_brief(self.batch)} of tokens={_brief(self.tokens)}: more than a plan can trace; give "
+                f"{MAX_TOKENS:,} tokens or less in one micro-batch"
+            )
+        if isinstance(self.accumulate, int) and self.accumulate > MOST_TRACED:
+            raise PlanError(
+                f"accumulate={_brief(self.accumulate)}: a plan runs every micro-batch of a step; give {MOST_TRACED:,} "
+                "or less (the peak hardly changes after a few)"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise PlanError(f"dtype={self.dtype!r}: one of {', '.join(map(repr, DTYPES))}, or None")
         if self.optimizer not in OPTIMIZERS:
@@ -129,6 +144,10 @@ class Settings(GradientFields, StorageFields):
         if self.clip_norm is not None:
             words.append(f"clip_norm {self.clip_norm:g} ({self.clip})")
         return ", ".join(words)
+
+
+def _brief(number: int) -> str:
+    return f"{number:,}" if number < 10**30 else f"a number of {number.bit_length():,} bits"
 
 
 def batches_of_tokens(batch: int, tokens: int, accumulate: int) -> str:

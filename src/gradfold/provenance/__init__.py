@@ -1,6 +1,7 @@
 """Pith open-graph documents: read strictly, verify, merge, sign. Needs ``cryptography`` and nothing of gradfold."""
 
 from .canonical import canonical_bytes, parse, sha256_hex
+from .cite import citation_payload
 from .errors import ChecksFailed, ProvenanceError
 from .files import read_document, read_json, write_document
 from .identity import is_number_of, pith_number, short_number, source_aliases
@@ -23,10 +24,13 @@ from .sign import (
 )
 from .trust import PITH_REGISTRY, TrustStore
 from .verify import verify
+from .vocabulary import OUTCOMES, RELATIONS
 
 __all__ = [
     "MERGE_VERSION",
+    "OUTCOMES",
     "PITH_REGISTRY",
+    "RELATIONS",
     "Check",
     "ChecksFailed",
     "Merger",
@@ -40,6 +44,7 @@ __all__ = [
     "append",
     "build_bundle",
     "canonical_bytes",
+    "citation_payload",
     "find_equivocations",
     "generate_key",
     "is_number_of",

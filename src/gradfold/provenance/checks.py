@@ -22,13 +22,15 @@ from .events import (
 )
 from .identity import identity_of, instant, split_number
 from .keys import PublicKey, check_entry
+from .plain_text import plain_text
 from .report import Check, Checker, Status, brief, typed
 from .signatures import EVENT_MESSAGE, RECEIPT_MESSAGE, check_signature
-from .trust import RESERVED, Keyring, TrustStore
+from .trust import REGISTRY_TYPE, RESERVED, Keyring, TrustStore
 
 MAX_EVENTS = 100_000
-NO_KEY = frozenset({"key", "receipt_key"})
-"""Checks that fail because a key is missing, which another document may list; all others depend on the event alone."""
+ELSEWHERE = frozenset({"key", "receipt_key", "registry"})
+"""Checks that may pass elsewhere: another document may list the key, another user trust the registry. All others depend
+on the event alone."""
 
 
 @dataclass
@@ -171,6 +173,9 @@ def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: boo
     if not at.test("signer", sound, f"is not an object of {', '.join(SIGNER_FIELDS)}"):
         return
     name, key_id, fingerprint = signer["signer_id"], signer["key_id"], signer["public_key_fingerprint"]
+    if plain_text(signer["signer_type"]) == REGISTRY_TYPE:
+        detail = "{} signs as a registry and is none; name its key with --trust-registry if it is one"
+        at.test("registry", keys.store.is_registry(fingerprint), detail, name)
     # A name of the registry's is wrong for everyone, that of another trusted key for those who trust it.
     for store, intrinsic in ((RESERVED, True), (keys.store, False)):
         owner = store.owner_of(key_id)
@@ -187,8 +192,15 @@ def _check_signer(event: dict[str, Any], keys: Keyring, at: Checker, signed: boo
 
 
 def _check_record(event: dict[str, Any], subject: str | None, keys: Keyring, at: Checker, signed: bool) -> None:
-    """Check ``record_created``: the canonical record, its number, and the registry's receipt for it."""
+    """Check ``record_created``: that a registry made it, the canonical record, its number, and the receipt for it."""
     payload = typed(event, "payload", dict) or {}
+    fingerprint = typed(typed(event, "signer", dict), "public_key_fingerprint", str)
+    at.test(
+        "registry",
+        fingerprint is not None and keys.store.is_registry(fingerprint),
+        "only a registry creates records, and {} is the key of none; name it with --trust-registry if it is one",
+        fingerprint,
+    )
     at.same("target", event.get("target"), "record")
     record = payload.get("canonical_record")
     if not at.test("canonical_record", type(record) is dict, "is missing or no object") or type(record) is not dict:
@@ -240,7 +252,8 @@ def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check
     if len(entries) > MAX_EVENTS:
         raise ProvenanceError(f"lists {len(entries):,} keys")
     keys: list[PublicKey] = []
-    by_id: dict[str | None, bytes] = {}
+    by_id: dict[str, bytes] = {}
+    by_key: dict[bytes, str | None] = {}
     for number, entry in enumerate(entries):
         here = at.at(f"public_keys[{number}]")
         key = check_entry(entry, here)
@@ -251,8 +264,10 @@ def _claimed_keys(content: dict[str, Any], store: TrustStore, checks: list[Check
         owner = store.owner_of(key.key_id or "")
         if owner is not None and owner.raw != key.raw:
             here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is the id of a trusted key, but this is another key")
-        elif by_id.setdefault(key.key_id, key.raw) != key.raw:
+        elif by_id.setdefault(plain_text(key.key_id or ""), key.raw) != key.raw:
             here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is given to two keys")
+        elif by_key.setdefault(key.raw, key.key_id) != key.key_id:
+            here.note("key_id", Status.FAIL, f"{brief(key.key_id)} is a key that is listed as another one too")
         keys.append(key)
     return keys
 

@@ -15,8 +15,13 @@ from .canonical import MAX_BYTES, canonical_bytes, parse
 from .errors import ProvenanceError
 
 
-def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES, own: bool = False) -> bytes:
     """Read a regular file; links are followed.
+
+    Args:
+        path: The file.
+        most: Limit of its size in bytes.
+        own: Refuse a file that others may write to.
 
     Raises:
         ProvenanceError: It cannot be read, or has more than ``most`` bytes.
@@ -27,6 +32,11 @@ def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
         if not stat.S_ISREG(mode):
             raise ProvenanceError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file")
         with open(path, "rb") as file:
+            if own and os.name == "posix" and os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ProvenanceError(
+                    f"{path}: others may write to it, so its keys are not yours to trust; run: chmod go-w, and look "
+                    "whether they are still the right ones"
+                )
             data = file.read(most + 1)
     except FileNotFoundError:
         raise ProvenanceError(f"{path}: no such file") from None
@@ -82,6 +92,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     with _saying(path):
         target = Path(os.path.realpath(path))
         _look(path, target)
+        # To rename onto a device would take it away from everyone. What is still a link leads back to itself.
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise ProvenanceError(f"{path}: is no regular file; name a file")
         write_file(target, data)
 
 

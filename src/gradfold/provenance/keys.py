@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from .canonical import parse
 from .errors import ProvenanceError
+from .points import point_trouble
 from .report import Checker, typed
 
 
@@ -38,8 +39,15 @@ class PublicKey:
         return hashlib.sha256(self.raw).hexdigest()[:32]
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Return whether the signature of the message is valid."""
+        """Return whether the signature of the message is valid, by a key and with a point R that may be used."""
+        if self.trouble is not None or point_trouble(signature[:32]) is not None:
+            return False
         return _verifies(self.raw, signature, message)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing may be verified with this key; None if it may be used."""
+        return point_trouble(self.raw)
 
     def as_entry(self) -> dict[str, Any]:
         """Return the key as bundles list it under ``public_keys``."""
@@ -89,6 +97,7 @@ def check_entry(entry: Any, at: Checker) -> PublicKey | None:
     if not at.test("public_key_b64", raw is not None, "is not the base64 of 32 bytes") or raw is None:
         return None
     key = PublicKey(raw, key_id, typed(entry, "signer_id", str))
+    sound &= at.test("public_key_point", key.trouble is None, f"the key {key.trouble}")
     expected = key.as_entry()
     for name in ("public_key_hex", "fingerprint_sha256_hex", "fingerprint_sha256_b32_first128bits"):
         sound &= at.same(name, entry.get(name), expected[name])
@@ -104,7 +113,10 @@ def read_keys(data: bytes) -> list[PublicKey]:
         ProvenanceError: The file holds no usable key.
     """
     if data.lstrip()[:11] == b"-----BEGIN ":
-        return [PublicKey(_read_pem(data))]
+        key = PublicKey(_read_pem(data))
+        if key.trouble is not None:
+            raise ProvenanceError(f"the key {key.trouble}; make another with `gradfold record keygen`")
+        return [key]
     value = parse(data)
     if type(value) is dict and type(value.get("public_keys")) is list and "bundle_type" not in value:
         value = value["public_keys"]

@@ -7,15 +7,19 @@ and associative, also by way of states, which are documents themselves.
 Rules beyond those that the published documents show:
 
 - An event is judged within its own document, with the keys that document lists and the trusted ones. A valid copy
-  anywhere makes an event valid. Trust plays no part, so that everyone computes the same state.
+  anywhere makes an event valid. Trust plays no part, so that everyone computes the same state, with one exception: a
+  ``record_created`` is valid only from a registry, the built-in one or one that the user trusts as a registry.
 - Entries of a state are accepted if their ids are right: a state carries no event signatures.
 - Order: ``record_created`` first, then by ``created_at``, then by id. A second ``record_created`` goes to a separate
   list.
 - Invalid events are set aside under the digest of the whole event, with the names of the checks that failed. An event
   that only lacked a key leaves the list once the same event is found valid.
-- **Equivocation**: two or more valid events by one key with the same type, target and ``prev_event``, none of which
-  names another in ``supersedes``. All of them stay in their lists, and their ids are listed in ``equivocations``. An
-  event that its own signer superseded is not counted; nobody else can resolve an equivocation for them.
+- **Equivocation**: two or more valid events by one key with the same type and target that follow the same earlier
+  event of that key, type and target, or none, and none of which names another in ``supersedes``. Targets are compared
+  as ``plain_text``. An event follows another only if ``prev_event`` leads there over valid events of the same key; a
+  link to anything else excuses nothing. All of them stay in their lists, and their ids are listed in
+  ``equivocations``. An event that its own signer superseded is not counted; nobody else can resolve an equivocation for
+  them.
 """
 
 from __future__ import annotations
@@ -25,10 +29,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .canonical import part_sha256_hex
-from .checks import MAX_EVENTS, NO_KEY, Document, claimed_id, open_document
+from .checks import ELSEWHERE, MAX_EVENTS, Document, claimed_id, open_document
 from .errors import ProvenanceError
 from .events import LISTS, OTHER_RECORDS, RECORD, entry_of, is_digest, is_event_id, order_of
 from .identity import source_aliases
+from .plain_text import plain_text
 from .report import brief, typed
 from .trust import TrustStore
 
@@ -64,7 +69,7 @@ class Pool:
         known = self.invalid.get(found.event_sha256)
         reasons = found.reasons | known.reasons if known else found.reasons
         # A missing key counts only if nothing else is wrong; else the result would depend on the order of merging.
-        self.invalid[found.event_sha256] = SetAside(found.event_sha256, found.event_id, reasons - NO_KEY or reasons)
+        self.invalid[found.event_sha256] = SetAside(found.event_sha256, found.event_id, reasons - ELSEWHERE or reasons)
 
     def join(self, other: Pool) -> None:
         """Add everything of another pool."""
@@ -83,7 +88,7 @@ class Pool:
         return [
             found
             for _, found in sorted(self.invalid.items())
-            if not (found.reasons <= NO_KEY and found.event_id in self.valid)
+            if not (found.reasons <= ELSEWHERE and found.event_id in self.valid)
         ]
 
 
@@ -198,25 +203,62 @@ def state_of(subject: str, pool: Pool) -> dict[str, Any]:
 
 def find_equivocations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the places that one key claims with several events, in order (see the top of this file)."""
-    slots: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    follows = _followed_events(events)
+    claims: dict[tuple[str, str, str, str], list[str]] = {}
+    superseded = {(_key_of(event), link) for event in events for link in event["supersedes"]}
     for event in events:
-        key = event["signer"]["public_key_fingerprint"]
-        slots.setdefault((key, event["event_type"], event["target"], event["prev_event"] or ""), []).append(event)
-    superseded = {(event["signer"]["public_key_fingerprint"], link) for event in events for link in event["supersedes"]}
-    found = []
-    for (key, event_type, target, prev_event), claims in sorted(slots.items()):
-        ids = sorted(event["event_id"] for event in claims if (key, event["event_id"]) not in superseded)
-        if len(ids) > 1:
-            found.append(
-                {
-                    "public_key_fingerprint": key,
-                    "event_type": event_type,
-                    "target": target,
-                    "prev_event": prev_event or None,
-                    "event_ids": ids,
-                }
-            )
-    return found
+        if (_key_of(event), event["event_id"]) not in superseded:
+            claims.setdefault((*_slot_of(event), follows[event["event_id"]] or ""), []).append(event["event_id"])
+    return [
+        {
+            "public_key_fingerprint": key,
+            "event_type": event_type,
+            "target": target,
+            "prev_event": prev_event or None,
+            "event_ids": sorted(ids),
+        }
+        for (key, event_type, target, prev_event), ids in sorted(claims.items())
+        if len(ids) > 1
+    ]
+
+
+def slot_of(event_type: str, target: str) -> tuple[str, str]:
+    """Return what events of one signer compete for: the type, and the target as a reader sees it."""
+    return event_type, plain_text(target)
+
+
+def _key_of(event: dict[str, Any]) -> str:
+    return event["signer"]["public_key_fingerprint"]
+
+
+def _slot_of(event: dict[str, Any]) -> tuple[str, str, str]:
+    return _key_of(event), *slot_of(event["event_type"], event["target"])
+
+
+def _followed_events(events: list[dict[str, Any]]) -> dict[str, str | None]:
+    """Return for each event's id that of the nearest event before it, by ``prev_event``, in the same slot, or None.
+
+    One walk over the forest that the links of each key make, without recursion; a chain may lead over other slots.
+    """
+    by_id = {event["event_id"]: event for event in events}
+    after: dict[str | None, list[str]] = {}
+    for event in events:
+        before = by_id.get(event["prev_event"])
+        leads = before is not None and _key_of(before) == _key_of(event)
+        after.setdefault(event["prev_event"] if leads else None, []).append(event["event_id"])
+    follows: dict[str, str | None] = dict.fromkeys(by_id)
+    latest: dict[tuple[str, str, str], str | None] = {}
+    walk = [(event_id, False) for event_id in after.get(None, ())]
+    while walk:
+        event_id, leaving = walk.pop()
+        slot = _slot_of(by_id[event_id])
+        if leaving:
+            latest[slot] = follows[event_id]
+            continue
+        follows[event_id], latest[slot] = latest.get(slot), event_id
+        walk.append((event_id, True))
+        walk.extend((later, False) for later in after.get(event_id, ()))
+    return follows
 
 
 def _carried(state: dict[str, Any]) -> list[SetAside]:

@@ -14,8 +14,10 @@ from .canonical import parse
 from .errors import ProvenanceError
 from .files import read_bytes
 from .report import typed
+from .vocabulary import OUTCOMES, known_word
 
-RECORD_VERSION = "1.0"
+RECORD_VERSION = "1.1"
+"""1.1 says the outcome."""
 ABOUT = ("benchmark", "date", "command", "machine", "revision", "claim", "rows")
 """Keys of a result file that describe the run; everything else is a figure or a setting."""
 
@@ -47,6 +49,7 @@ def replication_payload(
     paper: dict[str, Any],
     result_path: str | os.PathLike[str],
     *,
+    outcome: str = OUTCOMES[0],
     claim: str | None = None,
     command: str | None = None,
     revision: str | None = None,
@@ -60,6 +63,7 @@ def replication_payload(
     Args:
         paper: Bundle or state of the paper.
         result_path: The result file.
+        outcome: One of ``OUTCOMES``: whether the claim held, did not, or was carried over to a proof assistant.
         claim: The claim in a sentence; None says only that this was measured.
         command: How the result was made, if it does not say so.
         revision: Commit of the code, if neither the result nor git can tell.
@@ -85,6 +89,7 @@ def replication_payload(
     record = {
         "record_version": RECORD_VERSION,
         "pith_number": paper.get("pith_number"),
+        "outcome": known_word("outcome", outcome, OUTCOMES),
         "claim": claim or typed(result, "claim", str) or default_claim(paper, name),
         "benchmark": name,
         "measured_on": typed(result, "date", str),

@@ -24,7 +24,8 @@ from .events import LISTS, SCHEMA_VERSION, content_sha256, is_event_id
 from .files import read_bytes, write_secret
 from .identity import instant, short_number
 from .keys import PublicKey, default_key_id, raw_public, read_keys
-from .merge import MERGE_VERSION, merge
+from .merge import MERGE_VERSION, merge, slot_of
+from .plain_text import plain_text
 from .report import Verification, typed
 from .signatures import ALGORITHM, BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, EVENT_MESSAGE, SIGNED
 from .trust import TrustStore
@@ -193,7 +194,7 @@ def sign_event(
         raise ProvenanceError(f"event type {event_type[:60]!r}: takes {', '.join(LISTS)}")
     if created_at is not None and instant(created_at) is None:
         raise ProvenanceError(f"created_at = {created_at[:60]!r}: takes a time such as 2026-05-21T01:05:41Z")
-    if not target:
+    if not plain_text(target):
         raise ProvenanceError("an event takes a target: what it is about")
     links = supersedes or []
     if not all(map(is_event_id, [*links, *([prev_event] if prev_event is not None else [])])):
@@ -320,9 +321,10 @@ def mirror_hint(url: str, name: str | None = None) -> dict[str, Any]:
     Raises:
         ProvenanceError: The URL cannot be used.
     """
-    if not url.startswith("https://") or not url.isprintable() or " " in url:
+    host = url.split("/")[2] if url.startswith("https://") else ""
+    if not host or not url.isprintable() or " " in url or len(url) > 2000:
         raise ProvenanceError(f"mirror {url[:60]!r}: takes an address that begins with https://")
-    return {"mirror_type": "https", "name": name or url.split("/")[2], "bundle_url": url, "status": "mirror"}
+    return {"mirror_type": "https", "name": name or host, "bundle_url": url, "status": "mirror"}
 
 
 def now() -> str:
@@ -336,8 +338,7 @@ def _store_that_trusts(paper: dict[str, Any], signer: Signer, store: TrustStore 
     Raises:
         ChecksFailed: The paper does not verify with it.
     """
-    widened = TrustStore(store.keys if store is not None else TrustStore().keys)
-    widened.add(signer.public)
+    widened = (TrustStore() if store is None else store).with_key(signer.public)
     report = verify(paper, widened)
     if report.kind == "event":
         raise ProvenanceError("is a single event; name the paper's bundle or state")
@@ -362,7 +363,8 @@ def _last_event(state: dict[str, Any], signer: Signer, event_type: str, target: 
     own = [
         entry
         for entry in state["current"].get(LISTS.get(event_type, ""), [])
-        if entry["target"] == target and entry["signer"]["public_key_fingerprint"] == fingerprint
+        if slot_of(event_type, entry["target"]) == slot_of(event_type, target)
+        and entry["signer"]["public_key_fingerprint"] == fingerprint
     ]
     followed = {entry.get("prev_event") for entry in own}
     ends = [entry["event_id"] for entry in own if entry["event_id"] not in followed]

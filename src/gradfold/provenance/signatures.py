@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from .identity import instant
 from .keys import decode_base64
+from .points import point_trouble
 from .report import Checker, Status, brief, typed
 from .trust import Keyring, MissingKey
 
@@ -58,13 +60,28 @@ def check_signature(
     at.test(f"{prefix}key", found.listed or not brings_keys, "is a trusted key, but the document does not list it")
     status, detail = Status.FAIL, "the signature is not valid for this digest and key"
     if signature is None:
-        detail = "signature_b64 is not the base64 of 64 bytes"
+        detail = _why_no_signature(block.get("signature_b64"))
+    elif (trouble := found.key.trouble or point_trouble(signature[:32])) is not None:
+        detail = f"{'the key' if found.key.trouble else 'its point R'} {trouble}"
     elif found.key.verifies(signature, bytes.fromhex(digest)):
         status, detail = Status.PASS, f"trusted key {brief(key_id)}"
         if not found.trusted:
             status = Status.UNTRUSTED
             detail = f"valid signature, untrusted key {brief(key_id)}, fingerprint {fingerprint}"
     at.note(f"{prefix}signature", status, detail, intrinsic=found.listed)
+
+
+def _why_no_signature(text: Any) -> str:
+    """Say what is wrong with a ``signature_b64`` that cannot be read, such as one letter too many."""
+    if type(text) is not str:
+        return f"signature_b64 is {brief(text)}, not the base64 of 64 bytes"
+    try:
+        size = len(base64.b64decode(text, validate=True))
+    except ValueError:
+        return f"signature_b64 is not base64: it has {len(text)} characters, a signature's 64 bytes have 88"
+    if size == 64:
+        return "signature_b64 is not the base64 of 64 bytes in its one spelling"
+    return f"signature_b64 is the base64 of {size} bytes, but a signature has 64"
 
 
 def _check_time(time: Any, not_before: Any, at: Checker, name: str) -> None:

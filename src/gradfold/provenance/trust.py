@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from .errors import ProvenanceError
 from .files import read_bytes
 from .keys import PublicKey, read_keys
+from .plain_text import plain_text
+from .points import SMALL_ORDER_FINGERPRINTS
 from .report import brief
 
 PITH_REGISTRY = PublicKey(
@@ -17,6 +19,9 @@ PITH_REGISTRY = PublicKey(
     signer_id="pith.science",
 )
 """The registry's published key (https://pith.science/pith-signing-key.json), fingerprint 8d4b5ee7...8b0d54."""
+
+REGISTRY_TYPE = "pith_registry"
+"""The `signer_type` of a registry."""
 
 KNOWN_SIGNATURES = {
     "953c1334c881b59c9946750fb5ed160a5babeb2c1de42be54538ba0f8fed4213": (
@@ -53,46 +58,76 @@ class MissingKey:
 
 
 class TrustStore:
-    """Keys that the user trusts; by default only the registry's."""
+    """Keys that the user trusts; by default only the registry's.
 
-    def __init__(self, keys: Iterable[PublicKey] = (PITH_REGISTRY,)):
+    A key is trusted for what it signs. A record (``record_created``) counts only from a registry: the built-in one, or
+    a key that was trusted as one. Names are compared as ``plain_text``.
+    """
+
+    def __init__(self, keys: Iterable[PublicKey] = (PITH_REGISTRY,), registries: Iterable[PublicKey] = ()):
         self._by_fingerprint: dict[str, PublicKey] = {}
         self._by_id: dict[str, PublicKey] = {}
         self._by_signer: dict[str, set[str]] = {}
+        self._registries = {PITH_REGISTRY.fingerprint}
         for key in keys:
             self.add(key)
+        for key in registries:
+            self.add(key, registry=True)
 
-    def add(self, key: PublicKey) -> None:
+    def add(self, key: PublicKey, registry: bool = False) -> None:
         """Trust a key.
 
+        Args:
+            key: The key.
+            registry: Also let it create records.
+
         Raises:
-            ProvenanceError: Its id is that of another trusted key.
+            ProvenanceError: Its id is that of another trusted key, or it is no key to trust.
         """
+        if key.trouble is not None:
+            raise ProvenanceError(f"the key {key.key_id or key.fingerprint} {key.trouble}; never trust it")
         known = self._by_fingerprint.get(key.fingerprint)
         if known is not None and known.key_id is not None:
             if key.key_id not in (None, known.key_id):
                 raise ProvenanceError(f"the key {key.fingerprint} is trusted as {known.key_id}, not as {key.key_id}")
-            return
-        if key.key_id is not None:
-            other = self._by_id.setdefault(key.key_id, key)
-            if other.raw != key.raw:
-                raise ProvenanceError(f"the key id {key.key_id} is that of another trusted key; rename yours")
-        self._by_fingerprint[key.fingerprint] = key
-        if key.signer_id is not None:
-            self._by_signer.setdefault(key.signer_id, set()).add(key.fingerprint)
+        else:
+            if key.key_id is not None:
+                other = self._by_id.setdefault(plain_text(key.key_id), key)
+                if other.raw != key.raw:
+                    raise ProvenanceError(f"the key id {key.key_id} is that of another trusted key; rename yours")
+            self._by_fingerprint[key.fingerprint] = key
+            if key.signer_id is not None:
+                self._by_signer.setdefault(plain_text(key.signer_id), set()).add(key.fingerprint)
+        if registry:
+            self._registries.add(key.fingerprint)
 
-    def add_file(self, path: str | os.PathLike[str]) -> None:
-        """Trust the keys in a file.
+    def add_file(self, path: str | os.PathLike[str], registry: bool = False) -> None:
+        """Trust the keys in a file, which nobody else may write to.
+
+        Args:
+            path: The file.
+            registry: Trust them as registries.
 
         Raises:
             ProvenanceError: Names the file.
         """
-        data = read_bytes(path, KEY_FILE_BYTES)
+        data = read_bytes(path, KEY_FILE_BYTES, own=True)
         try:
             for key in read_keys(data):
-                self.add(key)
+                self.add(key, registry)
         except ProvenanceError as error:
             raise ProvenanceError(f"{path}: {error}") from None
+
+    def with_key(self, key: PublicKey) -> TrustStore:
+        """Return a copy that trusts one more key.
+
+        Raises:
+            ProvenanceError: As ``add``.
+        """
+        keys = self.keys
+        widened = TrustStore(keys, [own for own in keys if self.is_registry(own.fingerprint)])
+        widened.add(key)
+        return widened
 
     @property
     def keys(self) -> list[PublicKey]:
@@ -103,13 +138,17 @@ class TrustStore:
         """Return the trusted key with this fingerprint, or None."""
         return self._by_fingerprint.get(fingerprint)
 
+    def is_registry(self, fingerprint: str) -> bool:
+        """Return whether records of this key count; those of the built-in registry do for everyone."""
+        return fingerprint in self._registries
+
     def owner_of(self, key_id: str) -> PublicKey | None:
         """Return the trusted key with this id, or None."""
-        return self._by_id.get(key_id)
+        return self._by_id.get(plain_text(key_id))
 
     def impostor(self, signer_id: str, fingerprint: str) -> bool:
         """Return whether a signer's name belongs to another trusted key, or this trusted key to another name."""
-        owners = self._by_signer.get(signer_id)
+        owners = self._by_signer.get(plain_text(signer_id))
         if owners is not None:
             return fingerprint not in owners
         key = self._by_fingerprint.get(fingerprint)
@@ -131,8 +170,12 @@ class Keyring:
 
     def find(self, key_id: str, fingerprint: str) -> FoundKey | MissingKey:
         """Return the key that a signature names by id and fingerprint, or why there is none."""
+        if fingerprint in SMALL_ORDER_FINGERPRINTS:
+            return MissingKey("key_point", "the key has small order: anybody can sign with it")
         if (owner := RESERVED.owner_of(key_id)) is not None and owner.fingerprint != fingerprint:
             return MissingKey("key_id", f"{brief(key_id)} is the id of the registry's key, but this is another key")
+        if (owner := RESERVED.find(fingerprint)) is not None and owner.key_id != key_id:
+            return MissingKey("key_id", f"is {brief(key_id)}, but the registry's key goes by {brief(owner.key_id)}")
         listed = self._claims.get(fingerprint, [])
         ids = [key.key_id for key in listed]
         if ids and None not in ids and key_id not in ids:

@@ -15,16 +15,22 @@ from .merge import MERGE_VERSION, STATE_TYPE, STATE_VERSION, pool_of, state_of
 from .report import Checker, Status, Verification, brief, differ, first_difference, typed
 from .signatures import BUNDLE_MESSAGE, BUNDLE_TYPE, BUNDLE_VERSION, check_signature
 from .trust import KNOWN_SIGNATURES, TrustStore
+from .vocabulary import check_words
 
 SIGNATURES = frozenset({"signature", "receipt_signature", "bundle_signature"})
+SIGNED_EVENT = "signed_event"
+"""Name of the check that an event has a signature of its own, where it needs one."""
+BESIDE_RECEIPT = frozenset({RECORD, "graph_snapshot"})
+"""Types of events that a state may hold without their signatures: the registry's own word on a record it receipted."""
 
 
-def verify(content: Any, store: TrustStore | None = None) -> Verification:
+def verify(content: Any, store: TrustStore | None = None, *, require_signed_events: bool = False) -> Verification:
     """Check a parsed document.
 
     Args:
         content: The parsed document.
         store: Trusted keys; None for the registry's.
+        require_signed_events: Fail every event without a signature of its own, so every event of a state.
 
     Returns:
         Every check. Whatever is wrong with the document is in there.
@@ -47,6 +53,9 @@ def verify(content: Any, store: TrustStore | None = None) -> Verification:
     if document.kind == "bundle":
         _check_bundle(document, at)
     _check_state(document, at.at("state"))
+    if document.kind == "state":
+        _check_unsigned(document, report, require_signed_events)
+    check_words(document, report.checks)
     _note_the_unchecked(document, report)
     report.trusted_signatures = sum(check.status is Status.PASS and check.name in SIGNATURES for check in report.checks)
     return report
@@ -175,6 +184,24 @@ def _check_state(document: Document, at: Checker) -> None:
     at.same("recomputed_state_sha256", state.get("state_sha256"), expected["state_sha256"])
     if document.kind == "bundle":
         _same_json(at, "aliases_of_bundle", document.content.get("source_aliases"), _aliases_due(document, expected))
+
+
+def _check_unsigned(document: Document, report: Verification, require_signed_events: bool) -> None:
+    """Fail what a state says without a signature, but for the registry's own events beside its receipt."""
+    receipted = {
+        typed(found.event["signer"], "public_key_fingerprint", str)
+        for found in document.events
+        if not found.reasons and found.event["event_type"] == RECORD
+    }
+    for found in document.events:
+        if found.signed or type(found.event) is not dict:
+            continue
+        at = Checker(found.where, report.checks)
+        signer = typed(typed(found.event, "signer", dict), "public_key_fingerprint", str)
+        if require_signed_events:
+            at.test(SIGNED_EVENT, False, "a state carries no signature of it, and signed events are required")
+        elif found.event.get("event_type") not in BESIDE_RECEIPT or signer not in receipted:
+            at.test(SIGNED_EVENT, False, "unsigned claim in the registry's name: ask for the bundle that it is in")
 
 
 def _aliases_due(document: Document, state: dict[str, Any]) -> Any:

@@ -44,7 +44,8 @@ def _pydoc_rows() -> Iterator[DataRow]:
         yield DataRow(f"pydoc topic {name!r}", "text", text=text)
 
 
-def _file_rows(source: str) -> Iterator[DataRow]:
+def find_file(source: str) -> Path:
+    """The file that a source names, which is not opened. Raises DataError for what is no data file."""
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source}: no such file (data is a file, or `pydoc`)")
@@ -52,6 +53,11 @@ def _file_rows(source: str) -> Iterator[DataRow]:
         raise DataError(f"{source}: is not a file; name the files in it")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{source}: unknown format {path.suffix or 'without a suffix'}; use {' '.join(SUFFIXES)}")
+    return path
+
+
+def _file_rows(source: str) -> Iterator[DataRow]:
+    path = find_file(source)
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{source}: is empty")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from gradfold._options import BATCH_SIZE, SEQUENCE_LENGTH, Dtype, Head
+from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head
 
 from .errors import RecipeError
 from .recipe_groups import (
@@ -17,10 +18,14 @@ from .recipe_groups import (
     TextRecipe,
     WorkingSetRecipe,
 )
-from .validate import conform_fields, refused, require_at_least
+from .validate import conform_fields, refused, require_at_least, require_at_most
 
 if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
+
+
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
+"""The devices that a recipe may name; whether there is one is seen when the run begins."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Recipe:
         conform_fields(self, self.GROUP)
         if not self.model:
             raise refused(self, "model", "name a folder, a .gguf file or a hub id")
-        if not self.data:
+        if not self.data or not all(self.data):
             raise refused(self, "data", "name at least one file, or `pydoc`")
         if self.out == "":
             raise refused(self, "out", "name a folder, or leave it out")
@@ -79,8 +84,12 @@ class Recipe:
             require_at_least(self, 1, "steps")
         if self.epochs is not None and not self.epochs > 0:
             raise refused(self, "epochs", "give a number above 0")
-        require_at_least(self, 1, "batch_size")
-        require_at_least(self, 2, "sequence_length")
+        if self.epochs is not None:
+            require_at_most(self, 1_000_000, "epochs")
+        require_at_least(self, 1, "batch_size", most=MAX_BATCH)
+        require_at_least(self, 2, "sequence_length", most=MAX_TOKENS)
+        if not DEVICE.fullmatch(self.device):
+            raise refused(self, "device", "cannot be used; give auto, cpu, cuda or one of several, as in cuda:1")
         if not self.fold and self.gradient.clip != "exact":
             raise RecipeError(
                 f"gradient.clip = {self.gradient.clip!r} with fold = False: stored gradients are there to be measured, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import yaml
 
 from .errors import RecipeError, one_line
 from .recipe import Recipe
-from .validate import annotations_of, conform, did_you_mean, from_words
+from .validate import annotations_of, conform, did_you_mean, from_words, shown, text_trouble
 
+MOST_BYTES = 2**20
+MOST_LEVELS = 50
+"""How large and how deep a recipe file may be; ours have 2 KiB and 3 levels."""
 MAY_CHANGE_ON_RESUME = (
     "out",
     "steps",
@@ -65,15 +70,18 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def load_fields(path: str | Path) -> dict[str, Any]:
     """The dotted fields a recipe file gives, each in its type. Raises RecipeError, naming the file."""
+    values: dict[str, Any] = {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_Loader)
-        values: dict[str, Any] = {}
+        tree = yaml.load(_read(path), Loader=_Loader)
         _collect(tree, "", values)
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise RecipeError(f"recipe {path}: is not UTF-8 text") from None
+    except RecursionError:
+        raise RecipeError(
+            f"recipe {path}: is nested too deeply; a recipe has groups of fields, and nothing deeper"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" line {mark.line + 1}" if mark else ""
@@ -83,6 +91,17 @@ def load_fields(path: str | Path) -> dict[str, Any]:
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
     return values
+
+
+def _read(path: str | Path) -> str:
+    """The text of a recipe file: a regular one, of no more than `MOST_BYTES`. Raises RecipeError, OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, as a pipe without a writer would wait for ever
+        raise RecipeError("is no file; name the recipe's file")
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise RecipeError(f"is larger than {MOST_BYTES >> 10} KiB, and so no recipe")
+    return data.decode("utf-8")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -117,7 +136,7 @@ def _collect(tree: Any, group: str, values: dict[str, Any]) -> None:
         if not group and key in groups:
             _collect(value, str(key), values)
         elif dotted not in known:
-            raise RecipeError(f"unknown field {dotted}{did_you_mean(dotted, [*known, *groups])}")
+            raise RecipeError(f"unknown field {shown(dotted)[1:-1]}{did_you_mean(dotted, [*known, *groups])}")
         else:
             values[dotted] = _leaf(known[dotted], value, dotted)
 
@@ -133,15 +152,50 @@ def _leaf(annotation: Any, value: Any, dotted: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; PyYAML would silently keep the last."""
+    """SafeLoader that refuses a key given twice, and says where a value is none of its kind (`!!int x`)."""
+
+    levels = 0
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Refuse depth as soon as it is read: the scanner looks ahead, in quadratic time."""
+        if self.flow_level > MOST_LEVELS:
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse depth of any kind, before anything is built."""
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Say where a value cannot be what its tag says."""
+        try:
+            return super().construct_object(node, deep)
+        except (RecipeError, RecursionError, yaml.YAMLError):
+            raise
+        except Exception as error:  # PyYAML's own constructors let whatever happens in them out
+            kind = node.tag.rpartition(":")[2]
+            value = shown(node.value) if isinstance(node.value, str) else "this"
+            raise RecipeError(f"line {node.start_mark.line + 1}: {value} is no {kind} ({one_line(error)})") from None
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"line {node.start_mark.line + 1}: is marked as a mapping, and is none")
     seen: set[str] = set()
     for key, _ in node.value:
+        line = f"line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{line}: a {key.id} stands where a field's name belongs")
+        if (trouble := text_trouble(key.value)) is not None:
+            raise RecipeError(f"{line}: the field's name {shown(key.value)} {trouble}")
         if key.value in seen:
-            raise RecipeError(f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
-        seen.add(str(key.value))
+            raise RecipeError(f"{line}: {shown(key.value)[1:-1]} is given twice; keep one")
+        seen.add(key.value)
     return loader.construct_mapping(node)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gradfold._options import (
     INTERVAL,
+    MAX_ACCUMULATE,
+    MAX_WHOLE,
     Axis,
     FoldOptions,
     GradientFields,
@@ -21,7 +23,7 @@ from gradfold._options import (
 from gradfold.errors import FoldError
 
 from .errors import RecipeError
-from .validate import conform_fields, refused, require_at_least
+from .validate import conform_fields, refused, require_at_least, require_at_most
 
 if TYPE_CHECKING:
     from gradfold.workset import WorkingSet
@@ -37,6 +39,11 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
+
+
+FINITE_IN_FP32 = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay",
+                  "initial_accumulator_value", "momentum_decay")  # fmt: skip
+"""Settings that meet weights, whose numbers end at 3.4e38."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class TextRecipe:
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
+        if not all(self.held_out_data):
+            raise refused(self, "held_out_data", "name files, or leave it out")
         if not 0 <= self.held_out < 1:
             raise refused(self, "held_out", "give a fraction from 0 (nothing held out) to below 1")
 
@@ -110,6 +119,9 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
         conform_fields(self, self.GROUP)
         if not self.lr > 0:
             raise refused(self, "lr", "give a number above 0")
+        for name in FINITE_IN_FP32:
+            if abs(getattr(self, name) or 0) > 3.4e38:
+                raise refused(self, name, "give a number that fp32 can hold, below 3.4e38")
         if self.weight_decay < 0:
             raise refused(self, "weight_decay", "give 0 or more")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
@@ -143,6 +155,7 @@ class GradientRecipe(GradientFields):
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
+        require_at_most(self, MAX_ACCUMULATE, "accumulate")
         try:
             FoldOptions(**self.fold_options())
         except FoldError as error:
@@ -239,6 +252,7 @@ class ScheduleRecipe:
         conform_fields(self, self.GROUP)
         if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
             raise refused(self, "warmup", "give a fraction of all steps (0 to below 1) or a whole number of steps")
+        require_at_most(self, MAX_WHOLE, "warmup")
         if not 0 <= self.final <= 1:
             raise refused(self, "final", "give a fraction of lr, 0 to 1")
 
@@ -264,7 +278,8 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
-        require_at_least(self, 0, "interval_steps", "sequences", "sample_tokens")
+        require_at_least(self, 0, "interval_steps", "sequences")
+        require_at_least(self, 0, "sample_tokens", most=100_000)
 
 
 @dataclass(frozen=True)

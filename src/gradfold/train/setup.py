@@ -31,6 +31,7 @@ from .model import (
     quiet_transformers,
 )
 from .optimizer import make_optimizer, parameter_groups
+from .readers import find_file
 from .recipe import Recipe
 from .recipe_file import differing_fields
 from .run import Run
@@ -49,6 +50,9 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     if saved is not None:
         check_continues(saved, recipe)
     check_out(out, saved)
+    for path in (*recipe.data, *recipe.text.held_out_data):
+        if path != "pydoc":
+            find_file(path)  # before the model is loaded
     device = find_device(recipe.device)
     source = find_model(recipe.model) if saved is None else ModelSource(str(saved.path), str(saved.path), None)
     with display.waiting("loading the tokenizer"):
