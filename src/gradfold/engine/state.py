@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,17 @@ from .grad_scaler import Marker
 from .param import FoldParam, hook_lost, second_backward
 from .param_slice import ParamSlice
 from .protocols import Optimizer
-from .segments import node_around_backward, node_in_forward, on_calling_thread
+from .segments import (
+    Segment,
+    due_nodes,
+    is_noted,
+    node_in_forward,
+    nodes_around_backward,
+    now,
+    on_calling_thread,
+    running_node,
+    watch,
+)
 from .step import Step
 
 
@@ -43,6 +53,7 @@ class FoldState(FoldContext):
     ) -> None:
         super().__init__(model, optimizer, backend, options or FoldOptions())
         self.params: dict[int, FoldParam] = {}  # by id of the Parameter
+        watch()
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
@@ -121,19 +132,33 @@ class FoldState(FoldContext):
         found = self.step.backwards.get(task)
         if found is not None:
             return found
-        node = node_around_backward()
-        if node is None:
-            self._begin()
-        made = Backward(None if node is None else self.segment(node))
+        made = self._enter_inner(nodes) if (nodes := nodes_around_backward()) else self._begin()
         self.step.backwards[task] = made
         _torch.at_task_end(lambda: self._leave(made))
         return made
 
-    def _begin(self) -> None:
+    def _enter_inner(self, nodes: list[Any]) -> Backward:
+        """Return a backward that a segment has called; ``nodes`` are those around it, the innermost first."""
+        step, parent, root = self.step, self.segment(nodes[0]), self.segment(nodes[-1])
+        if step.surveyed is not None and root.made > step.surveyed:
+            # its forward is younger than the outermost backward that the fold knows: that one has failed
+            self._refuse_interrupted()
+            if on_calling_thread():
+                self._forget(step.backwards.values())
+            step.surveyed = None
+        parent.enter()
+        root.due = parent.due = True
+        claimed = step.surveyed is not None
+        if claimed and root not in step.segments:
+            step.segments.append(root)
+        return Backward(parent, root, bool(self.accumulating), claimed)
+
+    def _begin(self) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
+        self._survey()
         self._refuse_second()
         self._forget_failed()
         if not step.open:  # by now a functional_call has restored the parameters
@@ -149,19 +174,41 @@ class FoldState(FoldContext):
                 )
         step.refresh()
         self._plan()
-        if options.clip == "delayed":
-            step.coefficients = self.following
-        if self.segments:
-            step.surveyed = True
-            for segment in self.segments.values():
-                segment.survey()
+        if step.segments:
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
+        return Backward(None, None, bool(self.accumulating), True)
+
+    def _survey(self) -> None:
+        """Ask the outermost backward, which now begins, which segments it will reach."""
+        step = self.step
+        first = [backward for backward in step.backwards.values() if backward.root is not None and not backward.claimed]
+        ended = {backward.root for backward in first}
+        running = self.segment(node) if (node := running_node()) is not None and is_noted(node) else None
+        for node in due_nodes():
+            self.segment(node)
+        for segment in self.segments.values():
+            segment.survey(begun=segment is running or segment in ended)
+            segment.done = segment in ended and segment is not running
+            if segment.due and segment is not running and segment not in ended:
+                segment.at_end(self.segment_ended)
+        step.surveyed = now()
+        step.segments = [segment for segment in self.segments.values() if segment.due and not segment.plain]
+        # the others ran in a backward that has reached nothing of the fold but through its segments
+        others = [backward for backward in first if backward.root not in step.segments and not backward.adds]
+        if others and step.waiting:
+            if step.summed + 1 >= self.options.accumulate:
+                self._refuse_waiting()
+            step.summed += 1
+        for backward in first:
+            backward.claimed = True
 
     def _plan(self) -> None:
         """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""
         step = self.step
         step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
         step.defers = not step.last or step.waits
+        if self.options.clip == "delayed":
+            step.coefficients = self.following
         step.torch_norms = self.options.clip == "delayed" or (self.turns is not None and self.turns.by_norm)
 
     @property
@@ -172,24 +219,39 @@ class FoldState(FoldContext):
 
     def _refuse_second(self) -> None:
         step = self.step
-        parents = [backward.parent for backward in step.backwards.values()]
-        if parents and None not in parents:
-            return  # checkpoints of this same backward came first, with no folded module around them; their terms wait
-        if not step.open:
-            return
-        # autograd cannot say what checkpoints will reach, so after one has run every second backward is refused
-        nested = any(parent is not None for parent in parents)
-        for param in self.params.values():
-            if (param.done or param.waits) and (nested or param.demand() is Demand.STEP):
+        step.cautious = False
+        if not step.open or all(backward.root in step.segments for backward in step.backwards.values()):
+            return  # at most segments of this same backward came first; their terms wait
+        if any(backward.running and backward.parent is None for backward in step.backwards.values()):
+            self._refuse_waiting()
+        done = [param for param in self.params.values() if param.done]
+        for param in done:
+            if param.read_by(step.segments) or param.demand() is Demand.STEP:
                 raise FoldError(second_backward(param.name, param.stepped))
+        # nothing of this backward moves before it is known that no segment has read what has stepped already
+        step.cautious = any(param.unseen for param in done) and any(segment.nests for segment in step.segments)
+
+    def _refuse_interrupted(self) -> None:
+        """Raise if weights have stepped, or wait to, in a backward that failed."""
+        self._refuse_waiting()
+        for param in self.params.values():
+            if param.stepped:
+                raise FoldError(second_backward(param.name, stepped=True))
+
+    def _refuse_waiting(self) -> None:
+        """Raise if terms of an earlier backward wait for segments."""
+        for param in self.step.waiting:
+            raise FoldError(second_backward(param.name, param.stepped))
 
     def _forget_failed(self) -> None:
         """Forget a failed backward that the caller runs again; no weight had stepped in it."""
         step = self.step
-        if not step.backwards or step.open or not on_calling_thread():
-            return
+        if step.backwards and not step.open and on_calling_thread():
+            self._forget(step.backwards.values())
+
+    def _forget(self, backwards: Iterable[Backward]) -> None:
         here = threading.get_ident()
-        for backward in step.backwards.values():  # a thread runs one outermost backward at a time
+        for backward in backwards:  # a thread runs one outermost backward at a time
             if backward.running and backward.thread == here:
                 backward.running = False
                 backward.terms.clear()
@@ -202,14 +264,29 @@ class FoldState(FoldContext):
             step_rest(self)
             step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
             return
-        parent.done = True
-        for param in list(step.waiting):
+        if parent.once or not parent.watched:
+            parent.done = True
+        self._flush_due(backward, parent)
+
+    def segment_ended(self, segment: Segment) -> None:
+        """Step what has waited for a segment that has run now."""
+        segment.end()
+        step, task = self.step, _torch.current_graph_task()
+        if self.paused or not step.waiting:
+            return
+        # where the segments come first in backward, this may be the first that is seen of the outermost one
+        self._flush_due(step.backwards.get(task) or self.enter(task), None)
+
+    def _flush_due(self, backward: Backward, parent: Segment | None) -> None:
+        """Step every parameter to which no segment can bring more terms."""
+        for param in list(self.step.waiting):
             if not param.due(parent):
                 param.flush(backward)
 
     def _flush(self, backward: Backward | None = None) -> None:
-        self.step.surveyed = False
-        for param in list(self.step.waiting):
+        step = self.step
+        step.surveyed, step.segments, step.cautious = None, [], False
+        for param in list(step.waiting):
             param.flush(backward)
 
     @contextlib.contextmanager
@@ -224,11 +301,10 @@ class FoldState(FoldContext):
         slices, sums = self.slices(), {}
         try:
             yield
+            self._flush()  # where it has reached nothing but through segments
         finally:
             settle(self, slices)
             sums = dict(self.step.power_sums)
-            for segment in self.segments.values():
-                segment.done = False  # the second pass will go through it again
             self.new_step()
         nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
         if nonfinite:
