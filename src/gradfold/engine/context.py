@@ -68,7 +68,7 @@ class FoldContext(ABC):
         """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
 
     @abstractmethod
-    def look_in_turns(self) -> None:
+    def look_in_turns(self, param: Any) -> None:
         """Do the same where a working set decides what requires grad."""
 
     @abstractmethod

@@ -23,6 +23,7 @@ from gradfold import _torch
 
 _noted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # node of a graph -> when it was made
 _clock = itertools.count()
+_made = 0  # how many of them are of Functions that call a backward
 _nests: weakref.WeakSet[type] = weakref.WeakSet([_torch.checkpoint_function])  # Functions that call a backward
 _plain: weakref.WeakSet[type] = weakref.WeakSet()  # Functions that have run and have called none
 _watching = False
@@ -39,12 +40,24 @@ def watch() -> None:
 def _note(node: Any) -> None:
     # what a backward recomputes belongs to the segment that does so, and without grad there is no graph
     if torch.is_grad_enabled() and _torch.current_graph_task() == _torch.NO_TASK:
+        global _made
         _noted[node] = next(_clock)
+        _made += _torch.function_of(node) in _nests
 
 
 def now() -> int:
     """Return a number that is larger than the age of every node noted so far."""
     return next(_clock)
+
+
+def nesting_made() -> int:
+    """Return how many forwards have begun of Functions that are known to call a backward."""
+    return _made
+
+
+def functions() -> weakref.WeakSet[type]:
+    """Return a set of autograd Functions that keeps none of them alive."""
+    return weakref.WeakSet()
 
 
 def ask_again() -> None:
@@ -152,14 +165,20 @@ def _reaches(node: Any) -> bool:
 
 def node_in_forward() -> Any | None:
     """Return the node of the autograd Function whose forward is now running; of nested ones, the outermost."""
-    found, inner, frame = None, None, sys._getframe(1)
+    return call_in_forward()[0]
+
+
+def call_in_forward() -> tuple[Any | None, tuple[Any, ...]]:
+    """Return that node, and what the Function was called with."""
+    found, inner, frame = (None, ()), None, sys._getframe(1)
     while frame is not None and frame.f_code is not _torch.CALLS_ENGINE and frame.f_code is not _torch.CALLS_BACKWARD:
         if frame.f_code is _torch.CALLS_FORWARD and inner is not None:
             names = inner.f_code.co_varnames if inner.f_code.co_argcount else ()
             candidate = inner.f_locals.get(names[0]) if names else None
             if not isinstance(candidate, _torch.BackwardNode):  # with setup_context, forward does not get its node
                 candidate = _newest(frame.f_locals["cls"])
-            found = candidate or found
+            if candidate is not None:
+                found = candidate, frame.f_locals["args"]
         frame, inner = frame.f_back, frame
     return found
 

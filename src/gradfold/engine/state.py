@@ -28,21 +28,12 @@ from .context import FoldContext
 from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
-from .param import FoldParam, hook_lost, second_backward
+from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer
-from .segments import (
-    Segment,
-    due_nodes,
-    is_noted,
-    node_in_forward,
-    nodes_around_backward,
-    now,
-    on_calling_thread,
-    running_node,
-    watch,
-)
+from .segments import Segment, nesting_made, nodes_around_backward, on_calling_thread, watch
 from .step import Step
+from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 
 
 class FoldState(FoldContext):
@@ -54,6 +45,7 @@ class FoldState(FoldContext):
         super().__init__(model, optimizer, backend, options or FoldOptions())
         self.params: dict[int, FoldParam] = {}  # by id of the Parameter
         watch()
+        self._made = nesting_made()
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
@@ -109,20 +101,20 @@ class FoldState(FoldContext):
             if param.gate is None or not there:
                 param.arm()
 
-    def look_in_turns(self) -> None:
+    def look_in_turns(self, param: FoldParam) -> None:
         """Do the same where a working set decides what requires grad.
 
         Raises:
-            FoldError: inside a reentrant checkpoint.
+            FoldError: inside a reentrant checkpoint, or another autograd Function that may lose its gradient.
         """
         if torch.is_grad_enabled():
             self.look()
-        elif node_in_forward() is not None:
-            raise FoldError(
-                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, "
-                "which those of sleeping layers do not; use use_reentrant=False (transformers: "
-                "gradient_checkpointing_enable({'use_reentrant': False}))"
-            )
+        else:
+            refuse_untaken(param)
+
+    def ignore(self) -> None:
+        """Raise if the loss, which requires no grad, should have: a working set's segment has lost its gradient."""
+        refuse_lost(self, self.params.values(), nesting_made() - self._made, lambda _: Demand.NOTHING)
 
     def enter(self, task: int) -> Backward:
         """Return the backward of a graph task; one that reaches the fold for the first time is examined.
@@ -142,7 +134,7 @@ class FoldState(FoldContext):
         step, parent, root = self.step, self.segment(nodes[0]), self.segment(nodes[-1])
         if step.surveyed is not None and root.made > step.surveyed:
             # its forward is younger than the outermost backward that the fold knows: that one has failed
-            self._refuse_interrupted()
+            refuse_interrupted(self, self.params.values())
             if on_calling_thread():
                 self._forget(step.backwards.values())
             step.surveyed = None
@@ -158,8 +150,11 @@ class FoldState(FoldContext):
         step, options = self.step, self.options
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
-        self._survey()
-        self._refuse_second()
+        survey(self)
+        refuse_second(self, self.params.values())
+        if self.turns is not None:
+            made, self._made = nesting_made() - self._made, nesting_made()
+            refuse_lost(self, self.params.values(), made)
         self._forget_failed()
         if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)
@@ -178,30 +173,6 @@ class FoldState(FoldContext):
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
         return Backward(None, None, bool(self.accumulating), True)
 
-    def _survey(self) -> None:
-        """Ask the outermost backward, which now begins, which segments it will reach."""
-        step = self.step
-        first = [backward for backward in step.backwards.values() if backward.root is not None and not backward.claimed]
-        ended = {backward.root for backward in first}
-        running = self.segment(node) if (node := running_node()) is not None and is_noted(node) else None
-        for node in due_nodes():
-            self.segment(node)
-        for segment in self.segments.values():
-            segment.survey(begun=segment is running or segment in ended)
-            segment.done = segment in ended and segment is not running
-            if segment.due and segment is not running and segment not in ended:
-                segment.at_end(self.segment_ended)
-        step.surveyed = now()
-        step.segments = [segment for segment in self.segments.values() if segment.due and not segment.plain]
-        # the others ran in a backward that has reached nothing of the fold but through its segments
-        others = [backward for backward in first if backward.root not in step.segments and not backward.adds]
-        if others and step.waiting:
-            if step.summed + 1 >= self.options.accumulate:
-                self._refuse_waiting()
-            step.summed += 1
-        for backward in first:
-            backward.claimed = True
-
     def _plan(self) -> None:
         """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""
         step = self.step
@@ -216,32 +187,6 @@ class FoldState(FoldContext):
         """Whether the terms of a backward that began now would wait for ``optimizer.step()``."""
         last = not self.accumulating and self.step.summed >= self.options.accumulate - 1
         return not last or self.step.waits
-
-    def _refuse_second(self) -> None:
-        step = self.step
-        step.cautious = False
-        if not step.open or all(backward.root in step.segments for backward in step.backwards.values()):
-            return  # at most segments of this same backward came first; their terms wait
-        if any(backward.running and backward.parent is None for backward in step.backwards.values()):
-            self._refuse_waiting()
-        done = [param for param in self.params.values() if param.done]
-        for param in done:
-            if param.read_by(step.segments) or param.demand() is Demand.STEP:
-                raise FoldError(second_backward(param.name, param.stepped))
-        # nothing of this backward moves before it is known that no segment has read what has stepped already
-        step.cautious = any(param.unseen for param in done) and any(segment.nests for segment in step.segments)
-
-    def _refuse_interrupted(self) -> None:
-        """Raise if weights have stepped, or wait to, in a backward that failed."""
-        self._refuse_waiting()
-        for param in self.params.values():
-            if param.stepped:
-                raise FoldError(second_backward(param.name, stepped=True))
-
-    def _refuse_waiting(self) -> None:
-        """Raise if terms of an earlier backward wait for segments."""
-        for param in self.step.waiting:
-            raise FoldError(second_backward(param.name, param.stepped))
 
     def _forget_failed(self) -> None:
         """Forget a failed backward that the caller runs again; no weight had stepped in it."""
