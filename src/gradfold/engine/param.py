@@ -342,12 +342,6 @@ def param_of(tensor: Tensor) -> FoldParam | None:
     return found if found is not None and found.param is tensor and found.folded else None
 
 
-def known_param(value: object) -> FoldParam | None:
-    """Return the ``FoldParam`` of a tensor that is a parameter of a fold; None for anything else."""
-    found = _PARAMS.get(id(value))
-    return found if found is not None and found.param is value else None
-
-
 def create_graph(name: str) -> str:
     """Return the message about a backward with ``create_graph=True``."""
     return (

@@ -18,12 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from gradfold import _torch
 
 _noted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # node of a graph -> when it was made
 _clock = itertools.count()
-_made = 0  # how many of them are of Functions that call a backward
+_takers: weakref.WeakSet[type] = weakref.WeakSet()  # Functions that have taken parameters as inputs
+_unreached: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()  # calls that are in no graph
 _nests: weakref.WeakSet[type] = weakref.WeakSet([_torch.checkpoint_function])  # Functions that call a backward
 _plain: weakref.WeakSet[type] = weakref.WeakSet()  # Functions that have run and have called none
 _watching = False
@@ -40,24 +43,43 @@ def watch() -> None:
 def _note(node: Any) -> None:
     # what a backward recomputes belongs to the segment that does so, and without grad there is no graph
     if torch.is_grad_enabled() and _torch.current_graph_task() == _torch.NO_TASK:
-        global _made
         _noted[node] = next(_clock)
-        _made += _torch.function_of(node) in _nests
+        if (function := _torch.function_of(node)) not in _plain:
+            _note_inputs(function)
+
+
+def _note_inputs(function: type) -> None:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _torch.CALLS_FORWARD:
+        frame = frame.f_back
+    if frame is None:
+        return
+    inputs = frame.f_locals["args"]
+    if any(isinstance(value, Parameter) for value in inputs):
+        _takers.add(function)
+    elif not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        if function in _nests or any(map(_runs, inputs)):
+            note_unreached(function)
+
+
+def _runs(value: object) -> bool:
+    """Return whether this may be what a segment runs: a module, a function, or several."""
+    return any(map(callable, value)) if isinstance(value, (list, tuple)) else callable(value)
+
+
+def note_unreached(function: type) -> None:
+    """Note that an autograd Function has run which may hold parameters, and which no gradient reaches."""
+    _unreached[function] = _unreached.get(function, 0) + 1
+
+
+def unreached() -> dict[type, int]:
+    """Return how often that has happened, by Function; those that take parameters as inputs are left out."""
+    return {function: count for function, count in _unreached.items() if function not in _takers}
 
 
 def now() -> int:
     """Return a number that is larger than the age of every node noted so far."""
     return next(_clock)
-
-
-def nesting_made() -> int:
-    """Return how many forwards have begun of Functions that are known to call a backward."""
-    return _made
-
-
-def functions() -> weakref.WeakSet[type]:
-    """Return a set of autograd Functions that keeps none of them alive."""
-    return weakref.WeakSet()
 
 
 def ask_again() -> None:

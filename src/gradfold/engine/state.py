@@ -31,7 +31,7 @@ from .grad_scaler import Marker
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer
-from .segments import Segment, nesting_made, nodes_around_backward, on_calling_thread, watch
+from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 
@@ -45,7 +45,7 @@ class FoldState(FoldContext):
         super().__init__(model, optimizer, backend, options or FoldOptions())
         self.params: dict[int, FoldParam] = {}  # by id of the Parameter
         watch()
-        self._made = nesting_made()
+        self._unreached = unreached()
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
@@ -114,7 +114,7 @@ class FoldState(FoldContext):
 
     def ignore(self) -> None:
         """Raise if the loss, which requires no grad, should have: a working set's segment has lost its gradient."""
-        refuse_lost(self, self.params.values(), nesting_made() - self._made, lambda _: Demand.NOTHING)
+        refuse_lost(self.params.values(), self._unreached, lambda _: Demand.NOTHING)
 
     def enter(self, task: int) -> Backward:
         """Return the backward of a graph task; one that reaches the fold for the first time is examined.
@@ -153,8 +153,8 @@ class FoldState(FoldContext):
         survey(self)
         refuse_second(self, self.params.values())
         if self.turns is not None:
-            made, self._made = nesting_made() - self._made, nesting_made()
-            refuse_lost(self, self.params.values(), made)
+            before, self._unreached = self._unreached, unreached()
+            refuse_lost(self.params.values(), before)
         self._forget_failed()
         if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)

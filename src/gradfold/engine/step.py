@@ -31,7 +31,6 @@ class Step:
         surveyed: when autograd was asked which segments and weights the outermost backward will reach, as
             ``segments.now`` tells it; None while none is known to run.
         segments: the segments that it reaches.
-        suspects: names of autograd Functions that ran sleeping modules without grad, and that no gradient reaches.
         cautious: whether all of its terms wait for its end, since a segment may reach what has stepped already.
         torch_norms: whether norms decide something in later steps, and must be rounded as torch's.
         last: whether the running backward is the last that this step sums.
@@ -60,7 +59,6 @@ class Step:
         self.looked = False
         self.surveyed: int | None = None
         self.segments: list[Segment] = []
-        self.suspects: list[str] = []
         self.cautious = False
         self.last = True
         self.torch_norms = False

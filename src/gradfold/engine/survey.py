@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 from gradfold import _torch
 from gradfold.errors import FoldError
@@ -11,7 +10,7 @@ from gradfold.errors import FoldError
 from . import segments
 from .context import FoldContext
 from .gate import Demand
-from .param import FoldParam, known_param, second_backward
+from .param import FoldParam, second_backward
 
 
 def survey(fold: FoldContext) -> None:
@@ -88,8 +87,6 @@ def refuse_untaken(param: FoldParam) -> None:
             "those of sleeping layers do not; use use_reentrant=False (transformers: "
             "gradient_checkpointing_enable({'use_reentrant': False}))"
         )
-    if any(known_param(value) is not None for value in taken):
-        _takers.add(function)
     if any(value is param.param for value in taken):
         return
     if param.param.requires_grad:
@@ -98,26 +95,24 @@ def refuse_untaken(param: FoldParam) -> None:
             "as an input, so that it hands gradients on only where another input requires grad, which those of "
             f"sleeping layers do not; pass the weights to {function.__name__}.apply, or call the modules without it"
         )
-    if function not in _takers and not any(node.needs_input_grad):
-        param.fold.step.suspects.append(function.__name__)  # it may hold active parameters that are not folded
+    if not any(node.needs_input_grad):
+        segments.note_unreached(function)  # it may hold active parameters that are not folded
 
 
-_takers = segments.functions()  # Functions that have taken a parameter of a fold as an input
-
-
-def refuse_lost(fold: FoldContext, params: Collection[FoldParam], made: int, demand: Any = FoldParam.demand) -> None:
-    """Raise if an active parameter is not reached, and a segment has run that no gradient comes back to.
+def refuse_lost(
+    params: Collection[FoldParam], before: Mapping[type, int], demand: Callable[[FoldParam], Demand] = FoldParam.demand
+) -> None:
+    """Raise if an active parameter is not reached, and a segment of a working set has run that no gradient reaches.
 
     Args:
-        fold: has a working set.
-        params: its parameters.
-        made: how many segments' forwards have run.
+        params: the fold's.
+        before: ``segments.unreached()`` when the last backward began.
         demand: what the running backward wants of a parameter.
     """
-    step = fold.step
-    if not step.suspects and made <= sum(segment.nests for segment in step.segments):
+    lost = [function for function, count in segments.unreached().items() if count > before.get(function, 0)]
+    if not lost:
         return
-    which = step.suspects[0] if step.suspects else "a reentrant checkpoint"
+    which = "a reentrant checkpoint" if _torch.checkpoint_function in lost else lost[0].__name__
     for param in params:
         if param.param.requires_grad and not param.folded and demand(param) is Demand.NOTHING:
             raise FoldError(
