@@ -82,6 +82,11 @@ def now() -> int:
     return next(_clock)
 
 
+def calls_backward(function: type) -> bool:
+    """Return whether this autograd Function is known to call a backward."""
+    return function in _nests
+
+
 def ask_again() -> None:
     """Forget which Functions call no backward: with other parameters they may."""
     _plain.clear()

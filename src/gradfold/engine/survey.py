@@ -113,8 +113,9 @@ def refuse_lost(
     if not lost:
         return
     which = "a reentrant checkpoint" if _torch.checkpoint_function in lost else lost[0].__name__
+    certain = any(map(segments.calls_backward, lost))  # then a parameter may have been used there and elsewhere
     for param in params:
-        if param.param.requires_grad and not param.folded and demand(param) is Demand.NOTHING:
+        if param.param.requires_grad and not param.folded and (certain or demand(param) is Demand.NOTHING):
             raise FoldError(
                 f"{which} with working_set=: no input of it requires grad where the layers below sleep, and "
                 f"{param.name} gets no gradient if it is used there; use use_reentrant=False, or, for an autograd "
