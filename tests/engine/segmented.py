@@ -1,4 +1,4 @@
-"""A model whose pieces run in segments of every kind: reentrant checkpoints, and autograd Functions that do the like."""
+"""A model whose pieces run in segments of every kind: reentrant checkpoints, and Functions that do the like."""
 
 import torch
 import torch.nn.functional as F

@@ -114,10 +114,15 @@ def refuse_lost(
         return
     which = "a reentrant checkpoint" if _torch.checkpoint_function in lost else lost[0].__name__
     certain = any(map(segments.calls_backward, lost))  # then a parameter may have been used there and elsewhere
-    for param in params:
-        if param.param.requires_grad and not param.folded and (certain or demand(param) is Demand.NOTHING):
-            raise FoldError(
-                f"{which} with working_set=: no input of it requires grad where the layers below sleep, and "
-                f"{param.name} gets no gradient if it is used there; use use_reentrant=False, or, for an autograd "
-                "Function of your own, pass its weights to apply"
-            )
+    names = [
+        param.name
+        for param in params
+        if param.param.requires_grad and not param.folded and (certain or demand(param) is Demand.NOTHING)
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise FoldError(
+            f"{which} with working_set=: no input of it requires grad where the layers below sleep, and of "
+            f"{', '.join(names[:3])}{more} those that are used there get no gradient; use use_reentrant=False, or, for "
+            "an autograd Function of your own, pass its weights to apply"
+        )
