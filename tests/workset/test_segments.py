@@ -106,6 +106,23 @@ def test_what_would_lose_a_gradient_is_refused(case):
     assert untouched(before, model, [])
 
 
+def test_a_checkpoint_that_takes_a_parameter_hides_no_other():
+    """torch's checkpoint hands on the gradients of what it was given, not of all that it reads."""
+
+    class Given(Pieces):
+        def forward(self, x):
+            x = KINDS["reentrant"](lambda z: self.piece("norm", z), x, [])
+            x = torch.utils.checkpoint.checkpoint(torch.mul, x, self.scale, use_reentrant=True)
+            return self.piece("last", x).pow(2).sum()
+
+    model, copy = twins(Given)
+    working_set = gradfold.WorkingSet(chunks=2, always=["norm", "scale"])
+    fold = gradfold.fold(model, ours(model), working_set=working_set)
+    with pytest.raises(gradfold.FoldError, match="a reentrant checkpoint"):
+        fold.backward(model(torch.randn(3, WIDTH, dtype=torch.float64)))
+    assert distance(model, copy) == 0
+
+
 def test_a_loss_without_grad_is_no_excuse():
     """``Fold.backward`` ignores a loss that no active parameter reaches, unless a segment hides one."""
 

@@ -55,7 +55,7 @@ def _note_inputs(function: type) -> None:
     if frame is None:
         return
     inputs = frame.f_locals["args"]
-    if any(isinstance(value, Parameter) for value in inputs):
+    if function is not _torch.checkpoint_function and any(isinstance(value, Parameter) for value in inputs):
         _takers.add(function)
     elif not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         if function in _nests or any(map(_runs, inputs)):
