@@ -73,6 +73,36 @@ def watching():
     Watching.ask = staticmethod(lambda: None)
 
 
+def test_nodes_are_watched_but_for_ours():
+    created, before = [], _torch.BackwardNode.__init__
+    try:
+        _torch.watch_nodes(created.append)
+        y = Watching.apply(torch.ones(2, requires_grad=True))
+        model = nn.Linear(2, 2)
+        gradfold.fold(model, gradfold.SGD(model.parameters(), lr=0.1))
+        model(torch.ones(1, 2))
+    finally:
+        _torch.BackwardNode.__init__ = before
+    assert created == [y.grad_fn]
+    assert _torch.function_of(y.grad_fn) is Watching
+    assert _torch.next_nodes(y.grad_fn) == [node for node, _ in y.grad_fn.next_functions]
+
+
+def test_checkpoints_are_of_one_function():
+    x = torch.ones(2, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=True)
+    assert _torch.function_of(y.grad_fn) is _torch.checkpoint_function
+
+
+def test_the_end_of_a_node_is_told_each_time_in_its_backward():
+    tasks = []
+    y = Watching.apply(torch.ones(2, requires_grad=True))
+    _torch.at_node_end(y.grad_fn, lambda *_: tasks.append(_torch.current_graph_task()))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert len(set(tasks)) == 2 and _torch.NO_TASK not in tasks
+
+
 def test_backwards_have_numbers(watching):
     assert _torch.current_graph_task() == _torch.NO_TASK
     watching.ask = staticmethod(_torch.current_graph_task)

@@ -305,6 +305,7 @@ class Fold:
         """
         state = self._state
         if state.turns is not None and not loss.requires_grad:
+            state.ignore()
             return
         if state.options.clip != "two_pass":
             loss.backward()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
@@ -67,9 +68,47 @@ CALLS_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 CALLS_FORWARD = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
+function_of: Callable[[Any], type[torch.autograd.Function]] = operator.attrgetter("_forward_cls")
+"""The autograd Function of a node."""
+
+checkpoint_function: type[torch.autograd.Function] = torch.utils.checkpoint.CheckpointFunction
+"""The autograd Function of torch's own reentrant checkpoints."""
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return a Function's ``apply`` without what it does for functorch; callers look for that themselves."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def watch_nodes(created: Callable[[Any], None]) -> None:
+    """Call a function with the node of each autograd Function written in Python, as its forward begins.
+
+    Autograd does not list the nodes of a graph, and a walk through all of them in every backward would take longer than
+    the backward of a small model. Nothing is called for the Functions of gradfold (``unwatched``).
+    """
+    before: Any = BackwardNode.__init__
+
+    def init(node: Any) -> None:
+        before(node)
+        created(node)
+
+    BackwardNode.__init__ = init  # type: ignore[misc]
+
+
+def unwatched(function: Any) -> Any:
+    """Decorate a Function whose backward runs no backward of its own: ``watch_nodes`` leaves it out."""
+    function._backward_cls.__init__ = object.__init__
+    return function
+
+
+def next_nodes(node: Any) -> list[Any]:
+    """Return the nodes that a node hands gradients to."""
+    return [found for found, _ in node.next_functions if found is not None]
+
+
+def at_node_end(node: Any, callback: Callable[..., None]) -> None:
+    """Call a function each time a node has run, inside the backward that ran it; it must not run now."""
+    node.register_hook(callback)
 
 
 def at_task_end(callback: Callable[[], None]) -> None:

@@ -88,15 +88,12 @@ HOOKED_CELLS = {
 @pytest.mark.parametrize("cell", HOOKED_CELLS)
 @pytest.mark.parametrize("lengths", [(2, 2, 2), (1, 2, 3)], ids=str)
 def test_no_folded_module_in_the_checkpoint(cell, lengths):
-    """Nothing tells how often such a weight is read, so a first step may mislead: loud then, never wrong."""
+    """Nothing tells how often such a weight is read, and a first step would mislead."""
 
     def run(model, optimizer, step):
         model(XG, lengths[step]).pow(2).mean().backward()
 
-    try:
-        assert compare(lambda: Cell(HOOKED_CELLS[cell]), run) <= CLOSE
-    except gradfold.FoldError as error:
-        assert lengths == (1, 2, 3) and "already stepped" in str(error)
+    assert compare(lambda: Cell(HOOKED_CELLS[cell]), run) <= CLOSE
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -141,10 +138,7 @@ def test_an_lstm_in_chunks(chunks):
     def run(model, optimizer, step):
         model(XG, chunks[step]).pow(2).mean().backward()
 
-    try:
-        assert compare(Chunks, run) <= CLOSE
-    except gradfold.FoldError as error:  # as above
-        assert chunks == (1, 3, 2) and "already stepped" in str(error)
+    assert compare(Chunks, run) <= CLOSE
 
 
 class Tied(nn.Module):

@@ -14,16 +14,22 @@ class Backward:
     """One backward. Dropped as a whole when it fails, so that an interrupted one cannot mix with another.
 
     Attributes:
-        parent: the reentrant checkpoint it runs in; None for an outermost backward.
+        parent: the segment whose backward has called it; None for an outermost backward.
+        root: the segment of the outermost backward's own graph that it runs in; ``parent``, unless segments are nested.
+        adds: whether it began inside ``accumulating()``.
+        claimed: whether the outermost backward is known.
         thread: the id of the thread that it runs on.
         running: whether it has not ended yet.
         terms: the gradient terms of parameters whose gate has not run yet.
     """
 
-    __slots__ = ("parent", "running", "terms", "thread")
+    __slots__ = ("adds", "claimed", "parent", "root", "running", "terms", "thread")
 
-    def __init__(self, parent: Segment | None):
+    def __init__(self, parent: Segment | None, root: Segment | None, adds: bool, claimed: bool):
         self.parent = parent
+        self.root = root
+        self.adds = adds
+        self.claimed = claimed
         self.thread = threading.get_ident()
         self.running = True
         self.terms: dict[Any, list[GradTerm | BiasTerm]] = {}

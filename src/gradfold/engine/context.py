@@ -32,7 +32,7 @@ class FoldContext(ABC):
         turns: the working set, if there is one.
         paused: depth of nested ``fold.paused()`` contexts.
         accumulating: depth of nested ``fold.accumulating()`` contexts.
-        segments: reentrant checkpoints whose forward has read parameters, by the id of their node.
+        segments: reentrant checkpoints and the like, by the id of their node.
         following: what clipping multiplies gradients by in the next step, for ``clip="delayed"``.
         grad_norm: the norm of the last step; a tensor where the host has not waited for it.
         step: the open step.
@@ -73,8 +73,12 @@ class FoldContext(ABC):
         """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
 
     @abstractmethod
-    def look_in_turns(self) -> None:
+    def look_in_turns(self, param: Any) -> None:
         """Do the same where a working set decides what requires grad."""
+
+    @abstractmethod
+    def segment_ended(self, segment: Segment) -> None:
+        """Step what has waited for a segment that has run now."""
 
     @abstractmethod
     def enter(self, task: int) -> Backward:

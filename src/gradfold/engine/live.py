@@ -67,7 +67,7 @@ def refuse_several(fold: FoldContext, nested: bool) -> None:
     root = outermost_root()
     fold.step.root = None if root is None else weakref.ref(root)
     others = [other for other in live_folds() if other is not fold and not other.paused]
-    others = [other for other in others if (_has_begun(other, root) if nested else _is_reached(other))]
+    others = [other for other in others if _has_begun(other, root) or (not nested and _is_reached(other))]
     if not others:
         return
     reached = [fold, *others]
@@ -99,9 +99,9 @@ def _is_reached(fold: FoldContext) -> bool:
     """Return whether the running backward will bring gradients to a fold."""
     if any(param.demand() is Demand.STEP for param in fold.params.values()):
         return True
-    for segment in fold.segments.values():  # what a reentrant checkpoint holds is not in this backward's graph
-        segment.survey()
-    return any(segment.due and not segment.done for segment in fold.segments.values())
+    # what a reentrant checkpoint holds is not in this backward's graph
+    reached = [segment for segment in fold.segments.values() if segment.is_reached()]
+    return bool(reached) and any(param.read_by(reached) for param in fold.params.values())
 
 
 def _model_of(fold: FoldContext) -> str:

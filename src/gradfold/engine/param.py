@@ -8,6 +8,7 @@ parameter's AccumulateGrad node after the last use; its hook, the gate, collects
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
-from .segments import Segment, node_in_forward, running_node
+from .segments import Segment, ask_again, node_in_forward, running_node
 from .step import Step
 
 _PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # by id of the Parameter
@@ -95,6 +96,7 @@ class FoldParam:
         refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
         self.disarm()
         self.gate = Gate(self.param, self, FoldParam.join)
+        ask_again()
         self.allocate()
 
     def allocate(self) -> None:
@@ -232,7 +234,7 @@ class FoldParam:
             backward = fold.enter(task)
         if grad is not None:
             terms.append(DenseTerm(self._checked(grad)))
-        if backward.parent is None and not fold.segments:  # no reentrant checkpoints: nothing more can come
+        if backward.parent is None and not fold.step.segments:  # no reentrant checkpoints: nothing more can come
             step = fold.step
             if terms:
                 if self._fired is step or (step.deferred and self.done):
@@ -257,13 +259,22 @@ class FoldParam:
 
     def due(self, parent: Segment | None) -> bool:
         """Return whether more terms may come, now that the backward inside ``parent`` has brought its own."""
-        fold = self.fold
-        if self in fold.step.outer_due or (parent is not None and not fold.step.surveyed):
+        step = self.fold.step
+        if step.surveyed is None or step.cautious or self in step.outer_due:
             return True
-        # first passes of modules that are not folded are not seen, so any segment may have read such a parameter
-        unseen = self.read_unseen or not self.folded
-        segments = fold.segments.values() if unseen else self._segments
-        return any(segment.open for segment in segments if segment is not parent)
+        if self.unseen:
+            return any(segment.open for segment in step.segments)
+        over = parent if parent is not None and parent.once else None
+        return any(segment.open for segment in self._segments if segment is not over)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether any segment may have read it: first passes of modules that are not folded are not seen."""
+        return self.read_unseen or not self.folded
+
+    def read_by(self, segments: Iterable[Segment]) -> bool:
+        """Return whether one of these segments is known to read it."""
+        return any(segment in self._segments for segment in segments)
 
     def reread(self, task: int) -> None:
         """Note that a checkpoint reads the parameter again inside ``task``'s backward."""
@@ -292,7 +303,9 @@ class FoldParam:
         node = node_in_forward()
         if node is not None:
             self._segments = {segment for segment in self._segments if segment.alive}
-            self._segments.add(self.fold.segment(node))
+            self._segments.add(segment := self.fold.segment(node))
+            if _torch.current_graph_task() == _torch.NO_TASK:
+                segment.at_end(self.fold.segment_ended)
 
     def flush(self, backward: Backward | None = None) -> None:
         """Step with the terms that have waited for reentrant checkpoints."""

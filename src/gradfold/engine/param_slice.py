@@ -95,9 +95,15 @@ class ParamSlice(ParamStepper):
 
     def _measure(self, terms: list[GradTerm]) -> None:
         """Take the norm only, in the first pass of ``clip="two_pass"``."""
+        sums = self.fold.step.power_sums
+        if self in sums:
+            raise FoldError(
+                f"{self.name}: a reentrant checkpoint read it in a way that cannot be seen (as a raw tensor?), and its "
+                "norm for clip='two_pass' was taken before; use use_reentrant=False, or clip='exact'"
+            )
         self.wait(terms)
         with torch.no_grad():
-            self.fold.step.power_sums[self] = self.backend.power(self.view, terms)
+            sums[self] = self.backend.power(self.view, terms)
 
     # stepping ---------------------------------------------------------------------------------------------------------
 

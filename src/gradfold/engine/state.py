@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ from .grad_scaler import Marker
 from .live import dismiss, names_of, refuse_several
 from .loops import refuse_loop, refuse_micro_batch
 from .owned import given_gradients
-from .param import FoldParam, hook_lost, second_backward
+from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer
-from .segments import node_around_backward, node_in_forward, on_calling_thread
+from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .step import Step
+from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 
 
 class FoldState(FoldContext):
@@ -49,6 +50,8 @@ class FoldState(FoldContext):
         joint: bool = False,
     ) -> None:
         super().__init__(model, optimizer, backend, options or FoldOptions(), joint)
+        watch()
+        self._unreached = unreached()
         self._auditor = Auditor(model)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
@@ -107,20 +110,20 @@ class FoldState(FoldContext):
             if param.gate is None or not there:
                 param.arm()
 
-    def look_in_turns(self) -> None:
+    def look_in_turns(self, param: FoldParam) -> None:
         """Do the same where a working set decides what requires grad.
 
         Raises:
-            FoldError: inside a reentrant checkpoint.
+            FoldError: inside a reentrant checkpoint, or another autograd Function that may lose its gradient.
         """
         if torch.is_grad_enabled():
             self.look()
-        elif node_in_forward() is not None:
-            raise FoldError(
-                "a reentrant checkpoint with working_set=: it hands gradients on only to inputs that require grad, "
-                "which those of sleeping layers do not; use use_reentrant=False (transformers: "
-                "gradient_checkpointing_enable({'use_reentrant': False}))"
-            )
+        else:
+            refuse_untaken(param)
+
+    def ignore(self) -> None:
+        """Raise if the loss, which requires no grad, should have: a working set's segment has lost its gradient."""
+        refuse_lost(self.params.values(), self._unreached, lambda _: Demand.NOTHING)
 
     def enter(self, task: int) -> Backward:
         """Return the backward of a graph task; one that reaches the fold for the first time is examined.
@@ -133,22 +136,40 @@ class FoldState(FoldContext):
         if not self.step.loop_looked:  # no folded module was called; the caller may be on another thread
             self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
         refuse_micro_batch(self.step.loop, self)
-        node = node_around_backward()
-        refuse_several(self, nested=node is not None)
-        if node is None:
-            self._begin()
-        made = Backward(None if node is None else self.segment(node))
+        nodes = nodes_around_backward()
+        refuse_several(self, nested=bool(nodes))
+        made = self._enter_inner(nodes) if nodes else self._begin()
         self.step.backwards[task] = made
         _torch.at_task_end(lambda: self._leave(made))
         return made
 
-    def _begin(self) -> None:
+    def _enter_inner(self, nodes: list[Any]) -> Backward:
+        """Return a backward that a segment has called; ``nodes`` are those around it, the innermost first."""
+        step, parent, root = self.step, self.segment(nodes[0]), self.segment(nodes[-1])
+        if step.surveyed is not None and root.made > step.surveyed:
+            # its forward is younger than the outermost backward that the fold knows: that one has failed
+            refuse_interrupted(self, self.params.values())
+            if on_calling_thread():
+                self._forget(step.backwards.values())
+            step.surveyed = None
+        parent.enter()
+        root.due = parent.due = True
+        claimed = step.surveyed is not None
+        if claimed and root not in step.segments:
+            step.segments.append(root)
+        return Backward(parent, root, bool(self.accumulating), claimed)
+
+    def _begin(self) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
-        self._refuse_second()
+        survey(self)
+        refuse_second(self, self.params.values())
         step.forget_norms()
+        if self.turns is not None:
+            before, self._unreached = self._unreached, unreached()
+            refuse_lost(self.params.values(), before)
         self._forget_failed()
         if not step.open:  # by now a functional_call has restored the parameters
             self._auditor.audit(self.params)
@@ -165,19 +186,17 @@ class FoldState(FoldContext):
         self._plan()
         if step.defers:
             step.copies.given = given_gradients()
-        if options.clip == "delayed":
-            step.coefficients = self.following
-        if self.segments:
-            step.surveyed = True
-            for segment in self.segments.values():
-                segment.survey()
+        if step.segments:
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
+        return Backward(None, None, bool(self.accumulating), True)
 
     def _plan(self) -> None:
         """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""
         step = self.step
         step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
         step.defers = not step.last or step.waits
+        if self.options.clip == "delayed":
+            step.coefficients = self.following
         step.torch_norms = self.options.clip == "delayed" or (self.turns is not None and self.turns.by_norm)
 
     @property
@@ -186,26 +205,15 @@ class FoldState(FoldContext):
         last = not self.accumulating and self.step.summed >= self.options.accumulate - 1
         return not last or self.step.waits
 
-    def _refuse_second(self) -> None:
-        step = self.step
-        parents = [backward.parent for backward in step.backwards.values()]
-        if parents and None not in parents:
-            return  # checkpoints of this same backward came first, with no folded module around them; their terms wait
-        if not step.open:
-            return
-        # autograd cannot say what checkpoints will reach, so after one has run every second backward is refused
-        nested = any(parent is not None for parent in parents)
-        for param in self.params.values():
-            if (param.done or param.waits) and (nested or param.demand() is Demand.STEP):
-                raise FoldError(second_backward(param.name, param.stepped))
-
     def _forget_failed(self) -> None:
         """Forget a failed backward that the caller runs again; no weight had stepped in it."""
         step = self.step
-        if not step.backwards or step.open or not on_calling_thread():
-            return
+        if step.backwards and not step.open and on_calling_thread():
+            self._forget(step.backwards.values())
+
+    def _forget(self, backwards: Iterable[Backward]) -> None:
         here = threading.get_ident()
-        for backward in step.backwards.values():  # a thread runs one outermost backward at a time
+        for backward in backwards:  # a thread runs one outermost backward at a time
             if backward.running and backward.thread == here:
                 backward.running = False
                 backward.terms.clear()
@@ -220,8 +228,22 @@ class FoldState(FoldContext):
             if step.moved:
                 step.stamps = self._auditor.stamps(self.params)
             return
-        parent.done = True
-        for param in list(step.waiting):
+        if parent.once or not parent.watched:
+            parent.done = True
+        self._flush_due(backward, parent)
+
+    def segment_ended(self, segment: Segment) -> None:
+        """Step what has waited for a segment that has run now."""
+        segment.end()
+        step, task = self.step, _torch.current_graph_task()
+        if self.paused or not step.waiting:
+            return
+        # where the segments come first in backward, this may be the first that is seen of the outermost one
+        self._flush_due(step.backwards.get(task) or self.enter(task), None)
+
+    def _flush_due(self, backward: Backward, parent: Segment | None) -> None:
+        """Step every parameter to which no segment can bring more terms."""
+        for param in list(self.step.waiting):
             if not param.due(parent):
                 param.flush(backward)
 
@@ -235,8 +257,9 @@ class FoldState(FoldContext):
         return [param.name for param, found in zip(params, differs, strict=True) if found and param.stepped]
 
     def _flush(self, backward: Backward | None = None) -> None:
-        self.step.surveyed = False
-        for param in list(self.step.waiting):
+        step = self.step
+        step.surveyed, step.segments, step.cautious = None, [], False
+        for param in list(step.waiting):
             param.flush(backward)
 
     @contextlib.contextmanager
@@ -251,11 +274,10 @@ class FoldState(FoldContext):
         slices, sums = self.slices(), {}
         try:
             yield
+            self._flush()  # where it has reached nothing but through segments
         finally:
             settle(self, slices)
             sums = dict(self.step.power_sums)
-            for segment in self.segments.values():
-                segment.done = False  # the second pass will go through it again
             self.new_step()
         nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
         if nonfinite:

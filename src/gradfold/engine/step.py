@@ -17,6 +17,7 @@ from .clipping import change_for
 from .deferred import DeferredGrads, StorageHolders
 from .owned import Copies
 from .protocols import Optimizer
+from .segments import Segment
 from .stepper import GroupStep
 
 
@@ -29,7 +30,10 @@ class Step:
         backwards: the backwards that have reached the fold, inner ones too, by autograd's graph task.
         summed: how many outermost backwards have completed, outside of ``accumulating()``.
         looked: whether the model was examined as the step's first forward began.
-        surveyed: whether autograd was asked which segments and weights the outermost backward will reach.
+        surveyed: when autograd was asked which segments and weights the outermost backward will reach, as
+            ``segments.now`` tells it; None while none is known to run.
+        segments: the segments that it reaches.
+        cautious: whether all of its terms wait for its end, since a segment may reach what has stepped already.
         torch_norms: whether norms decide something in later steps, and must be rounded as torch's.
         last: whether the running backward is the last that this step sums.
         defers: whether its terms wait for ``optimizer.step()``.
@@ -64,7 +68,9 @@ class Step:
         self.backwards: dict[int, Backward] = {}
         self.summed = 0
         self.looked = False
-        self.surveyed = False
+        self.surveyed: int | None = None
+        self.segments: list[Segment] = []
+        self.cautious = False
         self.last = True
         self.torch_norms = False
         self.defers = False

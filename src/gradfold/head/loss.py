@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradfold import _torch
 from gradfold.backends import rows
 from gradfold.engine import Demand, FoldParam, param_of, refuse_ddp
 from gradfold.errors import FoldError
@@ -134,6 +135,7 @@ def linear_log_probs(
     )
 
 
+@_torch.unwatched
 class FoldedHead(torch.autograd.Function):
     """The loss of each token ``[T]``."""
 

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradfold import _torch
 from gradfold.backends import GatherTerm, rows
 from gradfold.engine import Demand, FoldParam
 
 from .routing import Folded, is_plain, not_a_view, routed
 
 
+@_torch.unwatched
 class FoldedLookup(torch.autograd.Function):
     """Looks up rows of a weight ``[V, H]`` by id."""
 

@@ -15,6 +15,7 @@ from gradfold.engine import Demand, FoldParam
 from .routing import Folded, is_plain, not_a_view, routed
 
 
+@_torch.unwatched
 class FoldedMatmul(torch.autograd.Function):
     """A matrix product with the weight ``[N, K]`` of a Linear."""
 
@@ -57,6 +58,7 @@ class FoldedMatmul(torch.autograd.Function):
         return _backward(ctx, demand, dY, x, weight, by_bias, cls.transposed)
 
 
+@_torch.unwatched
 class FoldedTransposedMatmul(FoldedMatmul):
     """A matrix product with the weight ``[K, N]`` of a Conv1D."""
 

@@ -38,7 +38,7 @@ def usable(param: FoldParam) -> FoldParam | None:
     """Return the parameter, if a call that reads it now can hand it a term; else None."""
     weight, task, fold = param.param, current_graph_task(), param.fold
     if task == NO_TASK and fold.turns is not None:
-        fold.look_in_turns()  # it may put this very weight to sleep
+        fold.look_in_turns(param)  # it may put this very weight to sleep
     if not weight.requires_grad:
         return None
     if task != NO_TASK:
@@ -72,6 +72,14 @@ class Folded:
     """Base of the folded classes; copies and pickles of a folded module are plain modules."""
 
     plain_class: type  # set on each class that ``swap`` makes
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)  # type: ignore[misc]
+        if name == "weight" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            param: FoldParam | None = self.__dict__.get(FOLD_PARAM)
+            if param is not None and found is param.param and found.requires_grad:
+                param.first_pass()  # by code that is not folded: the checkpoint around it will read it again
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         state = self.__dict__.copy()  # type: ignore[attr-defined]
