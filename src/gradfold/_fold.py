@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import OPTIMIZERS, Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .engine import FoldState, outside, refuse_parameter, wrapper_of
+from .engine import FoldState, outside, refuse_parameter, survive_group_norms, wrapper_of
 from .errors import FoldError
 from .head import HeadRow, fold_heads
 from .modules import FOLD_PARAM, restore, swap
@@ -152,10 +152,13 @@ def fold(
             "'two_pass'"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
+    if any(device.type == "cpu" for device in devices):
+        survive_group_norms()
     state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
+    place = optimizer._rotation
     made = Fold(state, [])
     try:
         made._modules = swap(model, params)
@@ -174,6 +177,7 @@ def fold(
             rotation.close()
         optimizer.state.clear()
         optimizer.state.update(kept)
+        optimizer._rotation = place
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise

@@ -3,6 +3,7 @@
 from .audit import outside
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
+from .group_norm import survive_group_norms
 from .param import FoldParam, param_of
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
@@ -29,5 +30,6 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "survive_group_norms",
     "wrapper_of",
 ]
