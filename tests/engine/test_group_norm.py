@@ -205,6 +205,7 @@ def test_gradients_are_bit_for_bit_those_beside_an_inputs_own(dtype, dim):
     survives(task)
 
 
+@pytest.mark.slow
 def test_twice_differentiated_and_compiled_as_before():
     def task():
         model = nn.Linear(2, 2)
