@@ -175,13 +175,14 @@ class FolderLock:
     def close(self) -> None:
         """Let others have the folder. The lock's file goes while it is still held.
 
-        In a forked child nothing happens: the hold is the parent's. A file that has taken the place of the lock's is
-        somebody else's, and stays.
+        In a forked child nothing happens: the hold is the parent's. A file that has taken the place of the lock's, or
+        that something is written in, is somebody else's, and stays.
         """
         if self._lock is not None and self._lock.is_locked and os.getpid() == self._process:
+            path = self._lock.lock_file
             with contextlib.suppress(OSError):
-                if _identity(self._lock.lock_file) == self._file:
-                    os.unlink(self._lock.lock_file)
+                if _identity(path) == self._file and not os.path.getsize(path):
+                    os.unlink(path)
             self._lock.release()
 
     def __enter__(self) -> FolderLock:

@@ -85,7 +85,7 @@ def run_in_child(chosen, out, display, how, call, seconds):
 @pytest.mark.parametrize("mode", ["reset", pytest.param("keep", marks=pytest.mark.slow)])
 def test_killed_again_and_again(tiny, texts, tmp_path, silent, instants, mode):
     settings = SETTINGS | {"working_set__states": mode}
-    chosen = recipe(tiny, texts, steps=2 * instants + 3, **settings)
+    chosen = recipe(tiny, texts, steps=3 * instants + 3, **settings)
     out, draw, killed = tmp_path / "run", random.Random(instants), 0
     for instant in range(instants):
         how = ("save", "switch")[instant % 2]

@@ -201,6 +201,13 @@ def test_a_lock_that_somebody_else_has_made_anew_stays(tmp_path):
     assert not (tmp_path / _io.LOCK).exists()
 
 
+def test_a_file_of_the_locks_name_that_holds_something_stays(tmp_path):
+    (tmp_path / _io.LOCK).write_text("another program's")
+    with hold_folder(tmp_path):
+        assert hold_folder(tmp_path) is None
+    assert (tmp_path / _io.LOCK).read_text() == "another program's"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_does_not_let_go_of_its_parents_lock(tmp_path):
     lock = hold_folder(tmp_path)
