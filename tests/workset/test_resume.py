@@ -120,18 +120,6 @@ def test_a_chunk_that_follows_itself_draws_on():
     assert woken == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize(("chunks", "woke"), [(1, 0), (3, 2)])
-def test_a_schedule_saved_before_it_knew_when_a_chunk_woke(chunks, woke):
-    schedule = Schedule(chunks, 2, "forward", 0)
-    for _ in range(5):
-        schedule.stepped(None)
-    saved = schedule.state_dict()
-    del saved["woke"]
-    again = Schedule(chunks, 2, "forward", 0)
-    again.load_state_dict(saved)
-    assert again.woke == woke and again.state_dict() == schedule.state_dict()
-
-
 @pytest.mark.parametrize("cut", CUTS)
 def test_masters_alone_in_other_folds(cut):
     """Removed and folded again, or loaded by an ordinary optimizer where no slice is cut: residuals are taken over."""

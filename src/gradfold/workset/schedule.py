@@ -11,7 +11,7 @@ from gradfold.errors import FoldError
 
 DECAY = 0.9  # decay of a chunk's running gradient norm per optimizer step
 
-_COUNTS = ("chunks", "interval", "seed", "turn", "woke", "index", "next", "step")
+_COUNTS = ("chunks", "interval", "seed", "turn", "index", "next", "step")
 
 
 class Schedule:
@@ -30,7 +30,6 @@ class Schedule:
         next: The chunk after it. It is fixed during a turn, so that it can be prefetched.
         step: Optimizer steps taken in this turn, 0..interval - 1.
         turn: Number of turns that have ended.
-        woke: The turn in which the active chunk became active; an earlier one if it has followed itself since.
         norms: Running gradient norm of each chunk; None while unknown.
         last: Turn of each chunk's last visit; -1 for none.
 
@@ -50,7 +49,7 @@ class Schedule:
             raise FoldError(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
         self.chunks, self.interval, self.order, self.seed = chunks, interval, order, seed
         self.step = 0
-        self.turn = self.woke = 0
+        self.turn = 0
         self.norms: list[float | None] = [None] * chunks
         self.last = [-1] * chunks
         self.index = ORDERS[order](self, 0)
@@ -61,6 +60,11 @@ class Schedule:
     def leaves(self) -> bool:
         """Whether the next call of ``stepped`` changes ``index``."""
         return self.step + 1 >= self.interval and self.next != self.index
+
+    @property
+    def woke(self) -> int:
+        """The turn in which the active chunk woke: this one, as no order lets one of several chunks follow itself."""
+        return 0 if self.chunks == 1 else self.turn
 
     def stepped(self, power: float | None) -> bool:
         """Count an optimizer step.
@@ -81,10 +85,7 @@ class Schedule:
         self.step, self.turn, self.index = 0, self.turn + 1, self.next
         self.last[self.index] = self.turn
         self.next = ORDERS[self.order](self, self.turn + 1)
-        if self.index == before_index:
-            return False
-        self.woke = self.turn
-        return True
+        return self.index != before_index
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain integers, floats and lists."""
@@ -107,20 +108,18 @@ class Schedule:
                     f"{name}={getattr(self, name)!r}: the saved schedule has {name}={state[name]!r}; resume with that, "
                     "or begin a new working set"
                 )
-        # earlier versions saved no "woke"; a chunk follows itself only where it is the only one
-        state = {"woke": 0 if self.chunks == 1 else state.get("turn"), **state}
         norms: Any = state.get("norms")
         last: Any = state.get("last")
         good = all(_is_count(state.get(name)) for name in _COUNTS)
         good = good and 0 <= state["index"] < self.chunks and 0 <= state["next"] < self.chunks
-        good = good and 0 <= state["woke"] <= state["turn"] and state["step"] >= 0
+        good = good and state["turn"] >= 0 and state["step"] >= 0
         good = good and isinstance(norms, list | tuple) and isinstance(last, list | tuple)
         good = good and len(norms) == len(last) == self.chunks
         good = good and all(one is None or (isinstance(one, int | float) and 0 <= one < math.inf) for one in norms)
         good = good and all(_is_count(one) and -1 <= one <= state["turn"] for one in last)
         if not good:
             raise FoldError(f"the saved schedule is damaged: {dict(state)!r}")
-        self.turn, self.woke, self.step = state["turn"], state["woke"], min(state["step"], self.interval - 1)
+        self.turn, self.step = state["turn"], min(state["step"], self.interval - 1)
         self.index, self.next = state["index"], state["next"]
         self.norms, self.last = [None if one is None else float(one) for one in norms], list(last)
 
