@@ -19,6 +19,7 @@ from .engine import (
     outside,
     refuse_owned,
     refuse_parameter,
+    survive_group_norms,
     unwatch,
     watch,
     wrapper_of,
@@ -157,10 +158,13 @@ def fold(
             "'two_pass'"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
+    if any(device.type == "cpu" for device in devices):
+        survive_group_norms()
     state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
+    place = optimizer._rotation
     made = Fold(state, [])
     try:
         made._modules = swap(model, params)
@@ -181,6 +185,7 @@ def fold(
             rotation.close()
         optimizer.state.clear()
         optimizer.state.update(kept)
+        optimizer._rotation = place
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise

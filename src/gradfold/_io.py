@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Yields:
         The sibling's path, at which there is no file yet.
     """
-    temporary = target.with_name(f"{TEMPORARY}{target.name[:100]}.{secrets.token_hex(4)}")
+    temporary = _beside(TEMPORARY, target)
     try:
         yield temporary
         sync(temporary)
@@ -65,6 +66,11 @@ def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
         file.write(data)
 
 
+def _beside(prefix: str, target: Path) -> Path:
+    """A sibling's path that nobody else uses. Of a long name its end is kept, by which leftovers are known."""
+    return target.with_name(f"{prefix}{target.name[-100:]}.{secrets.token_hex(4)}")
+
+
 def write_folder(target: Path, fill: Callable[[Path], None], facts: dict[str, Any]) -> None:
     """Make a folder by filling a temporary sibling and renaming it. On any error the sibling is removed again.
 
@@ -76,9 +82,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], facts: dict[str, An
     Raises:
         OSError: it cannot be written, or `target` exists.
     """
-    temporary = target.with_name(TEMPORARY + target.name)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(temporary)
+    temporary = _beside(TEMPORARY, target)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -100,18 +104,38 @@ def write_folder(target: Path, fill: Callable[[Path], None], facts: dict[str, An
 
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a crash in between leaves nothing that looks whole."""
-    doomed = path.with_name(DOOMED + path.name)
+    doomed = _beside(DOOMED, path)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete what crashes left behind. Only for a folder that no other process writes to."""
+def remove_leftovers(parent: Path, names: str = ".*") -> None:
+    """Delete what crashes left behind of writing or deleting files and folders here.
+
+    Only for a folder that no other process writes to.
+
+    Args:
+        parent: the folder; it need not exist.
+        names: a regular expression of what was written; leftovers of other names are somebody else's, and stay.
+    """
+    left = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(DOOMED)})({names})(\.[0-9a-f]{{8}})?")
     for path in [*parent.glob(TEMPORARY + "*"), *parent.glob(DOOMED + "*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if left.fullmatch(path.name) is None:
+            continue
+        with contextlib.suppress(OSError):  # it does no harm
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def files_below(folder: Path) -> list[str]:
+    """The names of all files in a folder and its subfolders, relative to it; a link is a file, wherever it leads."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in [*files, *links]]
+    return sorted(found)
 
 
 def sync(path: Path) -> None:
@@ -145,12 +169,20 @@ class FolderLock:
 
     def __init__(self, lock: BaseFileLock | None):
         self._lock = lock
+        self._process = os.getpid()
+        self._file = None if lock is None else _identity(lock.lock_file)
 
     def close(self) -> None:
-        """Let others have the folder. The lock's file goes while it is still held."""
-        if self._lock is not None and self._lock.is_locked:
+        """Let others have the folder. The lock's file goes while it is still held.
+
+        In a forked child nothing happens: the hold is the parent's. A file that has taken the place of the lock's, or
+        that something is written in, is somebody else's, and stays.
+        """
+        if self._lock is not None and self._lock.is_locked and os.getpid() == self._process:
+            path = self._lock.lock_file
             with contextlib.suppress(OSError):
-                os.unlink(self._lock.lock_file)
+                if _identity(path) == self._file and not os.path.getsize(path):
+                    os.unlink(path)
             self._lock.release()
 
     def __enter__(self) -> FolderLock:
@@ -160,13 +192,22 @@ class FolderLock:
         self.close()
 
 
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def hold_folder(folder: Path) -> FolderLock | None:
     """Hold a folder against everyone else, other folds of this process included.
 
     On a file system without locks the hold is granted, and keeps nobody out.
 
     Returns:
-        None if somebody has it.
+        None if another process, or another fold of this one, has it.
 
     Raises:
         OSError: the lock's file cannot be made.

@@ -42,6 +42,23 @@ DAMAGES = {
     "one bit of the weights": (lambda p: flip(p / "model.safetensors", -1), "model.safetensors has changed"),
     "one bit of the recipe": (lambda p: flip(p / "recipe.yaml", 3), "recipe.yaml has changed"),
     "a missing file": (lambda p: (p / TRAINER).unlink(), "trainer.json is missing"),
+    "a file that is not in the manifest": (
+        lambda p: (p / "pytorch_model.bin").write_bytes(b"x"),
+        "pytorch_model.bin is not in its manifest; move that file out of the folder",
+    ),
+    "a hidden file": (lambda p: (p / ".notes").write_text("x"), ".notes is not in its manifest"),
+    "a file in a folder": (
+        lambda p: ((p / "more").mkdir(), (p / "more" / "manifest.json").write_text("{}")),
+        "more/manifest.json is not in its manifest",
+    ),
+    "a link that leads nowhere": (lambda p: (p / "x").symlink_to("nowhere"), "x is not in its manifest"),
+    "a link to a folder": (lambda p: (p / "y").symlink_to(p.parent), "y is not in its manifest"),
+    "a manifest that leads out of the folder": (
+        lambda p: damage_json(
+            p / _io.MANIFEST, lambda t: t["files"].update({"../step-000003/recipe.yaml": {"bytes": 1, "sha256": ""}})
+        ),
+        "its manifest lists ../step-000003/recipe.yaml, which is not inside of it",
+    ),
     "an empty manifest": (lambda p: (p / _io.MANIFEST).write_text(""), "manifest.json cannot be read"),
     "no manifest": (lambda p: (p / _io.MANIFEST).unlink(), "is not a checkpoint of gradfold (no manifest.json)"),
     "another program's manifest": (

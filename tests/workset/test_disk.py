@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gradfold._io import hold_folder
 from gradfold.errors import FoldError
 from gradfold.workset import DiskStore, files
 from tests.workset.test_store import assert_same, some
@@ -178,6 +179,45 @@ def test_keys_make_safe_and_different_names(disk, tmp_path):
     assert sorted(again.adopt()) == sorted(keys)
     for i, key in enumerate(keys):
         assert_same(again.take(key, "cpu"), some(float(i)))
+
+
+def test_the_parts_of_a_file_that_another_process_writes_stay(tmp_path):
+    """And those of other programs."""
+    part, letter = tmp_path / ".writing-x.safetensors.0123abcd", tmp_path / ".writing-letter.json.0123abcd"
+    part.write_bytes(b"half")
+    letter.write_bytes(b"half")
+    with hold_folder(tmp_path):
+        DiskStore(tmp_path)
+        assert part.exists()
+    DiskStore(tmp_path)
+    assert names(tmp_path) == [letter.name]
+
+
+def test_a_file_that_is_there_already_is_not_replaced(disk, tmp_path):
+    """On a file system without locks two processes may choose the same version."""
+    other = DiskStore(tmp_path)
+    other.put("a", some(1.0))
+    disk.put("a", some(2.0))
+    assert_same(other.take("a", "cpu"), some(1.0))
+    assert_same(disk.take("a", "cpu"), some(2.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_neither_writes_nor_deletes(disk, tmp_path):
+    disk.put("a", some(1.0))
+    before = names(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            disk.put("a", some(2.0))
+        except FoldError as error:
+            disk.drop("a")
+            disk.prune()
+            os._exit(0 if "was forked from the one whose states are there" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert names(tmp_path) == before
+    assert_same(disk.take("a", "cpu"), some(1.0))
 
 
 WRITER = """

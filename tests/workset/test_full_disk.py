@@ -11,6 +11,7 @@ import torch
 
 import gradfold
 from gradfold.errors import FoldError
+from gradfold.workset import DiskStore, HostStore
 from gradfold.workset import disk as disk_module
 from tests.workset.sliced import snapshot, untouched
 from tests.workset.test_rotation import folded, reloaded, same, train
@@ -175,6 +176,45 @@ def test_a_folder_has_one_fold_at_a_time(tmp_path):
         other, ours(other), working_set=gradfold.WorkingSet(interval=1, chunks=2, offload="disk", folder=tmp_path)
     )
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_a_store_of_ones_own_has_one_fold_at_a_time(tmp_path, kind):
+    """Slices of two models have the same names: the one's states would be the other's."""
+    store = DiskStore(tmp_path) if kind == "disk" else HostStore()
+    model, optimizer, fold = folded(**OPTIONS, offload=store)
+    train(model, optimizer, range(5))
+    twin, its, _ = folded(**OPTIONS)
+    train(twin, its, range(5))
+    other = Net("untied")
+    with pytest.raises(FoldError, match="another fold keeps its states there"):
+        gradfold.fold(other, ours(other), working_set=gradfold.WorkingSet(interval=1, chunks=2, offload=store))
+    if kind == "disk":
+        with pytest.raises(FoldError, match="another working set keeps its states there"):
+            folded(**OPTIONS, offload=DiskStore(tmp_path))
+    assert all(p.requires_grad for p in other.parameters())
+    train(model, optimizer, range(5, 12))
+    train(twin, its, range(5, 12))
+    assert same(model, twin) and equal(states(optimizer), states(its))
+    fold.remove()
+    gradfold.fold(other, ours(other), working_set=gradfold.WorkingSet(interval=1, chunks=2, offload=store))
+
+
+def test_a_store_whose_fold_nobody_refers_to_is_free():
+    store = HostStore()
+    folded(**OPTIONS, offload=store)
+    folded(**OPTIONS, offload=store)
+
+
+def test_other_keys_of_a_store_of_ones_own_stay():
+    store = HostStore()
+    store.put("mine", {"x": torch.ones(2)})
+    model, optimizer, fold = folded(**OPTIONS, offload=store)
+    train(model, optimizer, range(5))
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(5, 9))
+    fold.remove()
+    assert store.keys() == ["mine"]
 
 
 HOLDER = """

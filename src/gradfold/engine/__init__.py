@@ -4,6 +4,7 @@ from .audit import outside
 from .clip_calls import clip_norm_at_step
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
+from .group_norm import survive_group_norms
 from .live import enlist, refuse_owned
 from .loops import unwrapped
 from .param import FoldParam, param_of
@@ -36,6 +37,7 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "survive_group_norms",
     "unwatch",
     "unwrapped",
     "watch",

@@ -52,6 +52,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._streams: dict[int, str] = {}
         self._backend: Reference | None = None
         self._steppers: dict[Parameter, ParamStepper] = {}  # for steps without a fold
+        self._rotation: Any = None  # of a working set, loaded before folding: the fold with working_set= goes on there
         storage = storage or {}
         implementations = self.torch_only or TORCH_ONLY.keys()  # Lion, which torch does not have, takes any
         if unknown := storage.keys() - OPTIONS.keys() - {"capturable", *implementations}:
@@ -265,8 +266,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if states := self._turns.states(param):
                     packed["state"][index] = states
             packed["state"] = dict(sorted(packed["state"].items()))
-            packed["working_set"] = self._turns.state_dict()
+        if (rotation := self._current_rotation()) is not None:
+            packed["working_set"] = rotation
         return packed
+
+    def _current_rotation(self) -> Any:
+        """Return the place in a working set's rotation: the fold's, or one that was loaded and waits for a fold."""
+        return deepcopy(self._rotation) if self._turns is None else self._turns.state_dict()
 
     @property
     def _turns(self) -> Turns | None:
@@ -324,6 +330,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         is converted, rounded to nearest. Second moments are never kept in fp16: they are widened, and a warning says
         how many of them had underflowed.
 
+        The place in a working set's rotation is kept until ``fold(working_set=...)`` goes on from there. States of
+        slices can only be loaded into a model that is folded with their working set.
+
         Raises:
             ValueError: the groups differ, or a state does not fit its parameter. Nothing is changed then.
             FoldError: in the middle of a step.
@@ -348,8 +357,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
                     placed[param] = states
+        rotation = deepcopy(state_dict.get("working_set"))
         if turns is not None:
-            turns.check(state_dict.get("working_set"))
+            turns.check(rotation)
         if lost:
             warnings.warn(lost_in_fp16(lost), stacklevel=2)
         self.state.clear()
@@ -363,11 +373,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                     one.lazy.clear()
             self._fold.new_step()
             if turns is not None:
-                turns.load(
-                    state_dict.get("working_set"), lambda p, region: self._placed(p, owners[id(p)], saved, region)
-                )
+                turns.load(rotation, lambda p, region: self._placed(p, owners[id(p)], saved, region))
             for param in self._fold.params.values():
                 param.allocate()
+        self._rotation = rotation if turns is None else None
         self._steppers.clear()
         for hook in _torch.load_post_hooks(self).values():
             hook(self)
@@ -427,6 +436,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             kept["state"] = defaultdict(
                 dict, {param: found for param in self._params if (found := self._turns.states(param))}
             )
+        kept["_rotation"] = self._current_rotation()
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -437,7 +447,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "torch.optim.Optimizer.load_state_dict on an optimizer that is folded with a working set: it knows "
                 "nothing of slices; call optimizer.load_state_dict(...)"
             )
-        super().__setstate__(state)
+        super().__setstate__({"_rotation": None, **state})  # torch's load_state_dict knows of none
         self._fold, self._backend, self._groups, self._streams, self._steppers = fold, None, {}, {}, {}
 
 

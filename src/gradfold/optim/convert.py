@@ -38,10 +38,10 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
     saved = {name: value for name, value in saved.items() if value is not None}
     _refuse_foreign(saved, storage, rule, kind)
     counters = storage.counters(rule)
-    placed = {name: _counter(value) for name, value in saved.items() if name in counters}
-    if saved:  # torch's SGD saves no step, which the random bits need
-        placed |= {name: torch.tensor(start) for name, start in counters.items() if name not in placed}
     residuals = storage.residuals()
+    placed = {name: _counter(value) for name, value in saved.items() if name in counters}
+    if saved.keys() - set(residuals):  # torch's SGD saves no step, which the random bits need
+        placed |= {name: torch.tensor(start) for name, start in counters.items() if name not in placed}
     known = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
     for name in dict.fromkeys(key.partition(".")[0] for key in saved if key not in counters and key not in residuals):
         placed |= _state(param, name, saved, known.get(name), storage)
@@ -65,7 +65,8 @@ def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind
             "master is the bf16 weight: to go on from there, remove the key"
         )
     names = {key.partition(".")[0] for key in saved if key not in residuals}
-    if saved and not needed <= names <= allowed:
+    # A master alone is what ``WorkingSet(states="reset")`` keeps of a slice that sleeps: its states begin anew.
+    if names and not needed <= names <= allowed:
         raise ValueError(
             f"state_dict has states {sorted(names)}, {kind} keeps {sorted(needed | rule.optional)}; it was saved by "
             "another optimizer"

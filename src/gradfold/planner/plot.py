@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from gradfold._io import write_file
 
 from .bytes import byte_unit, format_bytes
 from .step import PHASES, StepMemory
@@ -88,9 +91,12 @@ def draw_step_memory(
         handletextpad=0.5,
         columnspacing=1.4,
     )
-    drawn = io.BytesIO()  # whole before the file is touched
+    drawn, target = io.BytesIO(), Path(os.path.realpath(path))
     figure.savefig(drawn, format=Path(path).suffix.lstrip(".") or "png")
-    Path(path).write_bytes(drawn.getvalue())
+    if target.exists() and not target.is_file():  # a device or a pipe cannot be replaced
+        target.write_bytes(drawn.getvalue())
+    else:
+        write_file(target, drawn.getvalue())
 
 
 def _summary(plain: StepMemory, folded: StepMemory) -> str:

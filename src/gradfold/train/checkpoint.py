@@ -6,11 +6,13 @@
         trainer.json               the rest: param groups, scheduler, fold, progress
         recipe.yaml, manifest.json every file's size and SHA-256
 
-A folder of that name is complete: it is written beside and renamed (`atomic`).
+A folder of that name is complete: it is written beside and renamed (`_io.write_folder`). It holds what its manifest
+lists, and nothing else: another file, which transformers might read in place of ours, is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,6 +37,7 @@ from .state import pack, pack_optimizer, pack_random, restore_random, unpack, un
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
 STATES, TRAINER, RECIPE = "optimizer.safetensors", "trainer.json", "recipe.yaml"
+NAME = r"step-\d{6,}"
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Saved:
     def run_folder(self) -> Path | None:
         """The folder of the run that saved it; None for a checkpoint that was copied out of its run."""
         path = self.path.resolve()
-        in_place = path.parent.name == FOLDER and re.fullmatch(r"step-\d{6,}", path.name)
+        in_place = path.parent.name == FOLDER and re.fullmatch(NAME, path.name)
         return path.parent.parent if in_place else None
 
     def is_of(self, out: Path) -> bool:
@@ -100,7 +103,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 
-    `fold`: None where the model is not folded. Raises CheckpointError if the disk is full; nothing has changed then.
+    `fold`: None where the model is not folded. Raises CheckpointError if it cannot be written; nothing has changed
+    then.
     """
     target = folder / f"step-{progress.step:06d}"
     tensors, optimizer_tree = pack_optimizer(optimizer, model)
@@ -139,15 +143,16 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {target}: cannot be written ({one_line(error)}){_last_intact(folder)}"
         ) from error
-    for old in [path for path in list_checkpoints(folder) if path != target][: -(recipe.checkpoint.keep - 1) or None]:
-        if _step_of(old) < progress.step:
+    older = [path for path in list_checkpoints(folder) if _step_of(path) < progress.step and _is_ours(path)]
+    for old in older[: -(recipe.checkpoint.keep - 1) or None]:
+        with contextlib.suppress(OSError):  # the new one is complete; the next save tries again
             _io.remove_folder(old)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of one run, oldest step first."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(NAME, path.name)]
     return sorted(found, key=_step_of)
 
 
@@ -171,6 +176,8 @@ def read_checkpoint(path: Path) -> Saved:
     try:
         for name, facts in manifest["files"].items():
             _check_file(path, name, facts["bytes"], facts["sha256"])
+        if strange := _strange_files(path, manifest):
+            raise _damaged(path, f"{strange[0]} is not in its manifest", "move that file out of the folder")
         trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
         return Saved(
             path=path,
@@ -183,8 +190,24 @@ def read_checkpoint(path: Path) -> Saved:
         raise _damaged(path, one_line(error)) from error
 
 
+def _strange_files(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files in a checkpoint that its manifest does not list."""
+    return [name for name in _io.files_below(path) if name != _io.MANIFEST and name not in manifest["files"]]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint that a run has written, and that nobody has put anything into since."""
+    try:
+        manifest = _read_manifest(path)
+        return not path.is_symlink() and manifest.get("step") == _step_of(path) and not _strange_files(path, manifest)
+    except (CheckpointError, OSError):
+        return False
+
+
 def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
     file = path / name
+    if Path(name).is_absolute() or os.pardir in Path(name).parts:
+        raise _damaged(path, f"its manifest lists {name}, which is not inside of it")
     if not file.is_file():
         raise _damaged(path, f"{name} is missing")
     if file.stat().st_size != nbytes:
@@ -236,9 +259,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def _damaged(path: Path, what: str, instead: str | None = None) -> CheckpointError:
+    """The error of a checkpoint that cannot be continued from. `instead`: a way out beside an earlier checkpoint."""
     earlier = [other for other in list_checkpoints(path.parent) if _step_of(other) < _step_of(path)]
-    way_out = f"delete it to resume from {earlier[-1].name}" if earlier else "there is no earlier one to resume from"
+    ways_out = [instead] if instead else []
+    ways_out += [f"delete it to resume from {earlier[-1].name}"] if earlier else []
+    way_out = ", or ".join(ways_out) or "there is no earlier one to resume from"
     return CheckpointError(f"checkpoint {path} is damaged: {what}; {way_out}")
 
 

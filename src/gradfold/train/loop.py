@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import re
 import time
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gradfold._io import hold_folder, remove_leftovers, write_file
+from gradfold._io import remove_leftovers, write_file
 
-from .checkpoint import RECIPE, Progress, Saved, save_checkpoint
+from .checkpoint import NAME, RECIPE, Progress, Saved, save_checkpoint
 from .display import Display
-from .errors import CheckpointError
 from .evaluate import evaluate, held_out_loss
 from .interrupt import Interrupted, StopRequest, held_back_signals
 from .metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
 from .recipe import Recipe
 from .recipe_file import dump_recipe
-from .report import finish
+from .report import LOSS_PLOT, MEMORY_PLOT, SUMMARY, finish
 from .run import Run
-from .setup import assemble, forget_states
+from .setup import assemble, forget_states, run_folder
 from .step import step_weights
+
+WRITTEN = "|".join(map(re.escape, (RECIPE, METRICS, SUMMARY, LOSS_PLOT, MEMORY_PLOT)))  # files of a run's own folder
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
@@ -31,31 +32,22 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
     Raises TrainError with one clear line; Interrupted, a kind of it, after a signal, once everything is saved.
     """
     display = display or Display()
-    made = not out.exists()
-    run = assemble(recipe, out, saved, display)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = hold_folder(out)
-    if lock is None:
-        raise CheckpointError(f"out = {str(out)!r}: another gradfold is writing to this folder; wait for it to end")
-    try:
-        with lock, held_back_signals() as stop:
-            try:
+    with run_folder(out, saved):
+        run = assemble(recipe, out, saved, display)
+        try:
+            with held_back_signals() as stop:
                 return _train(run, saved, display, stop)
-            finally:
-                forget_states(out, made=False)
-                # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
-                if saved is None and run.progress.step == 0:
-                    (out / RECIPE).unlink(missing_ok=True)
-                    (out / METRICS).unlink(missing_ok=True)
-    finally:
-        if made and saved is None and run.progress.step == 0:
-            with contextlib.suppress(OSError):  # someone has put a file there meanwhile
-                out.rmdir()
+        finally:
+            forget_states(run.fold, out)
+            # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
+            if saved is None and run.progress.step == 0:
+                (out / RECIPE).unlink(missing_ok=True)
+                (out / METRICS).unlink(missing_ok=True)
 
 
 def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -> dict[str, Any]:
-    remove_leftovers(run.out)
-    remove_leftovers(run.checkpoints)
+    remove_leftovers(run.out, WRITTEN)
+    remove_leftovers(run.checkpoints, NAME)
     if saved is not None:
         source = saved.run_folder / METRICS if saved.run_folder else None
         continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)

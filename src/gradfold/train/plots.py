@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradfold._io import write_file
 from gradfold.planner.plot import COLORS, GRID, INK, MUTED, draw_step_memory
 from gradfold.planner.step import StepMemory
 
@@ -81,7 +83,9 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, name: str) -> None:
         text = f"held out {first:.3f} → {last:.3f}, perplexity {np.exp(first):.2f} → {np.exp(last):.2f}"
         figure.text(0.075, 0.892, text, fontsize=10.5, color=MUTED, va="center")
     figure.legend(loc="upper right", bbox_to_anchor=(0.98, 0.93), ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_file(path, drawn.getvalue())
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Put the parts of a run together from a recipe or a checkpoint, without writing anything."""
+"""Put the parts of a run together from a recipe or a checkpoint; hold its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import re
-import shutil
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 import gradfold
+from gradfold._io import LOCK, hold_folder
+from gradfold.workset import Rotation, forget_folder
 
 from .checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore_run
 from .data import Data, prepare_data
@@ -45,7 +47,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     """Load and check all parts; with `saved`, in the state they were saved in.
 
     Raises TrainError of one kind or another for whatever does not fit. Writes nothing but, with working_set.offload =
-    disk, the folder of sleeping states, which `forget_states` removes.
+    disk, the folder of sleeping states, which `forget_states` removes. That is why the caller holds `out`.
     """
     if saved is not None:
         check_continues(saved, recipe)
@@ -76,14 +78,13 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    made = not out.exists()
+    fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
     try:
-        fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
         seed_all(recipe.seed)
         if saved is not None:
             restore_run(saved, model, optimizer, scheduler, fold)
     except BaseException:
-        forget_states(out, made)
+        forget_states(fold, out)
         raise
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
 
@@ -117,11 +118,15 @@ def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:
 def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
     """The fold that a recipe asks for. Raises RecipeError for a working set that this model cannot have."""
     working_set = recipe.working_set.build(folder=out / SLEEPING_STATES, seed=recipe.seed)
+    made = missing_folders(out / SLEEPING_STATES)
     try:
         return gradfold.fold(
             model, optimizer, working_set=working_set, head=recipe.head, **recipe.gradient.fold_options()
         )
-    except gradfold.FoldError as error:
+    except BaseException as error:
+        remove_empty(made)
+        if not isinstance(error, gradfold.FoldError):
+            raise
         if working_set is None:
             raise
         raise RecipeError(_by_option(str(error))) from None
@@ -133,12 +138,53 @@ def _by_option(said: str) -> str:
     return f"working_set.{found[1]} = {found[2]}: {said[found.end() :]}" if found else one_line(RuntimeError(said))
 
 
-def forget_states(out: Path, made: bool) -> None:
-    """Delete the files of sleeping states, which no checkpoint needs; and the folder around them, if it was `made`."""
-    shutil.rmtree(out / SLEEPING_STATES, ignore_errors=True)
-    if made:
-        with contextlib.suppress(OSError):  # something else is in it
-            out.rmdir()
+def forget_states(fold: Any, out: Path) -> None:
+    """Delete the files of sleeping states, which no checkpoint needs: those of this fold, or of a run that was killed.
+
+    Only for the run that holds `out`. Files that another working set is using stay.
+    """
+    turns = fold._state.turns if fold is not None else None
+    if isinstance(turns, Rotation):
+        turns.close()
+    forget_folder(out / SLEEPING_STATES)
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, saved: Saved | None) -> Iterator[None]:
+    """A context in which the run's folder is there, and nobody else's. Folders made for it go if nothing is in them.
+
+    Raises RecipeError or CheckpointError if `out` cannot be written to, if another run is writing to it, or if results
+    in it would be overwritten.
+    """
+    check_out(out, saved)
+    made = missing_folders(out)
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = hold_folder(out)
+        except OSError as error:
+            raise RecipeError(
+                f"out = {str(out)!r}: cannot be written to ({error.strerror or one_line(error)}); name another --out"
+            ) from error
+        if lock is None:
+            raise CheckpointError(f"out = {str(out)!r}: another gradfold is writing to this folder; wait for it to end")
+        with lock:
+            check_out(out, saved)  # again: whoever held it until now may have finished, or gone on
+            yield
+    finally:
+        remove_empty(made)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folders that making `path` would make, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders in which nothing is."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_continues(saved: Saved, recipe: Recipe) -> None:
@@ -154,6 +200,8 @@ def check_continues(saved: Saved, recipe: Recipe) -> None:
 
 def check_out(out: Path, saved: Saved | None) -> None:
     """Raises RecipeError or CheckpointError if results in `out` would be overwritten."""
+    if saved is not None and not saved.path.is_dir():
+        raise CheckpointError(f"--resume {saved.path}: another gradfold has deleted it meanwhile; resume the latest")
     if saved is not None and saved.is_of(out):
         latest = list_checkpoints(out / FOLDER)[-1]
         if latest.name != saved.path.resolve().name:
@@ -164,7 +212,7 @@ def check_out(out: Path, saved: Saved | None) -> None:
         return
     if out.exists() and not out.is_dir():
         raise RecipeError(f"out = {str(out)!r}: is a file; name a new folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         way_out = (
             "continue it with --resume, or name another --out" if (out / FOLDER).is_dir() else "name another --out"
         )

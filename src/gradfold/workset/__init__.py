@@ -2,7 +2,7 @@
 
 from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
-from .disk import DiskStore
+from .disk import DiskStore, forget_folder
 from .host import HostStore
 from .rotation import Rotation, Turn
 from .schedule import Schedule
@@ -25,4 +25,5 @@ __all__ = [
     "cut_bytes",
     "cut_layers",
     "cut_own",
+    "forget_folder",
 ]

@@ -1,13 +1,14 @@
 """``offload="disk"``: states of inactive slices in files, for models whose states exceed the host's memory.
 
 A file never changes: each ``put`` writes a new version. A snapshot is therefore a list of file names, and stays valid
-while training goes on. Only one process at a time may write to a folder.
+while training goes on. Only one process at a time may write to a folder; a working set holds its folder by a lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradfold._io import TEMPORARY
+from gradfold._io import FolderLock, hold_folder, remove_leftovers
 from gradfold.errors import FoldError
 
 from .files import Header, data_is_limited, mapped, read, read_header, write
@@ -34,19 +35,19 @@ class DiskStore:
 
     Args:
         folder: The folder.
+        lock: The caller's hold on it, if it has one.
 
     Raises:
         FoldError: The folder cannot be created or read.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, lock: FolderLock | None = None):
         self.folder = Path(folder)
+        self._process = os.getpid()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_parts(self.folder, lock)
             found = sorted(self.folder.iterdir())
-            for path in found:
-                if path.name.startswith(TEMPORARY):  # left by a crash during a write
-                    path.unlink(missing_ok=True)
             self._sizes = {p.name: p.stat().st_size for p in found if _version(p.name) is not None}
         except OSError as error:
             raise FoldError(f"folder={str(folder)!r}: {error}; offload='disk' needs a folder to write to") from error
@@ -71,9 +72,16 @@ class DiskStore:
         """Write a new version of the key.
 
         Raises:
-            FoldError: The file cannot be written. The key keeps its old version, and the caller its tensors.
+            FoldError: The file cannot be written, or this is a forked child of the process that keeps its states here.
+                The key keeps its old version, and the caller its tensors.
         """
-        name = f"{_stem(key)}.{self._next:08d}{SUFFIX}"
+        if os.getpid() != self._process:
+            raise FoldError(
+                f"folder={str(self.folder)!r}: this process was forked from the one whose states are there, and may "
+                "not write to it; fold in the child, with a folder of its own"
+            )
+        while os.path.lexists(self.folder / (name := f"{_stem(key)}.{self._next:08d}{SUFFIX}")):
+            self._next += 1  # somebody else's, on a file system without locks
         self._sizes[name] = write(self.folder / name, key, tensors)
         self._next += 1
         old = {self._current.get(key), self._lent.pop(key, None)}
@@ -189,6 +197,11 @@ class DiskStore:
         self._held = Counter(name for snapshot in snapshots for name in snapshot.values())
         self._sweep(set(self._sizes))
 
+    def forget(self) -> None:
+        """Forget all keys and snapshots, and delete their files."""
+        self._current, self._lent, self._coming = {}, {}, {}
+        self.prune()
+
     def close(self) -> None:
         """Stop the reading thread. The files stay."""
         self._coming.clear()
@@ -197,12 +210,38 @@ class DiskStore:
             self._reader = None
 
     def _sweep(self, names: set[str | None] | set[str]) -> None:
-        """Delete the named files that are neither current nor lent nor held by a snapshot."""
+        """Delete the named files that are neither current nor lent nor held by a snapshot; not in a forked child."""
+        if os.getpid() != self._process:
+            return
         kept = {*self._current.values(), *self._lent.values()}
         for name in names - kept - {None}:
             if name is not None and self._held[name] <= 0 and self._sizes.pop(name, None) is not None:
                 with contextlib.suppress(OSError):  # a leftover file does no harm
                     (self.folder / name).unlink()
+
+
+def forget_folder(folder: Path) -> None:
+    """Delete the files of a ``DiskStore`` unless somebody holds its folder, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError, FoldError):  # what is left does no harm
+        if not folder.is_dir():
+            return
+        if (lock := hold_folder(folder)) is not None:
+            with lock:
+                DiskStore(folder, lock).forget()
+        folder.rmdir()
+
+
+def _remove_parts(folder: Path, lock: FolderLock | None) -> None:
+    """Delete files that a crash has left half written; another process's, which may go on with them, stay."""
+    held = lock
+    if held is None:
+        with contextlib.suppress(OSError):  # a folder to read from
+            held = hold_folder(folder)
+    if held is None:
+        return
+    remove_leftovers(folder, rf".*{re.escape(SUFFIX)}")
+    if lock is None:
+        held.close()
 
 
 def _stem(key: str) -> str:

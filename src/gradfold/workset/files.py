@@ -63,6 +63,7 @@ def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
     Raises:
         FoldError: it cannot be written. No part of it is left, and the tensors are as they were.
     """
+    new = not path.exists()
     for name, tensor in tensors.items():
         if tensor.dtype not in _TO_NAME:
             raise FoldError(f"{key}: {name} is {tensor.dtype}, which the file format does not have; use offload='cpu'")
@@ -87,8 +88,9 @@ def write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> int:
             file.seek(8 + head.index(_BLANK_CRC.encode()))
             _write_all(file, f"{crc:08x}".encode())
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if new:
+            with contextlib.suppress(OSError):
+                path.unlink()
         if isinstance(error, OSError):
             why = "the disk is full" if is_disk_full(error) else str(error)
             raise FoldError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ from .host import HostStore
 from .layout import Layout, name_of_region
 from .schedule import Schedule
 from .store import ResidentStore, Store
+
+_STORES: weakref.WeakValueDictionary[int, Rotation] = weakref.WeakValueDictionary()  # users, by id of their own Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +84,9 @@ class Rotation(Layout):
         config = self.config
         if config.offload == "disk":
             assert config.folder is not None
-            self._lock = lock = sole_user(Path(config.folder))  # before DiskStore sweeps the folder
-            weakref.finalize(self, lock.close)  # a fold may be collected without remove()
+            lock = self._hold(Path(config.folder))
             try:
-                store = DiskStore(config.folder)
+                store = DiskStore(config.folder, lock)
                 store.prune()  # files of an earlier run are of no use: state_dict() holds the states themselves
             except FoldError:
                 self.close()
@@ -91,7 +94,26 @@ class Rotation(Layout):
             return store
         if config.offload == "cpu":
             return HostStore()
-        return ResidentStore() if config.offload is None else config.offload
+        if config.offload is None:
+            return ResidentStore()
+        store = config.offload  # the user's
+        if id(store) in _STORES:
+            gc.collect()  # a fold that nobody refers to any more lives on until then
+        if id(store) in _STORES:
+            raise FoldError(
+                f"WorkingSet(offload={store!r}): another fold keeps its states there, under the same names; give each "
+                "fold a store of its own, or call remove() on the other one first"
+            )
+        if isinstance(store, DiskStore):
+            self._hold(store.folder)
+        _STORES[id(store)] = self
+        return store
+
+    def _hold(self, folder: Path) -> FolderLock:
+        """Hold a folder as long as this lives, or until ``close()``."""
+        self._lock = lock = sole_user(folder)
+        weakref.finalize(self, lock.close)  # a fold may be collected without remove()
+        return lock
 
     # turns ------------------------------------------------------------------------------------------------------------
 
@@ -101,17 +123,16 @@ class Rotation(Layout):
         If it raises, ``end`` undoes it, except for the optimizer's states.
         """
         optimizer = self.fold.optimizer
+        saved = optimizer.state_dict()  # with the place in a rotation, if such a state_dict was loaded before folding
         self.fold.turns = self
-        saved = optimizer.state_dict() if any(optimizer.state.values()) else None
-        if saved is not None:
-            optimizer.state.clear()
+        optimizer.state.clear()
         for member in self.turning:
             member.slices = []
             self._set(member, False)
         self._wake()
         for member in self.fold.params.values():
             member.arm()
-        if saved is not None:
+        if saved["state"] or "working_set" in saved:
             optimizer.load_state_dict(saved)
 
     def end(self) -> None:
@@ -135,9 +156,11 @@ class Rotation(Layout):
         self.close()
 
     def close(self) -> None:
-        """Release the folder, so that another fold can have it."""
+        """Release the folder, or the store, so that another fold can have it."""
         if self._lock is not None:
             self._lock.close()
+        if _STORES.get(id(self.store)) is self:
+            del _STORES[id(self.store)]
 
     def look(self) -> None:
         """Note changes of ``requires_grad`` as the user's, and set again what this working set sets."""
@@ -228,8 +251,8 @@ class Rotation(Layout):
 
     @property
     def _draw(self) -> str:
-        """A name that keeps the random bits of this turn apart, where states and step counts begin anew each turn."""
-        return f"turn {self.schedule.turn}" if self.config.states == "reset" else ""
+        """A name that keeps random bits apart where states and step counts begin anew as a chunk wakes."""
+        return f"turn {self.schedule.woke}" if self.config.states == "reset" else ""
 
     def _kept(self, one: ParamSlice) -> dict[str, Any]:
         """Return what is kept of a slice after its turn: its states, or only a master's residual ("reset")."""
@@ -304,19 +327,29 @@ class Rotation(Layout):
         """Raise ValueError if this ``state_dict()`` is of another cut or order."""
         if saved is None:
             return
-        if not {"cut", "schedule"} <= saved.keys():
-            raise ValueError(f"state_dict['working_set'] has {sorted(saved)}, not the cut and the schedule")
+        if not isinstance(saved, Mapping) or not {"cut", "schedule"} <= saved.keys():
+            found = sorted(saved) if isinstance(saved, Mapping) else saved
+            raise ValueError(f"state_dict['working_set'] has {found!r}, not the cut and the schedule")
         if saved["cut"] != _cut_of(self.chunks):
             raise ValueError(
                 f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
-                "working_set=; fold with the one it was saved with (the cut depends on chunks=, by=, axis=, always= "
-                "and on how states are stored)"
+                f"working_set={self._difference(saved['cut'])}; fold with the one it was saved with (the cut depends "
+                "on chunks=, by=, axis=, always= and on how states are stored), or load it without its 'working_set' "
+                "to begin a new rotation"
             )
         trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
         try:
             trial.load_state_dict(saved["schedule"])
         except FoldError as error:
             raise ValueError(f"state_dict: {error}") from None
+
+    def _difference(self, saved: list[Any]) -> str:
+        """Return the first slice that is not the same in a saved cut, in words."""
+        for index, (there, here) in enumerate(itertools.zip_longest(saved, _cut_of(self.chunks), fillvalue=[])):
+            for one, other in itertools.zip_longest(there, here):
+                if one != other:
+                    return f" (chunk {index} has {_in_words(one)} there, {_in_words(other)} here)"
+        return ""
 
     def load(
         self,
@@ -331,9 +364,9 @@ class Rotation(Layout):
         """
         self.check(saved)
         self._loading = True
-        for name in list(self.store.keys()):
-            self.store.drop(name)
         for member in self.turning:
+            for _, region in self.slices[member]:
+                self.store.drop(name_of_region(member, region))
             for one in member.slices:
                 one.release()
             member.slices = []
@@ -355,3 +388,11 @@ class Rotation(Layout):
 
 def _cut_of(chunks: list[Chunk]) -> list[list[list[Any]]]:
     return [[list(slice_) for slice_ in chunk] for chunk in chunks]
+
+
+def _in_words(slice_: Any) -> str:
+    """Return a slice of a cut as ``name[start:stop]``, or whatever a damaged cut has in its place."""
+    match slice_:
+        case [name, dim, start, stop]:
+            return f"{name}{Region(dim, start, stop)}"
+    return "nothing" if slice_ is None else repr(slice_)

@@ -61,6 +61,11 @@ class Schedule:
         """Whether the next call of ``stepped`` changes ``index``."""
         return self.step + 1 >= self.interval and self.next != self.index
 
+    @property
+    def woke(self) -> int:
+        """The turn in which the active chunk woke: this one, as no order lets one of several chunks follow itself."""
+        return 0 if self.chunks == 1 else self.turn
+
     def stepped(self, power: float | None) -> bool:
         """Count an optimizer step.
 

@@ -1,0 +1,169 @@
+"""Killed at random instants of saving and of a working set's switch: what was complete loads and goes on, bit for bit.
+
+And disks that have become read-only.
+"""
+
+import errno
+import gc
+import os
+import random
+import shutil
+import signal
+import subprocess
+import traceback
+
+import pytest
+import torch
+from torch import nn
+
+import gradfold
+from gradfold.errors import FoldError
+from gradfold.train import loop
+from gradfold.train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from gradfold.train.errors import TrainError
+from gradfold.train.interrupt import Interrupted
+from gradfold.train.loop import train
+from gradfold.train.setup import SLEEPING_STATES
+from gradfold.workset import Rotation, files
+from tests.train.test_resume import interrupt_after, result, same
+from tests.train.tiny import recipe, tree_bytes
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+LONGEST = {"save": 0.05, "switch": 0.02}  # seconds that they take, about
+SETTINGS = {
+    "working_set__chunks": 3,
+    "working_set__interval": 1,
+    "working_set__offload": "disk",
+    "working_set__states": "reset",
+    "dtype": "bfloat16",
+    "optimizer__states": "int8",
+    "optimizer__master": "split8",
+    "optimizer__small_size": 0,
+    "checkpoint__interval_steps": 1,
+    "evaluation__sample_tokens": 0,
+    "text__held_out": 0.0,
+}
+
+
+def die_in(owner, name, call, seconds):
+    """Let this process die, wherever it is, so many seconds after the call number `call` of a function has begun."""
+    plain, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # nothing catches this signal
+        return plain(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def run_in_child(chosen, out, display, how, call, seconds):
+    """Begin or resume a run in a child; returns whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            die_in(*{"save": (loop, "_save"), "switch": (Rotation, "_sleep")}[how], call, seconds)
+            found = list_checkpoints(out / "checkpoints")
+            train(chosen, out, read_checkpoint(find_checkpoint(out)) if found else None, display)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGALRM
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+@needs_fork
+@pytest.mark.parametrize("instants", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["reset", pytest.param("keep", marks=pytest.mark.slow)])
+def test_killed_again_and_again(tiny, texts, tmp_path, silent, instants, mode):
+    settings = SETTINGS | {"working_set__states": mode}
+    chosen = recipe(tiny, texts, steps=3 * instants + 3, **settings)
+    out, draw, killed = tmp_path / "run", random.Random(instants), 0
+    for instant in range(instants):
+        how = ("save", "switch")[instant % 2]
+        before = list_checkpoints(out / "checkpoints")
+        if not before and out.exists():  # killed before it had anything to keep: begun anew
+            shutil.rmtree(out)
+        killed += run_in_child(chosen, out, silent, how, draw.choice([1, 2]), draw.uniform(0, LONGEST[how]))
+        found = list_checkpoints(out / "checkpoints")
+        for path in found:  # whatever has its name is whole
+            read_checkpoint(path)
+        assert not before or found[-1].name >= before[-1].name
+    assert killed > instants // 2
+    saved = read_checkpoint(find_checkpoint(out)) if list_checkpoints(out / "checkpoints") else None
+    if saved is None:
+        shutil.rmtree(out, ignore_errors=True)
+    train(chosen, out, saved, silent)
+    train(chosen, tmp_path / "whole", None, silent)
+    same(result(tmp_path / "whole"), result(out))
+    assert not (out / SLEEPING_STATES).exists() and not list(out.rglob(".*"))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system, and a function that makes it read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.decode().strip()}")
+    yield place, lambda: subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_run_on_a_disk_that_has_become_read_only_goes_on_elsewhere(tiny, texts, tmp_path, silent, disk, monkeypatch):
+    place, freeze = disk
+    out = place / "run"
+    chosen = recipe(tiny, texts, steps=6, **SETTINGS)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            train(chosen, out, None, silent)
+    gc.collect()  # a file that is open keeps the disk as it is
+    freeze()
+    before = tree_bytes(place)
+    for there, saved in ((out, read_checkpoint(find_checkpoint(out))), (place / "new", None)):
+        with pytest.raises(TrainError, match="cannot be written to .*name another --out") as caught:
+            train(chosen, there, saved, silent)
+        assert "\n" not in str(caught.value)
+    train(chosen, tmp_path / "run", read_checkpoint(find_checkpoint(out)), silent)
+    assert tree_bytes(place) == before
+    train(chosen, tmp_path / "whole", None, silent)
+    same(result(tmp_path / "whole"), result(tmp_path / "run"))
+
+
+def test_sleeping_states_on_a_read_only_disk(tmp_path, disk, monkeypatch):
+    place, freeze = disk
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = gradfold.AdamW(model.parameters(), lr=0.1)
+    options = {"by": "layer", "interval": 1, "offload": "disk"}
+    freeze()
+    with pytest.raises(FoldError, match="needs a folder to write to"):
+        gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**options, folder=place / "new"))
+    assert all(param.requires_grad for param in model.parameters())
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(**options, folder=tmp_path / "states"))
+
+    def step():
+        fold.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def refuse(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    step()
+    with monkeypatch.context() as patch:  # as if the disk had become read-only with the fold's files open
+        patch.setattr(files, "replacing", refuse)
+        with pytest.raises(FoldError, match="Read-only file system.*they are still in memory"):
+            step()
+        assert float(optimizer.state_dict()["state"][2]["step"]) == 1
+    step()
+    assert fold.working_set.chunk == 1 and float(optimizer.state_dict()["state"][0]["step"]) == 2
