@@ -118,6 +118,11 @@ def _storage(
     return Storage(specs, weight, tuple(codecs), random, fixed=named is not None, dithered=dithered)
 
 
+def counter_dtype() -> torch.dtype:
+    """Return the dtype of counters, as torch's optimizers choose it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
     """Return where the parts of a state lie in ``optimizer.state[param]``: part -> key."""
     parts = (VALUES,) if codec is None else tuple(codec.widths(1))
