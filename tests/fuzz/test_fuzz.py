@@ -31,7 +31,7 @@ def test_seeds(first):
 
 # Cases that the fuzzer has found, shrunk. `python -m tests.fuzz` prints them in this form.
 FOUND = {
-    "a bf16 Linear of no inputs": Case(ops=(("empty",),), dtype="bfloat16", storage=(("rounding", "nearest"),)),
+    "a bf16 Linear of no inputs": Case(ops=(("empty",),), dtype="bfloat16"),
     "a hook on a norm that wakes": Case(
         ops=(("bilinear",),),
         loss="cross_entropy",
@@ -63,7 +63,7 @@ def test_a_seed_is_one_case_and_a_case_is_one_line():
 
 
 def test_a_term_that_is_added_wrongly_is_found_and_shrunk(monkeypatch):
-    """Off by 1e-7 where a weight is used twice: one case of few shows it, and keeps only what it needs."""
+    """Off by 1e-7 where a weight is used twice; what it does not need to fail is dropped."""
     add = MatmulTerm.add
 
     def wrong(self, tile, start, stop):
@@ -71,11 +71,16 @@ def test_a_term_that_is_added_wrongly_is_found_and_shrunk(monkeypatch):
         tile.mul_(1 + 1e-7)
 
     monkeypatch.setattr(MatmulTerm, "add", wrong)
-    drawn = (draw(seed, ("float64",)) for seed in range(100))
-    case, result = next((case, result) for case in drawn if not (result := run(case)).good)
-    case, result = shrink(case, result, tries=40)
+    case = Case(
+        ops=(("activation", "tanh"), ("linear", 3, True), ("norm", "rms"), ("shared", 0), ("dropout",)),
+        segments=((0, 2, "nested"),),
+        rule="AdamW",
+        accumulate=2,
+        habits=("eval_pass", "schedule"),
+    )
+    case, result = shrink(case, run(case), tries=80)
     assert result.kind == "wrong" and 1e-9 < result.distance < 1e-6
-    assert len(case.ops) <= 3 and not case.habits
+    assert len(case.ops) <= 2 and not case.habits and not case.segments and case.rule == "SGD"
 
 
 def test_weights_that_moved_before_a_refusal_are_found(monkeypatch):
