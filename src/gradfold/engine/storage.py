@@ -60,6 +60,11 @@ class Storage(NamedTuple):
         return " + ".join(dict.fromkeys(kinds))
 
 
+def counter_dtype() -> torch.dtype:
+    """Return the dtype of counters, as torch's optimizers choose it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def storage_of(param: Tensor, rule: Rule, group: Group, place: Place | None = None) -> Storage:
     """Return what the group's options mean for a parameter, or for a slice, which is stored as the whole would be.
 
@@ -116,11 +121,6 @@ def _storage(
         return as_torch._replace(fixed=named is not None)
     dithered = isinstance(weight, Split) and rounding != "nearest"
     return Storage(specs, weight, tuple(codecs), random, fixed=named is not None, dithered=dithered)
-
-
-def counter_dtype() -> torch.dtype:
-    """Return the dtype of counters, as torch's optimizers choose it."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
