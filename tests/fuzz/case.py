@@ -218,6 +218,8 @@ def consistent(case: Case) -> Case:
         habits -= {"resume"} if case.clip == "delayed" else set()
     if habits & {"folded_hook", "second_backward"}:
         habits -= {"paused_step", "resume", "refold"}
+    if "resume" in habits and case.dtype != "float64":
+        habits -= {"new_group"}  # a Linear that joins later is not folded until the model is folded again
     if case.clip != "exact" or (case.working_set and case.clip_norm is not None):
         habits -= {"paused_step"}  # torch would clip whole gradients, a working set clips what is awake
     return change(case, habits=tuple(sorted(habits)))

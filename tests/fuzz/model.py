@@ -88,12 +88,14 @@ class Net(nn.Module):
             embed = getattr(self, "embed", None)
             if case.loss == "tied_head" and embed is not None and embed.weight.shape == self.head.weight.shape:
                 self.head.weight = embed.weight
+        if not list(self.parameters()):
+            self.spare = _parameter(3)
         self.to(getattr(torch, case.dtype))
         params = list(self.parameters())
-        for index in case.frozen if len(params) > 1 else ():
+        for index in case.frozen:
             params[index % len(params)].requires_grad_(False)
         if not any(param.requires_grad for param in params):
-            params[0].requires_grad_(True) if params else self.register_parameter("spare", nn.Parameter(torch.ones(3)))
+            params[0].requires_grad_(True)
 
     def _linears(self, width: int | None = None) -> list[nn.Linear]:
         found = [m for m in self.modules() if type(m) is nn.Linear and "weight" in m._parameters]
@@ -122,10 +124,10 @@ class Net(nn.Module):
         if kind == "activation":
             return Layer(_ACTIVATIONS[args[0]]), width
         if kind == "norm":
-            if args[0] == "group":  # of each token alone
+            if args[0] == "group" and not self.few:  # of each token alone
                 run = lambda self, x: self.inner(_flat(x)).view_as(x)  # noqa: E731
                 return Layer(run, inner=nn.GroupNorm(1, width)), width
-            norm = nn.RMSNorm(width) if args[0] == "rms" else nn.LayerNorm(width, bias=args[0] == "layer")
+            norm = nn.RMSNorm(width) if args[0] == "rms" else nn.LayerNorm(width, bias=args[0] != "layer_plain")
             return Layer(lambda self, x: self.inner(x), inner=norm), width
         if kind == "rows":
             count, bias = args

@@ -58,6 +58,9 @@ class Reference:
         self.model = model
         self.named = dict(model.named_parameters())
         self.generator = torch.Generator().manual_seed(noise_seed)
+        for module in model.modules() if noise else ():
+            if not list(module.children()):
+                module.register_forward_hook(self._shake_output)
         self.owner: dict[str, dict[str, Any]] = {}
         ids = {id(p): name for name, p in self.named.items()}
         self.groups = split_groups(case, model)
@@ -66,6 +69,17 @@ class Reference:
                 self.owner[ids[id(param)]] = group
         self.slices: dict[Slice, tuple[nn.Parameter, torch.optim.Optimizer]] = {}
         self.following: dict[int, float] = {}  # what ``clip="delayed"`` multiplies by in the next step
+
+    def _shake(self, x: Tensor) -> Tensor:
+        """Every element off by a rounding."""
+        return x * (1 + self.noise * torch.randn(x.shape, generator=self.generator, dtype=torch.float64)).to(x.dtype)
+
+    def _shake_output(self, module: nn.Module, args: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        if out.requires_grad:
+            out.register_hook(self._shake)
+        return self._shake(out)
 
     def _optimizer(self, leaf: nn.Parameter, group: dict[str, Any]) -> torch.optim.Optimizer:
         hyper = dict(self.case.hyper) | {k: v for k, v in group.items() if k not in ("params", "clip_norm")}
