@@ -137,7 +137,7 @@ class Case:
         found["head"] = "plain"
         if self.scratch_bytes is not None:
             found["scratch_bytes"] = self.scratch_bytes
-        if self.poison is not None:
+        if self.poison is not None or self.dtype != "float64":  # which may overflow
             found["on_nonfinite"] = "skip"
         return found
 
@@ -198,6 +198,8 @@ def consistent(case: Case) -> Case:
             case = change(case, clip="exact")
     if case.groups == 1:
         case = change(case, group_clip=False)
+    if case.group_clip:
+        habits -= {"new_group"}  # which would be clipped by a norm of its own
     if case.storage:
         habits -= {"through_torch"}  # rounded
     if case.reentrant:

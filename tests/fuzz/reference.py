@@ -160,7 +160,8 @@ class Reference:
 
 def _norm(grads: Iterable[Tensor], norm_type: float) -> float:
     """torch's total norm; of weights without elements it has none of order infinity."""
-    return float(torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()], norm_type))
+    full = [grad for grad in grads if grad.numel()]
+    return float(torch.nn.utils.get_total_norm(full, norm_type)) if full else 0.0
 
 
 def _part(tensor: Tensor, key: Slice) -> Tensor:

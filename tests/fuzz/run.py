@@ -125,16 +125,20 @@ def judge(case: Case, start: Weights, seen: Seen, noise: list[Seen] | None = Non
                     "noise",
                     f"weights are off by {relative:.1e}, torch's own by {own / max(moved, 1e-300):.1e}",
                 )
+    sizes: dict[str, float] = {}  # the largest of each kind: the last gradients of a loss near 0 are differences
+    for name, (_, theirs) in seen.items():
+        size = float(theirs.abs().nan_to_num(0.0).max()) if theirs.numel() else 0.0
+        sizes[_kind(name)] = max(size, sizes.get(_kind(name), 0.0))
     for name, (ours, theirs) in seen.items():
         if name in start:
             continue
         if ours.shape != theirs.shape:
             return Result("wrong", f"{name} has shape {tuple(ours.shape)}, torch's {tuple(theirs.shape)}", relative)
-        if not theirs.numel() or _close(ours, theirs, limit):
+        if not theirs.numel() or _close(ours, theirs, 10 * limit * sizes[_kind(name)]):
             continue
         if noise is not None:
             spread = max(float((other[name][1] - theirs).abs().nan_to_num(0.0).max()) for other in noise)
-            if _close(ours, theirs, limit, 10 * spread):
+            if _close(ours, theirs, 10 * limit * sizes[_kind(name)] + 10 * spread):
                 kind, said = ("noise", f"{name} is noise") if kind == "ok" else (kind, said)
                 continue
         return Result("wrong", said or f"{name} is off by {float((ours - theirs).abs().max()):.1e}", relative)
@@ -146,9 +150,13 @@ def gap(one: list[Tensor], other: list[Tensor]) -> float:
     return sum(float((a.double() - b.double()).pow(2).sum()) for a, b in zip(one, other, strict=True)) ** 0.5
 
 
-def _close(ours: Tensor, theirs: Tensor, limit: float, spread: float = 0.0) -> bool:
-    size = float(theirs.abs().nan_to_num(0.0).max())
-    return torch.allclose(ours, theirs, rtol=0.0, atol=10 * limit * size + 1e-12 + spread, equal_nan=True)
+def _kind(name: str) -> str:
+    """The name of what was seen, without its step."""
+    return name.partition(" of step ")[0]
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return torch.allclose(ours, theirs, rtol=0.0, atol=tolerance + 1e-12, equal_nan=True)
 
 
 def _noise(case: Case, seed: int) -> Seen:
