@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from gradfold.backends import Scratch
+from tests.scratch import poison_scratch
 
 torch.set_num_threads(1)
 
@@ -30,12 +30,4 @@ def precise(monkeypatch):
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """Every tile is NaN when it is lent, so that a read before a write shows."""
-    lend = Scratch.tiles
-
-    def tiles(self, *args, **kwargs):
-        lent = lend(self, *args, **kwargs)
-        for tile in lent:
-            tile.fill_(float("nan"))
-        return lent
-
-    monkeypatch.setattr(Scratch, "tiles", tiles)
+    poison_scratch(monkeypatch)

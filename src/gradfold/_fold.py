@@ -95,6 +95,7 @@ def fold(
         backend: "triton" (GPUs; gradients stay in registers), "reference" (any device), or "auto", which takes
             whichever should be faster for each weight; or an object (``gradfold.backends.Backend``).
         scratch_bytes: The most bytes of gradient and temporary memory that one parameter's step may use on a device.
+            Another value may sum a gradient in another order, and so change its last bits.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -300,7 +301,8 @@ class Fold:
         """Call ``loss.backward()``; with ``clip="two_pass"`` twice: for the norm, and to step, clipped by it.
 
         With a working set, a loss that uses no active parameter is ignored, where torch would raise. Two passes add the
-        gradient of a leaf that is not a parameter (an input that requires grad) to its ``.grad`` twice.
+        gradient of a leaf that is not a parameter (an input that requires grad) to its ``.grad`` twice, and recompute a
+        checkpoint twice, of which a BatchNorm inside counts each.
 
         Args:
             loss: 0-d.

@@ -112,6 +112,46 @@ def test_from_torch_in_mid_training(row, route):
         torch.testing.assert_close(weight.detach(), want.detach(), rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lost"), [(torch.float64, 0), (torch.float32, 0), (torch.bfloat16, 2**-8)], ids=["fp64", "fp32", "bf16"]
+)
+@both_routes
+def test_nadams_product_comes_back_from_torch(dtype, lost, route):
+    """Torch casts it to the weight's dtype as it loads; it comes back in fp32, exact if fp32 fits in there."""
+    given = problem(SHAPES, dtype, steps=4)
+    model, optimizer = start(BUSY["NAdam"].ours, given, route == "folded")
+    train(model, optimizer, given.grads)
+    _, theirs = start(BUSY["NAdam"].torchs, given)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other, back = start(BUSY["NAdam"].ours, given, route == "folded")
+    back.load_state_dict(theirs.state_dict())
+    for weight, same in zip(model.weights(), other.weights(), strict=True):
+        want, product = optimizer.state[weight]["mu_product"], back.state[same]["mu_product"]
+        assert product.dtype == torch.float32
+        assert abs(product / want - 1) <= lost
+
+
+@both_routes
+def test_nadam_through_torch_in_mid_training(route):
+    """As torch, if that loads its own state_dict at the same steps."""
+    given = problem(SHAPES, steps=9)
+    runs = []
+    for first, second in ((BUSY["NAdam"].ours, BUSY["NAdam"].torchs), (BUSY["NAdam"].torchs, BUSY["NAdam"].torchs)):
+        model, optimizer = start(first, given, route == "folded" and first == BUSY["NAdam"].ours)
+        for index in range(0, 9, 3):
+            if index:
+                kept = copy.deepcopy(optimizer.state_dict())
+                ours = first == BUSY["NAdam"].ours and index == 6
+                model, optimizer = start(
+                    first if ours else second, from_weights(model, given), ours and route == "folded"
+                )
+                optimizer.load_state_dict(kept)
+            train(model, optimizer, given.grads[index : index + 3])
+        runs.append(model.weights())
+    for weight, want in zip(*runs, strict=True):
+        torch.testing.assert_close(weight.detach(), want.detach(), rtol=1e-8, atol=1e-8)
+
+
 @each_torch_rule
 @both_routes
 def test_to_torch_and_from_torch_before_the_first_step(row, route):

@@ -40,6 +40,33 @@ def test_folded_in_any_tiles_and_unfolded_are_bit_identical(states, rounding, ma
         assert_same(runs[0], run)
 
 
+TILED = [
+    (torch.float64, {}, 1e-13),
+    (torch.float32, {}, 1e-5),
+    (torch.float32, {"states": "int8"}, 1e-3),
+    (torch.bfloat16, {"states": "int8", "rounding": "stochastic"}, 1e-3),
+]
+
+
+@pytest.mark.parametrize(("dtype", "storage", "most"), TILED, ids=str)
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_tiles_change_no_more_than_the_rounding_of_sums(dtype, storage, most, tokens):
+    """docs/bytes_per_parameter.md says how much: gradients are sums, and other tiles may add in another order."""
+    weights = []
+    for scratch_bytes in (8 * 2**20, 2**16, 1):
+        torch.manual_seed(0)
+        model = nn.Linear(60, 70).to(dtype)
+        start = model.weight.detach().double().clone()
+        optimizer = gradfold.AdamW(model.parameters(), lr=1e-3, **storage)
+        gradfold.fold(model, optimizer, scratch_bytes=scratch_bytes)
+        for _ in range(3):
+            model(torch.randn(tokens, 60).to(dtype)).pow(2).mean().backward()
+            optimizer.step()
+        weights.append(model.weight.detach().double())
+    for weight in weights[1:]:
+        assert (weight - weights[0]).norm() <= most * (weights[0] - start).norm()
+
+
 @each_pair(states=STATES, rounding=ROUNDINGS, master=MASTERS, named=[False, True])
 def test_resuming_is_bit_identical(states, rounding, master, named):
     options = {"states": states, "rounding": rounding, "master": master}

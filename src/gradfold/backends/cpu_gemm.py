@@ -7,6 +7,7 @@ widened to fp32 instead: faster, and rounded once at the end.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +54,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype.itemsize != 2 or not emulated(a) or _torch.is_batched(a):  # in-place sums have no batching rules
         return a @ b
-    a2 = a.reshape(-1, a.shape[-1])  # [T, N]
+    a2 = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # [T, N]; with -1 not for N = 0
     out = torch.zeros(a2.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     block = max(16, BLOCK_BYTES // (4 * max(1, b.shape[1], a2.shape[0])))
     for start in visited(range(0, b.shape[0], block), b):
@@ -75,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not all(emulated(t) for t in tensors) or any(map(_torch.is_batched, tensors)):
         return F.linear(x, weight, bias)
     rows, columns = weight.shape
-    wide = x.reshape(-1, x.shape[-1]).float()  # [T, K]
+    wide = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()  # [T, K]
     out = x.new_empty(wide.shape[0], rows)
     block = max(16, BLOCK_BYTES // (4 * max(1, columns, wide.shape[0])))
     for start in visited(range(0, rows, block), weight):

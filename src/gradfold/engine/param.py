@@ -93,7 +93,7 @@ class FoldParam:
                 raise FoldError(hook_lost(self.name))
             if gate.attached():
                 return
-        refuse_parameter(self.name, self.param)  # it may have been frozen when it was folded
+        refuse_parameter(self.name, self.param, hooks=False)  # it may have been frozen when it was folded
         self.disarm()
         self.gate = Gate(self.param, self, FoldParam.join)
         ask_again()

@@ -28,6 +28,7 @@ from .storage import (
     allocate_residuals,
     allocate_state,
     bind,
+    counter_dtype,
     keys_of,
     refuse_other_form,
     storage_of,
@@ -327,7 +328,7 @@ def allocate(
         How weight and states are stored.
     """
     storage = storage_of(param, rule, group, place)
-    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    scalar = counter_dtype()
     for name, start in storage.counters(rule).items():
         if name not in state:
             # as torch: on the device only where a CUDA graph has to find it there

@@ -61,6 +61,11 @@ class Storage(NamedTuple):
         return " + ".join(dict.fromkeys(kinds))
 
 
+def counter_dtype() -> torch.dtype:
+    """Return the dtype of counters, as torch's optimizers choose it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def storage_of(param: Tensor, rule: Rule, group: Group, place: Place | None = None) -> Storage:
     """Return what the group's options mean for a parameter, or for a slice, which is stored as the whole would be.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradfold.codecs import WEIGHTS, Codec, Plain, matrix
-from gradfold.engine.storage import Storage, keys_of, squares_in_fp16
+from gradfold.engine.storage import Storage, counter_dtype, keys_of, squares_in_fp16
 from gradfold.rules import Rule
 
 PANE_ELEMENTS = 2**20  # elements converted at a time, to bound temporary memory
@@ -74,7 +74,11 @@ def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind
 
 
 def _counter(value: Any) -> Tensor:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(float(value))
+    """Return a counter in the dtype it counts in: torch's optimizers load NAdam's ``mu_product`` in the weight's."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=counter_dtype())
+    dtype = counter_dtype() if value.is_floating_point() else value.dtype
+    return value.detach().to("cpu", dtype, copy=True)
 
 
 def underflowed(saved: Mapping[str, Any], storage: Storage) -> int:
