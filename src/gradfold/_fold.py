@@ -20,8 +20,9 @@ from .engine import (
     refuse_owned,
     refuse_parameter,
     survive_group_norms,
-    unwatch,
-    watch,
+    unwatch_clipping,
+    watch_clipping,
+    watch_zero_grad,
     wrapper_of,
 )
 from .errors import FoldError
@@ -178,7 +179,8 @@ def fold(
         else:
             rotation.begin()
         enlist(state)
-        watch(state)
+        watch_clipping(state)
+        watch_zero_grad()
     except BaseException as error:  # out of memory, too: what is half folded would step without being seen
         with contextlib.suppress(FoldError):  # of a store that has already failed
             made.remove()
@@ -381,7 +383,7 @@ class Fold:
         restore(self._modules)
         self._modules = []
         self._state.release()
-        unwatch()
+        unwatch_clipping()
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the temporary memory that the fold holds between steps."""

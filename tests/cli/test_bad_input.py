@@ -134,7 +134,7 @@ CASES = {
     ),
     "half of a surrogate pair in a prompt": (
         lambda place, m: ["--model", m, "--data", "pydoc", "--evaluation.sample-prompt", "a\udcff"],
-        "evaluation.sample_prompt holds half of a surrogate pair",
+        "'a\\udcff' holds bytes that are not UTF-8, or half a surrogate pair",
     ),
     "a weight of a half": (
         file("a.jsonl", json.dumps({"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}) + "\n"),

@@ -110,15 +110,12 @@ def test_a_working_set_with_slices():
         model.zero_grad()
 
 
-@pytest.mark.parametrize("backward", ["before", "after"])
-def test_gradients_cannot_be_filled_with_zeros(backward):
+def test_zeros_in_a_working_set():
     _, model = twins(mlp)
     optimizer = ours(model)
-    gradfold.fold(model, optimizer, timing="deferred")
-    if backward == "before":
-        loss_of(model, 0).backward()
+    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2))
     for call in (optimizer, model):
-        with pytest.raises(FoldError, match="set_to_none=False.*would not step.*zero_grad"):
+        with pytest.raises(FoldError, match="set_to_none=False.*working_set=.*zero_grad"):
             call.zero_grad(set_to_none=False)
 
 
@@ -189,6 +186,57 @@ def test_the_gradients_of_one_part_alone_do_not_step():
         optimizer.step()
     assert distance(folded, plain) <= 1e-12
     assert torch.equal(folded[0].weight, twins(mlp)[0][0].weight)
+
+
+class Branches(nn.Module):
+    """Of its two branches each step uses one, and in some steps none."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branches = nn.Linear(6, 5), nn.ModuleList(nn.Linear(5, 4) for _ in range(2))
+
+    def loss(self, seed):
+        x, y = pair(seed)
+        x = torch.tanh(self.stem(x))
+        return F.cross_entropy(x[:, :4] if seed % 3 == 2 else self.branches[seed % 3](x), y)
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize("options", [{}, *WAITING.values()], ids=["plain", *WAITING])
+@pytest.mark.parametrize("who", ["optimizer", "model", "both in turn"])
+def test_gradients_filled_with_zeros(rule, options, who):
+    """What a backward does not reach steps with zeros, once it has had a gradient."""
+    plain, folded = twins(Branches)
+    theirs, mine = torchs(plain, rule), ours(folded, rule)
+    gradfold.fold(folded, mine, **options)
+    for step in range(9):
+        for model, optimizer in ((plain, theirs), (folded, mine)):
+            for micro in range(options.get("accumulate", 1)):
+                model.loss(step + micro).backward()
+            if "clip_norm" in options and model is plain:
+                nn.utils.clip_grad_norm_(plain.parameters(), options["clip_norm"])
+            if step == 6:
+                model.branches[0].requires_grad_(False)  # torch steps it all the same
+            optimizer.step()
+            one = model if who == "model" or (who != "optimizer" and step % 2) else optimizer
+            one.zero_grad(set_to_none=step == 4)
+            if step == 7:
+                model.branches[0].requires_grad_(True)
+    assert distance(folded, plain) <= 1e-12
+
+
+def test_a_step_without_a_backward_takes_the_zeros():
+    plain, folded = twins(mlp)
+    theirs, mine = torchs(plain), ours(folded)
+    gradfold.fold(folded, mine)
+    for model, optimizer in ((plain, theirs), (folded, mine)):
+        loss_of(model, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
+    assert distance(folded, plain) <= 1e-12
 
 
 @clears

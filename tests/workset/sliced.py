@@ -22,7 +22,7 @@ class SlicedTorch:
             for grad, (_, dim, start, stop) in zip(found, active, strict=True)
         ]
         known = [grad for grad in grads if grad is not None]
-        norm = torch.nn.utils.get_total_norm(known)
+        norm = torch.nn.utils.get_total_norm(known) if known else torch.zeros(())
         if max_norm is not None:
             for grad in known:
                 grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -14,8 +14,9 @@ from .protocols import Turns
 from .region import Region
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
-from .torch_clipping import unwatch, watch
+from .torch_clipping import unwatch_clipping, watch_clipping
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
+from .zero_grad import drop, note_zeros, refuse_drop, watch_zero_grad
 
 __all__ = [
     "Demand",
@@ -28,18 +29,22 @@ __all__ = [
     "Turns",
     "allocate",
     "clip_norm_at_step",
+    "drop",
     "enlist",
+    "note_zeros",
     "outside",
     "param_of",
     "refuse_ddp",
+    "refuse_drop",
     "refuse_owned",
     "refuse_parameter",
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
     "survive_group_norms",
-    "unwatch",
+    "unwatch_clipping",
     "unwrapped",
-    "watch",
+    "watch_clipping",
+    "watch_zero_grad",
     "wrapper_of",
 ]

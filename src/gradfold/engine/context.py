@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class FoldContext(ABC):
         following: what clipping multiplies gradients by in the next step, for ``clip="delayed"``.
         grad_norm: the norm of the last step; a tensor where the host has not waited for it.
         step: the open step.
+        last_step: the step before, as long as some parameter remembers that it stepped in it.
+        zeroed: parameters whose gradient is zeros in torch, after ``zero_grad(set_to_none=False)``.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions, joint: bool):
@@ -53,6 +55,8 @@ class FoldContext(ABC):
         self.following: dict[int, float | Tensor] = {}
         self.grad_norm: float | Tensor | None = None
         self.step = Step(optimizer, options)
+        self.last_step: weakref.ref[Step] | None = None
+        self.zeroed: set[Any] = set()
 
     def segment(self, node: Any) -> Segment:
         """Return the segment of a node of the outer graph."""
@@ -85,12 +89,8 @@ class FoldContext(ABC):
         """Return the backward of a graph task; one that reaches the fold for the first time is examined."""
 
     @abstractmethod
-    def refuse_drop(self, members: Sequence[Any], set_to_none: bool, call: str) -> None:
-        """Raise if ``zero_grad`` of some parameters cannot do what torch's does."""
-
-    @abstractmethod
-    def drop(self, members: Sequence[Any] | None = None) -> None:
-        """Drop the gradients that wait and what a failed backward left behind; ``zero_grad`` calls this."""
+    def new_step(self) -> None:
+        """Forget the open step."""
 
     @property
     @abstractmethod

@@ -1,14 +1,12 @@
-"""The folds that are alive: which of them one backward reaches, and what ``zero_grad`` of a module means to them."""
+"""The folds that are alive, and which of them one backward reaches."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradfold.errors import FoldError
 
@@ -21,8 +19,7 @@ _numbers = itertools.count()
 
 
 def enlist(fold: FoldContext) -> None:
-    """Let other folds, and the ``zero_grad`` of modules, know of a fold from now on."""
-    _watch_zero_grad()
+    """Let others know of a fold from now on: other folds, ``zero_grad`` of modules, torch's clipping."""
     _LIVE[next(_numbers)] = fold
 
 
@@ -112,61 +109,6 @@ def _of(fold: FoldContext) -> str:
     first = next(iter(fold.params.values()), None)
     of = f" ({first.name}, ...)" if first is not None else ""
     return f"that of {_model_of(fold)}{of} with {type(fold.optimizer).__name__}"
-
-
-# zero_grad ------------------------------------------------------------------------------------------------------------
-
-
-def zero_gradients(params: Iterable[Tensor], set_to_none: bool, call: str) -> None:
-    """Drop the gradients of folded parameters that wait for ``optimizer.step()``, as ``Module.zero_grad`` drops others.
-
-    Args:
-        params: the parameters whose gradients are cleared; those that are in no fold are left alone.
-        set_to_none: as in torch.
-        call: what was called, for messages.
-
-    Raises:
-        FoldError: one of them has stepped inside a backward that ``optimizer.step()`` has not closed, or
-            ``set_to_none`` is False. Nothing is dropped then.
-    """
-    folds = [fold for fold in live_folds() if not fold.paused]
-    if not folds:
-        return
-    ids = {id(param) for param in params}
-    chosen = [(fold, [one for key, one in fold.params.items() if key in ids]) for fold in folds]
-    chosen = [(fold, members) for fold, members in chosen if members]
-    for fold, members in chosen:
-        fold.refuse_drop(members, set_to_none, call)
-    for fold, members in chosen:
-        fold.drop(members)
-
-
-def _watch_zero_grad() -> None:
-    """Let every ``zero_grad`` of torch drop what a fold keeps in place of gradients, once per process.
-
-    Torch has no hook for it. The methods of all modules and optimizers are wrapped: a submodule's clears a part of a
-    fold, that of a module around the folded one all of it, and so does an optimizer that is wrapped around gradfold's.
-    """
-    if getattr(nn.Module.zero_grad, "_clears_folds", False):
-        return
-    of_modules, of_optimizers = nn.Module.zero_grad, torch.optim.Optimizer.zero_grad
-
-    @functools.wraps(of_modules)
-    def zero_module(self: nn.Module, set_to_none: bool = True) -> None:
-        if _LIVE:
-            zero_gradients(self.parameters(), set_to_none, f"{type(self).__name__}.zero_grad()")
-        of_modules(self, set_to_none)
-
-    @functools.wraps(of_optimizers)
-    def zero_optimizer(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-        if _LIVE and getattr(self, "_fold", None) is None:  # a folded optimizer has done so itself
-            params = (param for group in self.param_groups for param in group["params"])
-            zero_gradients(params, set_to_none, f"{type(self).__name__}.zero_grad()")
-        of_optimizers(self, set_to_none)
-
-    zero_module._clears_folds = True  # type: ignore[attr-defined]
-    nn.Module.zero_grad = zero_module  # type: ignore[method-assign]
-    torch.optim.Optimizer.zero_grad = zero_optimizer  # type: ignore[method-assign]
 
 
 def names_of(names: Sequence[str]) -> str:

@@ -128,7 +128,10 @@ class FoldParam:
     @property
     def stepped(self) -> bool:
         """Whether it has stepped in the open step."""
-        step = self.fold.step
+        return self.stepped_in(self.fold.step)
+
+    def stepped_in(self, step: Step) -> bool:
+        """Return whether that step is the last it has stepped in."""
         return self._fired is step or any(one._stepped is step for one in self.slices)
 
     @property

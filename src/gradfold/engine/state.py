@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .context import FoldContext
 from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
-from .live import dismiss, names_of, refuse_several
+from .live import dismiss, refuse_several
 from .loops import refuse_loop, refuse_micro_batch
 from .owned import given_gradients
 from .param import FoldParam, hook_lost
@@ -36,6 +37,7 @@ from .protocols import Optimizer
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
+from .zero_grad import add_zeros, changed_since, changed_weights
 
 
 class FoldState(FoldContext):
@@ -247,15 +249,6 @@ class FoldState(FoldContext):
             if not param.due(parent):
                 param.flush(backward)
 
-    def _changed(self) -> list[str]:
-        """Return the weights that stepped inside backward and were changed by anyone else since."""
-        before, params = self.step.stamps, list(self.params.values())
-        if not before or (now := self._auditor.stamps(self.params)) == before or len(now) != len(before):
-            return []
-        parts = range(0, len(now), len(params))
-        differs = [any(now[part + index] != before[part + index] for part in parts) for index in range(len(params))]
-        return [param.name for param, found in zip(params, differs, strict=True) if found and param.stepped]
-
     def _flush(self, backward: Backward | None = None) -> None:
         step = self.step
         step.surveyed, step.segments, step.cautious = None, [], False
@@ -359,7 +352,7 @@ class FoldState(FoldContext):
                 "optimizer.step() after a backward that raised: some weights have stepped and others have not; call "
                 "optimizer.zero_grad() and run the batch again"
             )
-        changed = self._changed()
+        changed = changed_weights(self, self._auditor.stamps(self.params))
         self._plan()
         self._flush()
         for backward in step.backwards.values():
@@ -368,6 +361,7 @@ class FoldState(FoldContext):
         self._auditor.refuse_wrappers()
         self._auditor.audit(self.params)
         self._take_late()
+        add_zeros(self)
         if self.turns is not None:
             self.turns.look()
         self._arm(there=True)
@@ -377,59 +371,11 @@ class FoldState(FoldContext):
                 raise FoldError(changed_since(changed))
             finish_step(self, self.slices())
         finally:
+            self.last_step = weakref.ref(step)
             self.new_step()
             self.step.follows = True
         if self.turns is not None:
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
-
-    def refuse_drop(self, members: Sequence[FoldParam], set_to_none: bool, call: str) -> None:
-        """Raise if ``zero_grad`` of some parameters cannot do what torch's does.
-
-        Args:
-            members: the parameters.
-            set_to_none: as in torch.
-            call: what was called, for messages.
-
-        Raises:
-            FoldError: some have stepped inside a backward that did not raise, or ``set_to_none`` is False.
-        """
-        step = self.step
-        if not set_to_none:
-            raise FoldError(
-                f"{call[:-1]}set_to_none=False): folded weights have no gradient to fill with zeros, so those that the "
-                f"next backward does not reach would not step, where torch steps them with zeros; call {call}"
-            )
-        if not step.moved or step.running:
-            return
-        settle(self, self.slices())
-        stayed = set(step.nonfinite)  # their gradient was not finite, so that they have not moved
-        moved = [one.name for member in members for one in member.slices if one.stepped and one.name not in stayed]
-        if moved:
-            raise FoldError(
-                f"{call} after a backward that no optimizer.step() has closed: {names_of(moved)} stepped inside that "
-                "backward, so there is no gradient left to throw away. Run passes whose gradients are thrown away "
-                "(warm-up, adversarial examples, probes) inside `with fold.paused():`, or fold with timing='deferred', "
-                "where a batch can be skipped after its backward; to keep this step, call optimizer.step() first"
-            )
-
-    def drop(self, members: Sequence[FoldParam] | None = None) -> None:
-        """Drop the gradients that wait and what a failed backward left behind; ``zero_grad`` calls this.
-
-        Args:
-            members: only theirs, unless nothing of the open step is left without them; None: those of all.
-        """
-        step = self.step
-        if members is not None and not step.running:
-            chosen = set(members)
-            others = (one for one in self.params.values() if one not in chosen)
-            if any(one.waits or one.defers or one.stepped for one in others):
-                for member in chosen:
-                    step.waiting.pop(member, None)
-                    for one in member.slices:
-                        if (kept := step.deferred.pop(one, None)) is not None:
-                            kept.take()
-                return
-        self.new_step()
 
     def new_step(self) -> None:
         """Forget the open step."""
@@ -441,16 +387,3 @@ class FoldState(FoldContext):
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""
         return self.params.get(id(bias)) if self.backend.steps_biases else None
-
-
-def changed_since(names: Sequence[str]) -> str:
-    """Return the message about weights that were changed after they had stepped inside backward.
-
-    Methods that move weights for one backward and move them back (SAM) do that. Torch would step from the weights that
-    were put back; here the step was taken from the others, and may just have been overwritten.
-    """
-    return (
-        f"{names_of(names)}: changed between the backward that stepped it and optimizer.step(), so that its step was "
-        "not taken from the values torch would take it from; methods that move weights for one backward and move them "
-        "back (SAM) need timing='deferred'; other changes belong after optimizer.step()"
-    )

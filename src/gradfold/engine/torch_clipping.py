@@ -31,7 +31,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {}  # torch's own, while others stand in
 _inside = threading.local()  # torch's functions call one another
 
 
-def watch(fold: FoldContext) -> None:
+def watch_clipping(fold: FoldContext) -> None:
     """Let torch's functions notice the parameters of a fold, which is in ``live_folds`` already, from now on."""
     weakref.finalize(fold, _restore).atexit = False
     if not _PLAIN:
@@ -40,7 +40,7 @@ def watch(fold: FoldContext) -> None:
             _replace(name, function, _ANSWERS[name])
 
 
-def unwatch() -> None:
+def unwatch_clipping() -> None:
     """Give torch its functions back, if no fold is left."""
     _restore()
 

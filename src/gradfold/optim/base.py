@@ -21,6 +21,9 @@ from gradfold.engine import (
     ParamStepper,
     Region,
     Turns,
+    drop,
+    note_zeros,
+    refuse_drop,
     refuse_parameter,
     scaler_is_looking,
 )
@@ -169,7 +172,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Clear gradients, in a fold also those that wait for ``step()`` and what a backward that raised left behind.
 
         Args:
-            set_to_none: as in torch; a fold has no gradients that could be zeros, and refuses False.
+            set_to_none: as in torch. False: parameters that the next backward does not reach step with zeros.
 
         Raises:
             FoldError: weights have stepped inside a backward that ``step()`` has not closed, so that no gradient is
@@ -177,8 +180,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         fold = self._fold
         if fold is not None and not fold.paused:
-            fold.refuse_drop(list(fold.params.values()), set_to_none, "optimizer.zero_grad()")
-            fold.drop()
+            refuse_drop(fold, fold.params.values(), set_to_none, "optimizer.zero_grad()")
+            note_zeros(fold, fold.params.values(), set_to_none)
+            drop(fold)
         super().zero_grad(set_to_none)
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
