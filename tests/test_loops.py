@@ -1,6 +1,7 @@
 """The blocks of docs/loops.md: each runs folded and with plain torch, and ends with the same weights."""
 
 import contextlib
+import functools
 import re
 import types
 from pathlib import Path
@@ -38,6 +39,7 @@ class PlainFold:
 
     def __init__(self, model, optimizer, **options):
         self.paused = self.accumulating = contextlib.nullcontext
+        self.clip_grad_norm_ = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()))
 
 
 def run(code, module):
@@ -63,7 +65,7 @@ def test_a_block_ends_with_torchs_weights(name):
 
 
 def test_the_page_has_a_block_for_each_loop_it_names():
-    assert len(SNIPPETS) >= 11
+    assert len(SNIPPETS) >= 12
     assert {"SAM 1", "Averages of weights 1", "Two optimizers 1", "An input buffer that is filled again 1"} <= set(
         SNIPPETS
     )
