@@ -20,10 +20,12 @@ from .engine import (
     refuse_owned,
     refuse_parameter,
     survive_group_norms,
+    take_back,
     unwatch_clipping,
     watch_clipping,
     watch_zero_grad,
     wrapper_of,
+    write_zeros,
 )
 from .errors import FoldError
 from .head import FoldedCausalHead, fold_heads
@@ -364,12 +366,15 @@ class Fold:
         Raises:
             FoldError: entered in the middle of a step.
         """
-        self._state.require_closed("fold.paused()")
-        self._state.paused += 1
+        state = self._state
+        state.require_closed("fold.paused()")
+        zeros = write_zeros(state)
+        state.paused += 1
         try:
             yield
         finally:
-            self._state.paused -= 1
+            state.paused -= 1
+            take_back(state, zeros)
 
     def remove(self) -> None:
         """Undo the fold: plain modules and an ordinary optimizer again, with the states it has.

@@ -110,15 +110,6 @@ def test_a_working_set_with_slices():
         model.zero_grad()
 
 
-def test_zeros_in_a_working_set():
-    _, model = twins(mlp)
-    optimizer = ours(model)
-    gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2))
-    for call in (optimizer, model):
-        with pytest.raises(FoldError, match="set_to_none=False.*working_set=.*zero_grad"):
-            call.zero_grad(set_to_none=False)
-
-
 # as torch's -------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +227,27 @@ def test_a_step_without_a_backward_takes_the_zeros():
         optimizer.step()
         optimizer.zero_grad()
         optimizer.step()
+    assert distance(folded, plain) <= 1e-12
+
+
+@pytest.mark.parametrize("paused", ["steps", "probes", "clears"])
+def test_zeros_and_a_pause(paused):
+    plain, folded = twins(Branches)
+    theirs, mine = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, mine)
+    for step in range(8):
+        for model, optimizer, pause in ((plain, theirs, contextlib.nullcontext), (folded, mine, fold.paused)):
+            if step % 2:
+                with pause():
+                    if paused == "steps":
+                        model.loss(step).backward()
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                    elif paused == "clears":
+                        optimizer.zero_grad()
+            model.loss(step + 1).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
     assert distance(folded, plain) <= 1e-12
 
 

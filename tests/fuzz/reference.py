@@ -96,7 +96,7 @@ class Reference:
         grads: dict[Slice, Tensor] = {}
         for key in active:
             grad = self.named[key[0]].grad
-            if grad is not None and self.named[key[0]].requires_grad:
+            if grad is not None and (self.named[key[0]].requires_grad or self._steps_frozen):
                 grads[key] = _part(grad, key).clone()
         if self.noise and grads:
             size = max((float(g.abs().max()) for g in grads.values() if g.numel()), default=0.0)
@@ -113,9 +113,16 @@ class Reference:
         for key, grad in grads.items():
             if key not in bad:
                 self._step_one(key, grad.mul_(factors.get(self._pool(key), 1.0)), step)
-        for param in self.named.values():
-            param.grad = None
+        names = {key[0] for key in active}
+        for name, param in self.named.items():
+            zeros = case.has("zeros") and param.grad is not None and name in names
+            param.grad = torch.zeros_like(param) if zeros else None
         return float("nan") if bad else norm
+
+    @property
+    def _steps_frozen(self) -> bool:
+        """Whether frozen parameters step with their zeros, as in torch; those of a working set do not."""
+        return self.case.has("zeros") and not self.case.working_set
 
     @property
     def _clips(self) -> bool:

@@ -16,7 +16,7 @@ from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
 from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
-from .zero_grad import drop, note_zeros, refuse_drop, watch_zero_grad
+from .zero_grad import drop, note_zeros, refuse_drop, take_back, watch_zero_grad, write_zeros
 
 __all__ = [
     "Demand",
@@ -42,9 +42,11 @@ __all__ = [
     "refuse_wrappers",
     "scaler_is_looking",
     "survive_group_norms",
+    "take_back",
     "unwatch_clipping",
     "unwrapped",
     "watch_clipping",
     "watch_zero_grad",
     "wrapper_of",
+    "write_zeros",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gradfold import _torch
 from gradfold.errors import FoldError
 
 from .context import FoldContext
@@ -35,7 +36,7 @@ def zero_gradients(params: Iterable[Tensor], set_to_none: bool, call: str) -> No
     chosen = [(fold, [one for key, one in fold.params.items() if key in ids]) for fold in folds]
     chosen = [(fold, members) for fold, members in chosen if members]
     for fold, members in chosen:
-        refuse_drop(fold, members, set_to_none, call)
+        refuse_drop(fold, members, call)
     for fold, members in chosen:
         note_zeros(fold, members, set_to_none)
         drop(fold, members)
@@ -69,24 +70,18 @@ def watch_zero_grad() -> None:
     torch.optim.Optimizer.zero_grad = zero_optimizer  # type: ignore[method-assign]
 
 
-def refuse_drop(fold: FoldContext, members: Collection[FoldParam], set_to_none: bool, call: str) -> None:
+def refuse_drop(fold: FoldContext, members: Collection[FoldParam], call: str) -> None:
     """Raise if ``zero_grad`` of some parameters cannot do what torch's does.
 
     Args:
         fold: their fold.
         members: the parameters.
-        set_to_none: as in torch.
         call: what was called, for messages.
 
     Raises:
-        FoldError: some have stepped inside a backward that did not raise; ``set_to_none`` is False in a working set.
+        FoldError: some have stepped inside a backward that did not raise.
     """
     step = fold.step
-    if not set_to_none and fold.turns is not None:
-        raise FoldError(
-            f"{call[:-1]}set_to_none=False) with working_set=: torch steps parameters whose gradient is zero, also "
-            f"those that sleep; call {call}"
-        )
     if not step.moved or step.running:
         return
     settle(fold, [one for param in fold.params.values() for one in param.slices])
@@ -138,11 +133,34 @@ def note_zeros(fold: FoldContext, members: Collection[FoldParam], set_to_none: b
 
 
 def add_zeros(fold: FoldContext) -> None:
-    """Give a gradient of zeros to those of these parameters that have got no other in the open step."""
+    """Give a gradient of zeros to those of these parameters that have got no other in the open step.
+
+    Of a working set, to those that are active; without one also to frozen ones, which torch steps as well.
+    """
     for member in fold.zeroed:
-        if not (member.stepped or member.defers):
+        sleeps = fold.turns is not None and not member.param.requires_grad
+        if not (sleeps or member.stepped or member.defers):
             for one in member.slices:
                 one.add_late(torch.zeros_like(member.param))
+
+
+def write_zeros(fold: FoldContext) -> list[tuple[FoldParam, Tensor, int]]:
+    """Write these zeros to ``.grad``, where a paused step looks for them; return what ``take_back`` needs."""
+    made = []
+    for member in fold.zeroed:
+        if member.param.grad is None:
+            grad = member.param.grad = torch.zeros_like(member.param)
+            made.append((member, grad, _torch.version(grad)))
+    fold.zeroed.clear()
+    return made
+
+
+def take_back(fold: FoldContext, made: Iterable[tuple[FoldParam, Tensor, int]]) -> None:
+    """Remove zeros that a pause has left as they were; their parameters have them without a tensor again."""
+    for member, grad, version in made:
+        if member.param.grad is grad and _torch.version(grad) == version:
+            member.param.grad = None
+            fold.zeroed.add(member)
 
 
 # weights that were changed --------------------------------------------------------------------------------------------

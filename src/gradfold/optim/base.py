@@ -180,7 +180,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         fold = self._fold
         if fold is not None and not fold.paused:
-            refuse_drop(fold, fold.params.values(), set_to_none, "optimizer.zero_grad()")
+            refuse_drop(fold, fold.params.values(), "optimizer.zero_grad()")
             note_zeros(fold, fold.params.values(), set_to_none)
             drop(fold)
         super().zero_grad(set_to_none)
