@@ -175,6 +175,7 @@ def test_a_checkpoint_resumes(resume, run):
             assert torch.equal(load_file(now / "optimizer.safetensors")[name], value), name
 
 
+@pytest.mark.slow  # what resumes with the bits it would have had has come back with them
 @pytest.mark.parametrize("run", make.CHECKPOINTS)
 def test_a_checkpoint_comes_back_bit_for_bit(resume, run):
     """A run that ends at the step it was saved at writes what it read."""

@@ -110,6 +110,7 @@ def test_folding_a_100m_llama_costs_at_most_10_mib(dtype, tied, tokens):
     assert 0 <= folded.peak_bytes - null.peak_bytes <= 10 * MIB + largest_hooked
 
 
+@pytest.mark.slow
 def test_skipped_writes_change_no_figure(monkeypatch):
     config = llama_config(2)
     batch = batch_of(config, 32)

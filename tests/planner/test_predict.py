@@ -61,6 +61,7 @@ def test_a_module_is_predicted_like_its_config():
     assert of_module.as_dict() == of_config.as_dict()
 
 
+@pytest.mark.slow
 def test_masters_are_masters_folded_or_not():
     subject = find_subject(llama(1))
     settings = Settings(tokens=8, batch=1, dtype="bfloat16", master="split8")
@@ -87,6 +88,7 @@ def test_resting_is_that_of_the_whole_model(monkeypatch):
     assert resting_of(subject, settings) == of_two
 
 
+@pytest.mark.slow
 def test_a_peer_stores_its_gradients():
     import gradfold.planner.baselines as baselines
 

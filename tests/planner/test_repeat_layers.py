@@ -83,7 +83,7 @@ CASES = {
     "two_pass": pytest.param((adamw(), folded(clip_norm=1.0, clip="two_pass"), {}), marks=slow),
     "plain head": pytest.param((adamw(), folded(head="plain"), {}), marks=slow),
     "checkpointing": pytest.param((adamw("int8"), True, {"checkpointing": True}), marks=slow),
-    "checkpointing unfolded": (torch_adamw, False, {"checkpointing": True}),
+    "checkpointing unfolded": pytest.param((torch_adamw, False, {"checkpointing": True}), marks=slow),
 }
 
 

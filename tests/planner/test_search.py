@@ -82,6 +82,7 @@ def test_what_is_shown_fits_and_what_is_not_does_not():
     assert not {settings for settings, _ in found.misses} & {choice.settings for choice in found.choices}
 
 
+@pytest.mark.slow
 def test_guesses_are_near(traced):
     found = find(peak(dataclasses.replace(BASE, states="int8")))
     for settings, size in found.misses:
@@ -89,6 +90,7 @@ def test_guesses_are_near(traced):
             assert size == pytest.approx(peak(settings), rel=0.2)  # of so small a model
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_twice(traced):
     find(2**40)
     assert len(traced) == len(set(traced))

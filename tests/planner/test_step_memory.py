@@ -166,6 +166,7 @@ def test_nothing_of_the_models_size_is_allocated():
     assert memory.peak_bytes > 4 * weights
 
 
+@pytest.mark.slow
 def test_gradients_consumed_in_hooks_are_labelled():
     config = llama_config(vocab=64, hidden=256, layers=3)
     batch = llama_batch(config, 8)

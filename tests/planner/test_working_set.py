@@ -64,6 +64,7 @@ def test_without_prefetch_nothing_comes_before_the_last_has_left():
     assert both.max() == pytest.approx(all_states() / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_on_the_device_all_states_count():
     predicted = played(WorkingSet(chunks=2, interval=4))
     assert resting(predicted)["states"] == pytest.approx(all_states(), rel=0.01)
@@ -80,6 +81,7 @@ def test_on_disk(device, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_states_that_begin_anew_are_kept_nowhere():
     predicted = played(WorkingSet(interval=1, chunks=2, offload="cpu", states="reset"))
     assert resting(predicted)["states"] == pytest.approx(all_states() / 2, rel=0.05)

@@ -119,6 +119,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_disk_that_has_become_read_only_goes_on_elsewhere(tiny, texts, tmp_path, silent, disk, monkeypatch):
     place, freeze = disk
     out = place / "run"

@@ -140,9 +140,7 @@ SETUPS = {
 
 # between them: an epoch's end, sums and clipping, coded states on disk, a turn cut in two, importance, two passes
 QUICK = (
-    "SGD with momentum, warm-up cut in two",
     "coded states and masters, rounded stochastically",
-    "accumulated and clipped, across an epoch",
     "a working set, in the middle of a turn, accumulated and clipped, coded states on disk",
     "a working set of columns by importance, clipped in two passes",
 )

@@ -50,7 +50,9 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize(
+    "second", [pytest.param(name, marks=() if name == "a resume" else pytest.mark.slow) for name in SECOND]
+)
 def test_while_the_first_trains(tiny, texts, tmp_path, silent, monkeypatch, second):
     options, resumes, says = SECOND[second]
     out = tmp_path / "run"

@@ -86,6 +86,7 @@ def test_they_are_in_the_runs_folder_while_it_trains(tiny, texts, tmp_path, sile
     assert not (tmp_path / "run" / SLEEPING_STATES).exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_deleted_by_the_next(tiny, texts, tmp_path, silent, monkeypatch, no_pictures):
     out = tmp_path / "run"
     train(recipe(tiny, texts, steps=3, **DISK), out, None, silent)

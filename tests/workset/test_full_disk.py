@@ -227,6 +227,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_nor_may_two_processes_have_it(tmp_path):
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=pipe, stdout=pipe, text=True) as process:
