@@ -169,6 +169,19 @@ def test_through_a_reentrant_segment(order):
     assert unmoved(models, before)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_where_both_are_in_segments(hooked):
+    """No outermost backward is seen of either; they are told to be of one by the tensor that it began at."""
+    body = (lambda *_: nn.Sequential(Checkpointed(nn.LayerNorm(8), True))) if hooked else BODIES["reentrant"]
+    models, _ = pair(lambda: BODIES["reentrant"](4, 6, 8), lambda: body(8, 6, 8))
+    for model in models:
+        gradfold.fold(model, ours(model))
+    before = values(models)
+    with pytest.raises(FoldError, match="two folds"):
+        models[1](models[0](noise(0, 5, 4))).sum().backward()
+    assert unmoved(models, before)
+
+
 @pytest.mark.parametrize("three", [0, 1, 2])
 def test_one_of_three(three):
     torch.manual_seed(0)

@@ -216,6 +216,23 @@ def test_gradients_filled_with_zeros(rule, options, who):
     assert distance(folded, plain) <= 1e-12
 
 
+@pytest.mark.parametrize("options", WAITING.values(), ids=WAITING)
+def test_a_dropped_gradient_leaves_zeros(options):
+    plain, folded = twins(Branches)
+    theirs, mine = torchs(plain), ours(folded)
+    gradfold.fold(folded, mine, **options)
+    for model, optimizer in ((plain, theirs), (folded, mine)):
+        model.loss(0).backward()
+        optimizer.zero_grad(set_to_none=False)
+        for micro in range(options.get("accumulate", 1)):
+            model.loss(1 + 3 * micro).backward()
+        if "clip_norm" in options and model is plain:
+            nn.utils.clip_grad_norm_(plain.parameters(), options["clip_norm"])
+        optimizer.step()
+    assert distance(folded, plain) <= 1e-12
+    assert not torch.equal(folded.branches[0].weight, twins(Branches)[0].branches[0].weight)  # it has decayed
+
+
 def test_a_step_without_a_backward_takes_the_zeros():
     plain, folded = twins(mlp)
     theirs, mine = torchs(plain), ours(folded)
