@@ -352,7 +352,7 @@ class FoldState(FoldContext):
                 "optimizer.step() after a backward that raised: some weights have stepped and others have not; call "
                 "optimizer.zero_grad() and run the batch again"
             )
-        changed = changed_weights(self, self._auditor.stamps(self.params))
+        changed = changed_weights(self, self._auditor.stamps(self.params)) if step.stamps else []
         self._plan()
         self._flush()
         for backward in step.backwards.values():

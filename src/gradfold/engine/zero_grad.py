@@ -174,7 +174,7 @@ def changed_weights(fold: FoldContext, now: Sequence[int]) -> list[str]:
         now: ``Auditor.stamps`` of its parameters.
     """
     before, params = fold.step.stamps, list(fold.params.values())
-    if not before or now == before or len(now) != len(before):
+    if now == before or len(now) != len(before):
         return []
     parts = range(0, len(now), len(params))
     differs = [any(now[part + index] != before[part + index] for part in parts) for index in range(len(params))]
