@@ -80,6 +80,8 @@ def run_in_child(chosen, out, display, how, call, seconds):
     return False
 
 
+# forks a process whose torch may have threads already, which torch does not always survive
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("instants", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["reset", pytest.param("keep", marks=pytest.mark.slow)])
