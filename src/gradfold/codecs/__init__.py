@@ -3,7 +3,7 @@
 from .base import BLOCK, Codec, Matrix, Part, Parts, matrix
 from .plain import Plain
 from .registry import MASTERS, STATES, WEIGHTS, state_codec, weight_codec
-from .rounding import WEIGHT, Stream, random_bits, round_stochastic, row_offsets, stream_key
+from .rounding import WEIGHT, Stream, random_bits, random_words, round_stochastic, row_offsets, stream_key
 from .split import Split, dither, export_master, import_master
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "import_master",
     "matrix",
     "random_bits",
+    "random_words",
     "round_stochastic",
     "row_offsets",
     "state_codec",

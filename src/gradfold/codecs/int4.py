@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .base import BLOCK
 from .int8 import Blocks
-from .log_codes import LogCode, signed_code, unsigned_code
+from .log_codes import LogCode, SignedNumbers, UnsignedNumbers, signed_code, unsigned_code
 
 
 class PackedBlocks(Blocks):
@@ -50,5 +50,7 @@ class PackedBlocks(Blocks):
         return codes.flatten(-2)[..., :n]
 
 
-INT4_SIGNED = PackedBlocks("int4 signed", signed_code(levels=7, octaves=4), stochastic=False)
-INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned_code(levels=15, per_octave=1), stochastic=True)
+SIGNED4 = SignedNumbers.of(levels=7, octaves=4)
+UNSIGNED4 = UnsignedNumbers.of(levels=15, per_octave=1)
+INT4_SIGNED = PackedBlocks("int4 signed", signed_code(SIGNED4), stochastic=False)
+INT4_UNSIGNED = PackedBlocks("int4 unsigned", unsigned_code(UNSIGNED4), stochastic=True)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .base import BLOCK, Codec
-from .log_codes import LogCode, signed_code, unsigned_code
+from .log_codes import LogCode, SignedNumbers, UnsignedNumbers, signed_code, unsigned_code
 
 _MAGNITUDE = 0x7FFFFFFF
 
@@ -104,25 +104,24 @@ class Blocks(Codec):
 
     def _encode_block(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode ``[..., n]``, one block in the last dimension, to stored codes and scales ``[..., 1]``."""
-        scale = largest_magnitude(x)
-        inverse = scale.clamp(
-            min=2.0**-126
-        ).reciprocal()  # finite. A literal, because of torch.compile: see log_codes.py
-        return self.pack(self.log_code.encode(x * inverse, bits)), scale
+        scale = self.log_code.scale(largest_magnitude(x))
+        return self.pack(self.log_code.encode(x, scale, bits)), scale
 
     def _decode_block(self, stored: Tensor, scale: Tensor, n: int) -> Tensor:
         return self.log_code.decode(self.unpack(stored, n)) * scale
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """Return the largest magnitude along the last dimension, which is kept; NaN counts as larger than infinity.
+    """Return the bits of the largest magnitude along the last dimension, which is kept; NaN counts as the largest.
 
     The maximum is taken over the bits as integers: it does not depend on the order, and compiles to vector code.
     """
     if not x.shape[-1]:
-        return x.new_zeros(*x.shape[:-1], 0)
-    return (x.view(torch.int32) & _MAGNITUDE).amax(-1, keepdim=True).view(torch.float32)
+        return x.new_zeros(*x.shape[:-1], 0, dtype=torch.int32)
+    return (x.view(torch.int32) & _MAGNITUDE).amax(-1, keepdim=True)
 
 
-INT8_SIGNED = Blocks("int8 signed", signed_code(levels=127, octaves=10), torch.int8, stochastic=False)
-INT8_UNSIGNED = Blocks("int8 unsigned", unsigned_code(levels=255, per_octave=6), torch.uint8, stochastic=True)
+SIGNED8 = SignedNumbers.of(levels=127, octaves=10)
+UNSIGNED8 = UnsignedNumbers.of(levels=255, per_octave=6)
+INT8_SIGNED = Blocks("int8 signed", signed_code(SIGNED8), torch.int8, stochastic=False)
+INT8_UNSIGNED = Blocks("int8 unsigned", unsigned_code(UNSIGNED8), torch.uint8, stochastic=True)

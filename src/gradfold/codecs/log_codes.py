@@ -2,11 +2,9 @@
 
 The bits of a positive float, read as an integer, are a piecewise linear logarithm: 2^23 per octave, and linear within
 an octave (Mitchell, "Computer multiplication and division using binary logarithms", 1962). Levels at equal distances
-in this integer have nearly equal relative distances. Encoding costs an integer subtraction and a multiplication,
-without a logarithm or a table, and gives the same result on every backend (constants are rounded to fp32 before use).
-
-Numbers are divided by their block's largest magnitude first, so they lie in [0, 1] or [-1, 1]. Multiplying a whole
-block by a constant (the decay of a moment) changes its scale only, and is as exact as fp32.
+in this integer have nearly equal relative distances. Encoding and decoding are a multiplication of integers and a few
+additions, without a logarithm, a table or a conversion between integers and floats, and give the same result on every
+backend. Constants are integers, or floats that fp32 holds exactly.
 """
 
 from __future__ import annotations
@@ -19,83 +17,168 @@ from torch import Tensor
 
 OCTAVE = 1 << 23  # one octave in the bits of an fp32
 ONE = 127 * OCTAVE  # the bits of 1.0
-_SIGN, _MAGNITUDE = -(2**31), 0x7FFFFFFF
+_EXPONENT = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
+_SIGN = -(2**31)
+POINT = 24  # bits of fraction of a code on its way
 
 
 class LogCode(NamedTuple):
     """A code for the numbers of a block.
 
     Attributes:
-        encode: ``encode(x, bits)``: fp32 numbers to int32 codes; ``bits`` None rounds to nearest.
-        decode: ``decode(codes)``: int32 codes to fp32 numbers.
+        scale: ``scale(largest)``: bits of the block's largest magnitude to the fp32 scale that is stored.
+        encode: ``encode(x, scale, bits)``: fp32 numbers to int32 codes; ``bits`` None rounds to nearest.
+        decode: ``decode(codes)``: int32 codes to fp32 numbers, still to be multiplied by the scale.
         signed: Whether codes have a sign.
     """
 
-    encode: Callable[[Tensor, Tensor | None], Tensor]
+    scale: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     decode: Callable[[Tensor], Tensor]
     signed: bool
+
+
+class UnsignedNumbers(NamedTuple):
+    """The constants of a code for numbers that are never negative; see ``unsigned_code``.
+
+    Attributes:
+        step: Distance of two levels in the bits of a float.
+        unit: ``bits * unit`` has 2^24 per level, less ``2^24 - unit * step``.
+        top: Code of the scale itself.
+        kept: Mask of the random bits that are used.
+        base: What is added where random bits are, for a scale whose bits are 0; as int32.
+        nearest: The same for rounding to nearest.
+    """
+
+    step: int
+    unit: int
+    top: int
+    kept: int
+    base: int
+    nearest: int
+
+    @classmethod
+    def of(cls, levels: int, per_octave: int) -> UnsignedNumbers:
+        """Work out the constants of a code with ``levels`` levels, ``per_octave`` in each octave."""
+        step, unit, top = OCTAVE // per_octave, 2 * per_octave, levels - per_octave
+        short = ((1 << POINT) - unit * step) * levels  # what all steps together lack, in 2^-24 of a level
+        dropped = max(0, short.bit_length() - 8)  # random bits that are cut off
+        middle = (128 << dropped) - short // 2  # half of the last random bit that is left, less the mean lack
+        return cls(
+            step,
+            unit,
+            top,
+            -1 << dropped,
+            signed_word((top << POINT) + middle),
+            signed_word((top << POINT) + (1 << POINT - 1)),
+        )
+
+
+class SignedNumbers(NamedTuple):
+    """The constants of a code for numbers of both signs; see ``signed_code``.
+
+    Attributes:
+        step: Distance of two levels in the bits of a float.
+        base: The bits of ``offset``.
+        offset: What is added to a magnitude before its logarithm is taken.
+        unit: ``(bits >> 10) * unit`` has 2^24 per level.
+        nearest: What is added to round to nearest; as int32.
+    """
+
+    step: int
+    base: int
+    offset: float
+    unit: int
+    nearest: int
+
+    @classmethod
+    def of(cls, levels: int, octaves: int) -> SignedNumbers:
+        """Work out the constants of a code with ``levels`` levels on either side of zero."""
+        step = (octaves * OCTAVE + (OCTAVE >> octaves)) // levels
+        base = ONE + (OCTAVE >> octaves) - levels * step
+        unit = ((1 << POINT + 10) + step // 2) // step
+        offset = float(torch.tensor(base, dtype=torch.int32).view(torch.float32))
+        return cls(step, base, offset, unit, signed_word((1 << POINT - 1) - (base >> 10) * unit))
 
 
 # The constants of a code are default arguments: torch.compile(dynamic=True) treats those as constants. It would turn a
 # number in an attribute or a closure into an input of the kernel.
 
 
-def unsigned_code(levels: int, per_octave: int) -> LogCode:
-    """Make a code for numbers in [0, 1]: 0 is zero, ``levels`` is 1, and each octave has ``per_octave`` levels.
+def unsigned_code(numbers: UnsignedNumbers) -> LogCode:
+    """Make a code for numbers that are never negative: 0 is zero, and an octave has ``unit / 2`` levels.
 
-    With c the code, ``x = pseudo-exp2(-(levels - c) / per_octave)``. The levels of an octave are equally spaced and
-    octaves end on a level, so that a random choice between neighbours keeps the mean. A number below the lowest level
-    is stored as that level: a second moment must not become zero while its first moment is not zero.
+    The scale is the power of two at or below the block's largest number. With c the code and n levels per octave,
+    ``x = scale * pseudo-exp2((c - top) / n)``. The levels of an octave are equally spaced and octaves end on a level,
+    so that a random choice between neighbours keeps the mean. A number below the lowest level is stored as that level:
+    a second moment must not become zero while its first moment is not zero.
 
-    Random bits are added as multiples of 2^-16 of a code, plus 2^-17: a number on a level, or a few rounding errors
-    beside it, stays there.
-
-    Args:
-        levels: Largest code.
-        per_octave: Levels per octave.
+    A sixth of an octave is no whole number of units in the bits of a float: ``step`` is a third of a unit short. Random
+    bits are therefore cut to 14 there, so that a decoded number encodes to its own code.
     """
 
-    def encode(x: Tensor, bits: Tensor | None, levels: int = levels, per_octave: int = per_octave) -> Tensor:
-        i = x.view(torch.int32) & _MAGNITUDE
-        lowest = (levels - 1) * OCTAVE // per_octave  # times per_octave, it still fits 31 bits
-        below = (ONE - i).clamp(0, lowest) * per_octave  # below 1.0, in codes, with 23 bits of fraction
-        # levels - ((below + noise) >> 23), noise OCTAVE // 2 or (bits << 7) + 64, with one constant
-        above = (levels + 1) * OCTAVE - 1 - (OCTAVE // 2 if bits is None else 64) - below
-        code = (above if bits is None else above - (bits << 7)) >> 23
-        return code & (-i >> 31)  # all ones unless x is zero
+    def scale(largest: Tensor) -> Tensor:
+        return (largest & _EXPONENT).view(torch.float32)  # of NaN: infinity; of a subnormal number: 0
 
-    def decode(code: Tensor, levels: int = levels, per_octave: int = per_octave) -> Tensor:
-        # below * OCTAVE / per_octave without overflowing 31 bits; the division is a multiplication, exact for 8 bits
-        below = levels - code
-        fraction = (below * (OCTAVE % per_octave) * (65536 // per_octave + 1)) >> 16
-        i = ONE - (below * (OCTAVE // per_octave) + fraction)
-        return (i & (-code >> 31)).view(torch.float32)
+    def encode(
+        x: Tensor,
+        scale: Tensor,
+        bits: Tensor | None,
+        unit: int = numbers.unit,
+        lowest: int = (numbers.top - 1) * numbers.step,
+        base: int = numbers.base,
+        nearest: int = numbers.nearest,
+        kept: int = numbers.kept,
+    ) -> Tensor:
+        i, one = x.view(torch.int32) & _MAGNITUDE, scale.view(torch.int32)
+        above = torch.maximum(i, one - lowest) * unit
+        if bits is None:
+            code = above + (nearest - one * unit)
+        else:
+            code = above + (base - one * unit) + ((bits & kept) << 8)
+        return (code >> POINT) & 0xFF & (-i >> 31)  # the last is all ones unless x is zero
 
-    return LogCode(encode, decode, signed=False)
+    def decode(code: Tensor, step: int = numbers.step, base: int = ONE - numbers.top * numbers.step) -> Tensor:
+        return ((code * step + base) & (-code >> 31)).view(torch.float32)
+
+    return LogCode(scale, encode, decode, signed=False)
 
 
-def signed_code(levels: int, octaves: int) -> LogCode:
-    """Make a code for numbers in [-1, 1]: logarithmic over the top ``octaves``, linear below; always to nearest.
+def signed_code(numbers: SignedNumbers) -> LogCode:
+    """Make a code for numbers of both signs: logarithmic in the large ones, linear below; always to nearest.
 
-    With c the code and a = 2^-octaves, ``|x| = pseudo-exp2(|c| / levels * pseudo-log2(1 + 1 / a)) * a - a``: mu-law
-    companding (ITU-T G.711) with mu = 1 / a and Mitchell's logarithm. -1, 0 and 1 are exact.
-
-    Args:
-        levels: Largest code.
-        octaves: Octaves that are coded logarithmically.
+    The scale is the block's largest magnitude. With c the code, L the largest one and a = ``offset``, about
+    2^-octaves, ``|x| / scale = pseudo-exp2(|c| / L * pseudo-log2(1 + 1 / a)) * a - a``: mu-law companding (ITU-T G.711)
+    with mu = 1 / a and Mitchell's logarithm. -1, 0 and 1 are exact: levels are a whole number of units apart in the
+    bits of a float, and what that leaves over is added to a (less than L units).
     """
 
-    def encode(x: Tensor, bits: Tensor | None, levels: int = levels, octaves: int = octaves) -> Tensor:
-        i = x.view(torch.int32)
-        above = ((i & _MAGNITUDE).view(torch.float32) + 2.0**-octaves).view(torch.int32) - (ONE - octaves * OCTAVE)
-        span = octaves * OCTAVE + (OCTAVE >> octaves)
-        size = (above.to(torch.float32) * (levels / span) + 0.5).clamp(max=levels)  # above is not negative, even of NaN
-        return (size.view(torch.int32) | (i & _SIGN)).view(torch.float32).to(torch.int32)
+    def scale(largest: Tensor) -> Tensor:
+        return largest.view(torch.float32)
 
-    def decode(code: Tensor, levels: int = levels, octaves: int = octaves) -> Tensor:
-        span = octaves * OCTAVE + (OCTAVE >> octaves)
-        i = (code.abs().to(torch.float32) * (span / levels)).to(torch.int32) + (ONE - octaves * OCTAVE)
-        x = (i.view(torch.float32) - 2.0**-octaves).view(torch.int32)
-        return (x | (code & _SIGN)).view(torch.float32)
+    def encode(
+        x: Tensor,
+        scale: Tensor,
+        bits: Tensor | None,
+        offset: float = numbers.offset,
+        unit: int = numbers.unit,
+        nearest: int = numbers.nearest,
+    ) -> Tensor:
+        x = x * scale.clamp(min=2.0**-126).reciprocal()  # finite
+        size = (((x.abs() + offset).view(torch.int32) >> 10) * unit + nearest) >> POINT
+        minus = x.view(torch.int32) >> 31
+        return (size ^ minus) - minus
 
-    return LogCode(encode, decode, signed=True)
+    def decode(
+        code: Tensor, step: int = numbers.step, base: int = numbers.base, offset: float = numbers.offset
+    ) -> Tensor:
+        x = (code.abs() * step + base).view(torch.float32) - offset
+        return (x.view(torch.int32) | (code & _SIGN)).view(torch.float32)
+
+    return LogCode(scale, encode, decode, signed=True)
+
+
+def signed_word(x: int) -> int:
+    """Return a number modulo 2^32, as int32."""
+    return (x + 2**31) % 2**32 - 2**31

@@ -3,19 +3,23 @@
 An element's bits are a hash of (seed, step, parameter name, stream, offset of the element in the whole parameter). Any
 tiling, slicing, sharding, backend or resumed run therefore draws the same bits. No generator state is stored.
 
-The hash uses 32-bit words that wrap around; ``>>>`` fills with zeros, and o = (high, low) is the 64-bit offset:
+Two neighbours share a hash: the element at offset 2p takes the low half of the hash of p, the one at 2p + 1 the high
+half. The hash uses 32-bit words that wrap around; ``>>>`` fills with zeros, and p = (high, low) is 64 bits wide:
 
-    x <- (low ^ key0) * 0x9E3779B1
+    x <- (low + key0) * 0x9E3779B1
     x <- (x ^ x >>> 16) ^ (key1 + high * 0x9E3779B1)
     x <- x * 0x85EBCA6B
     x <- (x ^ x >>> 15) * 0xC2B2AE35
-    bits = x >>> 16
+    bits of 2p + 1 = x >>> 16;  bits of 2p = (x ^ x >>> 16) & 0xFFFF
 
-It is murmur3's finalizer (Appleby, public domain) with the key mixed in twice and without the last fold, which only the
-low half would need. The first constant is that of xxHash. key0 and key1 are words that BLAKE2 makes of the names once
-per run; the whole finalizer mixes them with the step, which a captured CUDA graph can do. The hash takes about fifteen
-instructions per element, of which the first seven are the same for all streams of a parameter; Philox takes 51.
+It is murmur3's finalizer (Appleby, public domain) with a key mixed in twice. The first constant is that of xxHash. The
+first key is added, so that the first line is the sum of a number per row and a number per column. key0 and key1 are
+words that BLAKE2 makes of the names once per run; the whole finalizer mixes them with the step, which a captured CUDA
+graph can do. An element costs some five instructions for the first stream of a parameter and three and a half for each
+further one; Philox takes 51.
+
 ``x >>> n`` is written ``(x >> n) & mask``, because torch shifts int32 arithmetically; Triton may use uint32 itself.
+Before format 2 (``formats.py``) every element had a hash of its own.
 """
 
 from __future__ import annotations
@@ -113,14 +117,23 @@ def random_bits(key: Tensor, offsets: Tensor, columns: int) -> Tensor:
         offsets: int64 ``[rows]``, the offset of each row's first element (``row_offsets``).
         columns: Columns of the tile.
     """
-    start = offsets.to(torch.int32)[:, None]  # the low word: the conversion wraps
-    high = (offsets >> 32).to(torch.int32)[:, None]
-    low = start + torch.arange(columns, dtype=torch.int32, device=offsets.device)
-    carry = (start & ~low) >> 31  # -1 where the row crosses a multiple of 2^32
-    x = (low ^ key[0]) * _GOLDEN
-    x = _fold(x, 16) ^ (key[1] + high * _GOLDEN + (carry & _GOLDEN))
-    x = _fold(x * _MIX1, 15) * _MIX2
-    return (x >> 16) & 0xFFFF
+    at = offsets[:, None] + torch.arange(columns, dtype=torch.int64, device=offsets.device)
+    words = random_words(key, at >> 1)
+    high = (words >> 16) & 0xFFFF
+    return torch.where((at & 1).bool(), high, (words ^ high) & 0xFFFF)
+
+
+def random_words(key: Tensor, pairs: Tensor) -> Tensor:
+    """Return the hash of two neighbours, before its halves are mixed: int32 in the shape of ``pairs``.
+
+    Args:
+        key: int32 ``[2]``, from ``Stream.key``.
+        pairs: int64, half the offset of each even element.
+    """
+    low, high = pairs.to(torch.int32), (pairs >> 32).to(torch.int32)  # the first conversion wraps
+    x = (low + key[0]) * _GOLDEN
+    x = _fold(x, 16) ^ (key[1] + high * _GOLDEN)
+    return _fold(x * _MIX1, 15) * _MIX2
 
 
 def _fold(x: Tensor, shift: int) -> Tensor:
@@ -132,8 +145,8 @@ def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
     Exact for bf16: the probability of rounding up is the dropped fraction. For fp16 the fraction is taken to 2^-16
     below the smallest normal number, and is exact above. Values that can be represented stay as they are; NaN stays
-    NaN, infinity stays infinity, and zeros keep their sign. Beyond the largest finite value the result is that of
-    rounding to nearest, because there is no upper neighbour.
+    NaN, infinity stays infinity, and zeros keep their sign. Beyond the largest finite value there is no upper
+    neighbour: such a number becomes the largest finite bf16, or is rounded to nearest in fp16.
 
     Args:
         x: fp32.
@@ -157,8 +170,8 @@ def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     """Add random bits below the cut, then cut: the carry is the random decision."""
     i = quiet(x.view(torch.int32))
-    beyond = (0x7F7F0000 - (i & _MAGNITUDE)) >> 31  # past bf16's largest finite value
-    i = i + ((bits & ~beyond) | (0x8000 & beyond))
+    beyond = (0x7F7F0000 - (i & _MAGNITUDE)) >> 31  # past bf16's largest finite value, infinity and NaN included
+    i = i + (bits & ~beyond)
     return (i >> 16).to(torch.int16).view(torch.bfloat16)
 
 

@@ -105,7 +105,7 @@ def test_the_kernel_of_many_small_parameters_does_not_spill(monkeypatch):
         job, _ = stepper.begin(gradient, GroupStep(optimizer.param_groups[0], optimizer.rule), UNCHANGED)
         found = batched.kind_of(job)
         assert found is not None
-        batched.step_batched(found[0], [job], [found[1]])
+        batched.step_batched(found[0], [job], [found[1]], "hopper", False)
     code, usage = inspect_ptx.read_cubin(made[0].asm["cubin"])
     assert not code.spills and not usage.local_bytes and not usage.stack_bytes
 

@@ -33,24 +33,31 @@ C_TYPES = {
 def emit(program: Program) -> str:
     """The source of a shared object with one function, ``gradfold_rows`` (``products.c`` calls it for each tile)."""
     inputs = {scalar.source: f"scalars[{i}]" for i, scalar in enumerate(scalars(program))}
-    random = [stored for stored in program.tensors if stored.bits is not None]
-    hashes = [_random_bits(random, inputs)] if random else []
+    random = [stored for stored in program.tensors if stored.words is not None]
+    hashes = [_random_words(random, inputs)] if random else []
     return "\n".join([PRELUDE.read_text(), *hashes, _block(program, random, inputs), _entry(program, random)])
 
 
-def _random_bits(random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
+def _random_words(random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
+    """The function that hashes the pairs of neighbours of a block; one that begins on an odd element touches 65."""
     body = Body(inputs)
-    stores = [f"bits_{stored.name}[c] = {body.name(stored.bits)};" for stored in random if stored.bits]
-    outputs = [f"int32_t *restrict bits_{stored.name}" for stored in random]
-    head = ", ".join(["int start", "uint32_t low", "int32_t high", *_keys(random, "int32_t "), *outputs])
-    lines = [*body.before, *loop("BLOCK", [*body.inside, *stores], "start")]
-    arguments = ", ".join(["start", "low", "high", *_keys(random), *(f"bits_{stored.name}" for stored in random)])
+    mix = "words_{0}[c] = word ^ (word >> 16 & 0xffff);"
+    stores = [
+        f"{{ const uint32_t word = {body.name(stored.words)}; {mix.format(stored.name)} }}"
+        for stored in random
+        if stored.words
+    ]
+    outputs = [f"uint32_t *restrict words_{stored.name}" for stored in random]
+    head = ", ".join(["int start", "int stop", "uint32_t low", "int32_t high", *_keys(random, "int32_t "), *outputs])
+    lines = [*body.before, *loop("stop", [*body.inside, *stores], "start")]
+    arguments = ", ".join(["start", "stop", "low", "high", *_keys(random), *(f"words_{s.name}" for s in random)])
     return "\n".join(
         [
-            "/* Random bits of the elements from `start` on, whose offsets share the high word. */",
-            function(f"INLINE void random_bits({head})", lines),
-            "/* The same, for the rare block that crosses a multiple of 2^32. */",
-            function(f"NOINLINE static void random_bits_after({head})", [f"random_bits({arguments});"]),
+            "/* Hashes of pairs of neighbours, from the pair `start` on; all share the high word of their number. The low",
+            "   half of a word is the random bits of the first of the two, the high half those of the second. */",
+            function(f"INLINE void random_words({head})", lines),
+            "/* The same, for the rare block that crosses a multiple of 2^33. */",
+            function(f"NOINLINE static void random_words_after({head})", [f"random_words({arguments});"]),
         ]
     )
 
@@ -75,12 +82,18 @@ def _block(program: Program, random: Sequence[Stored], inputs: Mapping[str, str]
     if any(stored.largest for stored in program.tensors):
         lines += ["if (n < BLOCK) {", *indent(_largest_of_short(program, inputs)), "}"]
     if random:
-        names = [f"bits_{stored.name}" for stored in random]
-        lines += [f"int32_t {', '.join(f'{name}[BLOCK]' for name in names)};"]
-        lines += ["const uint32_t low = (uint32_t)offset;", "const int32_t high = (int32_t)(offset >> 32);"]
+        names = [f"words_{stored.name}" for stored in random]
+        lines += [f"uint32_t {', '.join(f'{name}[PAIRS]' for name in names)};"]
+        lines += ["const int odd = (int)(offset & 1);", "const uint32_t low = (uint32_t)(offset >> 1);"]
+        lines += ["const int32_t high = (int32_t)(offset >> 33);"]
         arguments = ", ".join([*_keys(random), *names])
-        lines += [f"random_bits(0, low, high, {arguments});"]
-        lines += [f"if (low > -(uint32_t)BLOCK) random_bits_after(-low, low, high + 1, {arguments});"]
+        lines += [f"random_words(0, BLOCK / 2, low, high, {arguments});"]
+        lines += [f"if (odd) random_words_after(BLOCK / 2, PAIRS, low, high, {arguments});"]
+        lines += [f"if (low > -(uint32_t)PAIRS) random_words_after(-low, PAIRS, low, high + 1, {arguments});"]
+        lines += [
+            f"const half_word *const bits_{stored.name} = (const half_word *)words_{stored.name} + odd;"
+            for stored in random
+        ]
     carrier = next((stored for stored in program.tensors if _carries(stored)), None) if rest else None
     for stored in sorted(program.tensors, key=lambda stored: stored is not carrier):  # it makes what others encode
         if _in_place(stored):

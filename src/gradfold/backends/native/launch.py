@@ -46,7 +46,7 @@ class Kernel:
         self.holds = program.guards.compile()
         self.codecs = [stored.codec for stored in program.tensors]
         self.blocked = program.blocked
-        self.random = [i for i, stored in enumerate(program.tensors) if stored.bits is not None]
+        self.random = [i for i, stored in enumerate(program.tensors) if stored.words is not None]
         self.at = ctypes.cast(library.gradfold_rows, ctypes.c_void_p).value
         self.functions = _functions(products)
         sources = [scalar.source for scalar in scalars(program)]

@@ -3,7 +3,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "random bits are read as the halves of words"
+#endif
 #define BLOCK 128
+#define PAIRS (BLOCK / 2 + 1)
 #define NOINLINE __attribute__((noinline)) /* inlined, its pointers would no longer count as restrict */
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -11,6 +15,8 @@
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
+
+typedef uint16_t half_word __attribute__((may_alias));
 
 INLINE int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
 INLINE float float_of(int32_t i) { float x; memcpy(&x, &i, 4); return x; }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradfold.codecs import BLOCK, Codec, random_bits
+from gradfold.codecs import BLOCK, Codec, random_words
 from gradfold.rules import Rule
 
 from .nodes import F32, I32, I64, Node, array
@@ -48,7 +48,7 @@ class Stored:
     encoded_odd: dict[str, Node]  # of the last byte of an odd block; empty where there is no such thing
     largest: list[Node]  # the maxima over a block that ``encoded`` uses
     largest_odd: list[Node]  # ... and ``encoded_odd``: the same
-    bits: Node | None  # the random bits of an element, where encoding uses any
+    words: Node | None  # the hash of two neighbours, where encoding uses random bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ def _stored(name: str, codec: Codec, stochastic: bool) -> Stored:
     decoded = list(codec.decode(parts, lanes).held.flat)  # type: ignore[arg-type]
     encoded = _encode(name, codec, stochastic, lanes)
     odd = _encode(name, codec, stochastic, 1) if lanes == 2 else {}
-    bits = _bits(name) if any(node.args[0] == f"bits_{name}" for node in of(encoded, "load")) else None
-    return Stored(name, codec, arrays, lanes, decoded, encoded, odd, of(encoded, "largest"), of(odd, "largest"), bits)
+    words = _words(name) if any(node.args[0] == f"bits_{name}" for node in of(encoded, "load")) else None
+    return Stored(name, codec, arrays, lanes, decoded, encoded, odd, of(encoded, "largest"), of(odd, "largest"), words)
 
 
 def _encode(name: str, codec: Codec, stochastic: bool, lanes: int) -> dict[str, Node]:
@@ -114,11 +114,11 @@ def _encode(name: str, codec: Codec, stochastic: bool, lanes: int) -> dict[str, 
     return {part: _only(made.held, dtypes[part]) for part, made in stored.items()}  # type: ignore[attr-defined]
 
 
-def _bits(name: str) -> Node:
-    """The hash of one element's offset. The first key is shared by all streams of a parameter."""
+def _words(name: str) -> Node:
+    """The hash of two neighbours. The first key is shared by all streams of a parameter."""
     key = Tile(array([Node("uniform", key, dtype=I32) for key in ("key", f"key_{name}")]), I32)
-    offset = Tile(array([Node("offset", dtype=I64)]), I64)
-    return _only(random_bits(key, offset, 1).held, I32)  # type: ignore[arg-type,attr-defined]
+    pair = Tile(array([Node("offset", dtype=I64)]), I64)
+    return _only(random_words(key, pair).held, I32)  # type: ignore[arg-type,attr-defined]
 
 
 def _only(nodes: np.ndarray, dtype: torch.dtype) -> Node:

@@ -30,6 +30,7 @@ from .launch import (
     counts_of,
     describable,
     narrowed_tensors,
+    scaling_of,
     source_of,
     tensors_of,
 )
@@ -135,14 +136,13 @@ class Triton(Backend):
         bias: Bias | None = None,
     ) -> list[PendingSum]:
         described, tf32 = describable(term, self.where), bool(torch.backends.cuda.matmul.allow_tf32)
-        scaled, limited = isinstance(change.scale, Tensor), change.clip_value is not None
         key = (
             described,
             specialization_of(term),
             flags,
             tf32,
-            scaled,
-            limited,
+            scaling_of(change.scale),
+            change.clip_value is not None,
             change.guarded,
             kind_of(bias),
         )
@@ -174,7 +174,13 @@ class Triton(Backend):
         groups, others = by_kind(jobs)
         for (kind, _), members in groups.items():
             with _on(kind.device):
-                norms = step_batched(kind, [jobs[index] for index, _ in members], [tensors for _, tensors in members])
+                norms = step_batched(
+                    kind,
+                    [jobs[index] for index, _ in members],
+                    [tensors for _, tensors in members],
+                    self.where,
+                    interpreted(),
+                )
             for (index, _), tiles in zip(members, norms, strict=True):
                 powers[index] = PendingSum(tiles)
         for index in others:

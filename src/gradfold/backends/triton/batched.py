@@ -14,7 +14,7 @@ from gradfold.backends.terms import DenseTerm, GradTerm
 
 from .kernels import codecs
 from .kernels.batched import fold_batched
-from .launch import Tensors
+from .launch import Tensors, math_of
 from .launch_cache import TritonStepper
 from .scalars import Twin, as_tensor, flags_of, twin_of
 from .transfer import capturing, to_device
@@ -73,7 +73,9 @@ def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
     return BatchKind(twin, flags, tensors.formats, tensors.random, grad.dtype, limited, guarded, grad.device), tensors
 
 
-def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors]) -> list[Tensor]:
+def step_batched(
+    kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors], where: str, interpreted: bool
+) -> list[Tensor]:
     """Step parameters of one kind; returns the norms of each parameter's blocks."""
     rows, blocks, lengths = [], [], []
     for index, (job, one) in enumerate(zip(jobs, tensors, strict=True)):
@@ -105,7 +107,7 @@ def step_batched(kind: BatchKind, jobs: Sequence[Job], tensors: Sequence[Tensors
         LIMITED=int(kind.limited),
         GUARDED=int(kind.guarded),
         LARGE=0,
-        EXACT=int(kind.formats[0] == codecs.FP32.value),
+        MATH=math_of(kind.formats[0], where, interpreted),
         BLOCK=BLOCK_ELEMENTS,
         enable_fp_fusion=False,
         num_warps=4,

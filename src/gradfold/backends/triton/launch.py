@@ -331,12 +331,13 @@ def arguments(
         "SCALARS": 0 if twin is None else twin.count,
         "FORMATS": tensors.formats,
         "RANDOM": tensors.random,
+        "BYTES": tuple(first.element_size() for first in tensors.firsts),
         **source.constants,
         "BIASED": int(bias is not None),
         "BIAS_FLAGS": () if bias is None else bias.flags,
         "BIAS_FORMATS": () if bias is None else bias.tensors.formats,
         "BIAS_RANDOM": () if bias is None else bias.tensors.random,
-        "SCALED": int(scaled),
+        "SCALED": scaling_of(scale),
         "LIMITED": int(limit is not None),
         "GUARDED": int(guarded),
         "STEPS": int(twin is not None),
@@ -349,12 +350,27 @@ def arguments(
         "WIDEN": int(interpreted),
         "EVEN": int(n % tiles.bn == 0 and k % tiles.bk == 0),
         "RAGGED": int(k % BLOCK != 0),
+        "FAR": int(max(*tensors.first_strides, *tensors.second_strides) * tiles.bn >= 2**31),
+        "PAIRED": int(tensors.offset % 2 == 0 and tensors.row_stride % 2 == 0),
         "LARGE": int(tensors.large),
-        "EXACT": int(tensors.formats[0] == codecs.FP32.value),
+        "MATH": math_of(tensors.formats[0], where, interpreted),
+        "PREFETCH": int(n % tiles.bn == 0 and k % tiles.bk == 0 and not interpreted and where != "amd"),
         "enable_fp_fusion": False,
         **tiles.options(),
     }
     return positions, constants
+
+
+def scaling_of(scale: float | Tensor) -> int:
+    """Return what multiplies the gradient: 0 nothing, 1 a number of the host, 2 one on the device."""
+    return 2 if isinstance(scale, Tensor) else int(scale != 1)
+
+
+def math_of(weight_format: int, where: str, interpreted: bool) -> int:
+    """Return how the rule's divisions and roots are computed: IEEE for fp32 weights, else as fast as may be."""
+    if weight_format == codecs.FP32.value:
+        return codecs.IEEE.value
+    return codecs.PLAIN.value if interpreted or where == "amd" else codecs.FAST.value
 
 
 def counts_of(tensors: Tensors, tiles: tile_configs.TileConfig, bias: Bias | None = None) -> list[int]:

@@ -17,7 +17,7 @@ from gradfold.backends.terms import GradTerm, MatmulTerm
 from gradfold.rules import Group, Rule
 
 from .kernels.step import fold_step
-from .launch import Bias, Tensors, product_arguments, tensors_of
+from .launch import Bias, Tensors, product_arguments, scaling_of, tensors_of
 from .scalars import Twin, step_scalars, twin_of
 from .tile_configs import TileConfig
 from .transfer import is_current, stream_of
@@ -250,7 +250,7 @@ def block_key(term: MatmulTerm, flags: tuple[int, ...], change: Change, bias: Bi
         left.dtype,
         left.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32,
         flags,
-        type(change.scale) is Tensor,
+        scaling_of(change.scale),
         change.clip_value,
         change.guarded,
         kind_of(bias),

@@ -4,31 +4,53 @@ Each function is the twin of a rule in ``gradfold.rules`` and rounds where that 
 torch's kernels round ``a * b + c`` once, and kernels are compiled without further fusion. Everything that depends on
 the step's numbers alone is computed in Python in double precision (``scalars.py``) and passed in ``n``.
 
-    rule(w, g, states, n, FLAGS, EXACT) -> w, states
+    rule(w, g, states, n, FLAGS, MATH) -> w, states
 
 - ``w``, ``g``: fp32 tiles of weight and gradient.
 - ``states``: fp32 tiles, in the order of ``Rule.states``.
 - ``n``: tuple of fp32 scalars; each function lists them.
 - ``FLAGS``: compile-time constants that follow from the hyper-parameters.
-- ``EXACT``: IEEE division and square root, for fp32 weights; otherwise the processor's own, within two units in the
-  last place.
+- ``MATH``: how divisions and roots are computed, see ``codecs.py``: IEEE for fp32 weights, FAST for 16-bit ones.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def div(a, b, EXACT: tl.constexpr):
-    """Divide with IEEE rounding if EXACT, else within two units in the last place."""
-    return tl.div_rn(a, b) if EXACT else a / b
+from .codecs import FAST, IEEE
 
 
 @triton.jit
-def sqrt(x, EXACT: tl.constexpr):
-    """Take the square root with IEEE rounding if EXACT, else within two units in the last place."""
-    return tl.sqrt_rn(x) if EXACT else tl.sqrt(x)
+def div(a, b, MATH: tl.constexpr):
+    """Divide with IEEE rounding, or within three units in the last place if MATH is FAST and b is normal."""
+    if MATH == FAST:
+        return a * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [b], tl.float32, True, 1)
+    else:
+        return tl.div_rn(a, b) if MATH == IEEE else a / b
+
+
+@triton.jit
+def add_quotient(w, a, b, MATH: tl.constexpr):
+    """Return w + a / b."""
+    if MATH == FAST:
+        return tl.fma(a, tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [b], tl.float32, True, 1), w)
+    else:
+        return w + div(a, b, MATH)
+
+
+@triton.jit
+def mul_add(a, b, c, MATH: tl.constexpr):
+    """Return a * b + c, rounded twice unless MATH is FAST."""
+    return tl.fma(a, b, c) if MATH == FAST else a * b + c
+
+
+@triton.jit
+def sqrt(x, MATH: tl.constexpr):
+    """Take the square root with IEEE rounding, or within two units in the last place if MATH is FAST."""
+    if MATH == FAST:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    else:
+        return tl.sqrt_rn(x) if MATH == IEEE else tl.sqrt(x)
 
 
 @triton.jit
@@ -60,21 +82,21 @@ def _moments(w, g, states, n, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def adam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def adam(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """Adam and AdamW. n: those of ``_moments``, then 1 / sqrt(1 - beta2^t), eps, -lr / (1 - beta1^t)."""
     AMSGRAD: tl.constexpr = FLAGS[3]
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     if AMSGRAD:
         largest = tl.maximum(states[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-        denom = sqrt(largest, EXACT) * n[4] + n[5]
-        return w + div(exp_avg * n[6], denom, EXACT), (exp_avg, exp_avg_sq, largest)
+        denom = mul_add(sqrt(largest, MATH), n[4], n[5], MATH)
+        return add_quotient(w, exp_avg * n[6], denom, MATH), (exp_avg, exp_avg_sq, largest)
     else:
-        denom = sqrt(exp_avg_sq, EXACT) * n[4] + n[5]
-        return w + div(exp_avg * n[6], denom, EXACT), (exp_avg, exp_avg_sq)
+        denom = mul_add(sqrt(exp_avg_sq, MATH), n[4], n[5], MATH)
+        return add_quotient(w, exp_avg * n[6], denom, MATH), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
-def sgd(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def sgd(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """SGD. n: weight decay, momentum, 1 - dampening, -lr."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
@@ -95,7 +117,7 @@ def sgd(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def lion(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def lion(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """Lion. n: decay, beta1, 1 - beta1, -lr, beta2, 1 - beta2."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
@@ -106,7 +128,7 @@ def lion(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def rmsprop(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def rmsprop(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """RMSprop. n: weight decay, alpha, 1 - alpha, the lerp weight of the mean, eps, momentum, -lr."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
@@ -117,41 +139,41 @@ def rmsprop(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     square = tl.fma(g * n[2], g, states[0] * n[1])
     if CENTERED:
         mean = _lerp(states[1 + MOMENTUM], g, n[3], NEAR)
-        denom = sqrt(tl.fma(-mean, mean, square), EXACT) + n[4]
+        denom = sqrt(tl.fma(-mean, mean, square), MATH) + n[4]
         extra = (mean,)
     else:
-        denom = sqrt(square, EXACT) + n[4]
+        denom = sqrt(square, MATH) + n[4]
         extra = ()
     if MOMENTUM:
-        buffer = states[1] * n[5] + div(g, denom, EXACT)
+        buffer = states[1] * n[5] + div(g, denom, MATH)
         return tl.fma(buffer, n[6], w), (square, buffer) + extra
     else:
-        return w + div(g * n[6], denom, EXACT), (square,) + extra
+        return add_quotient(w, g * n[6], denom, MATH), (square,) + extra
 
 
 @triton.jit
-def adagrad(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def adagrad(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """Adagrad. n: weight decay, eps, -lr of this step."""
     DECAY: tl.constexpr = FLAGS[0]
     MAXIMIZE: tl.constexpr = FLAGS[1]
     w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
     total = tl.fma(g, g, states[0])
-    return w + div(g * n[2], sqrt(total, EXACT) + n[1], EXACT), (total,)
+    return w + div(g * n[2], sqrt(total, MATH) + n[1], MATH), (total,)
 
 
 @triton.jit
-def nadam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def nadam(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """NAdam. n: those of ``_moments``, then 1 / (1 - beta2^t), eps, -grad_rate, -avg_rate."""
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
-    denom = sqrt(exp_avg_sq * n[4], EXACT) + n[5]
-    w = w + div(g * n[6], denom, EXACT)
-    return w + div(exp_avg * n[7], denom, EXACT), (exp_avg, exp_avg_sq)
+    denom = sqrt(exp_avg_sq * n[4], MATH) + n[5]
+    w = add_quotient(w, g * n[6], denom, MATH)
+    return add_quotient(w, exp_avg * n[7], denom, MATH), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
-def radam(w, g, states, n, FLAGS: tl.constexpr, EXACT: tl.constexpr):
+def radam(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     """RAdam. n: those of ``_moments``, then eps, -rate, 1 if ``exp_avg_sq`` is used, else 0."""
     w, g, exp_avg, exp_avg_sq = _moments(w, g, states, n, FLAGS)
     step = exp_avg * n[5]
-    adaptive = w + div(step, sqrt(exp_avg_sq, EXACT) + n[4], EXACT)
+    adaptive = add_quotient(w, step, sqrt(exp_avg_sq, MATH) + n[4], MATH)
     return tl.where(n[6] != 0, adaptive, tl.fma(exp_avg, n[5], w)), (exp_avg, exp_avg_sq)

@@ -17,7 +17,7 @@ Sub-tiles bound the registers in use: the accumulator, and weight, states and te
 import triton
 import triton.language as tl
 
-from . import codecs
+from . import codecs, draws, tiles
 
 # Columns of the tables that hold all gradient terms but the first of each kind
 PRODUCT = tl.constexpr(5)  # left, right, tokens, left's stride, right's stride
@@ -80,12 +80,12 @@ def column_sums(total, left, tokens, stride, n0, N, BN: tl.constexpr, BT: tl.con
 
 @triton.jit
 def step_bias(
-    g, n0, firsts, seconds, scalars, words, factor, limit, norm_there, N,
-    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
-    LIMITED: tl.constexpr, GUARDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr,
+    g, n0, firsts, seconds, numbers, shared, own, factor, limit, norm_there, N,
+    RULE: tl.constexpr, FLAGS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr, SCALED: tl.constexpr,
+    LIMITED: tl.constexpr, GUARDED: tl.constexpr, MATH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Update BN elements of a bias. g: fp32 ``[1, BN]``."""
-    norm = norm_of(g, factor)
+    norm = norm_of(g, factor, SCALED)
     tl.store(norm_there, norm)
     kept = 1
     if GUARDED:
@@ -93,16 +93,19 @@ def step_bias(
     strides = ()
     for _ in tl.static_range(len(FORMATS)):
         strides = strides + (0,)
+    first, second = tiles.pointers(firsts, seconds, strides, strides, n0, n0, FORMATS)
     update(
-        changed(g, factor, limit, LIMITED), tl.zeros((1,), tl.int64), n0, kept, firsts, seconds, strides, strides,
-        scalars, words, 0, 0, 1, N, RULE, FLAGS, SCALARS, FORMATS, RANDOM, True, False, EXACT, BN,
+        changed(g, factor, limit, SCALED, LIMITED), tl.arange(0, 1), kept, N - n0, first, second, strides, strides,
+        numbers, shared, own, n0.to(tl.int64), 0, RULE, FLAGS, FORMATS, RANDOM, tiles.EDGE, False, True, False, MATH,
+        BN,
     )  # fmt: skip
 
 
 @triton.jit
-def changed(g, factor, limit, LIMITED: tl.constexpr):
-    """Scale a gradient and limit its elements (``clip_value``)."""
-    g = g * factor
+def changed(g, factor, limit, SCALED: tl.constexpr, LIMITED: tl.constexpr):
+    """Scale a gradient if SCALED, and limit its elements (``clip_value``) if LIMITED."""
+    if SCALED:
+        g = g * factor
     if LIMITED:
         g = tl.minimum(tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
     return g
@@ -146,14 +149,16 @@ def dense(grad, stride, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def norm_of(acc, factor):
+def norm_of(acc, factor, SCALED: tl.constexpr):
     """Return the tile's norm; NaN if an element is not finite, or becomes so when multiplied by the factor."""
     largest = codecs.float_of(tl.max(codecs.bits_of(acc) & codecs.MAGNITUDE))  # as integers, where NaN is the largest
     # squares neither overflow nor vanish
     unit = tl.where(largest > 1e15, 2.0**-75, tl.where(largest < 1e-15, 2.0**60, 1.0))
     scaled = acc * unit
     norm = tl.sqrt_rn(tl.sum(scaled * scaled)) * (1.0 / unit)
-    return tl.where(largest * tl.abs(factor) < float("inf"), norm, float("nan"))
+    if SCALED:
+        largest = largest * tl.abs(factor)
+    return tl.where(largest < float("inf"), norm, float("nan"))
 
 
 @triton.jit
@@ -176,39 +181,67 @@ def sub_tiles(acc, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def update(
-    g, rows, start, kept, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride, N, K,
-    RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
-    RAGGED: tl.constexpr, LARGE: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Run the rule on rows ``[R]`` and WIDTH columns of weight and states; rows from ``kept`` on are not stored.
+def numbers_of(scalars, SCALARS: tl.constexpr):
+    """Return the rule's numbers, and the number of the step."""
+    numbers = ()
+    for i in tl.static_range(SCALARS):
+        numbers = numbers + (tl.load(scalars + i),)
+    return numbers, tl.load((scalars + SCALARS).to(tl.pointer_type(tl.int32)))
 
-    g: fp32 ``[R, WIDTH]``.
+
+@triton.jit
+def update(
+    g, rows, N, K, firsts, seconds, first_strides, second_strides, numbers, shared, own, first, row_stride,
+    RULE: tl.constexpr, FLAGS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr, MASK: tl.constexpr,
+    FAR: tl.constexpr, PAIRED: tl.constexpr, LARGE: tl.constexpr, MATH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Run the rule on some rows of a tile of weight and states, and store all but the scales, which are returned.
+
+    Args:
+        g: gradient, fp32 ``[R, WIDTH]``.
+        rows: int32 ``[R]``, from the tile's first row on.
+        N: rows that exist, from there.
+        K: columns that exist.
+        firsts: pointers to the tile, as ``seconds`` (``tiles.pointers``).
+        numbers: of the rule.
+        shared: key of the parameter's random bits; ``own``: of each tensor's.
+        first: int64, offset of the tile in the whole parameter.
+        row_stride: columns of the whole parameter.
     """
     old = ()
     for i in tl.static_range(len(FORMATS)):
         old = old + (
-            codecs.load(
-                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, N, K, FORMATS[i], RAGGED, WIDTH
+            tiles.load(
+                firsts[i], seconds[i], first_strides[i], second_strides[i], rows, N, K, FORMATS[i], MASK, FAR, WIDTH
             ),
         )
-    n = ()
-    for i in tl.static_range(SCALARS):
-        n = n + (tl.load(scalars + i),)
-    w, states = RULE(old[0], g, old[1:], n, FLAGS, EXACT)
+    w, states = RULE(old[0], g, old[1:], numbers, FLAGS, MATH)
     new = (w,) + states
-    row_offsets = offset + rows[:, None] * row_stride + start  # int64 [R, 1], of the tile's first column
-    inside = tl.arange(0, WIDTH)[None, :]
-    step = tl.load((scalars + SCALARS).to(tl.pointer_type(tl.int32)))
-    shared = codecs.shared_hash(row_offsets, inside, codecs.key(tl.load(words), step))
+    words = draws.shared_words(first, rows, row_stride, shared, PAIRED, LARGE, WIDTH)
+    scales = ()
     for i in tl.static_range(len(FORMATS)):
-        bits = shared
+        bits = 0
         if RANDOM[i]:
-            bits = codecs.random_bits(shared, row_offsets, inside, codecs.key(tl.load(words + 1 + i), step), LARGE)
-        codecs.store(
-            new[i], bits, firsts[i], seconds[i], first_strides[i], second_strides[i], rows, start, kept, K,
-            FORMATS[i], RANDOM[i], RAGGED, WIDTH,
+            bits = draws.random_bits(words, own[i], first, rows, row_stride, PAIRED, LARGE, WIDTH)
+        scales = scales + (
+            tiles.store(
+                new[i], bits, firsts[i], seconds[i], first_strides[i], second_strides[i], rows, N, K, FORMATS[i],
+                RANDOM[i], MASK, FAR, MATH, WIDTH,
+            ),
         )  # fmt: skip
+    return scales
+
+
+@triton.jit
+def prefetch(first, stride, BYTES: tl.constexpr, ROWS: tl.constexpr):
+    """Ask for a tile of whole rows to be brought into the L2 cache, 128 bytes at a time."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    at = first.to(tl.pointer_type(tl.int8)) + (
+        tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, LINES)[None, :] * 128
+    )
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "scale", "limit", "further", "further_gathers", "further_dense"])
@@ -223,13 +256,15 @@ def fold_step(
     N, K,
     bias_firsts, bias_seconds, bias_scalars, bias_words,  # a bias that steps along; its norms lie behind the others
     RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    BYTES: tl.constexpr,  # of one element of ``firsts``, for each
     PRODUCTS: tl.constexpr, GATHERS: tl.constexpr, DENSES: tl.constexpr,  # 0 none, 1 one, 2 more
     DESCRIBED: tl.constexpr,  # left and right are tensor descriptors
     BIASED: tl.constexpr, BIAS_FLAGS: tl.constexpr, BIAS_FORMATS: tl.constexpr, BIAS_RANDOM: tl.constexpr,
-    SCALED: tl.constexpr, LIMITED: tl.constexpr, GUARDED: tl.constexpr, STEPS: tl.constexpr,
+    SCALED: tl.constexpr,  # 0 by nothing, 1 by scale, 2 by what is at scale_there
+    LIMITED: tl.constexpr, GUARDED: tl.constexpr, STEPS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, LARGE: tl.constexpr,
-    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, FAR: tl.constexpr,
+    PAIRED: tl.constexpr, LARGE: tl.constexpr, MATH: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Compute gradient and norm of one tile of a weight, and update it if STEPS."""
     # programs that run together share columns: GROUP tiles of rows before the next tile of columns
@@ -241,8 +276,13 @@ def fold_step(
     n0, k0 = (group * GROUP + inside % high) * BN, (inside // high) * BK
 
     factor = scale
-    if SCALED:
-        factor = factor * tl.load(scale_there)
+    if SCALED == 2:
+        factor = tl.load(scale_there)
+    if STEPS:
+        tile_firsts, tile_seconds = tiles.pointers(firsts, seconds, first_strides, second_strides, n0, k0, FORMATS)
+        if PREFETCH:
+            for i in tl.static_range(len(FORMATS)):
+                prefetch(tile_firsts[i], first_strides[i] * BYTES[i], BYTES[i] * BK, BN)
     if BIASED:
         if k0 == 0:  # before the tile takes its registers
             total = tl.zeros((BT, BN), tl.float32)
@@ -253,10 +293,12 @@ def fold_step(
                     total = column_sums(
                         total, tl.load(at).to(left.dtype), tl.load(at + 2), tl.load(at + 3), n0, N, BN, BT, False
                     )
+            bias_numbers, bias_step = numbers_of(bias_scalars, SCALARS)
+            bias_shared, bias_own = draws.keys_of(bias_words, bias_step, BIAS_RANDOM)
             step_bias(
-                tl.sum(total, 0)[None, :], n0, bias_firsts, bias_seconds, bias_scalars, bias_words, factor, limit,
-                norms + tiles_n * tiles_k + n0 // BN, N, RULE, BIAS_FLAGS, SCALARS, BIAS_FORMATS, BIAS_RANDOM,
-                LIMITED, GUARDED, EXACT, BN,
+                tl.sum(total, 0)[None, :], n0, bias_firsts, bias_seconds, bias_numbers, bias_shared, bias_own, factor,
+                limit, norms + tiles_n * tiles_k + n0 // BN, N, RULE, BIAS_FLAGS, BIAS_FORMATS, BIAS_RANDOM, SCALED,
+                LIMITED, GUARDED, MATH, BN,
             )  # fmt: skip
 
     acc = tl.zeros((BK, BN), tl.float32)
@@ -291,18 +333,39 @@ def fold_step(
             at = denses + i * DENSE
             acc += dense(tl.load(at).to(grad.dtype), tl.load(at + 1), n0, k0, N, K, BN, BK)
 
-    norm = norm_of(acc, factor)
+    norm = norm_of(acc, factor, SCALED)
     tl.store(norms + program, norm)
     if STEPS:
-        kept = N  # rows that are stored: none of a tile that is not finite
-        if GUARDED:
-            kept = tl.where(norm == norm, N, 0)
-        parts = sub_tiles(acc, LEVELS)
-        HEIGHT: tl.constexpr = BN >> LEVELS
-        for i in tl.static_range(len(parts)):
-            g = changed(tl.trans(parts[i]), factor, limit, LIMITED)  # [HEIGHT, BK]
-            rows = (n0 + i * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
-            update(
-                g, rows, k0, kept, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride,
-                N, K, RULE, FLAGS, SCALARS, FORMATS, RANDOM, RAGGED, LARGE, EXACT, BK,
-            )  # fmt: skip
+        go = True
+        if GUARDED:  # nothing is stored of a tile that is not finite
+            go = norm == norm
+        if go:
+            MASK: tl.constexpr = tiles.WHOLE if EVEN else tiles.EDGE if RAGGED else tiles.ROWS
+            HEIGHT: tl.constexpr = BN >> LEVELS
+            numbers, step = numbers_of(scalars, SCALARS)
+            shared, own = draws.keys_of(words, step, RANDOM)
+            at = offset + n0.to(tl.int64) * row_stride + k0
+            scales = ()
+            parts = sub_tiles(acc, LEVELS)
+            for i in tl.static_range(len(parts)):
+                g = changed(tl.trans(parts[i]), factor, limit, SCALED, LIMITED)  # [HEIGHT, BK]
+                made = update(
+                    g, i * HEIGHT + tl.arange(0, HEIGHT), N - n0, K - k0, tile_firsts, tile_seconds, first_strides, second_strides,
+                    numbers, shared, own, at, row_stride, RULE, FLAGS, FORMATS, RANDOM, MASK, FAR, PAIRED, LARGE,
+                    MATH, BK,
+                )  # fmt: skip
+                scales = scales + (made,)
+            for i in tl.static_range(len(FORMATS)):
+                if tiles.is_quantized(FORMATS[i]):
+                    column = ()
+                    for part in tl.static_range(len(parts)):
+                        column = column + (scales[part][i],)
+                    tiles.store_scales(
+                        tiles.joined(column, LEVELS),
+                        tile_seconds[i],
+                        second_strides[i],
+                        tl.arange(0, BN),
+                        N - n0,
+                        MASK,
+                        FAR,
+                    )
