@@ -17,7 +17,7 @@ from torch import Tensor
 
 OCTAVE = 1 << 23  # one octave in the bits of an fp32
 ONE = 127 * OCTAVE  # the bits of 1.0
-_EXPONENT = 0x7F800000
+INF = 0x7F800000  # the bits of infinity
 _MAGNITUDE = 0x7FFFFFFF
 _SIGN = -(2**31)
 POINT = 24  # bits of fraction of a code on its way
@@ -45,7 +45,7 @@ class UnsignedNumbers(NamedTuple):
     Attributes:
         step: Distance of two levels in the bits of a float.
         unit: ``bits * unit`` has 2^24 per level, less ``2^24 - unit * step``.
-        top: Code of the scale itself.
+        top: Largest code, that of the scale itself.
         kept: Mask of the random bits that are used.
         base: What is added where random bits are, for a scale whose bits are 0; as int32.
         nearest: The same for rounding to nearest.
@@ -61,17 +61,17 @@ class UnsignedNumbers(NamedTuple):
     @classmethod
     def of(cls, levels: int, per_octave: int) -> UnsignedNumbers:
         """Work out the constants of a code with ``levels`` levels, ``per_octave`` in each octave."""
-        step, unit, top = OCTAVE // per_octave, 2 * per_octave, levels - per_octave
+        step, unit = OCTAVE // per_octave, 2 * per_octave
         short = ((1 << POINT) - unit * step) * levels  # what all steps together lack, in 2^-24 of a level
         dropped = max(0, short.bit_length() - 8)  # random bits that are cut off
         middle = (128 << dropped) - short // 2  # half of the last random bit that is left, less the mean lack
         return cls(
             step,
             unit,
-            top,
+            levels,
             -1 << dropped,
-            signed_word((top << POINT) + middle),
-            signed_word((top << POINT) + (1 << POINT - 1)),
+            signed_word((levels << POINT) + middle),
+            signed_word((levels << POINT) + (1 << POINT - 1)),
         )
 
 
@@ -109,17 +109,17 @@ class SignedNumbers(NamedTuple):
 def unsigned_code(numbers: UnsignedNumbers) -> LogCode:
     """Make a code for numbers that are never negative: 0 is zero, and an octave has ``unit / 2`` levels.
 
-    The scale is the power of two at or below the block's largest number. With c the code and n levels per octave,
-    ``x = scale * pseudo-exp2((c - top) / n)``. The levels of an octave are equally spaced and octaves end on a level,
+    The scale is the power of two at or above the block's largest number. With c the code and n levels per octave,
+    ``x = scale * pseudo-exp2(-(top - c) / n)``. The levels of an octave are equally spaced and octaves end on a level,
     so that a random choice between neighbours keeps the mean. A number below the lowest level is stored as that level:
-    a second moment must not become zero while its first moment is not zero.
+    a second moment must not become zero while its first moment is not zero. Subnormal numbers are stored as zero.
 
     A sixth of an octave is no whole number of units in the bits of a float: ``step`` is a third of a unit short. Random
     bits are therefore cut to 14 there, so that a decoded number encodes to its own code.
     """
 
     def scale(largest: Tensor) -> Tensor:
-        return (largest & _EXPONENT).view(torch.float32)  # of NaN: infinity; of a subnormal number: 0
+        return ((largest.clamp(max=INF) + (OCTAVE - 1)) & INF).view(torch.float32)  # of NaN: infinity
 
     def encode(
         x: Tensor,
@@ -137,7 +137,7 @@ def unsigned_code(numbers: UnsignedNumbers) -> LogCode:
             code = above + (nearest - one * unit)
         else:
             code = above + (base - one * unit) + ((bits & kept) << 8)
-        return (code >> POINT) & 0xFF & (-i >> 31)  # the last is all ones unless x is zero
+        return (code >> POINT) & 0xFF & (((OCTAVE - 1) - i) >> 31)  # the last is all ones for a normal x
 
     def decode(code: Tensor, step: int = numbers.step, base: int = ONE - numbers.top * numbers.step) -> Tensor:
         return ((code * step + base) & (-code >> 31)).view(torch.float32)

@@ -24,6 +24,7 @@ SPLIT16 = tl.constexpr(8)
 
 BLOCK = tl.constexpr(128)  # elements that share a scale
 ONE = tl.constexpr(127 << 23)  # the bits of 1.0
+OCTAVE = tl.constexpr(1 << 23)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(0x7F800000)
 
@@ -172,7 +173,7 @@ def to_unsigned(
     if RANDOM:
         code = (bits & KEPT) * 256 + code
     code = (code.to(tl.uint32, bitcast=True) >> 24).to(tl.int32)
-    return tl.where(i != 0, code, 0)
+    return tl.where(i >= OCTAVE, code, 0)
 
 
 @triton.jit
@@ -194,7 +195,8 @@ def scale_of(x, FORMAT: tl.constexpr):
     if FORMAT == SIGNED8 or FORMAT == SIGNED4:
         return float_of(tl.max(bits_of(x) & MAGNITUDE, 1))  # as integers, for which NaN is the largest
     else:
-        return float_of(tl.max(bits_of(x).to(tl.uint32, bitcast=True), 1).to(tl.int32, bitcast=True) & INF)
+        largest = tl.minimum(tl.max(bits_of(x).to(tl.uint32, bitcast=True), 1), INF).to(tl.int32, bitcast=True)
+        return float_of((largest + (OCTAVE - 1)) & INF)
 
 
 @triton.jit
