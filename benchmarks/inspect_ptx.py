@@ -32,6 +32,13 @@ _WRITES = re.compile(
 )
 
 
+# inline assembly that writes nothing: an approximate reciprocal and root, and a request to the cache
+_HARMLESS = re.compile(
+    r'tt\.elementwise_inline_asm "'
+    r'(?:(?:rcp|sqrt)\.approx\.ftz\.f32 \$0, \$1;|prefetch\.global\.L2 \[\$1\]; mov\.u32 \$0, 0;)"'
+)
+
+
 class KernelStore(NamedTuple):
     """One ``tl.store``."""
 
@@ -47,7 +54,7 @@ def stores(ttir: str) -> list[KernelStore]:
     Raises:
         ValueError: A store cannot be traced, is in a loop, or is not a plain store.
     """
-    if found := _WRITES.search(ttir):
+    if found := _WRITES.search(_HARMLESS.sub("", ttir)):
         raise ValueError(f"not a plain store: {found[0]}")
     if ttir.count("tt.func") != 1:
         raise ValueError("more than one function")
@@ -102,6 +109,13 @@ def bytes_by_argument(found: list[KernelStore]) -> dict[str, int]:
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+# 64 lanes a clock and multiprocessor on sm_90, where floats and integer products (FMUL, FFMA, IMAD) have 128
+INTEGER_PIPE = frozenset(
+    (
+        "BMSK F2FP FMNMX FSEL FSET FSETP I2FP IABS IADD IADD3 IMNMX ISETP LEA LOP3 PLOP3 PRMT SEL SGXT SHF VABSDIFF "
+        "VIADD VIADDMNMX VIMNMX VIMNMX3"
+    ).split()
+)
 _MATRIX = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "UTCQMMA": "tcgen05"}
 # writes that are neither to registers nor to shared, local or tensor memory; global ones are STG alone
 _OTHER_WRITES = re.compile(r"^(?:ST|STAS|RED|REDG|REDAS|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKRED|UBLKCP|SUST|SURED|SUATOM)$")
@@ -111,6 +125,8 @@ class Code(NamedTuple):
     """Instructions of one kernel."""
 
     straight: int  # up to the last exit and outside of loops; slow paths of roots, divisions and waits lie behind it
+    after: int  # of these, behind the last loop: the update of the tile
+    integer: int  # of these, in the integer pipe
     looped: int  # instructions in loops over tokens
     stg_bytes: int  # global stores, of one thread
     other_writes: tuple[str, ...]  # other instructions that write to global memory
@@ -169,10 +185,14 @@ def code_of(sass: str) -> Code:
         if labels[name] < address
     ]
     looped = sum(any(first <= address <= stop for first, stop in loops) for address, _, _ in inside)
+    end = max((stop for _, stop in loops), default=0)
+    behind = [words[0] for address, words, _ in inside if address > end]
     names = {words[0] for _, words, _ in lines}
     stg = [words for _, words, _ in lines if words[0] == "STG"]
     return Code(
         len(inside) - looped,
+        len(behind),
+        sum(name in INTEGER_PIPE for name in behind),
         looped,
         sum(next((_WIDTH[word] for word in words if word in _WIDTH), 4) for words in stg),
         tuple(sorted(name for name in names if _OTHER_WRITES.match(name))),

@@ -41,13 +41,14 @@ def key_words(seed: int, step: int, parameter: str, stream: str) -> tuple[int, i
 
 
 def random_bits(keys: tuple[int, int], offset: int) -> int:
-    """The 16 bits of the element at ``offset``."""
-    high, low = divmod(offset, WORD)
-    x = ((low ^ keys[0]) * 0x9E3779B1) % WORD
+    """The 16 bits of the element at ``offset``: half of the hash that it shares with a neighbour."""
+    pair, odd = divmod(offset, 2)
+    high, low = divmod(pair, WORD)
+    x = ((low + keys[0]) * 0x9E3779B1) % WORD
     x = (x ^ (x >> 16)) ^ ((keys[1] + high * 0x9E3779B1) % WORD)
     x = (x * 0x85EBCA6B) % WORD
     x = ((x ^ (x >> 15)) * 0xC2B2AE35) % WORD
-    return x >> 16
+    return x >> 16 if odd else (x ^ (x >> 16)) % 2**16
 
 
 # rounding -------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,12 @@ def pseudo_exp2(y: float) -> float:
 def pseudo_log2(x: float) -> float:
     mantissa, exponent = math.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
     return exponent - 1 + (2 * mantissa - 1)
+
+
+def power_at_or_above(x: float) -> float:
+    """The scale of a block whose largest number is x."""
+    mantissa, exponent = math.frexp(x)
+    return 0.0 if x == 0 else 2.0 ** (exponent - (mantissa == 0.5))
 
 
 def unsigned_levels(levels: int, per_octave: int) -> list[float]:

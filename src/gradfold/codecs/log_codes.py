@@ -43,33 +43,36 @@ class UnsignedNumbers(NamedTuple):
     """The constants of a code for numbers that are never negative; see ``unsigned_code``.
 
     Attributes:
-        step: Distance of two levels in the bits of a float.
-        unit: ``bits * unit`` has 2^24 per level, less ``2^24 - unit * step``.
-        top: Largest code, that of the scale itself.
-        kept: Mask of the random bits that are used.
-        base: What is added where random bits are, for a scale whose bits are 0; as int32.
-        nearest: The same for rounding to nearest.
+        step: Distance of two levels in the bits of a float, times 8.
+        below: Distance of code 0 from the largest code in the bits of a float.
+        unit: ``bits * unit`` has 2^24 per level.
+        lowest: Distance of code 1 from the largest code in the bits of a float.
+        random: What is added before random bits are, for a scale whose bits are 0; as int32.
+        nearest: What is added to round to nearest; as int32.
     """
 
     step: int
+    below: int
     unit: int
-    top: int
-    kept: int
-    base: int
+    lowest: int
+    random: int
     nearest: int
 
     @classmethod
     def of(cls, levels: int, per_octave: int) -> UnsignedNumbers:
         """Work out the constants of a code with ``levels`` levels, ``per_octave`` in each octave."""
-        step, unit = OCTAVE // per_octave, 2 * per_octave
-        short = ((1 << POINT) - unit * step) * levels  # what all steps together lack, in 2^-24 of a level
-        dropped = max(0, short.bit_length() - 8)  # random bits that are cut off
-        middle = (128 << dropped) - short // 2  # half of the last random bit that is left, less the mean lack
+        step, unit = round(8 * OCTAVE / per_octave), 2 * per_octave
+        below = (levels * step) >> 3
+        # Where each level comes out, less where it should. Half of what is between two random numbers is left over.
+        off = [(((code * step) >> 3) - below) * unit + ((levels - code) << POINT) for code in range(1, levels + 1)]
+        half = 1 << POINT - 17
+        assert max(off) - min(off) < 2 * half, "a level would not encode to itself"
+        middle = half - (max(off) + min(off)) // 2
         return cls(
             step,
+            below,
             unit,
-            levels,
-            -1 << dropped,
+            below - (step >> 3),
             signed_word((levels << POINT) + middle),
             signed_word((levels << POINT) + (1 << POINT - 1)),
         )
@@ -99,7 +102,8 @@ class SignedNumbers(NamedTuple):
         base = ONE + (OCTAVE >> octaves) - levels * step
         unit = ((1 << POINT + 10) + step // 2) // step
         offset = float(torch.tensor(base, dtype=torch.int32).view(torch.float32))
-        return cls(step, base, offset, unit, signed_word((1 << POINT - 1) - (base >> 10) * unit))
+        nearest = (1 << POINT - 1) + unit // 2 - (base >> 10) * unit  # half a unit, for the ten bits that are cut off
+        return cls(step, base, offset, unit, signed_word(nearest))
 
 
 # The constants of a code are default arguments: torch.compile(dynamic=True) treats those as constants. It would turn a
@@ -109,13 +113,14 @@ class SignedNumbers(NamedTuple):
 def unsigned_code(numbers: UnsignedNumbers) -> LogCode:
     """Make a code for numbers that are never negative: 0 is zero, and an octave has ``unit / 2`` levels.
 
-    The scale is the power of two at or above the block's largest number. With c the code and n levels per octave,
-    ``x = scale * pseudo-exp2(-(top - c) / n)``. The levels of an octave are equally spaced and octaves end on a level,
-    so that a random choice between neighbours keeps the mean. A number below the lowest level is stored as that level:
-    a second moment must not become zero while its first moment is not zero. Subnormal numbers are stored as zero.
+    The scale is the power of two at or above the block's largest number. With c the code, L the largest one and n
+    levels per octave, ``x = scale * pseudo-exp2(-(L - c) / n)``. The levels of an octave are equally spaced and octaves
+    end on a level, so that a random choice between neighbours keeps the mean. A number below the lowest level is stored
+    as that level: a second moment must not become zero while its first moment is not zero. Subnormal numbers are stored
+    as zero.
 
-    A sixth of an octave is no whole number of units in the bits of a float: ``step`` is a third of a unit short. Random
-    bits are therefore cut to 14 there, so that a decoded number encodes to its own code.
+    A sixth of an octave is no whole number of units in the bits of a float; levels are rounded down to such units, and
+    a decoded number encodes to its own code whatever the random bits are.
     """
 
     def scale(largest: Tensor) -> Tensor:
@@ -126,21 +131,21 @@ def unsigned_code(numbers: UnsignedNumbers) -> LogCode:
         scale: Tensor,
         bits: Tensor | None,
         unit: int = numbers.unit,
-        lowest: int = (numbers.top - 1) * numbers.step,
-        base: int = numbers.base,
+        lowest: int = numbers.lowest,
+        random: int = numbers.random,
         nearest: int = numbers.nearest,
-        kept: int = numbers.kept,
     ) -> Tensor:
         i, one = x.view(torch.int32) & _MAGNITUDE, scale.view(torch.int32)
-        above = torch.maximum(i, one - lowest) * unit
+        code = torch.maximum(i, one - lowest) * unit
         if bits is None:
-            code = above + (nearest - one * unit)
+            code = code + (nearest - one * unit)
         else:
-            code = above + (base - one * unit) + ((bits & kept) << 8)
+            code = code + (random - one * unit) + (bits << 8)
         return (code >> POINT) & 0xFF & (((OCTAVE - 1) - i) >> 31)  # the last is all ones for a normal x
 
-    def decode(code: Tensor, step: int = numbers.step, base: int = ONE - numbers.top * numbers.step) -> Tensor:
-        return ((code * step + base) & (-code >> 31)).view(torch.float32)
+    def decode(code: Tensor, step: int = numbers.step, base: int = ONE - numbers.below) -> Tensor:
+        i = (((code * step) >> 3) & 0x1FFFFFFF) + base
+        return (i & (-code >> 31)).view(torch.float32)
 
     return LogCode(scale, encode, decode, signed=False)
 

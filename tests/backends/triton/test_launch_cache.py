@@ -87,9 +87,14 @@ def test_a_prepared_launch_is_the_one_triton_would_make(listening, monkeypatch):
     stepper = prepare(Triton(Scratch()))
     at = launch_cache.SCALARS_AT
     stepper(*job(1))
-    for step, change, tokens in [(2, UNCHANGED, TOKENS), (3, UNCHANGED, 24), (4, Change(0.5), TOKENS)]:
+    cases = [
+        (2, UNCHANGED, TOKENS, 1),
+        (3, UNCHANGED, 24, 1),
+        (4, Change(0.5), TOKENS, 2),
+        (5, Change(0.25), TOKENS, 2),
+    ]
+    for step, change, tokens, launches in cases:  # a factor of one is a kernel of its own, which does not multiply
         given = job(step, change, tokens)
-        launches = len(stepper.launches())
         stepper(*given)
         assert len(stepper.launches()) == launches, "made again"
         prepare(Triton(Scratch()))(*given)  # which has prepared nothing: by Triton's own dispatch
@@ -107,8 +112,9 @@ def test_a_product_that_lies_where_an_earlier_one_lay_keeps_its_arguments(listen
     stepper = prepare(Triton(Scratch()))
     at = launch_cache.SCALARS_AT
     terms, *_ = job(1)
-    for step in (1, 2):  # compiled, then kept
+    for step in (1, 2):  # compiled, then kept; with a factor, too
         stepper(terms, *job(step)[1:])
+        stepper(terms, job(step)[1], Change(0.7))
     monkeypatch.setattr(Triton, "take_step", lambda *_: pytest.fail("prepared again"))
     for step, change in [(3, UNCHANGED), (4, Change(0.5)), (5, Change(2.0)), (6, UNCHANGED)]:
         _, numbers, _ = job(step)

@@ -53,8 +53,8 @@ def _random_words(random: Sequence[Stored], inputs: Mapping[str, str]) -> str:
     arguments = ", ".join(["start", "stop", "low", "high", *_keys(random), *(f"words_{s.name}" for s in random)])
     return "\n".join(
         [
-            "/* Hashes of pairs of neighbours, from the pair `start` on; all share the high word of their number. The low",
-            "   half of a word is the random bits of the first of the two, the high half those of the second. */",
+            "/* Hashes of pairs of neighbours, from the pair `start` on; all share the high word of their number.",
+            "   The low half is the random bits of the first of the two, the high half those of the second. */",
             function(f"INLINE void random_words({head})", lines),
             "/* The same, for the rare block that crosses a multiple of 2^33. */",
             function(f"NOINLINE static void random_words_after({head})", [f"random_words({arguments});"]),

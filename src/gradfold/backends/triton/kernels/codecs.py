@@ -40,16 +40,16 @@ S4_OFFSET = tl.constexpr(int4.SIGNED4.offset)
 S4_UNIT = tl.constexpr(int4.SIGNED4.unit)
 S4_NEAREST = tl.constexpr(int4.SIGNED4.nearest)
 U8_STEP = tl.constexpr(int8.UNSIGNED8.step)
+U8_BELOW = tl.constexpr(int8.UNSIGNED8.below)
 U8_UNIT = tl.constexpr(int8.UNSIGNED8.unit)
-U8_TOP = tl.constexpr(int8.UNSIGNED8.top)
-U8_KEPT = tl.constexpr(int8.UNSIGNED8.kept)
-U8_RANDOM = tl.constexpr(int8.UNSIGNED8.base)
+U8_LOWEST = tl.constexpr(int8.UNSIGNED8.lowest)
+U8_RANDOM = tl.constexpr(int8.UNSIGNED8.random)
 U8_NEAREST = tl.constexpr(int8.UNSIGNED8.nearest)
 U4_STEP = tl.constexpr(int4.UNSIGNED4.step)
+U4_BELOW = tl.constexpr(int4.UNSIGNED4.below)
 U4_UNIT = tl.constexpr(int4.UNSIGNED4.unit)
-U4_TOP = tl.constexpr(int4.UNSIGNED4.top)
-U4_KEPT = tl.constexpr(int4.UNSIGNED4.kept)
-U4_RANDOM = tl.constexpr(int4.UNSIGNED4.base)
+U4_LOWEST = tl.constexpr(int4.UNSIGNED4.lowest)
+U4_RANDOM = tl.constexpr(int4.UNSIGNED4.random)
 U4_NEAREST = tl.constexpr(int4.UNSIGNED4.nearest)
 
 # How the rule's divisions and roots are computed
@@ -157,21 +157,21 @@ def to_signed(x, scale, OFFSET: tl.constexpr, UNIT: tl.constexpr, NEAREST: tl.co
 
 
 @triton.jit
-def from_unsigned(code, STEP: tl.constexpr, TOP: tl.constexpr):
+def from_unsigned(code, STEP: tl.constexpr, BELOW: tl.constexpr):
     """Decode unsigned logarithmic codes."""
-    return float_of(tl.where(code != 0, code * STEP + (ONE - TOP * STEP), 0))
+    i = ((code.to(tl.uint32) * STEP) >> 3).to(tl.int32) + (ONE - BELOW)
+    return float_of(tl.where(code != 0, i, 0))
 
 
 @triton.jit
 def to_unsigned(
-    x, scale, bits, STEP: tl.constexpr, UNIT: tl.constexpr, TOP: tl.constexpr, BASE: tl.constexpr, KEPT: tl.constexpr,
-    RANDOM: tl.constexpr,
+    x, scale, bits, UNIT: tl.constexpr, LOWEST: tl.constexpr, BASE: tl.constexpr, RANDOM: tl.constexpr
 ):  # fmt: skip
-    """Encode to unsigned logarithmic codes. scale: fp32 ``[R]``."""
+    """Encode to unsigned logarithmic codes. scale: fp32 ``[R]``; BASE: for random bits, or for rounding to nearest."""
     i, one = bits_of(x), bits_of(scale)
-    code = tl.maximum(i, (one - (TOP - 1) * STEP)[:, None]) * UNIT + (one * -UNIT + BASE)[:, None]
+    code = tl.maximum(i, (one - LOWEST)[:, None]) * UNIT + (one * -UNIT + BASE)[:, None]
     if RANDOM:
-        code = (bits & KEPT) * 256 + code
+        code = bits * 256 + code
     code = (code.to(tl.uint32, bitcast=True) >> 24).to(tl.int32)
     return tl.where(i >= OCTAVE, code, 0)
 
@@ -182,11 +182,11 @@ def decode(code, FORMAT: tl.constexpr):
     if FORMAT == SIGNED8:
         return from_signed(code, S8_STEP, S8_BASE, S8_OFFSET)
     elif FORMAT == UNSIGNED8:
-        return from_unsigned(code, U8_STEP, U8_TOP)
+        return from_unsigned(code, U8_STEP, U8_BELOW)
     elif FORMAT == SIGNED4:
         return from_signed(code, S4_STEP, S4_BASE, S4_OFFSET)
     else:
-        return from_unsigned(code, U4_STEP, U4_TOP)
+        return from_unsigned(code, U4_STEP, U4_BELOW)
 
 
 @triton.jit
@@ -205,12 +205,8 @@ def encode(x, scale, bits, FORMAT: tl.constexpr, RANDOM: tl.constexpr, MATH: tl.
     if FORMAT == SIGNED8:
         return to_signed(x, scale, S8_OFFSET, S8_UNIT, S8_NEAREST, MATH)
     elif FORMAT == UNSIGNED8:
-        return to_unsigned(
-            x, scale, bits, U8_STEP, U8_UNIT, U8_TOP, U8_RANDOM if RANDOM else U8_NEAREST, U8_KEPT, RANDOM
-        )
+        return to_unsigned(x, scale, bits, U8_UNIT, U8_LOWEST, U8_RANDOM if RANDOM else U8_NEAREST, RANDOM)
     elif FORMAT == SIGNED4:
         return to_signed(x, scale, S4_OFFSET, S4_UNIT, S4_NEAREST, MATH)
     else:
-        return to_unsigned(
-            x, scale, bits, U4_STEP, U4_UNIT, U4_TOP, U4_RANDOM if RANDOM else U4_NEAREST, U4_KEPT, RANDOM
-        )
+        return to_unsigned(x, scale, bits, U4_UNIT, U4_LOWEST, U4_RANDOM if RANDOM else U4_NEAREST, RANDOM)

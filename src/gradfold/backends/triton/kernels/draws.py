@@ -27,7 +27,7 @@ def key(word, step):
 
 @triton.jit
 def keys_of(words, step, RANDOM: tl.constexpr):
-    """Return the key that a parameter's streams share, and a tuple of those of its tensors (0 if rounded to nearest)."""
+    """Return the key that a parameter's streams share, and those of its tensors (0 if rounded to nearest)."""
     own = ()
     for i in tl.static_range(len(RANDOM)):
         own = own + (key(tl.load(words + 1 + i), step) if RANDOM[i] else 0,)
@@ -77,11 +77,9 @@ def pairs_of(first, rows, row_stride, PAIRED: tl.constexpr, WIDTH: tl.constexpr)
 def random_bits(
     words, own, first, rows, row_stride, PAIRED: tl.constexpr, LARGE: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Return int32 ``[R, WIDTH]`` in [0, 65536), the bits of one stream.
+    """Return int32 ``[R, WIDTH]`` in [0, 65536), the bits of the stream with the key ``own``.
 
-    Args:
-        words: from ``shared_words``, with the same further arguments.
-        own: the stream's key.
+    words: from ``shared_words``, with the same further arguments.
     """
     if LARGE:
         pairs, at = pairs_of(first, rows, row_stride, PAIRED, WIDTH)

@@ -197,16 +197,9 @@ def update(
 ):  # fmt: skip
     """Run the rule on some rows of a tile of weight and states, and store all but the scales, which are returned.
 
-    Args:
-        g: gradient, fp32 ``[R, WIDTH]``.
-        rows: int32 ``[R]``, from the tile's first row on.
-        N: rows that exist, from there.
-        K: columns that exist.
-        firsts: pointers to the tile, as ``seconds`` (``tiles.pointers``).
-        numbers: of the rule.
-        shared: key of the parameter's random bits; ``own``: of each tensor's.
-        first: int64, offset of the tile in the whole parameter.
-        row_stride: columns of the whole parameter.
+    g: gradient, fp32 ``[R, WIDTH]``. rows: int32 ``[R]``, from the tile's first row on; N rows and K columns exist from
+    there. firsts, seconds: pointers to the tile (``tiles.pointers``). numbers: of the rule. shared, own: keys of the
+    random bits (``draws.keys_of``). first: int64, offset of the tile in the whole parameter, of row_stride columns.
     """
     old = ()
     for i in tl.static_range(len(FORMATS)):
@@ -230,6 +223,41 @@ def update(
             ),
         )  # fmt: skip
     return scales
+
+
+@triton.jit
+def step_tile(
+    acc, n0, k0, N, K, firsts, seconds, first_strides, second_strides, scalars, words, offset, row_stride, factor,
+    limit, RULE: tl.constexpr, FLAGS: tl.constexpr, SCALARS: tl.constexpr, FORMATS: tl.constexpr, RANDOM: tl.constexpr,
+    SCALED: tl.constexpr, LIMITED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, FAR: tl.constexpr, PAIRED: tl.constexpr, LARGE: tl.constexpr,
+    MATH: tl.constexpr,
+):  # fmt: skip
+    """Update a tile in 2 ** LEVELS sub-tiles of whole rows, and store the scales of all of them at the end.
+
+    acc: the gradient, transposed: fp32 ``[BK, BN]``. firsts, seconds: pointers to the tile (``tiles.pointers``).
+    """
+    MASK: tl.constexpr = tiles.WHOLE if EVEN else tiles.EDGE if RAGGED else tiles.ROWS
+    HEIGHT: tl.constexpr = BN >> LEVELS
+    numbers, step = numbers_of(scalars, SCALARS)
+    shared, own = draws.keys_of(words, step, RANDOM)
+    at = offset + n0.to(tl.int64) * row_stride + k0
+    scales = ()
+    parts = sub_tiles(acc, LEVELS)
+    for i in tl.static_range(len(parts)):
+        grad = changed(tl.trans(parts[i]), factor, limit, SCALED, LIMITED)  # [HEIGHT, BK]
+        made = update(
+            grad, i * HEIGHT + tl.arange(0, HEIGHT), N - n0, K - k0, firsts, seconds, first_strides, second_strides,
+            numbers, shared, own, at, row_stride, RULE, FLAGS, FORMATS, RANDOM, MASK, FAR, PAIRED, LARGE, MATH, BK,
+        )  # fmt: skip
+        scales = scales + (made,)
+    for i in tl.static_range(len(FORMATS)):
+        if tiles.is_quantized(FORMATS[i]):
+            column = ()
+            for part in tl.static_range(len(parts)):
+                column = column + (scales[part][i],)
+            scale = tiles.joined(column, LEVELS)  # [BN]
+            tiles.store_scales(scale, seconds[i], second_strides[i], tl.arange(0, BN), N - n0, MASK, FAR)
 
 
 @triton.jit
@@ -340,32 +368,8 @@ def fold_step(
         if GUARDED:  # nothing is stored of a tile that is not finite
             go = norm == norm
         if go:
-            MASK: tl.constexpr = tiles.WHOLE if EVEN else tiles.EDGE if RAGGED else tiles.ROWS
-            HEIGHT: tl.constexpr = BN >> LEVELS
-            numbers, step = numbers_of(scalars, SCALARS)
-            shared, own = draws.keys_of(words, step, RANDOM)
-            at = offset + n0.to(tl.int64) * row_stride + k0
-            scales = ()
-            parts = sub_tiles(acc, LEVELS)
-            for i in tl.static_range(len(parts)):
-                g = changed(tl.trans(parts[i]), factor, limit, SCALED, LIMITED)  # [HEIGHT, BK]
-                made = update(
-                    g, i * HEIGHT + tl.arange(0, HEIGHT), N - n0, K - k0, tile_firsts, tile_seconds, first_strides, second_strides,
-                    numbers, shared, own, at, row_stride, RULE, FLAGS, FORMATS, RANDOM, MASK, FAR, PAIRED, LARGE,
-                    MATH, BK,
-                )  # fmt: skip
-                scales = scales + (made,)
-            for i in tl.static_range(len(FORMATS)):
-                if tiles.is_quantized(FORMATS[i]):
-                    column = ()
-                    for part in tl.static_range(len(parts)):
-                        column = column + (scales[part][i],)
-                    tiles.store_scales(
-                        tiles.joined(column, LEVELS),
-                        tile_seconds[i],
-                        second_strides[i],
-                        tl.arange(0, BN),
-                        N - n0,
-                        MASK,
-                        FAR,
-                    )
+            step_tile(
+                acc, n0, k0, N, K, tile_firsts, tile_seconds, first_strides, second_strides, scalars, words, offset,
+                row_stride, factor, limit, RULE, FLAGS, SCALARS, FORMATS, RANDOM, SCALED, LIMITED, BN, BK, LEVELS, EVEN,
+                RAGGED, FAR, PAIRED, LARGE, MATH,
+            )  # fmt: skip

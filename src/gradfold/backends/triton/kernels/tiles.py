@@ -200,7 +200,7 @@ def store_scales(scale, second, second_stride, rows, N, MASK: tl.constexpr, FAR:
 @triton.jit
 def joined(parts, LEVELS: tl.constexpr):
     """Put 2 ** LEVELS tensors ``[R]`` one behind the other."""
-    for level in tl.static_range(LEVELS):
+    for _ in tl.static_range(LEVELS):
         fewer = ()
         for i in tl.static_range(len(parts) // 2):
             pair = tl.join(parts[2 * i], parts[2 * i + 1])
