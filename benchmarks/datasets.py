@@ -97,3 +97,35 @@ def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4)
         return statistics.fmean(losses)
 
     return Task(build, batch, measure)
+
+
+def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
+    """A Llama of 1 M parameters that reads Python's own documentation (``pydoc_data``) character by character."""
+    from pydoc_data.topics import topics
+    from transformers import AutoModelForCausalLM
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    alphabet = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([alphabet[character] for character in text])
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held_out, training = windows[order[:256]], windows[order[256:]]
+    config = llama_config(4, hidden=128, intermediate=448, vocabulary=len(alphabet), heads=4, max_positions=length)
+
+    def build(dtype: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.to(getattr(torch, dtype)).train()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        rows = training[torch.arange(step * batch_size, (step + 1) * batch_size) % len(training)]
+        return {"input_ids": rows, "labels": rows}
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> float:
+        model.eval()
+        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(64)]
+        model.train()
+        return statistics.fmean(losses)
+
+    return Task(build, batch, measure)

@@ -3,6 +3,7 @@
     finetune   SmolLM2-135M on Python's documentation, lr 5e-5
     tiny_lr    the same at lr 1e-6, where a bf16 weight rounded to nearest hardly moves
     scratch    a Llama of 6.2 M parameters from random weights on Shakespeare, lr 1e-3 (--texts: a folder of .txt files)
+    characters a Llama of 1 M parameters from random weights, 1,000 steps on the characters of Python's documentation
 
 All variants of one suite and seed see the same batches. The final weights are widened to fp32 and evaluated in fp32,
 so that only training differs; with a master, both weights and master are evaluated. Runs are kept in
@@ -10,6 +11,7 @@ results/quality.json as they finish, and those that are there are not repeated.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality --suite finetune tiny_lr
     OMP_NUM_THREADS=1 python -m benchmarks.quality --suite scratch --texts TEXTS
+    OMP_NUM_THREADS=1 python -m benchmarks.quality --suite characters
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from gradfold.train.recipe_groups import ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 
 from .common import RESULTS, fill_table, fold_plain_head, print_table, read_rows, write_result
-from .datasets import Task, shakespeare, smollm2
+from .datasets import Task, characters, shakespeare, smollm2
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
 PAGE = Path(__file__).parent.parent / "docs" / "bytes_per_parameter.md"
@@ -39,9 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16, stochastic, int8 states": {"dtype": "bfloat16", "states": "int8", "rounding": "stochastic"},
     "the same + split8": {"dtype": "bfloat16", "states": "int8", "rounding": "stochastic", "master": "split8"},
     "bf16, to nearest (as torch)": {"dtype": "bfloat16"},
+    "bf16, stochastic, bf16 states": {"dtype": "bfloat16", "states": "bf16", "rounding": "stochastic"},
+    "bf16, stochastic, int4 states": {"dtype": "bfloat16", "states": "int4", "rounding": "stochastic"},
 }
-
-WITHOUT_MASTER = tuple(name for name, options in VARIANTS.items() if "master" not in options)
+USUAL = tuple(VARIANTS)[:4]
+WITHOUT_MASTER = tuple(name for name in USUAL if "master" not in VARIANTS[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Experiment:
     schedule: ScheduleRecipe
     task: Callable[[argparse.Namespace, int], Task]
     weight_decay: float = 0.01
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = USUAL
 
 
 def main() -> None:
@@ -146,6 +150,11 @@ def finetune(_: argparse.Namespace, seed: int) -> Task:
     return smollm2(seed)
 
 
+def from_characters(_: argparse.Namespace, seed: int) -> Task:
+    """Return the task of reading characters."""
+    return characters(seed)
+
+
 def scratch(args: argparse.Namespace, seed: int) -> Task:
     """Return the task of training from scratch."""
     return shakespeare(args.texts, seed)
@@ -155,6 +164,14 @@ EXPERIMENTS = {
     "finetune": Experiment(5e-5, 24, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), finetune),
     "tiny_lr": Experiment(1e-6, 8, ScheduleRecipe(name="constant", warmup=0.0), finetune, 0.0, WITHOUT_MASTER),
     "scratch": Experiment(1e-3, 150, ScheduleRecipe(name="cosine", warmup=0.1, final=0.1), scratch, weight_decay=0.1),
+    "characters": Experiment(
+        1e-3,
+        1000,
+        ScheduleRecipe(name="cosine", warmup=0.1, final=0.1),
+        from_characters,
+        weight_decay=0.1,
+        variants=tuple(VARIANTS),
+    ),
 }
 
 
@@ -201,7 +218,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     suites = [name for name in EXPERIMENTS if any(row["suite"] == name for row in rows)]
-    colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728"), strict=True))
+    colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728", "#9467bd", "#e0a526"), strict=True))
     fig, axes = plt.subplots(1, len(suites), figsize=(4.6 * len(suites), 3.4), layout="constrained", squeeze=False)
     for axis, suite in zip(axes[0], suites, strict=True):
         for place, variant in enumerate(reversed(VARIANTS)):
