@@ -102,6 +102,7 @@ def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4)
 def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
     """A Llama of 1 M parameters that reads Python's own documentation (``pydoc_data``) character by character."""
     from pydoc_data.topics import topics
+
     from transformers import AutoModelForCausalLM
 
     text = "\n".join(topics[name] for name in sorted(topics))

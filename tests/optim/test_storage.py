@@ -282,3 +282,27 @@ def test_bytes_per_parameter_as_the_codecs_say(states):
         expected = sum(codec.bytes_per_element(param.shape) for codec in codecs) + 1
         assert math.isclose(stored / param.numel(), expected)
     assert weight_codec(torch.bfloat16, "split8").bytes_per_element((2, 2)) == 3
+
+
+@pytest.mark.parametrize("states", ["bf16", "int8", "int4"])
+def test_second_moments_to_nearest_warn(states):
+    """They would stay where they are: their scales are powers of two."""
+    w = torch.nn.Parameter(torch.zeros(64, 128))
+    with pytest.warns(UserWarning, match=rf"rounding='nearest' with states='{states}'.*exp_avg_sq"):
+        gradfold.AdamW([w], states=states, rounding="nearest")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: gradfold.AdamW([w], states="int8"),
+        lambda w: gradfold.AdamW([w], states="int8", rounding="stochastic"),
+        lambda w: gradfold.AdamW([w], rounding="nearest"),
+        lambda w: gradfold.AdamW([w], states="fp32", rounding="nearest"),
+        lambda w: gradfold.Lion([w], states="int8", rounding="nearest"),
+        lambda w: gradfold.AdamW([w], states="int8", rounding="nearest", small_size=10**6),
+    ],
+)
+def test_other_states_do_not_warn(make):
+    make(torch.nn.Parameter(torch.zeros(64, 128)))

@@ -42,6 +42,12 @@ class Storage(NamedTuple):
     fixed: bool  # the states' dtypes are the options' business; else a loaded state keeps its own
     dithered: bool = False  # new masters begin at random places within the rounding of their weights
 
+    @property
+    def frozen(self) -> list[str]:
+        """Return the states that hardly ever move: second moments in few bits, rounded to nearest."""
+        found = zip(self.specs, self.codecs, self.random[1:], strict=True)
+        return [s.name for s, codec, random in found if not s.signed and codec and codec.stochastic and not random]
+
     def counters(self, rule: Rule) -> dict[str, float]:
         """Return the scalar states and the values they start from."""
         return {**({STEP: 0.0} if any(self.random) else {}), **rule.counters}

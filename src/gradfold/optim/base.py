@@ -215,10 +215,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if group.get("fused") and group.get("foreach"):
             raise ValueError("fused=True with foreach=True: torch's optimizers take one of them; leave one out")
+        frozen: set[str] = set()
         for param in group["params"]:
             # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
-                storage_of(param, self.rule, group)
+                frozen.update(storage_of(param, self.rule, group).frozen)
+        if frozen and group["rounding"] == "nearest":
+            warnings.warn(
+                f"rounding='nearest' with states={group['states']!r}: a step changes {', '.join(sorted(frozen))} by "
+                "less than what two stored numbers differ by, so that most of it stays where it is for ever; with "
+                "rounding=None states are rounded stochastically, and weights to nearest",
+                stacklevel=4,
+            )
         if not isinstance(seed := group.get("seed", 0), int):
             raise ValueError(f"seed={seed!r}: an integer")
 

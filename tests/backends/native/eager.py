@@ -28,7 +28,7 @@ WEIGHTS: dict[str, tuple[Codec, bool]] = {
 }
 STATES = {"fp32": False, "bf16": True, "int8": True, "int4": True}  # and whether random bits round them
 COMBINATIONS = [(weight, states) for states in STATES for weight in WEIGHTS]
-NEAR_2_32 = 2**32 - 700  # an offset from which a row crosses it
+NEAR_2_33 = 2**33 - 701  # an offset from which a row crosses it: there hashes, one for two elements, need more bits
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-45, 1.1754942e-38, 3.4e38, -3.4e38]
 SPECIAL += [65504.0, 65519.9, 65520.0, 7e4, 6e-8, 5.9e-8, 2.9e-8, 6.1e-5, -6.09e-5, 1.0]
 

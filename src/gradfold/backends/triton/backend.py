@@ -221,7 +221,7 @@ class Triton(Backend):
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
             return 0  # without tensor cores, a library product is faster
-        return tile_configs.max_tokens(tensors.stored_bytes)
+        return tile_configs.max_tokens(tensors.stored_bytes, self.where)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
         if self.always or source.kind != tile_configs.PRODUCT or source.constants["GATHERS"]:

@@ -7,6 +7,7 @@ what it costs.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -78,11 +79,18 @@ def tile_config(source: str, operand_bytes: int, where: str) -> TileConfig:
 
 
 # Up to how many tokens the fused kernel should beat a library product followed by the rule kernel, by bytes of weight
-# and states per element: docs/roofline.md. Replace by measured limits once there are some.
-MAX_TOKENS = {"wide": 4608, "narrow": 3072}
-NARROW_BYTES = 6  # weight and states together; bf16 with int8 states takes 4
+# and states per element: the smaller of two processors' predictions in docs/roofline.md, in steps of 256. Limits that
+# were measured take their place, by processor family.
+PREDICTED_MAX_TOKENS = ((3.5, 3072), (4.5, 3072), (5.5, 3072), (7.0, 3072), (math.inf, 4096))
+MEASURED_MAX_TOKENS: dict[str, tuple[tuple[float, int], ...]] = {}
 
 
-def max_tokens(stored_bytes: float) -> int:
-    """Return up to how many tokens the fused kernel should beat a library product and the rule's kernel."""
-    return MAX_TOKENS["narrow" if stored_bytes <= NARROW_BYTES else "wide"]
+def max_tokens(stored_bytes: float, where: str = "hopper") -> int:
+    """Return up to how many tokens the fused kernel should beat a library product and the rule's kernel.
+
+    Args:
+        stored_bytes: Bytes of weight and states per element, without scales.
+        where: A processor family, from ``family``.
+    """
+    limits = MEASURED_MAX_TOKENS.get(where, PREDICTED_MAX_TOKENS)
+    return next(tokens for most, tokens in limits if stored_bytes <= most)

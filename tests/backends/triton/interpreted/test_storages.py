@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gradfold.backends import DenseTerm, Place
+from gradfold.backends.triton import backend
 from gradfold.engine.region import Region
-from tests.backends.native.eager import COMBINATIONS, NEAR_2_32, case, clone, differences, make, tile_of
+from tests.backends.native.eager import COMBINATIONS, NEAR_2_33, case, clone, differences, make, tile_of
 from tests.cases import BUSY, BUSY_ROWS
 
 from .launches import compare, kernel, plain_zeros, reference, shaped
@@ -18,7 +19,7 @@ each_storage = pytest.mark.parametrize("weight, states", MIXED)
 # one row, one column, less than a block, one block, an odd number of the last block's elements
 SHAPES = [(1, 131), (67, 1), (3, 64), (2, 128), (3, 257), (1, 1)]
 VECTORS = [(300,), (1,), (3, 2, 140), (6, 20, 3, 3), (2, 2, 2, 2)]
-LARGE = Place((2**24, 507), NEAR_2_32, 507)
+LARGE = Place((2**24, 507), NEAR_2_33, 507)
 
 
 @quick
@@ -58,10 +59,39 @@ def test_an_odd_shape(weight, states):
 @quick
 @each_storage
 def test_an_offset_of_33_bits(weight, states):
-    """Random bits of elements on both sides of 2^32, with the crossing within a row, and of rows far apart."""
+    """Random bits of elements on both sides of 2^33, with the crossing within a row, and of rows far apart."""
     given = case(BUSY["Lion"], weight, states, step=3)
     compare(given, (3, 300), place=LARGE)
     compare(given, (3, 300), place=Place((2**20, 2**31), 3 * 2**40 + 17, 2**31))
+
+
+@quick
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"FAR": 1},
+        {"LARGE": 1},
+        {"PAIRED": 0},
+        {"LARGE": 1, "PAIRED": 0},
+        {"EVEN": 0},
+        {"EVEN": 0, "RAGGED": 1},
+        {"GUARDED": 0},
+        {"SCALED": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weight, states", MIXED[:2])
+def test_what_a_shape_could_do_without(monkeypatch, weight, states, constants):
+    """The general ways through a kernel, which huge, odd or ragged weights take, on one that needs none of them."""
+    shipped, given = backend.arguments, case(BUSY["AdamW"], weight, states, step=3)
+
+    def arguments(*args, **kwargs):
+        positions, found = shipped(*args, **kwargs)
+        assert found["EVEN"] and found["PAIRED"] and not (found["FAR"] or found["LARGE"] or found["RAGGED"])
+        return positions, {**found, **constants}
+
+    monkeypatch.setattr(backend, "arguments", arguments)
+    compare(given, (128, 256))
 
 
 @quick
