@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,6 +213,11 @@ def main() -> None:
     fill_table(args.page, "steps", *step_table(counted))
     draw(counted, args.picture)
     print(f"\nwritten to {out}, {args.page.name} and {args.picture.name}")
+    for found in crossings:
+        limit = min(found[f"{label}_overlapped_tokens"] for label in GPUS) // 256 * 256
+        if found["max_tokens_in_table"] != limit:
+            name = StorageKind(found["states"], found["master"]).name
+            sys.exit(f"tile_configs.py: {found['max_tokens_in_table']:,} tokens for {name}, the model says {limit:,}")
 
 
 def instructions(path: Path) -> dict[StorageKind, Count]:
@@ -331,7 +337,7 @@ def pipe_table(counted: dict[StorageKind, Count]) -> tuple[list[str], list[list[
     """Return header and lines of the table of the update's resources: milliseconds for all linear layers."""
     header = ["update of all weights, ms (predicted)", "instructions", "integer"]
     header += [f"memory, {label}" for label in GPUS]
-    header += ["issue", "integer pipe", "latency", "without prefetch", "host"]
+    header += ["issue", "integer pipe", "latency", "without prefetch", "host's launches"]
     lines = []
     for kind in STORAGE_KINDS:
         layers = model(TOKENS[0], kind, counted)

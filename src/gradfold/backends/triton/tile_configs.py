@@ -81,7 +81,7 @@ def tile_config(source: str, operand_bytes: int, where: str) -> TileConfig:
 # Up to how many tokens the fused kernel should beat a library product followed by the rule kernel, by bytes of weight
 # and states per element: the smaller of two processors' predictions in docs/roofline.md, in steps of 256. Limits that
 # were measured take their place, by processor family.
-PREDICTED_MAX_TOKENS = ((3.5, 3072), (4.5, 3072), (5.5, 3072), (7.0, 3072), (math.inf, 4096))
+PREDICTED_MAX_TOKENS = ((3.5, 2816), (4.5, 2304), (5.5, 2560), (7.0, 3072), (math.inf, 4608))
 MEASURED_MAX_TOKENS: dict[str, tuple[tuple[float, int], ...]] = {}
 
 
