@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """What is loaded by now is nobody's garbage: the collector passes over it, else a call takes as long as ten tests."""
+    """What is loaded by now is nobody's garbage, and the collector passes over it: a call took as long as ten tests."""
     gc.collect()
     gc.freeze()
 

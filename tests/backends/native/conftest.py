@@ -1,4 +1,4 @@
-"""A cache beside pytest's own: what was compiled for an earlier run, from the same C and flags, is not compiled again."""
+"""A cache beside pytest's own: what an earlier run compiled, from the same C and flags, is not compiled again."""
 
 import pytest
 
