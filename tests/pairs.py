@@ -48,4 +48,6 @@ def _marked(names: Sequence[str], values: Sequence[list], quick: Any, indirect: 
 
 
 def _name(value: Any) -> str:
-    return value.id if hasattr(value, "id") else str(value)
+    if hasattr(value, "id"):
+        return value.id
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -51,13 +51,13 @@ def train(backend, steps=2, dtype=torch.float32, options=None, accumulate=1, **h
 HOW = {
     "at once": {},
     "int8": {"options": {"states": "int8", "small_size": 0}},
-    "clipped": {"clip_norm": 0.5, "clip_value": 0.2, "steps": 1},
-    "in two passes": {"clip_norm": 0.5, "clip": "two_pass", "steps": 1},
+    "clipped": {"clip_norm": 0.5, "clip_value": 0.2},
+    "in two passes": {"clip_norm": 0.5, "clip": "two_pass"},
     "delayed": {"clip_norm": 0.5, "clip": "delayed"},
-    "accumulated": {"accumulate": 2, "steps": 1},
+    "accumulated": {"accumulate": 2},
     "a working set": {"working_set": gradfold.WorkingSet(interval=1, chunks=2)},
     "capturable": {"options": {"capturable": True}},
-    "not looked at": {"on_nonfinite": "ignore", "steps": 1},
+    "not looked at": {"on_nonfinite": "ignore"},
 }
 
 
