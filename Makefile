@@ -20,8 +20,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= auto
-# One thread per test worker: two that fight over the same cores are slower than one.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# One thread per test worker: two that fight over the same cores are slower than one. Compiled modules are kept, also where the
+# environment says otherwise: workers, and the processes that tests start, would each compile all of src and tests anew.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup setup-dev check test test-slow lint format clean distclean

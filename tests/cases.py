@@ -247,7 +247,7 @@ class Problem(NamedTuple):
     grads: list[list[Tensor]]  # [step][weight]
 
 
-def problem(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype=torch.float64, steps: int = 10, seed: int = 0) -> Problem:
+def problem(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype=torch.float64, steps: int = 7, seed: int = 0) -> Problem:
     """Gradients of scales from 1e-3 to 10, some of them exactly zero."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -9,22 +9,20 @@ import pytest
 
 def pairwise(counts: Sequence[int]) -> list[tuple[int, ...]]:
     """Rows of ``range(counts[0]), range(counts[1]), ...`` in which every pair of values of two axes occurs."""
-    missing = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(range(len(counts)), 2)
-        for i in range(counts[a])
-        for j in range(counts[b])
+    bits: dict[tuple[int, int, int, int], int] = {}  # each pair's own; every collection of tests comes through here
+    pairs = {
+        row: sum(
+            bits.setdefault((a, row[a], b, row[b]), 1 << len(bits))
+            for a, b in itertools.combinations(range(len(row)), 2)
+        )
+        for row in itertools.product(*map(range, counts))
     }
-    rows = []
+    missing, rows = (1 << len(bits)) - 1, []
     while missing:
-        row = max(itertools.product(*map(range, counts)), key=lambda row: len(missing & _pairs(row)))
-        missing -= _pairs(row)
+        row = max(pairs, key=lambda row: (missing & pairs[row]).bit_count())
+        missing &= ~pairs[row]
         rows.append(row)
     return rows
-
-
-def _pairs(row: Sequence[int]) -> set[tuple[int, int, int, int]]:
-    return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
 
 
 def each_pair(indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -50,4 +48,6 @@ def _marked(names: Sequence[str], values: Sequence[list], quick: Any, indirect: 
 
 
 def _name(value: Any) -> str:
-    return value.id if hasattr(value, "id") else str(value)
+    if hasattr(value, "id"):
+        return value.id
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

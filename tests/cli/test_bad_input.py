@@ -25,6 +25,11 @@ def file(name, content):
     return make
 
 
+def rows(*words):
+    """A case of these words, whose data are a few rows and whose model is sound."""
+    return lambda place, model: [*file("a.jsonl", ROW * 20)(place, model), *words]
+
+
 def parquet(damage):
     def make(place, model):
         import pandas
@@ -177,7 +182,7 @@ CASES = {
     "a GGUF file cut short": (model(cut_gguf), "its tokenizer cannot be loaded from the GGUF file"),
     # recipe
     "a sequence longer than the model's limit": (
-        lambda place, m: ["--model", m, "--data", "pydoc", "--sequence-length", 500],
+        rows("--sequence-length", 500),
         "sequence_length = 500: model",
     ),
     "an unknown field": (recipe_file("optimiser:\n  lr: 1\n"), "unknown field optimiser; did you mean 'optimizer'?"),
@@ -229,16 +234,15 @@ CASES = {
         "working_set with fold = False: only a folded model has one; leave working_set out, or fold",
     ),
     "more chunks than rows": (
-        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.chunks", 100_000,
-                          "--working-set.offload", "disk"],
+        rows("--working-set.chunks", 100_000, "--working-set.offload", "disk"),
         "working_set.chunks = 100000: a chunk would have ",
     ),
     "more chunks than layers": (
-        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.by", "layer", "--working-set.chunks", 99],
+        rows("--working-set.by", "layer", "--working-set.chunks", 99),
         "working_set.chunks = 99: the model has 4 layers to train; at most that many, or None",
     ),
     "always awake, but not there": (
-        lambda place, m: ["--model", m, "--data", "pydoc", "--working-set.chunks", 4, "--working-set.always", "nrm"],
+        rows("--working-set.chunks", 4, "--working-set.always", "nrm"),
         "working_set.always = ['nrm']: no trainable parameter's name contains it",
     ),
     "an option by its name in transformers": (
@@ -250,8 +254,7 @@ CASES = {
         "optimizer.momentum = 0.9: AdamW has no such setting",
     ),
     "settings that exclude each other": (
-        lambda place, m: ["--model", m, "--data", "pydoc", "--sequence-length", 64, "--optimizer.name", "SGD",
-                          "--optimizer.nesterov", "True"],
+        rows("--sequence-length", 64, "--optimizer.name", "SGD", "--optimizer.nesterov", "True"),
         "optimizer: nesterov=True with momentum=0",
     ),
     # resuming

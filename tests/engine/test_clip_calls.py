@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 
 import gradfold
 from gradfold.errors import NonFiniteError
+from tests.pairs import in_turn
 from tests.zoo import Net, batches, distance, no_gradients, ours, same_bits, torchs, twins
 
 CLOSE = 1e-12
@@ -50,15 +51,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1, 3.0, INF, "inf"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_it_measures_at_once_and_clips_in_step(options, norm_type):
+@in_turn(2, how=OPTIONS, norm_type=[2.0, 1, 3.0, INF, "inf"])
+def test_it_measures_at_once_and_clips_in_step(how, norm_type):
     """With another limit in each step: below the norm, above it, zero, none."""
+    options = OPTIONS[how]
     plain, model = twins(lambda: Net("tied"))
     theirs, optimizer = torchs(plain, "SGD"), ours(model, "SGD")
     fold = gradfold.fold(model, optimizer, timing="deferred", **options)
     for step, limit in enumerate([0.05, 1e3, 0.5, 0.0, INF, 0.1]):
-        for ids in batches(2 * step + 2)[-options.get("accumulate", 1) :]:
+        for ids in batches(step + 2)[-options.get("accumulate", 1) :]:
             plain.loss(ids).backward()
             model.loss(ids).backward()
         before = float(get_total_norm([p.grad for p in plain.parameters()]))

@@ -34,12 +34,12 @@ def scene_loss(kind, model, step):
 
 @each_pair(scene=SCENES, mode=MODES, kind=["none", "reentrant", "non_reentrant"])
 def test_scenes(scene, kind, mode):
-    check(functools.partial(Net, scene), functools.partial(scene_loss, kind), MODES[mode])
+    check(functools.partial(Net, scene), functools.partial(scene_loss, kind), MODES[mode], steps=2)
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_both_with_every_checkpointing(kind):
-    check(functools.partial(Net, "tied"), functools.partial(scene_loss, kind), MODES["both"])
+    check(functools.partial(Net, "tied"), functools.partial(scene_loss, kind), MODES["both"], steps=2)
 
 
 @pytest.mark.parametrize("rule", ["Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam"])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfold
+from tests.pairs import in_turn
 from tests.workset.test_steps import check
 from tests.zoo import distance, twins
 
@@ -157,8 +158,7 @@ def test_layouts_that_are_both(pixels):
     survives(task)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dim", [3, 4, 5])
+@in_turn(norm=NORMS, dim=[3, 4, 5])
 def test_above_frozen_layers_without_a_working_set(norm, dim):
     def task():
         plain, folded = twins(lambda: Pixels(NORMS[norm], dim))

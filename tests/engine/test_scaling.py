@@ -7,6 +7,7 @@ import torch
 
 import gradfold
 from gradfold.errors import FoldError
+from tests.pairs import each_pair
 from tests.zoo import Net, batches, distance, no_gradients, ours, torchs, twins
 
 OVERFLOWS = {1, 4}  # steps whose loss is multiplied by infinity
@@ -34,10 +35,10 @@ def run(model, optimizer, fold=None, clip=None, unscale=False, accumulate=1, ste
     return scales, norms
 
 
-@pytest.mark.parametrize("scene", ["untied", "tied"])
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 3, "clip_norm": 0.05}], ids=str
+@each_pair(
+    scene=["untied", "tied"],
+    unscale=[False, True],
+    options=[{}, {"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 3, "clip_norm": 0.05}],
 )
 def test_steps_and_scales_are_torchs(scene, unscale, options):
     plain, folded = twins(lambda: Net(scene))

@@ -9,6 +9,7 @@ from torch import nn
 
 import gradfold
 from gradfold import FoldError
+from tests.pairs import each_pair
 from tests.zoo import Net, batches, distance, no_gradients, ours, same_bits, torchs, twins
 
 WAITING = {
@@ -113,14 +114,13 @@ def test_a_working_set_with_slices():
 # as torch's -------------------------------------------------------------------------------------------------------
 
 
-@clears
-@pytest.mark.parametrize("options", WAITING.values(), ids=WAITING.keys())
-@pytest.mark.parametrize("rule", ["AdamW", "SGD"])
-def test_gradients_that_wait_are_dropped(clear, options, rule):
+@each_pair(clear=CLEARS, waiting=WAITING, rule=["AdamW", "SGD"])
+def test_gradients_that_wait_are_dropped(clear, waiting, rule):
+    clear, options = CLEARS[clear], WAITING[waiting]
     plain, folded = twins(mlp)
     theirs, mine = torchs(plain, rule), ours(folded, rule)
     gradfold.fold(folded, mine, **options)
-    for step in range(4):
+    for step in range(3):
         for model, optimizer in ((plain, theirs), (folded, mine)):
             loss_of(model, step).backward()
             clear(model, optimizer)
@@ -192,11 +192,10 @@ class Branches(nn.Module):
         return F.cross_entropy(x[:, :4] if seed % 3 == 2 else self.branches[seed % 3](x), y)
 
 
-@pytest.mark.parametrize("rule", ["AdamW", "SGD", "Adam", "RMSprop"])
-@pytest.mark.parametrize("options", [{}, *WAITING.values()], ids=["plain", *WAITING])
-@pytest.mark.parametrize("who", ["optimizer", "model", "both in turn"])
-def test_gradients_filled_with_zeros(rule, options, who):
+@each_pair(rule=["AdamW", "SGD", "Adam", "RMSprop"], how=["plain", *WAITING], who=["optimizer", "model", "in turn"])
+def test_gradients_filled_with_zeros(rule, how, who):
     """What a backward does not reach steps with zeros, once it has had a gradient."""
+    options = WAITING.get(how, {})
     plain, folded = twins(Branches)
     theirs, mine = torchs(plain, rule), ours(folded, rule)
     gradfold.fold(folded, mine, **options)
@@ -380,7 +379,7 @@ def test_steps_do_not_look_like_changes(kind, options):
     model = Net("tied_and_direct")
     optimizer = ours(model)
     gradfold.fold(model, optimizer, **options)
-    for ids in batches(4):
+    for ids in batches(2):
         for _ in range(options.get("accumulate", 1)):
             model.loss(ids, kind).backward()
         optimizer.step()

@@ -5,7 +5,7 @@ import pytest
 from tests.accumulated import check
 from tests.models.test_models import CHECKPOINTED
 from tests.models.test_models import MODELS as ARCHITECTURES
-from tests.pairs import each_pair, in_turn
+from tests.pairs import in_turn
 
 MODES = {
     "accumulated": {"accumulate": 4},
@@ -23,18 +23,20 @@ def trained(name, mode, prepare=lambda model: None):
         prepare(model)
         return model
 
-    _, fold = check(prepared, loss, MODES[mode])
+    _, fold = check(prepared, loss, MODES[mode], steps=2)
     assert fold.grad_norm is not None and fold.grad_norm > MODES[mode].get("clip_norm", 0)  # clipping was active
 
 
 @in_turn(name=ARCHITECTURES, mode=MODES)
-def test_three_steps(name, mode):
+def test_two_steps(name, mode):
     trained(name, mode)
 
 
-@each_pair(name=CHECKPOINTED, reentrant=[True, False], mode=MODES)
+@in_turn(2, name=CHECKPOINTED, how=[(reentrant, mode) for mode in MODES for reentrant in (True, False)])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_with_its_own_gradient_checkpointing(name, reentrant, mode):
+def test_with_its_own_gradient_checkpointing(name, how):
+    reentrant, mode = how
+
     def prepare(model):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant and hasattr(model, "enable_input_require_grads"):

@@ -9,6 +9,7 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import FoldError
+from tests.pairs import in_turn
 
 SMALL = 1e-4  # its square is 0 in fp16
 SQUARES = {
@@ -57,13 +58,13 @@ def gap(model, exact):
     return float((mine - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("folded", [True, False], ids=["folded", "plain"])
-@pytest.mark.parametrize(
-    ("name", "states"),
-    [(n, s) for n in SQUARES for s in (None, "fp32", "bf16") if s != "bf16" or "centered" not in n],  # that is refused
+@in_turn(
+    how=[(n, s) for n in SQUARES for s in (None, "fp32", "bf16") if s != "bf16" or "centered" not in n],  # refused
+    folded=[True, False],
 )
-def test_small_gradients(name, states, folded):
+def test_small_gradients(how, folded):
     """The weights go where torch's in fp64 go."""
+    name, states = how
     ours, torchs = optimizers_of(name, **({} if states is None else {"states": states, "small_size": 0}))
     model, exact = small_net(torch.float16), small_net(torch.float64)
     optimizer = ours(model.parameters())

@@ -34,7 +34,7 @@ def test_folded_in_any_tiles_and_unfolded_are_bit_identical(states, rounding, ma
     runs = []
     for folded, scratch_bytes in ((False, None), (True, 4_000), (True, 50_000), (True, 8 * 2**20)):
         model, optimizer = make(options, folded=folded, scratch_bytes=scratch_bytes)
-        train(model, optimizer, 4)
+        train(model, optimizer, 2)
         runs.append(everything(model, optimizer))
     for run in runs[1:]:
         assert_same(runs[0], run)

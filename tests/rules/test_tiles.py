@@ -42,7 +42,7 @@ def assert_same(got, want, tolerance=0.0):
         assert error <= tolerance * want[key].double().abs().max(), f"{key}: off by {error:.1e}"
 
 
-def one(shape, dtype=torch.float64, steps=10):
+def one(shape, dtype=torch.float64, steps=7):
     given = problem([shape], dtype, steps)
     return given.weights[0], [grads[0] for grads in given.grads]
 

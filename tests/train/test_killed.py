@@ -5,12 +5,14 @@ And disks that have become read-only.
 
 import errno
 import gc
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import traceback
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,19 +20,19 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import FoldError
-from gradfold.train import loop
 from gradfold.train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from gradfold.train.errors import TrainError
 from gradfold.train.interrupt import Interrupted
 from gradfold.train.loop import train
 from gradfold.train.setup import SLEEPING_STATES
-from gradfold.workset import Rotation, files
+from gradfold.workset import files
 from tests.train.test_resume import interrupt_after, result, same
 from tests.train.tiny import recipe, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
+ROOT = Path(__file__).parents[2]
 LONGEST = {"save": 0.05, "switch": 0.02}  # seconds that they take, about
 SETTINGS = {
     "working_set__chunks": 3,
@@ -47,59 +49,47 @@ SETTINGS = {
 }
 
 
-def die_in(owner, name, call, seconds):
-    """Let this process die, wherever it is, so many seconds after the call number `call` of a function has begun."""
-    plain, calls = getattr(owner, name), []
+@pytest.fixture(scope="module")
+def killed():
+    """Trains in a child of a process that was started for it (`killed.py`); returns whether the child was killed."""
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "tests.train.killed"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | path, **pipes) as process:
 
-    def dying(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # nothing catches this signal
-        return plain(*args, **kwargs)
+        def ask(**arguments):
+            process.stdin.write(json.dumps(arguments, default=str) + "\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            if os.WIFSIGNALED(status):
+                assert os.WTERMSIG(status) == signal.SIGALRM
+                return True
+            assert os.WEXITSTATUS(status) == 0, "standard error says why"
+            return False
 
-    setattr(owner, name, dying)
-
-
-def run_in_child(chosen, out, display, how, call, seconds):
-    """Begin or resume a run in a child; returns whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            die_in(*{"save": (loop, "_save"), "switch": (Rotation, "_sleep")}[how], call, seconds)
-            found = list_checkpoints(out / "checkpoints")
-            train(chosen, out, read_checkpoint(find_checkpoint(out)) if found else None, display)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGALRM
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+        yield ask
 
 
-# forks a process whose torch may have threads already, which torch does not always survive
-@pytest.mark.slow
+@pytest.mark.slow  # the process alone takes seconds to start; `test_interrupted_saves.py` kills saves by default
 @needs_fork
-@pytest.mark.parametrize("instants", [3, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["reset", pytest.param("keep", marks=pytest.mark.slow)])
-def test_killed_again_and_again(tiny, texts, tmp_path, silent, instants, mode):
-    settings = SETTINGS | {"working_set__states": mode}
-    chosen = recipe(tiny, texts, steps=3 * instants + 3, **settings)
-    out, draw, killed = tmp_path / "run", random.Random(instants), 0
+@pytest.mark.parametrize("instants", [3, 50])
+@pytest.mark.parametrize("mode", ["reset", "keep"])
+def test_killed_again_and_again(tiny, texts, tmp_path, silent, killed, instants, mode):
+    settings = SETTINGS | {"working_set__states": mode, "steps": 3 * instants + 3}
+    chosen = recipe(tiny, texts, **settings)
+    out, draw, deaths = tmp_path / "run", random.Random(instants), 0
     for instant in range(instants):
         how = ("save", "switch")[instant % 2]
         before = list_checkpoints(out / "checkpoints")
         if not before and out.exists():  # killed before it had anything to keep: begun anew
             shutil.rmtree(out)
-        killed += run_in_child(chosen, out, silent, how, draw.choice([1, 2]), draw.uniform(0, LONGEST[how]))
+        when = {"how": how, "call": draw.choice([1, 2]), "seconds": draw.uniform(0, LONGEST[how])}
+        deaths += killed(model=tiny, data=texts, settings=settings, out=out, **when)
         found = list_checkpoints(out / "checkpoints")
         for path in found:  # whatever has its name is whole
             read_checkpoint(path)
         assert not before or found[-1].name >= before[-1].name
-    assert killed > instants // 2
+    assert deaths > instants // 2
     saved = read_checkpoint(find_checkpoint(out)) if list_checkpoints(out / "checkpoints") else None
     if saved is None:
         shutil.rmtree(out, ignore_errors=True)

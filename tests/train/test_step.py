@@ -22,6 +22,7 @@ from gradfold.train.recipe_file import unflatten
 from gradfold.train.schedule import lr_factor
 from gradfold.train.setup import assemble
 from gradfold.train.step import step_weights
+from tests.pairs import in_turn
 from tests.train.tiny import recipe, save_tiny, sentence
 
 SGD = {"optimizer.name": "SGD", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "schedule.name": "constant"}
@@ -68,8 +69,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("way", WAYS)
+@in_turn(way=WAYS, dtype=["float32", "float64"])
 def test_batches_that_are_summed_are_one_batch(steady, answers, tmp_path, silent, way, dtype):
     """Four steps, of 6, 6, 4 and 6 sequences: the end of an epoch included."""
     base = unflatten({"steps": 4, "dtype": dtype} | SGD | WAYS[way], recipe(steady, answers))
@@ -122,9 +122,9 @@ AGAINST_TORCH = {
 
 @pytest.mark.parametrize("way", AGAINST_TORCH)
 def test_a_step_is_that_of_torch(steady, answers, tmp_path, silent, way):
-    chosen = unflatten({"batch_size": 2, "steps": 9} | SGD | AGAINST_TORCH[way], recipe(steady, answers))
-    ours = steps_of(chosen, tmp_path / "a", 9, silent)
-    theirs = in_plain_torch(chosen, tmp_path / "b", 9, silent)
+    chosen = unflatten({"batch_size": 2, "steps": 5} | SGD | AGAINST_TORCH[way], recipe(steady, answers))
+    ours = steps_of(chosen, tmp_path / "a", 5, silent)
+    theirs = in_plain_torch(chosen, tmp_path / "b", 5, silent)
     close(ours[0], theirs[0], 1e-5)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
     assert ours[2] == pytest.approx(theirs[2], rel=1e-4)

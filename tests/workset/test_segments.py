@@ -28,7 +28,7 @@ class Active(Pieces):
         return [param for param in super().params_of(name) if param.requires_grad]
 
 
-def check(make, program, options, order, steps=12):
+def check(make, program, options, order, steps=9):
     plain, folded = twins(make)
     oracle, optimizer = SlicedTorch(plain, "SGD"), ours(folded, "SGD")
     working_set = gradfold.WorkingSet(chunks=4, interval=2, order=order)

@@ -1,4 +1,4 @@
-"""One cache per test session, so that nothing is written to the user's own."""
+"""A cache beside pytest's own: what an earlier run compiled, from the same C and flags, is not compiled again."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from gradfold.backends import native
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("native")
+def cache(pytestconfig):
+    return pytestconfig.cache.mkdir("gradfold-kernels")
 
 
 @pytest.fixture(autouse=True)

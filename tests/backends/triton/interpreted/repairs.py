@@ -3,8 +3,9 @@
 Kernels say ``tl.fma`` where torch's own round once, and the bits of a state show which it was. Triton 3.6's interpreter
 multiplies, rounds, adds and rounds again.
 
-Two thirds of the interpreter's time go by in vain: with every call of a function by a kernel it redirects all of
-``triton.language`` once more, and with every sum of integers it prepares the message of an assertion that is off.
+Most of the interpreter's time goes by in vain: with every call of a function by a kernel it redirects all of
+``triton.language`` once more, with every sum of integers it prepares the message of an assertion that is off, and with
+every tensor it derives anew what follows from its type.
 """
 
 import dataclasses
@@ -57,7 +58,46 @@ def call(self, *args, **kwargs):
     return self.rewrite()(*args, **kwargs)
 
 
+_blocks: dict[tuple, dict] = {}  # what a block's type knows, by its elements and shape
+_tensors: dict[str, dict] = {}  # what a tensor has besides its handle, by its type's name
+_init_block, _init_tensor = tl.block_type.__init__, tl.tensor.__init__
+
+
+def init_block(self, element_ty, shape):
+    """``block_type.__init__``, once for each type."""
+    if not isinstance(shape, list | tl.core.tuple):
+        return _init_block(self, element_ty, shape)
+    key = (element_ty.name, *(one.value if isinstance(one, tl.constexpr) else one for one in shape))
+    if key not in _blocks:
+        _init_block(self, element_ty, shape)
+        _blocks[key] = dict(vars(self))
+    self.__dict__.update(_blocks[key])
+
+
+def init_tensor(self, handle, type):
+    """``tensor.__init__``, of whose results all but the handle follow from the type."""
+    key = type.name
+    if key not in _tensors:
+        _init_tensor(self, handle, type)
+        _tensors[key] = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+    self.__dict__.update(_tensors[key])
+    self.handle, self.type = handle, type
+
+
+_dtypes: dict[str, np.dtype] = {}
+_get_np_dtype = interpreter._get_np_dtype
+
+
+def np_dtype(type):
+    """``_get_np_dtype``, without a new table of all types for each call."""
+    if type.name not in _dtypes:
+        _dtypes[type.name] = _get_np_dtype(type)
+    return _dtypes[type.name]
+
+
 def repair() -> None:
+    interpreter._get_np_dtype = np_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
     if rounds_twice():
         interpreter.InterpreterBuilder.create_fma = create_fma
     interpreter.InterpretedFunction.__call__ = call

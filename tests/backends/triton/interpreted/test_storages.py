@@ -8,7 +8,7 @@ import torch
 from gradfold.backends import DenseTerm, Place
 from gradfold.backends.triton import backend
 from gradfold.engine.region import Region
-from tests.backends.native.eager import COMBINATIONS, NEAR_2_33, case, clone, differences, make, tile_of
+from tests.backends.native.eager import COMBINATIONS, NEAR_2_33, WEIGHTS, case, clone, differences, make, tile_of
 from tests.cases import BUSY, BUSY_ROWS
 
 from .launches import compare, kernel, plain_zeros, reference, shaped
@@ -22,8 +22,15 @@ VECTORS = [(300,), (1,), (3, 2, 140), (6, 20, 3, 3), (2, 2, 2, 2)]
 LARGE = Place((2**24, 507), NEAR_2_33, 507)
 
 
+# half of them, each weight and each state: every combination is stepped in ``test_rules.py`` too
+EACH = [
+    pytest.param(i, c, marks=pytest.mark.slow if (i + i // len(WEIGHTS)) % 2 else (), id="-".join(c))
+    for i, c in enumerate(COMBINATIONS)
+]
+
+
 @quick
-@pytest.mark.parametrize("index, storage", list(enumerate(COMBINATIONS)), ids=["-".join(c) for c in COMBINATIONS])
+@pytest.mark.parametrize("index, storage", EACH)
 def test_every_storage(index, storage):
     """In shapes in turn."""
     given = case(BUSY["AdamW"], *storage, step=3)
