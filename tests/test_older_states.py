@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradfold.codecs import MASTERS, export_master, matrix, state_codec
-from gradfold.engine import Region
+from gradfold.codecs import MASTERS, export_master
 from tests.fixtures.before_prepared import make
 from tests.fixtures.format_2 import make as format_2
+from tests.format_1 import BOUND, EXACT, close, decoded_now, decoded_then, moments_of
 
 FOLDER = make.HERE
 # Squares were summed in fp32 then; compiled steps sum them in fp64.
@@ -135,69 +135,6 @@ def test_loaded_before_folding(of, case):
 
 # format 1 -------------------------------------------------------------------------------------------------------------
 
-PER_OCTAVE, TOP, BLOCK = {"int8": 6, "int4": 1}, {"int8": 255, "int4": 15}, 128
-# How far a root may be from what it was: half a level upwards from 1 (13/12, 3/2), rounded down, is the most.
-BOUND = {"int8": 1 - math.sqrt(12 / 13), "int4": 1 - math.sqrt(2 / 3)}
-EXACT = 1e-5  # today's levels lie that close to those of a sixth of an octave
-
-
-def level_of_then(kind, code):
-    """Level of an unsigned code of format 1, in units of its block's largest."""
-    if code == 0:
-        return 0.0
-    octaves, sixths = divmod(TOP[kind] - code, PER_OCTAVE[kind])
-    if sixths == 0:
-        return 2.0**-octaves
-    return 2.0 ** (-octaves - 1) * (1 + (PER_OCTAVE[kind] - sixths) / PER_OCTAVE[kind])
-
-
-def unpacked(kind, codes, columns):
-    """The codes of a row, block by block."""
-    rows = []
-    for start in range(0, columns, BLOCK):
-        n = min(BLOCK, columns - start)
-        if kind == "int8":
-            rows.append(codes[start : start + n])
-            continue
-        half = -(-n // 2)
-        some = codes[start // 2 : start // 2 + half]
-        rows.append(([byte & 15 for byte in some] + [byte >> 4 for byte in some])[:n])
-    return rows
-
-
-def decoded_then(kind, codes, scales, columns):
-    """Decode as format 1 did, a number at a time."""
-    found = []
-    for row, factors in zip(codes.tolist(), scales.tolist(), strict=True):
-        for block, scale in zip(unpacked(kind, row, columns), factors, strict=True):
-            found += [level_of_then(kind, code) * scale for code in block]
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def second_moments(states, params):
-    """Codes and scales of every second moment, with the columns of its parameter or slice, by its place."""
-    found = {}
-    for index, one in states.items():
-        for key in one:
-            name, bracket, rest = key.partition("[")
-            if name == "exp_avg_sq.codes":
-                shape = list(params[index].shape)
-                if bracket:
-                    region = Region.parse(bracket + rest)
-                    shape[region.dim] = region.stop - region.start
-                columns = matrix(shape).columns
-                scales = one[f"exp_avg_sq.scales{bracket}{rest}"]
-                found[index, bracket + rest] = (
-                    one[key].reshape(-1, one[key].shape[-1]),
-                    scales.reshape(-1, scales.shape[-1]),
-                    columns,
-                )
-    return found
-
-
-def decoded_now(kind, codes, scales, columns):
-    return state_codec(kind, False).decode({"codes": codes, "scales": scales}, columns).double().flatten()
-
 
 def kind_of(case):
     return make.CASES[case][1]["states"]
@@ -226,38 +163,25 @@ def test_states_of_format_1_are_converted(case):
     kept = [{i: {k: v for k, v in one.items() if "_sq" not in k} for i, one in of.items()} for of in (now, then)]
     same(*kept)
     params, kind = list(model.parameters()), kind_of(case)
-    moments = second_moments(now, params)
-    assert (
-        moments.keys() == second_moments(then, params).keys() and len({index for index, _ in moments}) == CHANGED[case]
-    )
-    for place, (codes, scales, columns) in second_moments(then, params).items():
-        old, new = decoded_then(kind, codes, scales, columns), decoded_now(kind, *moments[place])
-        assert torch.equal(new == 0, old == 0) and old.any()
-        change = (new[old > 0] / old[old > 0]).sqrt() - 1
-        lowest = torch.tensor(unpacked_all(kind, *moments[place]))[old > 0] == 1
-        assert change[~lowest].abs().max() <= BOUND[kind] + EXACT
-        assert change[lowest].abs().le(math.sqrt(2) - 1 + EXACT).all()
-        scales = moments[place][1]
-        assert torch.equal(torch.exp2(scales.log2().round()), scales), "powers of two"
+    moments = moments_of(now, params)
+    assert moments.keys() == moments_of(then, params).keys() and len({index for index, _ in moments}) == CHANGED[case]
+    for place, old in moments_of(then, params).items():
+        close(kind, moments[place], old)
 
 
-def unpacked_all(kind, codes, scales, columns):
-    return [code for row in codes.tolist() for block in unpacked(kind, row, columns) for code in block]
-
-
-@pytest.mark.parametrize("case", CHANGED)
-@pytest.mark.parametrize("when", ["folded", "before folding"])
-def test_format_1_goes_on_closely(case, when):
+@pytest.mark.parametrize(
+    "case, folded",
+    [(case, folded) for case in CHANGED for folded in (True, False) if folded or "working_set" not in case],
+)
+def test_format_1_goes_on_closely(case, folded):
     """The gradients depend on no weight, so first moments become what they became then, within their levels' 1e-5.
 
     A second moment may be half a level off when it is loaded, and then each of the two runs rounds it up or down twice.
     A step of AdamW is at most 1.01 lr here (Cauchy-Schwarz over the few gradients), divided by a root that is that far
     off.
     """
-    if when == "before folding" and "working_set" in case:
-        pytest.skip("slices need their fold")
     saved, wanted = load(make, case)["before"], load(make, case)["after"]
-    model, optimizer, fold = make.build(case, folded=when == "folded")
+    model, optimizer, fold = make.build(case, folded=folded)
     if fold is not None:
         make.train(model, optimizer, 7, 1)
     put_with_warning(case, saved, model, optimizer, fold)
@@ -288,9 +212,9 @@ def test_format_1_goes_on_closely(case, when):
     assert any(not torch.equal(new[name], old[name]) for name in old), "else this test is of another case"
 
     params = list(model.parameters())
-    then = second_moments(wanted["optimizer"]["state"], params)
+    then = moments_of(wanted["optimizer"]["state"], params)
     ratios = []
-    for place, (codes, scales, columns) in second_moments(found["optimizer"]["state"], params).items():
+    for place, (codes, scales, columns) in moments_of(found["optimizer"]["state"], params).items():
         now, before = decoded_now(kind, codes, scales, columns), decoded_then(kind, *then[place])
         assert torch.equal(now == 0, before == 0)
         ratios.append((now[before > 0] / before[before > 0]).sqrt())

@@ -92,7 +92,7 @@ def upgraded(
             if number < FORMAT or any("." in key for key in saved[param]):
                 storage = storage_of(param, rule, our)
                 random |= number < FORMAT and any(storage.random)
-                found[param], names = _converted(param, found[param], storage, number, their.get("states"))
+                found[param], names = _converted(param, found[param], storage, their.get("states"))
                 converted |= {(id(param), name, kind) for name, kind in names}
     return found, _warning(converted, random)
 
@@ -105,9 +105,7 @@ def _format_of(group: Group, states: Iterable[Mapping[str, Any]]) -> int:
     return 1 if stored else FORMAT
 
 
-def _converted(
-    param: Parameter, saved: States, storage: Storage, number: int, states: Any
-) -> tuple[States, list[tuple[str, str]]]:
+def _converted(param: Parameter, saved: States, storage: Storage, states: Any) -> tuple[States, list[tuple[str, str]]]:
     """Convert one parameter's states; also return the names of those whose format changes, and their ``states=``."""
     asked = {spec.name: (spec, codec) for spec, codec in zip(storage.specs, storage.codecs, strict=True)}
     made, changed = dict(saved), []
@@ -125,7 +123,9 @@ def _converted(
         if kind not in fitting:
             continue
         stored = fitting[kind]
-        old = written_by(stored, number)
+        old = written_by(stored, 1)
+        if old is not stored and _powers_of_two(parts["scales"]):
+            old = stored
         if stored is not codec and name + region not in saved:
             for key in keys.values():
                 del made[key]
@@ -134,6 +134,16 @@ def _converted(
             made |= {keys[part]: value for part, value in _recoded(old, stored, parts, shape).items()}
             changed.append((name, kind))
     return made, changed
+
+
+def _powers_of_two(scales: Tensor) -> bool:
+    """Return whether these scales of second moments may be of format 2, whatever number stands beside them.
+
+    The number can be lost or wrong: ``torch.distributed.checkpoint`` drops it from flattened groups, and leaves its own
+    in a target that is loaded partially. A scale of format 1 is one by chance only, and then its codes mean the same.
+    """
+    mantissa = scales.view(torch.int32) & 0x7FFFFF
+    return not bool(mantissa.any())
 
 
 def _quantized(saved: States) -> Iterator[tuple[str, str, dict[str, str]]]:
@@ -181,7 +191,7 @@ def _recoded(old: Codec, new: Codec, parts: Mapping[str, Tensor], shape: tuple[i
 
 
 def _warning(converted: set[tuple[int, str, str]], random: bool) -> str | None:
-    """Return what to say of states of format 1; None if they are what they were, and no bits are drawn."""
+    """Return what to say of states of format 1; None if none changes, and no bits are drawn for them."""
     said = []
     if converted:
         names = ", ".join(sorted({name for _, name, _ in converted}))
@@ -195,4 +205,6 @@ def _warning(converted: set[tuple[int, str, str]], random: bool) -> str | None:
             "stochastic rounding draws other bits than that gradfold's, so training goes on exactly, but not bit for "
             "bit as it would have there"
         )
-    return f"optimizer states of format 1, which an earlier gradfold wrote: {'; '.join(said)}" if said else None
+    if not said:
+        return None
+    return f"optimizer states of format 1 (an earlier gradfold's, which wrote no number): {'; '.join(said)}"
