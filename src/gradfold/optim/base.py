@@ -336,8 +336,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         The groups' options are taken over, as torch's hyper-parameters are. Torch casts every state to its parameter's
         dtype. Here a state keeps the dtype it was saved in, unless its group's ``states=`` names another form: then it
         is converted, rounded to nearest. States of an earlier ``format`` are converted too, and a warning says what
-        that changes. Second moments are never kept in fp16: they are widened, and a warning says
-        how many of them had underflowed.
+        that changes. Second moments are never kept in fp16: they are widened, and a warning says how many of them had
+        underflowed.
 
         The place in a working set's rotation is kept until ``fold(working_set=...)`` goes on from there. States of
         slices can only be loaded into a model that is folded with their working set.
@@ -461,8 +461,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         state = {"_rotation": None, **state}  # torch's load_state_dict knows of none
         number = state.pop("_format", None)
-        refuse_newer([{"format": number}] if number is not None else state["param_groups"])
-        if number is None:  # from torch's load_state_dict, or a pickle of an earlier gradfold
+        refuse_newer([{"format": number}] if number is not None else state.get("param_groups", ()))
+        if number is None and {"state", "param_groups"} <= state.keys():  # torch's load_state_dict, or an old pickle
             states, groups = state["state"], state["param_groups"]
             refuse_cast(states.values())
             found, said = upgraded(states, groups, groups, self.rule)
