@@ -7,6 +7,8 @@ The public interface is what ``__all__`` lists, and the packages ``optim``, ``pl
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ._fold import Fold, fold
     from .errors import FoldError
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "SGD",
     "Adagrad",

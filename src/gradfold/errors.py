@@ -1,4 +1,6 @@
-"""Exceptions of gradfold."""
+"""Exceptions of gradfold, and where its warnings point."""
+
+import sys
 
 
 class FoldError(RuntimeError):
@@ -23,3 +25,15 @@ class NonFiniteError(FoldError):
     def __init__(self, what: str, way_out: str):
         super().__init__(f"{what}. {way_out}")
         self.what = what
+
+
+class FormatError(FoldError, ValueError):
+    """States in a format of ``gradfold.codecs.formats`` that this gradfold does not read."""
+
+
+def users_level() -> int:
+    """Return the ``stacklevel`` at which ``warnings.warn`` points at the user's code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradfold", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -126,6 +126,10 @@ FOREIGN = {
         lambda t: pair_of(t["optimizer"]["states"]["model.norm.weight"], "exp_avg").update(tensor="nothing"),
         "'nothing'",
     ),
+    "a later format": (
+        lambda t: t["optimizer"]["param_groups"][0]["dict"].extend([["format", 9], ["gradfold", "9.8.7"]]),
+        "cannot be continued from: param_groups[0] has format=9: gradfold 9.8.7 wrote it",
+    ),
     "the random state": (lambda t: t["random"]["python"].pop(), "do not fit"),
 }
 

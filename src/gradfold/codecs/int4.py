@@ -1,8 +1,9 @@
 """Four-bit blocks: half a byte per element and one fp32 scale per block of 128; 1.06 bytes for AdamW's two moments.
 
 First moments: 7 levels on either side of zero, four octaves of mu-law. Second moments: zero and 15 levels, one per
-octave. Those are powers of two, so AdamW's update is within a factor of 1.22 down to 2^-14 of the block's largest
-value, and too small below. Everything else is as in int8.py. A signed state that decays by 0.99 or more (Lion's) does
+octave. Those are powers of two, so AdamW's update is within a factor of 1.22 (1.41 when rounded stochastically) down to
+2^-14 of the scale, which is 2^-13 of the block's largest value or less, and too small below. Everything else is as in
+int8.py. A signed state that decays by 0.99 or more (Lion's) does
 not move at this width, because its step is under half a level: use int8 there.
 
 Two codes share a byte. In a block of n elements, byte j holds element j in its low half and element j + ceil(n / 2) in

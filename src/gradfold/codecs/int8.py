@@ -1,27 +1,29 @@
 """Eight-bit blocks: one byte per element, and one fp32 scale per block of 128 elements along a row.
 
-The scale is the block's largest magnitude. It is fp32 because a decay of 0.1% per step is less than a 16-bit float
-resolves: a scale that rounds back would never decay. A row's last block may be short.
+A row's last block may be short.
 
-First moments and other signed states: zero, and 127 levels on either side. The levels are logarithmic (12.7 per octave)
-over the top ten octaves and linear below (mu-law). Compared with linear codes, AdamW's update is 2.4 times less exact
-(3.3% of its rms instead of 1.3%) if all gradients of a block have one spread. It is twice as exact if the spreads vary
-by 0.3 decades (standard deviation), and twelve times (4.3% instead of 51%) at 0.6 decades. These states are rounded to
-nearest: a first moment forgets its rounding errors within ten steps, and a small element that is rounded up at random
-beside a large one would take a step many times too long.
+First moments and other signed states: the scale is the block's largest magnitude. It is fp32, because a 16-bit float
+would round back a decay of less than 0.2% per step, and never decay. There are zero and 127 levels on either side,
+logarithmic (12.7 per octave) over the top ten octaves and linear below (mu-law). Compared with linear codes, AdamW's
+update is 2.4 times less exact (3.3% of its rms instead of 1.3%) if all gradients of a block have one spread. It is
+twice as exact if the spreads vary by 0.3 decades (standard deviation), and twelve times (4.3% instead of 51%) at 0.6
+decades. These states are rounded to nearest: a first moment forgets its rounding errors within ten steps, and a small
+element that is rounded up at random beside a large one would take a step many times too long.
 
-Second moments and other states that are never negative: zero, and 255 levels, 6 per octave over 42 octaves (12.7
-decades). AdamW's update is at most 4.1% off when rounded to nearest and 8.0% when rounded stochastically. A square-root
-code has its lowest level at 1.5e-5 of the largest, so that over twelve decades updates come out up to 3,900 times too
-small. These states are rounded stochastically: the moment changes by 1/1000 per step, far less than one level. Rounded
-to nearest, an element would keep its ratio to the block's largest forever, and one whose gradient falls tenfold would
-still be divided by its old size.
+Second moments and other states that are never negative: the scale is the power of two at or above the largest, so that
+the code of a number follows from its bits less the scale's, without a division. There are zero and 255 levels, 6 per
+octave over 42 octaves below the scale, at least 41 below the largest (12.4 decades). AdamW's update is at most 4.1% off
+when rounded to nearest and 8.0% when rounded stochastically. A square-root code has its lowest level at 1.5e-5 of the
+largest, so that over twelve decades updates come out up to 3,900 times too small. These states are rounded
+stochastically: the moment changes by 1/1000 per step, far less than one level. Rounded to nearest, an element would
+stay at its level: it would never decay, and grow only by half a level at once (5 to 8%) or more.
 
 Non-finite values: a block that holds one gets a non-finite scale and decodes to non-finite values.
-A block whose magnitudes are all below 2^-126 is flushed towards zero.
+A signed block whose magnitudes are all below 2^-126 is flushed towards zero, and so is any second moment below 2^-126.
 
-tests/codecs/test_tracking.py measures these figures. Blocks and absmax scales: Dettmers et al., "8-bit Optimizers via
-Block-wise Quantization", arXiv 2110.02861.
+tests/codecs/test_tracking.py measures these figures. Until format 2 (``formats.py``) the scale of second moments was
+their largest. Blocks and absmax scales: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv
+2110.02861.
 """
 
 from __future__ import annotations

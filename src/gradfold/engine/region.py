@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ class Region(NamedTuple):
         """Return where the region lies in a parameter of this shape, counted in elements."""
         stride = math.prod(shape[1:])
         return Place(tuple(shape), self.start * stride if self.dim == 0 else self.start, stride)
+
+    @classmethod
+    def parse(cls, text: str) -> Region | None:
+        """Return the region that ``str`` wrote so; None for any other text."""
+        found = re.fullmatch(r"\[((?::, )*)(\d+):(\d+)\]", text)
+        return None if found is None else cls(found[1].count(":"), int(found[2]), int(found[3]))
 
     def __str__(self) -> str:
         return f"[{', '.join([':'] * self.dim + [f'{self.start}:{self.stop}'])}]"

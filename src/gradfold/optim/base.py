@@ -15,6 +15,7 @@ from torch.nn import Parameter, UninitializedParameter
 from gradfold import _torch
 from gradfold._options import OptimizerOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
+from gradfold.codecs import FORMAT
 from gradfold.engine import (
     FoldState,
     GroupStep,
@@ -28,11 +29,12 @@ from gradfold.engine import (
     scaler_is_looking,
 )
 from gradfold.engine.storage import OPTIONS, storage_of
-from gradfold.errors import FoldError
+from gradfold.errors import FoldError, users_level
 from gradfold.rules import Rule
 
 from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
+from .upgrade import refuse_cast, refuse_newer, stamped, unstamped, upgraded
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
 # that a state_dict loads into the torch optimizer of the same name.
@@ -266,7 +268,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Every state is a plain tensor. A state that is stored in several parts has one entry for each
         (``exp_avg.codes``, ``exp_avg.scales``; a master's ``weight.residual``). Torch's optimizers read
-        ``torch_state_dict()`` instead.
+        ``torch_state_dict()`` instead. A group that gives options of storage has two more keys: ``format``, which
+        says what codes and random bits mean (``gradfold.codecs.formats``), and ``gradfold``, the version.
 
         Raises:
             FoldError: in the middle of a step.
@@ -278,6 +281,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if states := self._turns.states(param):
                     packed["state"][index] = states
             packed["state"] = dict(sorted(packed["state"].items()))
+        packed["param_groups"] = [stamped(group) for group in packed["param_groups"]]
         if (rotation := self._current_rotation()) is not None:
             packed["working_set"] = rotation
         return packed
@@ -339,14 +343,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         The groups' options are taken over, as torch's hyper-parameters are. Torch casts every state to its parameter's
         dtype. Here a state keeps the dtype it was saved in, unless its group's ``states=`` names another form: then it
-        is converted, rounded to nearest. Second moments are never kept in fp16: they are widened, and a warning says
-        how many of them had underflowed.
+        is converted, rounded to nearest. States of an earlier ``format`` are converted too, and a warning says what
+        that changes. Second moments are never kept in fp16: they are widened, and a warning says how many of them had
+        underflowed.
 
         The place in a working set's rotation is kept until ``fold(working_set=...)`` goes on from there. States of
         slices can only be loaded into a model that is folded with their working set.
 
         Raises:
-            ValueError: the groups differ, or a state does not fit its parameter. Nothing is changed then.
+            ValueError: the groups differ, a state does not fit its parameter, or a group is of a later ``format``
+                (``FormatError``). Nothing is changed then.
             FoldError: in the middle of a step.
         """
         if self._fold is not None:
@@ -355,8 +361,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in _torch.load_pre_hooks(self).values():
             if (replaced := hook(self, state_dict)) is not None:
                 state_dict = replaced
-        groups = self._merged_groups(state_dict["param_groups"])
-        saved = self._saved_states(state_dict)
+        theirs = state_dict["param_groups"]
+        refuse_newer(theirs)
+        groups = self._merged_groups(theirs)
+        saved, said = upgraded(self._saved_states(state_dict), theirs, groups, self.rule)
         turns = self._turns
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
         placed: dict[Tensor, dict[str, Any]] = {}
@@ -372,8 +380,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         rotation = deepcopy(state_dict.get("working_set"))
         if turns is not None:
             turns.check(rotation)
-        if lost:
-            warnings.warn(lost_in_fp16(lost), stacklevel=2)
+        for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
+            warnings.warn(what, stacklevel=users_level())
         self.state.clear()
         self.state.update(placed)
         self.groups[:] = groups
@@ -400,7 +408,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"state_dict has groups of {[len(g['params']) for g in saved]} parameters, this optimizer of "
                 f"{[len(g['params']) for g in own]}; build it from the same parameters in the same groups"
             )
-        saved = deepcopy(saved)
+        saved = [unstamped(group) for group in deepcopy(saved)]
         groups = [{**mine, **theirs, "params": mine["params"]} for theirs, mine in zip(saved, own, strict=True)]
         for group in groups:
             group.pop("streams", None)
@@ -448,7 +456,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             kept["state"] = defaultdict(
                 dict, {param: found for param in self._params if (found := self._turns.states(param))}
             )
-        kept["_rotation"] = self._current_rotation()
+        kept["_rotation"], kept["_format"] = self._current_rotation(), FORMAT
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -459,7 +467,18 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "torch.optim.Optimizer.load_state_dict on an optimizer that is folded with a working set: it knows "
                 "nothing of slices; call optimizer.load_state_dict(...)"
             )
-        super().__setstate__({"_rotation": None, **state})  # torch's load_state_dict knows of none
+        state = {"_rotation": None, **state}  # torch's load_state_dict knows of none
+        number = state.pop("_format", None)
+        refuse_newer([{"format": number}] if number is not None else state.get("param_groups", ()))
+        if number is None and {"state", "param_groups"} <= state.keys():  # torch's load_state_dict, or an old pickle
+            states, groups = state["state"], state["param_groups"]
+            refuse_cast(states.values())
+            found, said = upgraded(states, groups, groups, self.rule)
+            if said is not None:
+                warnings.warn(said, stacklevel=users_level())
+            state["state"] = defaultdict(dict, {**states, **found})
+            state["param_groups"] = [unstamped(group) for group in groups]
+        super().__setstate__(state)
         self._fold, self._backend, self._groups, self._streams, self._steppers = fold, None, {}, {}, {}
 
 

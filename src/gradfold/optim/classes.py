@@ -5,13 +5,13 @@ Every optimizer also takes the keyword arguments of ``StorageOptions`` and ``Tor
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from gradfold._options import OptimizerOptions
+from gradfold.errors import users_level
 from gradfold.rules import AdagradRule, AdamRule, LionRule, NAdamRule, RAdamRule, RMSpropRule, SGDRule
 
 from .base import RuleOptimizer
@@ -31,14 +31,6 @@ def _betas(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas={betas}: two numbers in [0, 1)")
-
-
-def _users_level() -> int:
-    """Return the ``stacklevel`` at which ``warnings.warn`` points at the user's code."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradfold", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 class Adam(RuleOptimizer):
@@ -269,7 +261,7 @@ class Lion(RuleOptimizer):
             warnings.warn(
                 "Lion with states='int4': a momentum that forgets 1% a step hardly moves between int4's levels, 28% "
                 "apart; states='int8' costs half a byte more per parameter",
-                stacklevel=_users_level(),
+                stacklevel=users_level(),
             )
 
 

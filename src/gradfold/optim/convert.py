@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -172,23 +172,34 @@ def plain_states(param: Tensor, states: Mapping[str, Any], storage: Storage, rul
             continue
         parts = {part: states[key] for part, key in keys_of(spec.name, codec).items() if key in states}
         if parts:
-            values = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-            _by_panes(codec, parts, values, _decode)
-            plain[spec.name] = values
+            plain[spec.name] = decoded(codec, parts, tuple(param.shape)).to(param.device)
     return plain
 
 
+def decoded(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Return quantized parts in fp32, in the shape of their parameter or slice and on the parts' device."""
+    parts = {name: part.detach().contiguous() for name, part in parts.items()}
+    values = torch.empty(shape, dtype=torch.float32, device=next(iter(parts.values())).device)
+    _by_panes(codec, parts, values, _decode)
+    return values
+
+
+def panes(shape: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Yield some rows of a parameter's matrix at a time, and its columns, to bound temporary memory."""
+    seen = matrix(shape)
+    step = max(1, PANE_ELEMENTS // max(1, seen.columns))
+    for start in range(0, seen.rows if seen.columns else 0, step):
+        yield slice(start, min(start + step, seen.rows)), seen.columns
+
+
 def _by_panes(codec: Codec, parts: dict[str, Tensor], values: Tensor, move: Callable[..., None]) -> None:
-    """Call ``move`` on some rows of quantized parts and of ``values`` at a time, to bound temporary memory."""
-    seen = matrix(values.shape)
+    """Call ``move`` on some rows of quantized parts and of ``values`` at a time."""
     if not values.numel():
         return
     rows = codec.rows_of(parts, values.shape)
-    flat = values.reshape(seen.rows, seen.columns)
-    step = max(1, PANE_ELEMENTS // seen.columns)
-    for start in range(0, seen.rows, step):
-        height = slice(start, min(start + step, seen.rows))
-        move(codec, codec.view(rows, seen.columns, height), flat[height])
+    flat = values.reshape(matrix(values.shape).rows, -1)
+    for height, columns in panes(values.shape):
+        move(codec, codec.view(rows, columns, height), flat[height])
 
 
 def _encode(codec: Codec, parts: dict[str, Tensor], values: Tensor) -> None:

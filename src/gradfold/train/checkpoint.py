@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,13 +217,16 @@ def _check_file(path: Path, name: str, nbytes: int, sha256: str) -> None:
         raise _damaged(path, f"{name} has changed since it was written")
 
 
-def restore_run(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any = None) -> None:
+def restore_run(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: Any = None) -> list[str]:
     """Put the saved states into the optimizer, the scheduler and the fold, and then into the random-number generators.
 
-    Lets go of the saved tensors. Raises CheckpointError if they are not of this model and optimizer.
+    Lets go of the saved tensors. Returns what is to be said of it, as of states that an earlier gradfold wrote. Raises
+    CheckpointError if they are not of this model and optimizer.
     """
     try:
-        optimizer.load_state_dict(unpack_optimizer(saved.tensors, saved.trainer["optimizer"], optimizer, model))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            optimizer.load_state_dict(unpack_optimizer(saved.tensors, saved.trainer["optimizer"], optimizer, model))
         scheduler.load_state_dict(unpack(saved.trainer["scheduler"], saved.tensors))
         # Checkpoints from before gradients could be clipped have none; a step then took nothing from the one before.
         if fold and saved.trainer.get("fold"):
@@ -232,6 +236,7 @@ def restore_run(saved: Saved, model: Any, optimizer: Any, scheduler: Any, fold: 
         # What the schedule says, also if the run has been made longer since; the same bits if it has not.
         for group, lr, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = lr * factor(scheduler.last_epoch)
+        return [f"{saved.path}: {warning.message}" for warning in said]
     except FoldError as error:  # of the place the states go to, as when its disk is full
         raise CheckpointError(f"checkpoint {saved.path}: cannot be continued from: {error}") from error
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:

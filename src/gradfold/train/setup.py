@@ -82,7 +82,8 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     try:
         seed_all(recipe.seed)
         if saved is not None:
-            restore_run(saved, model, optimizer, scheduler, fold)
+            for remark in restore_run(saved, model, optimizer, scheduler, fold):
+                display.note(remark)
     except BaseException:
         forget_states(fold, out)
         raise
