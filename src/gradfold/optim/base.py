@@ -222,7 +222,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
                 frozen.update(storage_of(param, self.rule, group).frozen)
-        if frozen and group["rounding"] == "nearest":
+        if frozen and group.get("rounding") == "nearest" and group.get("states") is not None:
             warnings.warn(
                 f"rounding='nearest' with states={group['states']!r}: a step changes {', '.join(sorted(frozen))} by "
                 "less than what two stored numbers differ by, so that most of it stays where it is for ever; with "
