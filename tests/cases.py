@@ -262,6 +262,17 @@ def problem(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype=torch.float64, ste
     return Problem(weights, [[grad(shape).to(dtype) for shape in shapes] for _ in range(steps)])
 
 
+def with_states(optimizer):
+    """torch 2.11's Adagrad makes states only when it is made; here are those of parameters that have come without."""
+    if type(optimizer) is torch.optim.Adagrad:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if not optimizer.state[param]:
+                    start = torch.full_like(param, group["initial_accumulator_value"])
+                    optimizer.state[param] = {"step": torch.tensor(0.0), "sum": start}
+    return optimizer
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any], scheduler: Any = None) -> None:
     """The loop of a user."""
     for batch in batches:

@@ -45,12 +45,12 @@ class Context:
 
     def kernel_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
         """Return times of kernels, interleaved in rounds, with a cold L2 cache and without Python's own time."""
-        rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
+        rounds, warm_up = (1, 0) if self.dry else (rounds, warm_up)
         return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _cold_ms)
 
     def step_ms(self, steps: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> list[list[float]]:
         """Return times of whole training steps, including Python's time where the GPU waits for it."""
-        rounds, warm_up = (2, 0) if self.dry else (rounds, warm_up)
+        rounds, warm_up = (1, 0) if self.dry else (rounds, warm_up)
         return interleaved_ms(steps, rounds, warm_up, wall_ms if self.dry else _warm_ms)
 
     def free_bytes(self) -> int:
@@ -69,6 +69,8 @@ class Context:
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the quartiles of the samples."""
+    if len(values) == 1:  # of a dry run
+        return values[0], values[0], values[0]
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, median, third
 

@@ -145,6 +145,15 @@ class Cell:
                 found.append(tile.double().view(shape))
         return found
 
+    def signed_codes(self) -> dict[str, int]:
+        """Return where the signed codes of quantized states lie, and how many bits a code has."""
+        found = {}
+        for spec, codec in zip(self.storage.specs, self.storage.codecs, strict=True):
+            keys = keys_of(spec.name, codec)
+            if spec.signed and "codes" in keys:
+                found[keys["codes"]] = 4 if self.state[keys["codes"]].dtype == torch.uint8 else 8
+        return found
+
     def truth(self, grad: Tensor) -> list[Tensor]:
         """Return weight and states after a step in fp64, for an fp64 gradient."""
         weight, *states = self.decoded()

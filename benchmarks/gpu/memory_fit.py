@@ -17,14 +17,15 @@ PER_PARAMETER = {
     "flashoptim release": BF16_BYTES + 1 + 2.1,
     "ours fp32": BF16_BYTES + 8,
     "ours bf16": BF16_BYTES + 4,
+    "ours split8": BF16_BYTES + 1 + 2.1,
     "ours int8": BF16_BYTES + 2.1,
+    "ours int8, folded head": BF16_BYTES + 2.1,
     "ours int4": BF16_BYTES + 1.1,
-    "ours bf16 graph": BF16_BYTES + 4,
 }
 
 
 def parameters(layers: int, hidden: int, intermediate: int, vocabulary: int, kv: int) -> int:
-    """Return the number of parameters of an untied Llama; kv: columns of the keys."""
+    """Return the number of parameters of a Llama with a head of its own; kv: columns of the keys."""
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate + 2 * hidden
     return layers * layer + 2 * vocabulary * hidden + hidden
 
@@ -38,7 +39,7 @@ def activation_bytes(layers: int, hidden: int, intermediate: int, vocabulary: in
 def needed_bytes(trainers: Iterable[str], shape: dict[str, int], layers: int, tokens: int) -> int:
     """Return the bytes at the peak with models of all these trainers allocated and one of them stepping."""
     count = parameters(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], shape["kv"])
-    kept = sum(PER_PARAMETER[name] for name in trainers)
+    kept = sum(PER_PARAMETER[name.removesuffix(" graph")] for name in trainers)  # of a graph as without
     forward = activation_bytes(layers, shape["hidden"], shape["intermediate"], shape["vocabulary"], tokens)
     return int(kept * count) + forward
 

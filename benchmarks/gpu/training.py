@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradfold
-from benchmarks.common import fold_plain_head, llama, llama_config
+from benchmarks.common import llama, llama_config
 from benchmarks.peers.hooks import SteppedInHooks
 
 from .context import Context
@@ -20,8 +20,18 @@ from .worker import LeftOut
 
 LR = 1e-5
 LLAMA_8B = {"hidden": 4096, "intermediate": 14336, "vocabulary": 128256, "kv": 1024, "layers": 32, "heads": 32}
-TINY = {"hidden": 32, "intermediate": 48, "vocabulary": 64, "kv": 16, "layers": 2, "heads": 2}
+TINY = {"hidden": 32, "intermediate": 40, "vocabulary": 32, "kv": 16, "layers": 1, "heads": 2}
 TOKENS, DRY_TOKENS = 512, 7
+
+# Storage by gradfold.AdamW of bf16 weights: what we recommend first
+STORAGES: dict[str, dict[str, Any]] = {
+    "int8": {"states": "int8", "rounding": "stochastic"},
+    "split8": {"states": "int8", "rounding": "stochastic", "master": "split8"},
+    "int4": {"states": "int4", "rounding": "stochastic"},
+    "bf16": {"states": "bf16", "rounding": "stochastic"},
+    "fp32": {"states": "fp32", "rounding": "stochastic"},
+}
+GRAPH = " graph"  # ends the name of a trainer whose step is captured in a CUDA graph
 
 
 def shape_of(context: Context) -> dict[str, int]:
@@ -35,9 +45,10 @@ def tokens_of(context: Context) -> int:
 
 
 def config_of(shape: dict[str, int], layers: int) -> Any:
-    """Return the config of Llama-3.1-8B, or of a smaller shape."""
+    """Return the config of a Llama of this shape."""
     sizes = {name: shape[name] for name in ("hidden", "intermediate", "vocabulary", "heads")}
-    return llama_config(layers, kv_heads=shape["kv"] * shape["heads"] // shape["hidden"], **sizes)
+    kv_heads = shape["kv"] * shape["heads"] // shape["hidden"]
+    return llama_config(layers, bool(shape.get("tied")), kv_heads=kv_heads, **sizes)
 
 
 def model_of(shape: dict[str, int], layers: int, device: torch.device) -> nn.Module:
@@ -83,20 +94,27 @@ def torch_hooks(model: nn.Module) -> Trainer:
 
 def bitsandbytes(model: nn.Module) -> Trainer:
     """Train with the 8-bit AdamW of bitsandbytes."""
-    return Trainer(model, _load("bitsandbytes").optim.AdamW8bit(model.parameters(), lr=LR))
+    return Trainer(model, _load(PACKAGES["bitsandbytes 8-bit"]).optim.AdamW8bit(model.parameters(), lr=LR))
 
 
 def torchao(model: nn.Module) -> Trainer:
     """Train with the 8-bit AdamW of torchao."""
-    return Trainer(model, _load("torchao.optim").AdamW8bit(model.parameters(), lr=LR))
+    return Trainer(model, _load(PACKAGES["torchao 8-bit"]).AdamW8bit(model.parameters(), lr=LR))
 
 
 def flashoptim(model: nn.Module) -> Trainer:
     """Train with FlashAdamW: 8-bit states, an 8-bit correction of the weights, and gradient release."""
-    package = _load("flashoptim")
+    package = _load(PACKAGES["flashoptim release"])
     optimizer = package.FlashAdamW(model.parameters(), lr=LR)
     handle = package.enable_gradient_release(model, optimizer)
     return Trainer(model, optimizer, close=handle.remove)
+
+
+PACKAGES = {
+    "bitsandbytes 8-bit": "bitsandbytes",
+    "torchao 8-bit": "torchao.optim",
+    "flashoptim release": "flashoptim",
+}
 
 
 def _load(name: str) -> Any:
@@ -106,20 +124,31 @@ def _load(name: str) -> Any:
         raise LeftOut(f"{name.partition('.')[0]} cannot be imported here: {error}") from None
 
 
-def ours(states: str, capturable: bool = False) -> Callable[[nn.Module], Trainer]:
+def our_optimizer(params: Iterable[nn.Parameter], storage: str, capturable: bool = False) -> gradfold.AdamW:
+    """Return gradfold's AdamW with one of ``STORAGES``, which even tiny matrices have; vectors keep fp32 states."""
+    return gradfold.AdamW(params, lr=LR, small_size=1, capturable=capturable, **STORAGES[storage])
+
+
+def ours(storage: str, head: str = "plain", capturable: bool = False) -> Callable[[nn.Module], Trainer]:
     """Return a function that folds a model.
 
     Args:
-        states: States of matrices, even tiny ones; vectors keep fp32 states.
+        storage: One of ``STORAGES``.
+        head: As in ``gradfold.fold``. Only with a plain head does a ratio compare optimizers alone.
         capturable: As in torch.
     """
 
     def make(model: nn.Module) -> Trainer:
-        optimizer = gradfold.AdamW(model.parameters(), lr=LR, states=states, small_size=1, capturable=capturable)
-        fold = fold_plain_head(model, optimizer, backend="triton")
+        optimizer = our_optimizer(model.parameters(), storage, capturable)
+        fold = gradfold.fold(model, optimizer, head=head, backend="triton")
         return Trainer(model, optimizer, "triton", fold.remove)
 
     return make
+
+
+def torch_capturable(model: nn.Module) -> Trainer:
+    """Train with torch's fused AdamW as a CUDA graph needs it."""
+    return Trainer(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True, capturable=True))
 
 
 TRAINERS: dict[str, Callable[[nn.Module], Trainer]] = {
@@ -129,12 +158,17 @@ TRAINERS: dict[str, Callable[[nn.Module], Trainer]] = {
     "bitsandbytes 8-bit": bitsandbytes,
     "torchao 8-bit": torchao,
     "flashoptim release": flashoptim,
-    "ours fp32": ours("fp32"),
-    "ours bf16": ours("bf16"),
-    "ours int8": ours("int8"),
-    "ours int4": ours("int4"),
-    "ours bf16 graph": ours("bf16", capturable=True),
+    **{f"ours {storage}": ours(storage) for storage in STORAGES},
+    "ours int8, folded head": ours("int8", head="fold"),
+    f"torch fused{GRAPH}": torch_capturable,
+    **{f"ours {storage}{GRAPH}": ours(storage, capturable=True) for storage in STORAGES},
 }
+
+
+def look_for(name: str) -> None:
+    """Raise ``LeftOut`` if a peer's package cannot be imported, before a model is made for it."""
+    if name in PACKAGES:
+        _load(PACKAGES[name])
 
 
 def step_of(trainer: Trainer, batch: dict[str, torch.Tensor], losses: list[torch.Tensor]) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from gradfold.backends import MatmulTerm
 
 from .context import Context
 from .kernel import Cell
+from .training import STORAGES
 
 LINEARS = {
     "gate, up": (14336, 4096),
@@ -38,10 +39,10 @@ class Operands(NamedTuple):
         return 2 * self.cell.stored_bytes + sum(t.numel() * t.element_size() for t in operands)
 
 
-def operands(shape: tuple[int, int], tokens: int, states: str, context: Context) -> Operands:
-    """Return random operands that belong to no model."""
+def operands(shape: tuple[int, int], tokens: int, storage: str, context: Context) -> Operands:
+    """Return random operands that belong to no model. storage: one of ``training.STORAGES``."""
     device = context.device
-    options = {"lr": 1e-5, "states": states, "small_size": 0}
+    options = {"lr": 1e-5, "small_size": 0, **STORAGES[storage]}
     cell = Cell(gradfold.AdamW, shape, torch.bfloat16, options, device=device)
     left, right = (_random(tokens, columns, device) for columns in shape)
     return Operands(cell, MatmulTerm(left, right))

@@ -61,16 +61,18 @@ def main() -> int:
     results = ResultFile(args.results)
     context = Context(os.environ.get("TRITON_INTERPRET") == "1", args.seconds, args.results.parent, start)
     shard, shards = map(int, args.shard.split("/"))
-    for case in importlib.import_module(args.module).cases(context)[shard::shards]:
-        if case.key in results:
-            continue
+    cases = importlib.import_module(args.module).cases(context)[shard::shards]
+    waiting = [case for case in cases if case.key not in results]
+    for case in waiting:
         if context.left_seconds <= case.seconds:
             return TIME_UP
         results.begin(case.key)
         row, lost = measure_case(case)
         results.put(row)
         print(f"{case.key}: {row['status']} {row.get('why', '')}", flush=True)
-        if lost or case.alone or (not context.dry and context.clean() > HELD_BYTES):
+        if case is waiting[-1]:
+            return 0
+        if lost or (not context.dry and (case.alone or context.clean() > HELD_BYTES)):
             return AGAIN
     return 0
 

@@ -141,9 +141,29 @@ def test_an_8b_model_has_as_many_parameters_as_it_has():
     assert parameters(32, 4096, 14336, 128256, 1024) == 8_030_261_248
 
 
+def test_the_parts_come_in_the_order_of_their_worth():
+    names = [suite.name for suite in SUITES]
+    parts = ["correctness", "hardware", "folded", "step", "small", "shapes", "memory", "workset", "graph"]
+    assert [name for name in names if name in parts] == parts
+    assert [suite.name for suite in SUITES if suite.judged] == parts[:3]
+    assert 500 < sum(suite.share for suite in SUITES) < 580  # seconds of nine minutes
+
+
+def test_every_trainer_has_its_bytes_and_what_we_recommend_is_timed():
+    pytest.importorskip("triton")
+    from benchmarks.gpu import training
+    from benchmarks.gpu.suites import step
+
+    assert {name.removesuffix(training.GRAPH) for name in training.TRAINERS} == PER_PARAMETER.keys()
+    timed = [name for alone, beside in step.GROUPS for name in (*alone, *beside)]
+    assert set(timed) == PER_PARAMETER.keys() and timed[:2] == ["torch fused", "ours int8"]
+    assert all(storage["rounding"] == "stochastic" for storage in training.STORAGES.values())
+
+
 def test_what_fits_on_a_card_of_78_gib():
     fits = {name: layers_that_fit([name], LLAMA_8B, 32, 512, 78 * 2**30) for name in PER_PARAMETER}
-    assert [fits[f"ours {states}"] for states in ("bf16", "int8", "int4")] == [32] * 3
+    assert [fits[f"ours {states}"] for states in ("bf16", "split8", "int8", "int4")] == [32] * 4
+    assert needed_bytes(["ours int8 graph"], LLAMA_8B, 32, 512) == needed_bytes(["ours int8"], LLAMA_8B, 32, 512)
     assert fits["torch fused"] == fits["torch hooks"] == 32
     assert 20 < fits["ours fp32"] < 32
     assert fits["torch foreach"] < fits["ours fp32"]

@@ -390,3 +390,28 @@ def test_optimizers_that_are_not_ours(name):
 
 def test_unknown_backend():
     assert "backend='tritonn' is unknown; use" in refusable(lambda: nn.Linear(6, 6), backend="tritonn")
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"clip_norm": 1.0, "clip": "delayed"}, "clip='delayed'"),
+        ({"clip_norm": 1.0, "clip": "two_pass"}, "clip='two_pass'"),
+        ({"working_set": gradfold.WorkingSet(chunks=2, interval=1)}, "working set"),
+    ],
+    ids=["delayed", "two passes", "a working set"],
+)
+def test_a_cuda_graph_of_what_the_host_decides(monkeypatch, how, named):
+    """Its replays would clip by the norm, or train the chunk, of the capture."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    optimizer = ours(model)
+    fold = gradfold.fold(model, optimizer, **how)
+    before = copy.deepcopy(model)
+    monkeypatch.setattr("gradfold.engine.finish_step.capturing", lambda: True)
+    with pytest.raises(gradfold.FoldError, match=f"CUDA graph is being captured of .*{named}.* train without a graph"):
+        fold.backward(model(X).pow(2).sum())
+    assert same_bits(before, model)
+    monkeypatch.undo()
+    optimizer.zero_grad()
+    fold.backward(model(X).pow(2).sum())
+    optimizer.step()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gradfold
-from tests.cases import BUSY, BUSY_ROWS, Given, both_routes, each_rule, each_torch_rule, problem, train
+from tests.cases import BUSY, BUSY_ROWS, Given, both_routes, each_rule, each_torch_rule, problem, train, with_states
 
 SHAPES = [(5, 4), (4, 7), (6,), (3, 3)]
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
@@ -174,6 +174,7 @@ def test_add_param_group_before_folding(row, route):
     for make in (lambda: start(row, "unfolded", groups), lambda: twin(row, groups)):
         model, optimizer, given = make()
         optimizer.add_param_group({"params": model.weights()[2:], "lr": 0.2})
+        with_states(optimizer)
         if route == "folded" and isinstance(optimizer, gradfold.optim.RuleOptimizer):
             gradfold.fold(model, optimizer)
         train(model, optimizer, given.grads)
@@ -198,7 +199,7 @@ def test_add_param_group_after_folding(row):
         for weight in late:
             weight.requires_grad_(True)
         optimizer.add_param_group({"params": late, "lr": 0.2})
-        train(model, optimizer, given.grads[4:])
+        train(model, with_states(optimizer), given.grads[4:])
         assert all(weight.grad is None for weight in late)
         results.append(model)
     assert_equal(*results)

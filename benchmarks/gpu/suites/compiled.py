@@ -1,7 +1,7 @@
 """Compile what later suites run, several kernels at a time, into Triton's cache, and record registers and spills.
 
-``tiles``: one launch per tuning candidate and storage of the states. ``step``: one training step of a single layer
-with the real widths. Arguments are divisible by 16 in the same way as there, so that the same binaries are found again.
+``tiles``: one launch per tuning candidate and storage. ``step``: one training step of a single layer with the real
+widths, of each model. Arguments are divisible by 16 in the same way as there, so that the same binaries are found.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ import torch
 from benchmarks.gpu import training
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.kernel import Launch, card_family
+from benchmarks.gpu.suites.small import LLAMA_1B, SMOLLM2_135M
 from benchmarks.gpu.suites.tuning import STATES, candidates
 from benchmarks.gpu.weights import operands
 from benchmarks.gpu.worker import Case, LeftOut
 
 SHAPE, TOKENS = (512, 512), 64
-NARROW = {**training.LLAMA_8B, "vocabulary": 1024}
+NARROW = {"8B": training.LLAMA_8B, "1B": LLAMA_1B, "135M": SMOLLM2_135M}
+VOCABULARY = 1024  # of those models, when they only compile
 
 
 def cases(context: Context) -> list[Case]:
     """Return the cases, most important first."""
     own, *others = candidates(card_family(), context.dry)
-    kinds = ("bf16", "int8", "fp32", "int4")
+    kinds = tuple(training.STORAGES)
     order = [(own, states) for states in (kinds[:1] if context.dry else kinds)]
-    steps = [Case(f"step, {states}", lambda states=states: compile_step(states, context)) for states in kinds]
+    models = [("8B", states) for states in kinds] + [(m, s) for m in ("1B", "135M") for s in ("int8", "bf16")]
+    steps = [Case(f"step, {model}, {s}", lambda m=model, s=s: compile_step(m, s, context)) for model, s in models]
     order += [(other, states) for other in others for states in (STATES[:1] if context.dry else STATES)]
     tiles = [
         Case(f"tiles {name}, {states}", lambda n=name, s=states: compile_tiles(n, s, context)) for name, states in order
@@ -59,10 +62,11 @@ def compile_tiles(name: str, states: str, context: Context) -> dict[str, Any]:
     }
 
 
-def compile_step(states: str, context: Context) -> dict[str, Any]:
+def compile_step(model: str, states: str, context: Context) -> dict[str, Any]:
     """Take one training step, to compile its kernels."""
-    batch = training.batch_of(NARROW, training.tokens_of(context), context.device)
-    with training.training(f"ours {states}", NARROW, 1, context) as trainer:
+    shape = {**NARROW[model], "vocabulary": VOCABULARY}
+    batch = training.batch_of(shape, training.tokens_of(context), context.device)
+    with training.training(f"ours {states}", shape, 1, context) as trainer:
         losses: list[torch.Tensor] = []
         start = time.perf_counter()
         training.step_of(trainer, batch, losses)()

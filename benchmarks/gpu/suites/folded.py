@@ -46,7 +46,7 @@ def cases(context: Context) -> list[Case]:
     size = (24, 40, 36) if context.dry else (132, 260, 516)
     options: list[tuple[torch.dtype, dict[str, Any], bool, dict[str, Any]]] = [
         (torch.float32, {}, True, {"clip_norm": 0.5}),
-        (torch.bfloat16, {"states": "int8", "small_size": 1}, False, {}),
+        (torch.bfloat16, {"states": "int8", "rounding": "stochastic", "small_size": 1}, False, {}),
     ]
     if not context.dry:
         options += [
@@ -54,6 +54,8 @@ def cases(context: Context) -> list[Case]:
             (torch.float32, {}, True, {"accumulate": 2}),
             (torch.float32, {"states": "int8", "small_size": 0}, True, {}),
             (torch.float32, {"states": "int4", "small_size": 1}, False, {}),
+            (torch.bfloat16, {"states": "int8", "small_size": 1}, False, {}),
+            (torch.bfloat16, {"states": "int4", "rounding": "stochastic", "small_size": 1}, True, {}),
             (torch.bfloat16, {"states": "bf16", "small_size": 1}, True, {}),
             (torch.bfloat16, {"states": "fp32", "master": "split16"}, False, {"accumulate": 2}),
             (torch.bfloat16, {"states": "int8", "master": "split8", "small_size": 1}, False, {"clip_norm": 0.5}),

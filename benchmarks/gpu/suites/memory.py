@@ -8,21 +8,21 @@ rounds up or cannot reuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-import gradfold
 from benchmarks.common import fold_plain_head
 from benchmarks.gpu import training
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.result_files import OK, rows_in
 from benchmarks.gpu.worker import Case, LeftOut
 from benchmarks.peers.hooks import SteppedInHooks
+from gradfold.backends import Backend
 from gradfold.planner.step import StepMemory, step_memory
 
-NAMES = ("ours int8", "torch fused", "ours bf16", "torch hooks", "ours fp32", "ours int4")
+NAMES = ("ours int8", "torch fused", "ours split8", "ours bf16", "torch hooks", "ours fp32", "ours int4")
 
 
 def cases(context: Context) -> list[Case]:
@@ -50,26 +50,23 @@ def compare_peak(name: str, context: Context) -> dict[str, Any]:
 
 def _measure(name: str, context: Context) -> dict[str, Any]:
     """Without rows of whole steps: a short measurement of our own."""
-    from benchmarks.gpu.suites import step
+    from benchmarks.gpu.stepping import alone
 
-    return step.alone(name, context)
+    return alone(name, training.shape_of(context), context)
 
 
-class InRegisters:
+class InRegisters(Backend):
     """Steps as far as memory goes: the kernels hold no gradient, and what they take besides is too small to count."""
 
     name = "in registers"
 
-    def reserve(self, *args: Any) -> None: ...
+    def prepare(self, *args: Any) -> Callable[..., float]:
+        """Return a step that does nothing."""
+        return lambda *args: 0.0
 
     def finite(self, *args: Any) -> bool:
+        """Return that the gradient is finite."""
         return True
-
-    def step(self, *args: Any) -> float:
-        return 0.0
-
-    def scratch_tensors(self) -> Sequence[torch.Tensor]:
-        return []
 
 
 def predict_peak(name: str, layers: int, context: Context) -> tuple[StepMemory, str]:
@@ -89,8 +86,8 @@ def _predict(name: str, layers: int, shape: dict[str, int], tokens: int, device:
         "torch fused": training.fused_adamw,
         "torch hooks": lambda params: SteppedInHooks(params, training.fused_adamw),
     }
-    states = name.removeprefix("ours ")
-    make = optimizers.get(name, lambda params: gradfold.AdamW(params, lr=training.LR, states=states, small_size=1))
+    storage = name.removeprefix("ours ")
+    make = optimizers.get(name, lambda params: training.our_optimizer(params, storage))
     batch = training.batch_of(shape, tokens, torch.device("cpu"))
     fake_batch = {key: value.to(device) for key, value in batch.items()}
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.weights import DRY_LINEARS, DRY_TOKENS, LINEARS, TOKENS, Ope
 from benchmarks.gpu.worker import Case
 
 ROUNDS = 15
-STATES = ("bf16", "int8", "fp32", "int4")
+STATES = ("int8", "bf16", "split8", "fp32", "int4")  # of training.STORAGES
 LARGE = 2**28  # elements: of such weights two copies, else four
 
 

@@ -19,7 +19,7 @@ ROUNDS = 11
 COPIES = 3
 SHAPES = ("gate, up", "q, o", "k, v")
 TOKENS = (512, 4096)
-STATES = ("bf16", "int8")
+STATES = ("bf16", "int8")  # of training.STORAGES
 
 
 def candidates(where: str, dry: bool = False) -> dict[str, tile_configs.TileConfig]:

@@ -74,6 +74,22 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_capture(fold: FoldContext) -> None:
+    """Refuse a captured backward whose step needs what the host decides: each replay would decide as the capture did.
+
+    Raises:
+        FoldError: a CUDA graph is being captured, with a working set, ``clip="delayed"`` or ``clip="two_pass"``.
+    """
+    clip = fold.options.clip
+    if (fold.turns is None and clip == "exact") or not capturing():
+        return
+    what = "a working set, whose chunks take turns" if fold.turns is not None else f"clip={clip!r}, which needs a norm"
+    raise FoldError(
+        f"a CUDA graph is being captured of {what}, on the host: replays would repeat this one; capture a fold "
+        "without, clip='exact' if it clips, or train without a graph"
+    )
+
+
 def settle(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     """Fetch the norms that are still on the device, with one wait, and note which of them are not finite."""
     step = fold.step

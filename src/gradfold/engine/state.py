@@ -25,7 +25,7 @@ from gradfold.errors import FoldError
 from .audit import Auditor, unhooked_gradients
 from .backward import Backward
 from .context import FoldContext
-from .finish_step import coefficients, finish_step, not_finite, settle, step_rest
+from .finish_step import coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
 from .live import dismiss, refuse_several
@@ -164,6 +164,7 @@ class FoldState(FoldContext):
     def _begin(self) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
+        refuse_capture(self)
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
         survey(self)

@@ -59,6 +59,8 @@ def kind_of(job: Job) -> tuple[BatchKind, Tensors] | None:
     """Return the kind and the tensors of a parameter; None if the batched kernel does not take it."""
     stepper = job.stepper
     assert isinstance(stepper, TritonStepper)
+    if stepper.capturable:  # steps before a capture must launch what the captured one will: none is compiled there
+        return None
     twin = twin_of(stepper.rule)
     tensors = stepper.tensors if twin is not None and small(stepper.weight.values, job.terms) else None
     if twin is None or tensors is None or not PLAIN_FORMATS.issuperset(tensors.formats) or tensors.large:

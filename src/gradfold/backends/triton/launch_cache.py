@@ -121,7 +121,7 @@ class TritonStepper:
         self.weight, *self.states = stored
         self.rule, self.group = rule, group
         self._twin = twin_of(rule) if reachable else None
-        self._capturable = bool(group.get("capturable"))
+        self.capturable = bool(group.get("capturable"))  # whether numbers stay on the device, for a CUDA graph
         self._device = self.weight.values.device
         self._by_stream: dict[int, OnStream] = {}
         self._reference: Stepper | None = None
@@ -146,7 +146,7 @@ class TritonStepper:
         Returns:
             The norms of the weight, and of the bias. Their memory is used again in the next step.
         """
-        if self._twin is None or self._capturable or len(terms) != 1:
+        if self._twin is None or self.capturable or len(terms) != 1:
             return None
         term = terms[0]
         if type(term) is not MatmulTerm or not is_current(self._device):
@@ -185,7 +185,7 @@ class TritonStepper:
 
     def numbers(self, numbers: StepNumbers) -> tuple[tuple[int, ...], Tensor]:
         """Return what the rule's twin takes for this step: constants, and scalars on the device."""
-        if self._capturable:
+        if self.capturable:
             return step_scalars(self.twin, numbers.rule, numbers.count, self._device, True)
         key = self._twin, self._device, stream_of(self._device)
         found = numbers.derived.get(key)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import gradfold
+from benchmarks.gpu.graphs import as_captured
+from benchmarks.gpu.training import Trainer
 from gradfold.backends import Scratch
-from gradfold.backends.triton import Triton
+from gradfold.backends.triton import Triton, batched
 from gradfold.backends.triton import backend as module
 from gradfold.errors import NonFiniteError
 
@@ -287,6 +289,59 @@ def test_capturable_counts_on_the_device_and_goes_on_after_loading():
     plain = {"options": {"states": "bf16", "rounding": "stochastic", "small_size": 0}}
     got, _, _ = train("triton", steps=2, dtype=torch.bfloat16, **plain)
     assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), got.parameters(), strict=True))
+
+
+class OneUse(nn.Module):
+    """An embedding, a Linear with a bias, a norm, and a head, tied or not."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embed, self.up, self.norm = nn.Embedding(11, 12), nn.Linear(12, 12), nn.LayerNorm(12)
+        self.head = nn.Linear(12, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return nn.functional.cross_entropy(self.head(self.norm(self.up(self.embed(ids)))).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_captured_step_needs_nothing_of_the_host_and_launches_what_the_steps_before_it_did(monkeypatch, tied):
+    """What ``docs/kernels.md`` promises: a kernel that is compiled or a number that is copied would end the capture."""
+    launched, kernel = [], module.fold_step
+
+    class Watched:
+        arg_names = kernel.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched[-1].append(constants) or kernel[grid](*args, **constants)
+
+    monkeypatch.setattr(module, "fold_step", Watched())
+    monkeypatch.setattr(batched, "fold_batched", None)  # its table of pointers comes from the host
+    results = []
+    for captures in (False, True):
+        torch.manual_seed(0)
+        model = OneUse(tied).to(torch.bfloat16)
+        options = {"states": "bf16", "rounding": "stochastic", "capturable": True}
+        optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2, **options)
+        fold = gradfold.fold(model, optimizer, backend="triton")
+        ids = torch.tensor([[1, 2, 7], [2, 9, 3]])
+
+        def step_once(model=model, optimizer=optimizer, ids=ids):
+            launched.append([])
+            model(ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step_once()
+        if captures:
+            as_captured(Trainer(model, optimizer, "triton"), step_once)
+        else:
+            step_once()
+        assert math.isfinite(fold.grad_norm)
+        results.append([*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(len(one) == len(launched[0]) and all(made in launched[0] for made in one) for one in launched)
 
 
 def test_report_says_who_steps_how():
