@@ -46,6 +46,8 @@ _PACKAGES = (
     "engine",
     "errors",
     "head",
+    "hf",
+    "lightning",
     "modules",
     "optim",
     "planner",
