@@ -263,7 +263,7 @@ load_post_hooks: Callable[[torch.optim.Optimizer], Mapping[int, Any]] = operator
 
 
 def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer's ``step`` is neither its class's nor what a scheduler of torch has put around that."""
+    """Return whether an optimizer's ``step`` is neither its class's nor what torch's schedulers put around that."""
     own = vars(optimizer).get("step")
     return own is not None and not hasattr(own, "_wrapped_by_lr_sched")
 

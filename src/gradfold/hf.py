@@ -1,6 +1,7 @@
 """gradfold in Hugging Face's trainers and loops: transformers, TRL, Accelerate. See ``docs/in_your_trainer.md``.
 
-    trainer = gradfold.hf.fold_trainer(trainer, states="int8")
+Example:
+    >>> trainer = gradfold.hf.fold_trainer(trainer, states="int8")
 """
 
 from .integrations.accelerate_loop import prepare

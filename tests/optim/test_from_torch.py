@@ -61,8 +61,9 @@ def test_its_states_are_stored_as_asked():
 
 def test_lion_from_adamw():
     plain, model = twins(mlp)
-    optimizers = gradfold.Lion(plain.parameters(), **RULES["Lion"]), from_torch(
-        torch.optim.AdamW(model.parameters(), **RULES["Lion"]), name="Lion"
+    optimizers = (
+        gradfold.Lion(plain.parameters(), **RULES["Lion"]),
+        from_torch(torch.optim.AdamW(model.parameters(), **RULES["Lion"]), name="Lion"),
     )
     assert type(optimizers[1]) is gradfold.Lion
     optimizers[0].param_groups[0]["betas"] = optimizers[1].param_groups[0]["betas"]
@@ -88,12 +89,17 @@ def replaced(params):
 
 
 REFUSED = {
-    "Adamax": (lambda p: torch.optim.Adamax(p), {}, gradfold.FoldError, "Adamax cannot be folded: gradfold has no"),
-    "subclass": (lambda p: Mine(p), {}, gradfold.FoldError, "Mine is not one of gradfold's"),
+    "Adamax": (torch.optim.Adamax, {}, gradfold.FoldError, "Adamax cannot be folded: gradfold has no"),
+    "subclass": (Mine, {}, gradfold.FoldError, "Mine is not one of gradfold's"),
     "replaced": (replaced, {}, gradfold.FoldError, r"AdamW's step\(\) was replaced by other code"),
-    "storage": (lambda p: torch.optim.AdamW(p), {"states": "int3"}, ValueError, "states='int3'"),
+    "storage": (torch.optim.AdamW, {"states": "int3"}, ValueError, "states='int3'"),
     "option": (lambda p: torch.optim.AdamW(p, differentiable=True), {}, ValueError, "differentiable=True"),
-    "ours": (lambda p: gradfold.AdamW(p), {"states": "int8"}, gradfold.FoldError, "states='int8': the optimizer is grad"),
+    "ours": (
+        gradfold.AdamW,
+        {"states": "int8"},
+        gradfold.FoldError,
+        "states='int8': the optimizer is grad",
+    ),
 }
 
 

@@ -21,8 +21,8 @@ def prepare(
     """Fold a model into its optimizer, and do what ``accelerator.prepare`` does, in the same order.
 
     The loop stays as it is: ``accelerator.accumulate``, ``accelerator.backward``, ``accelerator.clip_grad_norm_``,
-    ``accelerator.save_state`` and ``load_state``. A step sums what ``accumulate`` says, exactly; with fp16, weights wait
-    for the scaler.
+    ``accelerator.save_state`` and ``load_state``. A step sums what ``accumulate`` says, exactly; with fp16, weights
+    wait for the scaler.
 
     Args:
         accelerator: an ``accelerate.Accelerator`` of one process.
@@ -59,7 +59,9 @@ def prepare(
     scaled = accelerator.scaler is not None
     steps = accelerator.gradient_accumulation_steps
     if scaled and of_fold.get("clip", "exact") != "exact":
-        raise FoldError(f"clip={of_fold['clip']!r} with mixed_precision='fp16', whose weights wait for step(): use 'exact'")
+        raise FoldError(
+            f"clip={of_fold['clip']!r} with mixed_precision='fp16', whose weights wait for step(): use 'exact'"
+        )
     refuse_clip(of_fold, steps, clip_norm, "clip_norm=None")
     timing = "deferred" if scaled else of_fold.pop("timing", "auto")
     if accelerator.device_placement:

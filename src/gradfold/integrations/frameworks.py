@@ -51,7 +51,9 @@ def split_options(
     """
     for name, where in owned.items():
         if name in options:
-            raise FoldError(f"{who}: {name}={options[name]!r} follows from {where}; set it there, and leave out {name}=")
+            raise FoldError(
+                f"{who}: {name}={options[name]!r} follows from {where}; set it there, and leave out {name}="
+            )
     if unknown := sorted(options.keys() - STORAGE - FOLD):
         known = ", ".join(sorted((STORAGE | FOLD) - owned.keys()))
         raise FoldError(f"{who}: {unknown[0]}={options[unknown[0]]!r} is no option; these are: {known}")
@@ -153,5 +155,5 @@ def refuse_spread(model: nn.Module) -> None:
     devices = sorted({str(param.device) for param in model.parameters()})
     refuse_several(len(devices), f"the model lies on {', '.join(devices)} (device_map=?)")
     for name, param in model.named_parameters():
-        if hasattr(param, "device_mesh"):
-            refuse_several(2, f"{name} is a shard ({type(param).__name__} on {param.device_mesh})")
+        if (mesh := getattr(param, "device_mesh", None)) is not None:
+            refuse_several(2, f"{name} is a shard ({type(param).__name__} on {mesh})")

@@ -114,17 +114,19 @@ class FoldMixin:
         """Return what ``optim_args`` and ``fold_options`` say, of which the latter count."""
         return {**read_arguments(self.args.optim_args), **self.fold_options}
 
-    def _arguments(self, kind: type[RuleOptimizer], storage: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _arguments(
+        self, kind: type[RuleOptimizer], storage: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the optimizer's hyper-parameters, and how it stores weights and states.
 
         Raises:
             FoldError: there are other arguments.
         """
-        told, known = self._told(), hyper_parameters(kind)
+        told, known = read_arguments(self.args.optim_args), hyper_parameters(kind)
         for key, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
             if key in told:
                 raise FoldError(
-                    f"optim_args: {key}={told[key]!r} has no effect in Trainer, which sets it for each of its groups; use "
+                    f"optim_args: {key}={told[key]!r} has no effect in Trainer, which sets it for each group; use "
                     f"TrainingArguments({argument}=)"
                 )
         for key in told:
@@ -133,7 +135,7 @@ class FoldMixin:
                     f"optim_args: {key}={told[key]!r} is no option of gradfold.{kind.__name__}; these are: "
                     f"{', '.join(sorted(known | STORAGE))}"
                 )
-        found = {**storage, **{key: value for key, value in told.items() if key in STORAGE}}
+        found = {**storage, **{key: value for key, value in self._told().items() if key in STORAGE}}
         if found and "seed" not in found:
             found["seed"] = self.args.seed
         return {key: value for key, value in told.items() if key in known}, found
@@ -144,15 +146,20 @@ class FoldMixin:
         Raises:
             FoldError: they do not go together with the Trainer's.
         """
+        split_options(self.fold_options, who=f"fold_options of {type(self).__name__}", owned=OWNED)
         told = {key: value for key, value in self._told().items() if key in STORAGE | FOLD}
-        _, options = split_options(told, who=type(self).__name__, owned=OWNED)
+        _, options = split_options(told, who="optim_args", owned=OWNED)
         limit = float(self.args.max_grad_norm or 0)
         clip_norm = limit if 0 < limit < float("inf") else None
         refuse_clip(options, self.args.gradient_accumulation_steps, clip_norm, f"max_grad_norm={limit:g}")
         # a batch that runs out of memory must not have moved anything, nor one that a scaler skips
         waits = self.accelerator.scaler is not None or self.args.auto_find_batch_size or has_inner_backwards(self)
         if waits and options.get("clip", "exact") != "exact":
-            why = "fp16" if self.accelerator.scaler is not None else "auto_find_batch_size, or a loss that caches gradients"
+            why = (
+                "fp16"
+                if self.accelerator.scaler is not None
+                else "auto_find_batch_size, or a loss that caches gradients"
+            )
             raise FoldError(f"clip={options['clip']!r} with {why}, where weights wait for step(): use clip='exact'")
         timing = "deferred" if waits else options.get("timing", "auto")
         return {**options, "timing": timing, "clip_norm": clip_norm}
@@ -227,9 +234,9 @@ def fold_trainer(trainer: Any, **options: Any) -> Any:
     Its class, its arguments and its loop stay as they are. When the training begins its optimizer is folded into its
     model: ``trainer.fold``.
 
-    - ``optim`` names gradfold's optimizer: ``adamw_torch``, ``adamw_bnb_8bit`` and other 8-bit ones (``states="int8"``),
-      ``lion_32bit``, ``sgd`` and others. Learning rate, betas, decay, groups and scheduler are the Trainer's. An optimizer
-      of torch that was handed in is turned into gradfold's, with its states.
+    - ``optim`` names gradfold's optimizer: ``adamw_torch``, ``adamw_bnb_8bit`` and other 8-bit ones
+      (``states="int8"``), ``lion_32bit``, ``sgd`` and others. Learning rate, betas, decay, groups and scheduler are the
+      Trainer's. An optimizer of torch that was handed in is turned into gradfold's, with its states.
     - ``max_grad_norm`` clips exactly; ``gradient_accumulation_steps`` sums exactly; ``fp16`` lets weights wait for the
       scaler; logs have the true ``grad_norm``.
     - ``optimizer.pt`` of a checkpoint is torch's: either one resumes from the other's.
@@ -254,9 +261,10 @@ def fold_trainer(trainer: Any, **options: Any) -> Any:
         >>> trainer.train()
     """
     require("transformers", "transformers accelerate", "gradfold.hf.fold_trainer")
-    from transformers import Trainer
+    import transformers
 
-    if not isinstance(trainer, Trainer):
+    base: Any = transformers.Trainer
+    if not isinstance(trainer, base):
         raise FoldError(f"fold_trainer({type(trainer).__name__}): give a transformers.Trainer, or one made of it")
     split_options(options, who="fold_trainer", owned=OWNED)
     refuse_trainer(trainer)
@@ -296,8 +304,8 @@ def working_set(
     """Fold a Trainer with a working set: one chunk of the model trains at a time, then the next.
 
     ``max_grad_norm`` clips, and ``grad_norm`` logs, the norm over the chunk that trains. A chunk changes after
-    ``interval`` optimizer steps, however many micro-batches these have. Checkpoints hold all states and the place in the
-    rotation.
+    ``interval`` optimizer steps, however many micro-batches these have. Checkpoints hold all states and the place in
+    the rotation.
 
     Args:
         trainer: as for ``fold_trainer``. None: nothing is folded, and the settings are returned.

@@ -46,8 +46,8 @@ def from_torch(
         differ = [key for key, value in storage.items() if any(g.get(key) != value for g in optimizer.param_groups)]
         if differ:
             raise FoldError(
-                f"{differ[0]}={storage[differ[0]]!r}: the optimizer is gradfold's {type(optimizer).__name__} already, and "
-                f"is made otherwise; give {differ[0]}= to it, or to its param_groups"
+                f"{differ[0]}={storage[differ[0]]!r}: the optimizer is gradfold's {type(optimizer).__name__} already, "
+                f"and is made otherwise; give {differ[0]}= to it, or to its param_groups"
             )
         return optimizer
     kind = type(optimizer)
@@ -57,7 +57,7 @@ def from_torch(
     if name is not None and optimizer.state:
         raise FoldError(f"name={name!r}: this {kind.__name__} has stepped, and its states are its own; leave out name=")
     if _torch.replaced_step(optimizer):
-        raise FoldError(f"this {kind.__name__}'s step() was replaced by other code, which would be lost; give the plain one")
+        raise FoldError(f"this {kind.__name__}'s step() was replaced by other code, which would be lost; give it plain")
     made = _made(optimizer, name or kind.__name__, storage)
     if optimizer.state:
         saved = optimizer.state_dict()
@@ -81,7 +81,11 @@ def _made(optimizer: torch.optim.Optimizer, name: str, storage: StorageOptions) 
         ValueError: an option is out of range.
     """
     made: Any = getattr(classes, name)
-    known = made([torch.nn.Parameter(torch.zeros(1))], lr=1e-3).defaults.keys() | {"params", "param_names", "initial_lr"}
+    known = made([torch.nn.Parameter(torch.zeros(1))], lr=1e-3).defaults.keys() | {
+        "params",
+        "param_names",
+        "initial_lr",
+    }
     same = name == type(optimizer).__name__
     groups = [{key: value for key, value in g.items() if same or key in known} for g in optimizer.param_groups]
     found = made(groups, lr=optimizer.defaults["lr"], **storage)
