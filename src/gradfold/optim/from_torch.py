@@ -67,9 +67,11 @@ def from_torch(
     for mine, theirs in zip(optimizer.param_groups, made.groups, strict=True):
         mine.update(theirs)  # the same dictionaries, which others may hold
     own = vars(made) | {"param_groups": optimizer.param_groups}
-    kept = {key: value for key, value in vars(optimizer).items() if key.endswith("_hooks")}
+    # of torch's private attributes only these mean the same here; users' own are public
+    kept = {k: v for k, v in vars(optimizer).items() if k.endswith("_hooks") or k == "_opt_called" or k[0] != "_"}
     optimizer.__class__ = type(made)
-    vars(optimizer).update(own | kept)
+    vars(optimizer).clear()
+    vars(optimizer).update({**kept, **{k: v for k, v in own.items() if not k.endswith("_hooks")}})
     _torch.watch_step(optimizer)
     return optimizer  # type: ignore[return-value]
 
