@@ -32,10 +32,10 @@ OWNED = {
 class FoldCallback:
     """Folds a LightningModule into its optimizer while it is fitted: ``Trainer(callbacks=[gradfold.lightning.Fold()])``.
 
-    ``configure_optimizers`` returns one optimizer, of gradfold's or of torch's, which is turned into gradfold's in place:
-    schedulers go on with it. What Trainer has an argument for follows from that: ``gradient_clip_val`` and
-    ``gradient_clip_algorithm`` clip exactly, ``accumulate_grad_batches`` sums exactly, "16-mixed" lets weights wait for
-    the scaler. Checkpoints are torch's, and resume to the bit. When the fit is over, the module is a plain one again.
+    ``configure_optimizers`` returns one optimizer, of gradfold's or of torch's, which is turned into gradfold's in
+    place: schedulers go on with it. What Trainer has an argument for follows from that: ``gradient_clip_val`` and
+    ``gradient_clip_algorithm`` clip exactly, ``accumulate_grad_batches`` sums exactly, "16-mixed" lets weights wait
+    for the scaler. Checkpoints are torch's, and resume to the bit. When the fit is over, the module is a plain one.
 
     With manual optimization the loop is the module's: give ``clip_norm=`` what it gives to ``self.clip_gradients``, and
     ``accumulate=`` the backwards that it sums in a step.

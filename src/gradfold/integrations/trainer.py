@@ -97,7 +97,7 @@ class FoldMixin:
         if self.fold is not None and self._is_current():
             finish_open_step(unwrapped(self.optimizer))  # a second train(), or the next try with a smaller batch
             return self.optimizer
-        self._refuse()
+        self.check_folding()
         self._unfold()
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         optimizer = self._converted(unwrapped(self.optimizer))
@@ -178,7 +178,7 @@ class FoldMixin:
 
     # when -------------------------------------------------------------------------------------------------------------
 
-    def _refuse(self) -> None:
+    def check_folding(self) -> None:
         """Raise for what could not be trained, before anything is made.
 
         Raises:
@@ -272,13 +272,13 @@ def fold_trainer(trainer: Any, **options: Any) -> Any:
     if isinstance(trainer, FoldMixin):
         if options:
             trainer.fold_options = {**trainer.fold_options, **options}
-            trainer._refuse()
+            trainer.check_folding()
         return trainer
     made = type(kind.__name__, (FoldMixin, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     trainer.__class__ = made
     trainer.fold_options = options
     try:
-        trainer._refuse()
+        trainer.check_folding()
     except BaseException:
         trainer.__class__ = kind
         del trainer.fold_options
