@@ -17,7 +17,7 @@ accelerator = accelerate.Accelerator(gradient_accumulation_steps=4)
 model, optimizer, loader, scheduler = gradfold.hf.prepare(
     accelerator, model, optimizer, loader, scheduler, clip_norm=1.0, states="int8"
 )
-for epoch in range(2):
+for _ in range(2):
     for ids in loader:
         with accelerator.accumulate(model):
             loss = model(input_ids=ids, labels=ids).loss

@@ -15,7 +15,7 @@ optimizer = gradfold.AdamW(model.parameters(), lr=1e-3, states="int8")  # 1. gra
 fold = gradfold.fold(model, optimizer, accumulate=accumulate, clip_norm=1.0)  # 2. folded into the model
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=6)
 
-for epoch in range(2):
+for _ in range(2):
     for index, ids in enumerate(loader, 1):
         loss = model(input_ids=ids, labels=ids).loss
         (loss / accumulate).backward()  # the mean over the micro-batches, as in torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,7 @@ OWNED = {
 
 
 class FoldCallback:
-    """Folds a LightningModule into its optimizer while it is fitted: ``Trainer(callbacks=[gradfold.lightning.Fold()])``.
+    """Folds a LightningModule into its optimizer while it is fitted: one of the callbacks of Lightning's Trainer.
 
     ``configure_optimizers`` returns one optimizer, of gradfold's or of torch's, which is turned into gradfold's in
     place: schedulers go on with it. What Trainer has an argument for follows from that: ``gradient_clip_val`` and
@@ -177,11 +178,11 @@ def make_fold() -> type:
     Raises:
         ImportError: neither is installed.
     """
-    older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    if older:
-        from pytorch_lightning import Callback
+    package = "lightning.pytorch"
+    if "pytorch_lightning" in sys.modules and package not in sys.modules:
+        package = "pytorch_lightning"
     else:
         require("lightning", "lightning", "gradfold.lightning")
-        from lightning.pytorch import Callback
+    base = importlib.import_module(package).Callback
     kept = {"__doc__": FoldCallback.__doc__, "__module__": "gradfold.lightning"}
-    return type("Fold", (FoldCallback, Callback), kept)
+    return type("Fold", (FoldCallback, base), kept)
