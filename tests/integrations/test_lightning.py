@@ -103,8 +103,11 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, gradfold.AdamW], ids=lambda kind: kind.__module__.split(".")[0])
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name, kind", [
+    *((name, torch.optim.AdamW) for name in FITS),
+    ("clip and accumulate", gradfold.AdamW),
+    ("manual, clip and accumulate", gradfold.AdamW),
+])  # fmt: skip
 def test_fits(name, kind):
     """The losses are the same, and so is the norm that it logs, before clipping."""
     arguments, manual, options = FITS[name]

@@ -111,7 +111,7 @@ CHECKPOINTS = {"gradient_checkpointing": True}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 ONE = {"gradient_accumulation_steps": 1}
 FREE = {"max_grad_norm": 0.0}
-# arguments of Trainer, options of the fold, how Trainer is made; those not slow meet each feature once
+# arguments of Trainer, options of the fold, how Trainer is made
 FEATURES = {
     "no clipping": (FREE, {}, None),
     "one batch a step, no clipping": (ONE | FREE, {}, None),
@@ -131,8 +131,6 @@ FEATURES = {
         None,
     ),
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "warmup_steps": 0}, {}, None),
-}
-SLOW_FEATURES = {
     "adagrad": ({"optim": "adagrad", "optim_args": "lr_decay=0.1"}, {}, None),
     "rmsprop": ({"optim": "rmsprop", "optim_args": "momentum=0.5,centered=True", "learning_rate": 1e-3}, {}, None),
     "adamw_torch": ({"optim": "adamw_torch", "adam_beta2": 0.9, "adam_epsilon": 1e-6}, {}, None),
@@ -162,16 +160,12 @@ def both(tmp_path, arguments, options, make):
     return mine
 
 
-@pytest.mark.parametrize("name", FEATURES)
+QUICK = ("no clipping", "two_pass", "NEFTune", "torch's optimizer and scheduler", "sgd")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=LONG) for name in FEATURES])
 def test_features(tmp_path, name):
     arguments, options, make = FEATURES[name]
-    both(tmp_path, arguments, options, make)
-
-
-@LONG
-@pytest.mark.parametrize("name", SLOW_FEATURES)
-def test_more_features(tmp_path, name):
-    arguments, options, make = SLOW_FEATURES[name]
     both(tmp_path, arguments, options, make)
 
 
@@ -211,6 +205,7 @@ NAMES = {
 }
 
 
+@LONG
 @pytest.mark.parametrize("name", NAMES)
 def test_other_names(tmp_path, name):
     kind, states = NAMES[name]
@@ -222,6 +217,7 @@ def test_other_names(tmp_path, name):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+@LONG
 def test_delayed_clipping_resumes(tmp_path):
     options = {"clip": "delayed", **PLAIN}
     whole = Run(tmp_path, options, save_strategy="steps", save_steps=4, **ONE)
@@ -232,7 +228,7 @@ def test_delayed_clipping_resumes(tmp_path):
 # working sets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offload", [None, "disk"])
+@pytest.mark.parametrize("offload", [None, pytest.param("disk", marks=LONG)])
 def test_a_working_set(tmp_path, offload):
     """It accumulates, clips and resumes; every chunk has had its turn."""
     runs = []
@@ -257,6 +253,7 @@ def test_a_working_set_of_one_chunk_is_the_whole(tmp_path, plain):
 # what trains more than once -------------------------------------------------------------------------------------------
 
 
+@LONG
 def test_auto_find_batch_size_begins_again(tmp_path):
     """A batch that runs out of memory, in its second backward, has moved nothing."""
 
@@ -281,6 +278,7 @@ def test_auto_find_batch_size_begins_again(tmp_path):
         assert_same(folded, plainly)
 
 
+@LONG
 def test_best_model_and_second_training(tmp_path):
     arguments = {
         "eval_strategy": "epoch",
@@ -300,6 +298,7 @@ def test_best_model_and_second_training(tmp_path):
     assert distance(runs[1].model, runs[0].model) <= 1e-12 and runs[1].fold is first
 
 
+@LONG
 def test_arguments_that_change_between_two_trainings(tmp_path):
     runs = [Run(tmp_path / str(fold), fold) for fold in (None, PLAIN)]
     before = runs[1].fold
@@ -310,6 +309,7 @@ def test_arguments_that_change_between_two_trainings(tmp_path):
     assert runs[1].fold is not before and runs[1].fold.options.clip_norm == 0.1
 
 
+@LONG
 def test_folded_after_it_has_trained(tmp_path):
     """The states of the first training go on, and so does a model that Accelerate has prepared."""
     runs = [Run(tmp_path / str(index), num_train_epochs=1) for index in range(2)]
@@ -321,6 +321,7 @@ def test_folded_after_it_has_trained(tmp_path):
     assert type(runs[1].model.lm_head) is torch.nn.Linear
 
 
+@LONG
 def test_model_init(tmp_path):
     def begin():
         return causal()
@@ -401,6 +402,7 @@ def test_adapters(tmp_path):
     assert trained and all("lora" in row.name or "lm_head" in row.name for row in trained)
 
 
+@LONG
 def test_seq2seq(tmp_path):
     config = transformers.T5Config(
         vocab_size=53, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.1, decoder_start_token_id=0

@@ -73,13 +73,22 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_before_training(tmp_path, name):
-    """At once, where the trainer is folded; in a class of one's own, as the training begins."""
+    """At once, where the trainer is folded."""
+    arguments, options, message = REFUSED[name]
+    made = trainer(tmp_path, **arguments)
+    kind = type(made)
+    with pytest.raises(gradfold.FoldError, match=message):
+        gradfold.hf.fold_trainer(made, **options)
+    assert type(made) is kind and not hasattr(made, "fold_options") and type(made.model.lm_head) is nn.Linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_as_training_begins(tmp_path, name):
+    """In a class of one's own."""
     arguments, options, message = REFUSED[name]
     made = trainer(tmp_path, **arguments)
     kind, start = type(made), copy.deepcopy(made.model)
-    with pytest.raises(gradfold.FoldError, match=message):
-        gradfold.hf.fold_trainer(made, **options)
-    assert type(made) is kind and not hasattr(made, "fold_options")
 
     class Mine(gradfold.hf.FoldMixin, kind):
         fold_options = options

@@ -99,7 +99,7 @@ SLOW = {
     "GRPO, entropy": trains("GRPOTrainer", GRPO | {"entropy_coef": 0.1}, PROMPTS, reward_funcs=lengths),
     "GRPO, two iterations": trains("GRPOTrainer", GRPO | {"num_iterations": 2}, PROMPTS, reward_funcs=lengths),
 }  # fmt: skip
-HEADLESS = ("Reward",)
+HEADLESS, QUICK = ("Reward",), ("SFT, text", "DPO")
 
 
 def model_for(name):
@@ -127,7 +127,7 @@ def exact(tmp_path, name):
     return plain
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=LONG) for name in MADE])
 def test_trainers(tmp_path, name):
     """Four micro-batches a step, clipping and a schedule; with TRL's own fused head, whose gradient is dense."""
     plain = exact(tmp_path, name)
@@ -146,13 +146,15 @@ def test_more_trainers(tmp_path, name):
     exact(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["SFT, text", "DPO"])
+@LONG
+@pytest.mark.parametrize("name", ["SFT, text", "SFT, packing", "DPO", "Reward"])
 def test_resume(tmp_path, name):
     whole = run(tmp_path, PLAIN, name, **SAVED)
     again = run(tmp_path, PLAIN, name, resume=f"{tmp_path}/checkpoint-2")
     assert same_bits(whole.model, again.model) and again.logs[-1]["grad_norm"] == whole.logs[-1]["grad_norm"]
 
 
+@LONG
 def test_a_config_of_adapters(tmp_path):
     """TRL puts them on the model; the frozen head stays TRL's, which makes no gradient of it."""
     peft = pytest.importorskip("peft", reason="adapters: pip install peft")
