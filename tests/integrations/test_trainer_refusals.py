@@ -1,7 +1,10 @@
 """What a folded Trainer refuses, in words, before anything has moved or the trainer has changed."""
 
 import copy
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from tests.zoo import same_bits
 transformers = pytest.importorskip("transformers", reason="the framework: pip install transformers")
 accelerate = pytest.importorskip("accelerate", reason="Trainer needs it: pip install accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[2]
 
 
 class Log(transformers.TrainerCallback):
@@ -277,3 +281,27 @@ def test_losses_that_cache_gradients(tmp_path, clip, monkeypatch):
 
 def test_rows_are_there():
     assert len(ROWS) == 18
+
+
+TWO_PROCESSES = """
+import sys
+import transformers
+import gradfold.hf
+from tests.integrations.runs import ROWS, causal
+
+arguments = transformers.TrainingArguments(sys.argv[1], use_cpu=True, report_to=[], max_steps=1, disable_tqdm=True)
+trainer = transformers.Trainer(causal(), arguments, train_dataset=ROWS)
+try:
+    gradfold.hf.fold_trainer(trainer)
+except gradfold.FoldError as error:
+    print("REFUSED", error)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.count("REFUSED Accelerate is set up for MULTI_CPU with 2 processes") == 2, done.stderr
