@@ -250,6 +250,11 @@ class Fold:
         return self._state.model
 
     @property
+    def active(self) -> bool:
+        """Whether the model is folded: False after ``remove()``."""
+        return self._state.optimizer._fold is self._state
+
+    @property
     def grad_norm(self) -> float | None:
         """The norm of the last step's gradient over all parameters, before clipping; None before the first step.
 
@@ -376,7 +381,7 @@ class Fold:
             >>> optimizer.step()
         """
         state = self._state
-        if state.optimizer._fold is not state:
+        if not self.active:
             raise FoldError("fold.clip_grad_norm_() after fold.remove(): call torch.nn.utils.clip_grad_norm_")
         if state.paused:
             params = [param.param for param in state.params.values()]

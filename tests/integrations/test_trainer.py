@@ -317,8 +317,12 @@ def test_folded_after_it_has_trained(tmp_path):
     for run in runs:
         run.trainer.train()
     assert distance(runs[1].model, runs[0].model) <= 1e-12
-    runs[1].fold.remove()
-    assert type(runs[1].model.lm_head) is torch.nn.Linear
+    before = runs[1].fold
+    before.remove()
+    assert type(runs[1].model.lm_head) is torch.nn.Linear and not before.active
+    for run in runs:  # it is folded again
+        run.trainer.train()
+    assert distance(runs[1].model, runs[0].model) <= 1e-12 and runs[1].fold.active
 
 
 @LONG

@@ -44,6 +44,7 @@ REFUSED = {
     ),
     "galore": ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, {}, "optim='galore_adamw' cannot be f"),
     "lomo": ({"optim": "lomo"}, {}, "optim='lomo' cannot be folded"),
+    "betas of optim_args": ({"optim_args": "betas=0.9"}, {}, "betas=0.9 is no option of gradfold.AdamW"),
     "no option of optim_args": (
         {"optim_args": "beta=3"},
         {},
@@ -123,6 +124,23 @@ def test_optimizers_that_cannot_be_folded(tmp_path):
     fold.remove()
     made.train()
     assert made.fold is not fold
+
+
+def test_the_mixin_comes_first():
+    message = r"Trainer comes before FoldMixin.*class Late\(gradfold.hf.FoldMixin, Trainer"
+    with pytest.raises(gradfold.FoldError, match=message):
+
+        class Late(transformers.Trainer, gradfold.hf.FoldMixin):
+            """It would not be folded."""
+
+    class Base(gradfold.hf.FoldMixin):
+        def create_optimizer(self, *args):
+            return super().create_optimizer(*args)
+
+    class Early(Base, transformers.Trainer):
+        """It is."""
+
+    assert Early.create_optimizer is Base.create_optimizer
 
 
 @pytest.mark.parametrize("what", ["a model", None], ids=str)

@@ -25,7 +25,8 @@ def follow(accelerator: Any, fold: gradfold.Fold, always: bool = False) -> None:
         fold.accumulate_while(lambda: always or not accelerator.sync_gradients)
     plain = getattr(accelerator.backward, "plain", accelerator.backward)
     if fold.options.clip != "two_pass" and fold.working_set is None:
-        accelerator.backward = plain
+        if plain is not accelerator.backward and "backward" in vars(accelerator):
+            accelerator.backward = plain  # of an earlier fold
         return
 
     @functools.wraps(plain)

@@ -68,6 +68,17 @@ class FoldMixin:
     fold: gradfold.Fold | None = None
     _forget_hooks: Callable[[], None] | None = None
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__:
+            if kind is FoldMixin:
+                return
+            if "create_optimizer" in vars(kind) and not issubclass(kind, FoldMixin):
+                raise FoldError(
+                    f"class {cls.__name__}: {kind.__name__} comes before FoldMixin, and would make its optimizer "
+                    f"unfolded; write class {cls.__name__}(gradfold.hf.FoldMixin, {kind.__name__})"
+                )
+
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """Return the optimizer of gradfold's that ``args.optim`` names, and its arguments as Trainer reads them.
 
@@ -94,7 +105,7 @@ class FoldMixin:
         Raises:
             FoldError: something of the Trainer cannot be folded. Nothing has changed then.
         """
-        if self.fold is not None and self._is_current():
+        if self._is_current():
             finish_open_step(unwrapped(self.optimizer))  # a second train(), or the next try with a smaller batch
             return self.optimizer
         self.check_folding()
@@ -122,7 +133,7 @@ class FoldMixin:
         Raises:
             FoldError: there are other arguments.
         """
-        told, known = read_arguments(self.args.optim_args), hyper_parameters(kind)
+        told, known = read_arguments(self.args.optim_args), hyper_parameters(kind) - {"lr", "betas", "weight_decay"}
         for key, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
             if key in told:
                 raise FoldError(
@@ -193,7 +204,7 @@ class FoldMixin:
     def _is_current(self) -> bool:
         """Return whether the fold is that of the model, with the options that the arguments ask for now."""
         made = self.fold
-        if made is None or self.optimizer is None or made.model is not self._to_fold():
+        if made is None or not made.active or self.optimizer is None or made.model is not self._to_fold():
             return False
         return all(getattr(made.options, key, value) == value for key, value in self._options().items())
 
@@ -203,7 +214,7 @@ class FoldMixin:
             return
         if self._forget_hooks is not None:
             self._forget_hooks()
-        if self.fold.model is self.model:
+        if self.fold.active and self.fold.model in (self.model, getattr(self, "loss", None)):
             if self.optimizer is not None:
                 finish_open_step(unwrapped(self.optimizer))
             self.fold.remove()
