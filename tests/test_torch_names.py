@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,19 @@ def test_optimizers():
     after = optimizer.register_load_state_dict_post_hook(lambda *_: None)
     assert list(_torch.load_pre_hooks(optimizer)) == [before.id]
     assert list(_torch.load_post_hooks(optimizer)) == [after.id]
+    _torch.watch_step(optimizer)
+    assert not _torch.replaced_step(optimizer) and "step" not in vars(optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert not _torch.replaced_step(optimizer) and "step" in vars(optimizer)
+    theirs = vars(optimizer)["step"]
+    _torch.watch_step(optimizer)
+    assert vars(optimizer)["step"] is not theirs
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's of a scheduler whose optimizer was changed, or has not stepped
+        scheduler.step()
+    optimizer.step = lambda: None
+    assert _torch.replaced_step(optimizer)
 
 
 def test_a_scaler_shows_on_the_stack():

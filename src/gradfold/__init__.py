@@ -47,6 +47,8 @@ _PACKAGES = (
     "engine",
     "errors",
     "head",
+    "hf",
+    "lightning",
     "modules",
     "optim",
     "planner",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -240,6 +240,21 @@ class Fold:
         self._heads: Sequence[FoldedCausalHead] = ()
 
     @property
+    def options(self) -> FoldOptions:
+        """What ``fold()`` was asked for, of accumulation, clipping and timing."""
+        return self._state.options
+
+    @property
+    def model(self) -> nn.Module:
+        """The folded model."""
+        return self._state.model
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is folded: False after ``remove()``."""
+        return self._state.optimizer._fold is self._state
+
+    @property
     def grad_norm(self) -> float | None:
         """The norm of the last step's gradient over all parameters, before clipping; None before the first step.
 
@@ -295,11 +310,25 @@ class Fold:
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """A context whose backwards only add to the gradient: any number of micro-batches before the last one."""
-        self._state.accumulating += 1
+        self._state.contexts += 1
         try:
             yield
         finally:
-            self._state.accumulating -= 1
+            self._state.contexts -= 1
+
+    def accumulate_while(self, predicate: Callable[[], bool] | None) -> None:
+        """Take every backward that begins while ``predicate()`` is true as if it ran inside ``accumulating()``.
+
+        For loops that know by themselves which micro-batch is the last of its step, as a framework's does. A step whose
+        backwards all were such ones ends in ``optimizer.step()``, as any other.
+
+        Args:
+            predicate: is asked as a forward, and as a backward, begins and ends. None: only ``accumulating()`` counts.
+
+        Example:
+            >>> fold.accumulate_while(lambda: not accelerator.sync_gradients)
+        """
+        self._state.accumulate_while = predicate
 
     def backward(self, loss: Tensor) -> None:
         """Call ``loss.backward()``; with ``clip="two_pass"`` twice: for the norm, and to step, clipped by it.
@@ -352,7 +381,7 @@ class Fold:
             >>> optimizer.step()
         """
         state = self._state
-        if state.optimizer._fold is not state:
+        if not self.active:
             raise FoldError("fold.clip_grad_norm_() after fold.remove(): call torch.nn.utils.clip_grad_norm_")
         if state.paused:
             params = [param.param for param in state.params.values()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -259,6 +260,28 @@ load_post_hooks: Callable[[torch.optim.Optimizer], Mapping[int, Any]] = operator
     "_optimizer_load_state_dict_post_hooks"
 )
 """The hooks that ``register_load_state_dict_post_hook`` has put on an optimizer."""
+
+
+def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer's ``step`` is neither its class's nor what torch's schedulers put around that."""
+    own = vars(optimizer).get("step")
+    return own is not None and not hasattr(own, "_wrapped_by_lr_sched")
+
+
+def watch_step(optimizer: torch.optim.Optimizer) -> None:
+    """Put around ``step`` what torch's schedulers have put around that of another class, if they have."""
+    if vars(optimizer).pop("step", None) is None:
+        return
+    step, me = type(optimizer).step, weakref.ref(optimizer)
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found: Any = me()
+        found._opt_called = True
+        return step(found, *args, **kwargs)
+
+    watched._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = watched  # type: ignore[method-assign]
 
 
 # clipping -------------------------------------------------------------------------------------------------------------

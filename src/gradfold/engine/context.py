@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class FoldContext(ABC):
         host: copies deferred gradients to host memory, with ``tape="host"``.
         turns: the working set, if there is one.
         paused: depth of nested ``fold.paused()`` contexts.
-        accumulating: depth of nested ``fold.accumulating()`` contexts.
+        contexts: depth of nested ``fold.accumulating()`` contexts.
+        accumulate_while: tells whether a backward is not the last of its step; None: only these contexts do.
         segments: reentrant checkpoints and the like, by the id of their node.
         following: what clipping multiplies gradients by in the next step, for ``clip="delayed"``.
         grad_norm: the norm of the last step; a tensor where the host has not waited for it.
@@ -50,7 +52,8 @@ class FoldContext(ABC):
         self.host = Host() if options.tape == "host" else None
         self.turns: Turns | None = None
         self.paused = 0
-        self.accumulating = 0
+        self.contexts = 0
+        self.accumulate_while: Callable[[], bool] | None = None
         self.segments: dict[int, Segment] = {}
         self.following: dict[int, float | Tensor] = {}
         self.grad_norm: float | Tensor | None = None
@@ -64,6 +67,11 @@ class FoldContext(ABC):
         if found is None or not found.is_of(node):
             found = self.segments[id(node)] = Segment(node)
         return found
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a backward only adds to the gradient now, so that a later one is the last of its step."""
+        return self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while())
 
     @property
     def full(self) -> bool:

@@ -159,7 +159,7 @@ class FoldState(FoldContext):
         claimed = step.surveyed is not None
         if claimed and root not in step.segments:
             step.segments.append(root)
-        return Backward(parent, root, bool(self.accumulating), claimed)
+        return Backward(parent, root, self.accumulating, claimed)
 
     def _begin(self) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
@@ -191,7 +191,7 @@ class FoldState(FoldContext):
             step.copies.given = given_gradients()
         if step.segments:
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
-        return Backward(None, None, bool(self.accumulating), True)
+        return Backward(None, None, self.accumulating, True)
 
     def _plan(self) -> None:
         """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""

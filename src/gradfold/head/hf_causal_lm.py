@@ -26,6 +26,7 @@ from gradfold.modules.swap import foldable
 
 from .lazy_logits import LazyLogits, real
 from .loss import linear_cross_entropy
+from .trl_head import is_trls, why_not, with_our_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +182,18 @@ def fold_heads(
         if not _is_causal(one):
             continue
         head: Any = one.get_output_embeddings()  # type: ignore[operator]
-        why = "head='plain'" if how == "plain" else _why_plain(one, head)
+        trls = is_trls(one)
+        why = "head='plain'" if how == "plain" else why_not(one, head) if trls else _why_plain(one, head)
         made = FoldedCausalHead(names.get(id(head)) or type(one).__name__, one, head, why)
         heads.append(made)
         if why:
+            continue
+        if trls:
+            one.__dict__[PLAIN_FORWARD] = vars(one)["forward"]
+            one.__dict__["forward"] = with_our_function(one, made.use, keep_bytes)
+            one.__class__ = _class(type(one), Folded, {})
+            made.use.forwards = _forwards(one, head)
+            changed.append(one)
             continue
         kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
         head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes, "head_use": made.use})

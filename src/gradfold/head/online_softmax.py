@@ -74,17 +74,18 @@ def sweep(
     values = x.new_empty(tokens, words, dtype=keep) if words else None
     bases = x.new_empty(-(-words // block), tokens, dtype=dtype)
     for start in visited(range(0, vocabulary, block), x):
+        e = slope = w = None  # the last block's memory goes before this one's comes
         stop = min(start + block, vocabulary)
         w = weight.detach()[start:stop].to(x.dtype)  # [v, H]
-        logits, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], options.softcap)
+        e, slope = logits_of(x, w, None if bias is None else bias.detach()[start:stop], options.softcap)
         here, at = within(labels, start, stop)
-        label = torch.where(here, logits.gather(1, at).squeeze(1), label)
+        label = torch.where(here, e.gather(1, at).squeeze(1), label)
         if mean is not None:
-            mean += logits.sum(1)
-        higher = torch.maximum(top, logits.amax(1))
+            mean += e.sum(1)
+        higher = torch.maximum(top, e.amax(1))
         base = torch.where(higher == -torch.inf, torch.zeros_like(higher), higher)  # of words that are all masked out
         rescale = torch.exp(top - base)
-        e = logits.sub_(base.unsqueeze(1)).exp_()  # [T, v]
+        e.sub_(base.unsqueeze(1)).exp_()  # [T, v]
         total = total * rescale + e.sum(1)
         top = higher
         if summed is None and start >= words:

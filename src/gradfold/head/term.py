@@ -145,6 +145,7 @@ class HeadTerm(GradTerm):
                 bias_grad[start:stop] = p.sum(0)
             if grad is not None:
                 grad[start:stop] = product(p.to(self._x.dtype).t(), self._x[:, self.columns])
+            del p  # before the next block's is made
         self._operand = None
 
     def _product(self, tile: Tensor, start: int, stop: int, beta: int) -> None:
@@ -153,6 +154,7 @@ class HeadTerm(GradTerm):
         ):  # of many tokens a tile's logits would be larger than the tile
             p = self._logit_gradient(first, last)
             accumulate(tile[first - start : last - start], p.to(self._x.dtype), self._x[:, self.columns], beta)
+            del p  # before the next block's is made
         if stop == self._rows:
             self._operand = None
 

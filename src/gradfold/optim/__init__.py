@@ -4,6 +4,7 @@ from gradfold._options import StorageOptions, TorchOptions
 
 from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
+from .from_torch import from_torch
 from .masters import export_masters, import_masters
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "StorageOptions",
     "TorchOptions",
     "export_masters",
+    "from_torch",
     "import_masters",
 ]

@@ -46,10 +46,17 @@ def accepted(given: Any) -> RuleOptimizer:
                 f"optimizer={name} is a wrapper around gradfold.{type(inner).__name__}, and may change its steps; fold "
                 f"with the one inside: gradfold.fold(model, optimizer.{attribute})"
             )
+    raise FoldError(not_ours(given))
+
+
+def not_ours(given: Any) -> str:
+    """Return the message about an optimizer that is none of gradfold's."""
+    optimizer = unwrapped(given)
+    name = type(optimizer).__name__
     said = f"{type(given).__name__} holds {name}, and {name}" if optimizer is not given else name
     if name in _UNFOLDABLE:
-        raise FoldError(f"{said} cannot be folded: {_UNFOLDABLE[name]}; use gradfold.AdamW or another of gradfold's")
-    raise FoldError(
+        return f"{said} cannot be folded: {_UNFOLDABLE[name]}; use gradfold.AdamW or another of gradfold's"
+    return (
         f"{'' if optimizer is not given else 'optimizer='}{said} is not one of gradfold's; use "
         f"gradfold.{name if name in OPTIMIZERS else 'AdamW'} (its load_state_dict takes torch's state_dict)"
     )
