@@ -33,7 +33,7 @@ def test_private_names_stand_in_one_file():
         if path.name == "_torch.py" or "triton" in path.relative_to(SOURCES).parts:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            code = line.partition("#")[0]
+            code = line.partition("#")[0].replace("._version import __version__", "")  # ours, not a tensor's
             if PRIVATE.search(code) and "``" not in code:
                 found.append(f"{path.relative_to(SOURCES)}:{number}: {line.strip()}")
     assert found == []
