@@ -5,6 +5,7 @@ from gradfold._options import StorageOptions, TorchOptions
 from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from .masters import export_masters, import_masters
+from .torch_loads import watch_torch_loads
 
 __all__ = [
     "SGD",
@@ -21,3 +22,5 @@ __all__ = [
     "export_masters",
     "import_masters",
 ]
+
+watch_torch_loads()
