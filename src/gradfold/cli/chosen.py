@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import DEMO, Recipe
 from gradfold.train.recipe_file import flatten, load_fields, unflatten
 
@@ -23,6 +24,26 @@ class Chosen:
         if name in self.sources:
             return self.sources[name]
         return "default" if flatten(self.recipe)[name] == flatten(Recipe())[name] else "demo"
+
+
+SHORTER = {"tokens": "sequence_length", "batch": "batch_size"}
+"""Shorter flags of both commands -> the recipe's field that they set."""
+
+
+def take_shorter(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, str]:
+    """Move what `--tokens` and `--batch` say from `extra` to `given`; returns field -> the flag that gave it.
+
+    Raises:
+        RecipeError: the field's own flag is given as well.
+    """
+    flags = {}
+    for short, name in SHORTER.items():
+        if (value := extra.pop(short, None)) is None:
+            continue
+        if name in given:
+            raise RecipeError(f"--{short} and --{name.replace('_', '-')} say the same; keep one")
+        given[name], flags[name] = value, f"--{short}"
+    return flags
 
 
 def choose_recipe(config: str | None, given: dict[str, Any], flags: Mapping[str, str] | None = None) -> Chosen:

@@ -17,6 +17,11 @@ from gradfold.train.recipe_file import field_types
 from gradfold.train.validate import did_you_mean, from_words, shown
 
 
+def flag_of(dotted: str) -> str:
+    """The flag of a recipe's field: `optimizer.weight_decay` -> `--optimizer.weight-decay`."""
+    return f"--{dotted.replace('_', '-')}"
+
+
 def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> typed value of every flag in `words`; `extra`: names and types of flags beside the recipe's.
 

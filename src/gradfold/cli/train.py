@@ -15,7 +15,7 @@ from gradfold.train.readers import SUFFIXES
 from gradfold.train.recipe import Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
-from .chosen import base_recipe, choose_recipe, overlay
+from .chosen import base_recipe, choose_recipe, overlay, take_shorter
 from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ class TrainCommand:
     """Recipe file (YAML) to start from; other flags override it. See examples/."""
     resume: str | None = None
     """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder."""
+    tokens: int | None = None
+    """Tokens per sequence, the same as --sequence-length."""
+    batch: int | None = None
+    """Sequences per micro-batch, the same as --batch-size."""
+
+
+EXTRA = {"config": str | None, "resume": str | None, "tokens": int | None, "batch": int | None}
+"""Flags beside the recipe's."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -47,9 +55,10 @@ def run(arguments: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         print_help(TrainCommand, TrainCommand(Recipe()), TRAIN_COMMAND)
         return 0
-    extra = {"config": str | None, "resume": str | None}
-    given = given_fields(words, extra)
-    config, resume = given.pop("config", None), given.pop("resume", None)
+    given = given_fields(words, EXTRA)
+    extra = {name: given.pop(name) for name in EXTRA if name in given}
+    take_shorter(given, extra)
+    config, resume = extra.get("config"), extra.get("resume")
     out = saved = None
     if resume:
         in_file = load_fields(config) if config else {}

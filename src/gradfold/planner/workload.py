@@ -35,9 +35,14 @@ class Workload:
     device: str  # "cuda": as an accelerator would; "cpu": as this processor does
 
     def batch(self) -> dict[str, Tensor]:
-        """Full sequences: nothing is padded, and nothing is packed."""
-        ids = torch.zeros(self.settings.batch, self.settings.tokens, dtype=torch.int64)
-        return {"input_ids": ids, "labels": ids}
+        """Full sequences: nothing is padded. With `packing`, each holds two rows, which do not see each other."""
+        batch, tokens = self.settings.batch, self.settings.tokens
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        if not self.settings.packing or tokens < 2:
+            return {"input_ids": ids, "labels": ids}
+        positions = torch.arange(tokens)
+        positions[tokens // 2 :] -= tokens // 2
+        return {"input_ids": ids, "labels": ids, "position_ids": positions.expand(batch, -1).contiguous()}
 
     @contextlib.contextmanager
     def model(self, layers: int | None = None) -> Iterator[nn.Module]:
@@ -70,6 +75,8 @@ class Workload:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The model's own. Raises PlanError where it returns none."""
+        if "position_ids" in batch and not _takes(model, "position_ids"):  # then its rows cannot be packed
+            batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
         loss = getattr(model(**batch), "loss", None)
         if not isinstance(loss, Tensor):
             raise PlanError(f"model {self.subject.name}: what it returns has no .loss{_INSTEAD}")
@@ -77,9 +84,8 @@ class Workload:
 
     def _check(self, model: nn.Module) -> None:
         """What fake tensors would not notice, or notice late."""
-        takes = inspect.signature(model.forward).parameters.values()
-        missing = {"input_ids", "labels"} - {parameter.name for parameter in takes}
-        if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        missing = [name for name in ("input_ids", "labels") if not _takes(model, name)]
+        if missing:
             raise PlanError(f"model {self.subject.name}: its forward takes no {min(missing)}{_INSTEAD}")
         longest = getattr(self.subject.config, "max_position_embeddings", None)
         if not isinstance(longest, int) or self.settings.tokens <= longest:
@@ -114,6 +120,11 @@ def enable_checkpointing(model: Any) -> bool:
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     return True
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradfold.planner.presets import ALIASES, PRESETS, preset_of
 from gradfold.planner.quantization import quantization_in, quantization_of, way_out
 from gradfold.planner.workload import enable_checkpointing
 
@@ -75,6 +76,10 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, name, None)
     if path.exists():
         raise ModelError(f"model {name}: is a file; name a folder, a .gguf file or a hub id")
+    if (preset := PRESETS.get(ALIASES.get(name.lower(), name.lower()))) is not None:  # `gradfold plan` knows them
+        return ModelSource(name, preset.hub, None)
+    if "/" not in name and (preset := preset_of(name)) is not None:
+        raise ModelError(f"model {name}: give its hub id, ORG/MODEL; {preset.hub} is the model that it is made of")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"model {name}: no such folder")
     return ModelSource(name, name, None)

@@ -124,6 +124,7 @@ class Recipe:
             checkpointing=self.gradient_checkpointing,
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
+            packing=self.text.packing,
             **self.optimizer.storage_options(),
             **self.gradient.gradient_options(),
         )
