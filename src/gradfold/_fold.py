@@ -262,6 +262,11 @@ class Fold:
         turns = self._state.turns
         return turns.describe() if isinstance(turns, Rotation) else ""
 
+    def trained_per_turn(self) -> list[int]:
+        """Return how many elements train in each turn of the working set; empty without one."""
+        turns = self._state.turns
+        return turns.trained_per_turn() if isinstance(turns, Rotation) else []
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step needs of the last one, beside weights and optimizer states.
 

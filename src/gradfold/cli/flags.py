@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
+import re
+import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,26 @@ from gradfold.train.errors import RecipeError
 from gradfold.train.recipe_file import field_types
 from gradfold.train.validate import did_you_mean, from_words, shown
 
+MOST_FLAGS = 3  # in one message
+
 
 def flag_of(dotted: str) -> str:
     """The flag of a recipe's field: `optimizer.weight_decay` -> `--optimizer.weight-decay`."""
     return f"--{dotted.replace('_', '-')}"
+
+
+def with_flags(message: str) -> str:
+    """A message with the flags of the recipe's fields that it names, where it does not name them itself."""
+    flags = []
+    for dotted in field_types():
+        # a word such as `data` or `steps` is a field's name only where its value follows
+        ending = r"(?![\w.-]*\w)" if "." in dotted or "_" in dotted else r" = "
+        flag = flag_of(dotted)
+        if re.search(rf"(?<![\w.-]){re.escape(dotted)}{ending}", message) and not re.search(rf"{flag}\b", message):
+            flags.append(flag)
+    if not flags or len(flags) > MOST_FLAGS:
+        return message
+    return f"{message} ({'flag' if len(flags) == 1 else 'flags'} {', '.join(flags)})"
 
 
 def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +71,12 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
 
 def print_help(command: Any, default: Any, prog: str) -> None:
     """Print what the option parser says of a command's flags."""
+    width = shutil.get_terminal_size().columns  # tyro wraps all but the description
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    about = "\n\n".join(textwrap.fill(" ".join(paragraph.split()), max(width, 20)) for paragraph in paragraphs)
+    print(f"{about}\n")
     with contextlib.suppress(SystemExit):
-        tyro.cli(command, default=default, args=["--help"], prog=prog)
+        tyro.cli(command, default=default, args=["--help"], prog=prog, description="")
 
 
 def parsed_again(command: Any, default: Any, words: Sequence[str], prog: str) -> Any:

@@ -50,13 +50,14 @@ class PlanCommand:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
-    """Recipe file (YAML) to start from; other flags override it."""
+    """Recipe file (YAML) to start from; other flags override it. None: no file."""
     tokens: int | None = None
-    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full."""
+    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full. None: not given."""
     batch: int | None = None
-    """Sequences per micro-batch, the same as --batch-size."""
+    """Sequences per micro-batch, the same as --batch-size. None: not given."""
     budget: str | None = None
-    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the commands to train."""
+    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the commands to train.
+    None: no search."""
     host_budget: str | None = None
     """Host memory for the states of a working set, such as 64GiB. None: as much as they take."""
     margin: float = 0.03
@@ -64,7 +65,8 @@ class PlanCommand:
     json: bool = False
     """Print everything as JSON, and no table."""
     plot: str | None = None
-    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf)."""
+    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf).
+    None: no picture."""
     measure: bool = False
     """Also run the step for real on this machine, with random weights; print predicted, measured and the error."""
     compare: bool = True

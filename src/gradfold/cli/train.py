@@ -36,13 +36,14 @@ class TrainCommand:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
-    """Recipe file (YAML) to start from; other flags override it. See examples/."""
+    """Recipe file (YAML) to start from; other flags override it. See examples/. None: no file."""
     resume: str | None = None
-    """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder."""
+    """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder.
+    None: a new run."""
     tokens: int | None = None
-    """Tokens per sequence, the same as --sequence-length."""
+    """Tokens per sequence, the same as --sequence-length. None: not given."""
     batch: int | None = None
-    """Sequences per micro-batch, the same as --batch-size."""
+    """Sequences per micro-batch, the same as --batch-size. None: not given."""
 
 
 EXTRA = {"config": str | None, "resume": str | None, "tokens": int | None, "batch": int | None}

@@ -20,7 +20,7 @@ from .hf_masks import packing_known
 from .models import Subject
 from .repeat_layers import repeated
 from .settings import Settings
-from .step import StepMemory
+from .step import LossFunction, StepMemory
 
 _INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
 gradfold.planner.step.step_memory takes a loss function for any other model"""
@@ -33,9 +33,13 @@ class Workload:
     subject: Subject
     settings: Settings
     device: str  # "cuda": as an accelerator would; "cpu": as this processor does
+    given: Any = None  # the batch, or a step's `MicroBatches`, in the place of full sequences
+    own_loss: LossFunction | None = None  # in the place of the model's
 
-    def batch(self) -> dict[str, Tensor]:
+    def batch(self) -> Any:
         """Full sequences: nothing is padded. With `packing`, each holds two rows, which do not see each other."""
+        if self.given is not None:
+            return self.given
         batch, tokens = self.settings.batch, self.settings.tokens
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         if not self.settings.packing or tokens < 2:
@@ -75,6 +79,8 @@ class Workload:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The model's own. Raises PlanError where it returns none."""
+        if self.own_loss is not None:
+            return self.own_loss(model, batch)
         if "position_ids" in batch and not _takes(model, "position_ids"):  # then its rows cannot be packed
             batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
         loss = getattr(model(**batch), "loss", None)

@@ -58,6 +58,7 @@ class Progress:
     encoding: int = 1
     metrics_lines: int = 0
     peak_rss_bytes: int = 0
+    peak_anonymous_bytes: int = 0
     peak_cuda_bytes: int = 0
     before: dict[str, Any] = field(default_factory=dict)
 
@@ -159,15 +160,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(named: Path) -> Path:
     """The checkpoint that a path names: itself, or the latest of a run's folder. Raises CheckpointError."""
     if not named.is_dir():
-        raise CheckpointError(f"--resume {named}: no such folder")
-    if (named / _io.MANIFEST).exists() or not (named / FOLDER).is_dir():
+        raise CheckpointError(
+            f"--resume {named}: no such folder (a run that is stopped before its first step leaves none); start it "
+            "anew, without --resume"
+        )
+    if (named / _io.MANIFEST).exists():
         return named
     found = list_checkpoints(named / FOLDER)
-    if not found:
-        raise CheckpointError(
-            f"--resume {named}: the run has saved no checkpoint yet; start it anew with another --out"
-        )
-    return found[-1]
+    if found:
+        return found[-1]
+    if not (named / FOLDER).is_dir() and not (named / RECIPE).is_file():
+        return named
+    raise CheckpointError(
+        f"--resume {named}: the run there was stopped before its first checkpoint, so there is nothing to go on from; "
+        "start it anew, without --resume, with another --out or after deleting that folder"
+    )
 
 
 def read_checkpoint(path: Path) -> Saved:

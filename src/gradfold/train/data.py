@@ -10,15 +10,17 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from .chat_template import ChatTemplate
 from .errors import DataError
+from .objective import as_tensors
 from .packing import Batch, Window, build_batch, cut_windows
 from .readers import read_rows
 from .recipe import Recipe
 from .shapes import DataRow, Shape
 from .tokens import ENCODING, Tokens, encode_prompt, encode_rows
+
+__all__ = ["Data", "as_tensors", "prepare_data", "split_rows"]
 
 SAMPLE_PROMPT_TOKENS = 24
 
@@ -69,6 +71,34 @@ class Data:
         parts = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
         return [build_batch(self.tokens, [self.train[i] for i in part], self.pad_id) for part in parts]
 
+    def left_out(self, limit: int) -> list[str]:
+        """What became of rows that are not trained as they are, a sentence for each kind."""
+        held = [] if self.held_out_tokens is self.tokens else [self.held_out_tokens]
+        said = []
+
+        def count(name: str) -> int:
+            return sum(getattr(tokens, name) for tokens in (self.tokens, *held))
+
+        if number := count("dropped"):
+            said.append(f"{_rows(number)} left out: over sequence_length = {limit} tokens (text.too_long = drop)")
+        if number := count("truncated"):
+            lost = f"; {count('cut_away'):,} of them had nothing to learn left" if count("cut_away") else ""
+            said.append(f"{_rows(number)} cut to sequence_length = {limit} tokens (text.too_long = truncate){lost}")
+        if number := count("skipped") - count("cut_away"):
+            said.append(f"{_rows(number)} left out: empty, or nothing to learn in them")
+        return said
+
+    def largest_step(self) -> int:
+        """The number of a step of the first epoch whose micro-batches are as large as any's."""
+        sizes = np.array([sum(stop - start for start, stop in window) for window in self.train])
+        order = _order(self.seed, 0, len(self.train))
+        # of each micro-batch as many tokens as its longest sequence pads it to
+        tokens = [
+            (sizes[order[at : at + self.batch_size]].max() * len(order[at : at + self.batch_size]), at)
+            for at in range(0, len(order), self.batch_size)
+        ]
+        return max(tokens)[1] // (self.batch_size * self.accumulate)
+
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""
         chunks = [self.held_out[at : at + self.batch_size] for at in range(0, len(self.held_out), self.batch_size)]
@@ -106,9 +136,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     options |= {"now": now, "encoding": encoding}
     tokens = encode_rows(noting_shapes(read_rows(recipe.data), shapes), tokenizer, **options)
     if not len(tokens):
-        raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn (all are empty"
-                        + (" or of weight 0" if marked else "")
-                        + (" or too long)" if text.too_long != "error" else ")"))  # fmt: skip
+        raise DataError(f"{', '.join(recipe.data)}: no row has anything to learn ({_why_none(tokens, marked, limit)})")
     if text.held_out_data:
         held_out_tokens = encode_rows(
             noting_shapes(read_rows(text.held_out_data), held_out_shapes), tokenizer, **options
@@ -149,6 +177,17 @@ def prepare_data(recipe: Recipe, tokenizer: Any, now: datetime | None = None, en
     )
 
 
+def _why_none(tokens: Tokens, marked: bool, limit: int) -> str:
+    reasons = []
+    if tokens.skipped > tokens.cut_away or not (tokens.dropped or tokens.cut_away):
+        reasons.append("empty or of weight 0" if marked else "empty")
+    if tokens.dropped:
+        reasons.append(f"over sequence_length = {limit} tokens, and text.too_long = drop")
+    if tokens.cut_away:
+        reasons.append(f"cut to sequence_length = {limit} tokens, before anything that is learned")
+    return f"all are {', or '.join(reasons)}"
+
+
 def split_rows(tokens: Tokens, fraction: float, seed: int) -> tuple[list[Range], list[Range]]:
     """Split into (train, held out), as token ranges.
 
@@ -173,12 +212,8 @@ def split_rows(tokens: Tokens, fraction: float, seed: int) -> tuple[list[Range],
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
-def as_tensors(batch: Batch, device: torch.device, packing: bool) -> dict[str, torch.Tensor]:
-    """The model's keyword arguments, each int64 [B, S]. Positions are passed only where rows share a sequence."""
-    arrays = {"input_ids": batch.input_ids, "labels": batch.labels}
-    if packing:
-        arrays["position_ids"] = batch.position_ids
-    return {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
+def _rows(number: int) -> str:
+    return f"{number:,} rows were" if number > 1 else "1 row was"
 
 
 def _all_rows(tokens: Tokens) -> list[Range]:

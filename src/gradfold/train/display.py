@@ -51,7 +51,6 @@ class Display:
         """What is about to be trained, on what, for how long."""
         recipe, data = run.recipe, run.data
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
         tokens = int(data.tokens.starts[-1])
         epochs = run.steps / data.steps_per_epoch
         if not recipe.fold:
@@ -63,7 +62,7 @@ class Display:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column()
-        millions = f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+        millions = _trained(run, parameters)
         grid.add_row("model", f"{escape(recipe.model)}, {millions}, {recipe.dtype} on {run.device}")
         sizes = f"{len(data.tokens):,} rows, {tokens:,} tokens"
         sequences = f"{len(data.train):,} training and {len(data.held_out):,} held-out sequences"
@@ -77,8 +76,8 @@ class Display:
             grid.add_row("working set", working_set)
         grid.add_row("results", escape(str(run.out)))
         self.console.print(grid)
-        if skipped := data.tokens.skipped:
-            self.note(f"{skipped:,} rows were left out: empty, or nothing to learn in them")
+        for what in data.left_out(recipe.sequence_length):
+            self.note(what)
         if run.progress.step:
             self.console.print(f"continuing after step {run.progress.step}")
 
@@ -150,7 +149,7 @@ class Bar:
 
     def stepped(self, record: dict[str, Any]) -> None:
         """Show one step's metrics."""
-        peak = record.get("peak_cuda_bytes") or record["peak_rss_bytes"]
+        peak = record.get("peak_cuda_bytes") or record.get("peak_anonymous_bytes") or record["peak_rss_bytes"]
         speed = f"{record['tokens_per_s']:,.0f} tok/s"
         norm = "" if record["grad_norm"] is None else f"  grad norm {record['grad_norm']:#.3g}"
         if record.get("skipped"):
@@ -171,6 +170,17 @@ def _printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
+def _trained(run: Run, parameters: int) -> str:
+    """How many of the parameters train: all along, or in each turn of a working set."""
+    per_turn = [] if run.fold is None else run.fold.trained_per_turn()
+    if per_turn:
+        least, most = (f"{count / 1e6:.1f}" for count in (min(per_turn), max(per_turn)))
+        counts = most if least == most else f"{least} to {most}"
+        return f"{counts} M of {parameters / 1e6:.1f} M parameters trained in each of {len(per_turn)} turns"
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    return f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
 
@@ -185,11 +195,17 @@ def _clipping(gradient: GradientRecipe) -> str:
     return ", ".join(parts)
 
 
+def _peak(summary: dict[str, Any]) -> str:
+    if anonymous := summary["peak_anonymous_bytes"]:
+        return f"peak anonymous memory of the process {format_bytes(anonymous)} (files that are mapped come on top)"
+    return f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}"
+
+
 def _totals(summary: dict[str, Any]) -> str:
     parts = [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['training_s']:,.0f} s "
         f"({summary['tokens_per_s']:,.0f} tokens/s)",
-        f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}",
+        _peak(summary),
     ]
     if skipped := summary["skipped_steps"]:
         parts.append(f"{skipped:,} of the steps with gradients that were not finite and reached no weight")

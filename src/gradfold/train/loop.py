@@ -70,7 +70,9 @@ def _measure_before(run: Run, metrics: MetricsLog, display: Display, stop: StopR
     with display.waiting("measuring the held-out loss before training"):
         loss, sample = evaluate(run, lambda: bool(stop))
     if stop:
-        raise Interrupted("stopped before the first step; nothing was trained", None)
+        raise Interrupted(
+            "stopped before the first step; nothing was trained and there is nothing to --resume: start it again", None
+        )
     run.progress.before = {"held_out_loss": loss, "sample": sample}
     if loss is not None:
         metrics.write(step=0, held_out_loss=loss)
@@ -81,16 +83,16 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
     """All steps that are left. Returns the last checkpoint."""
     recipe, progress = run.recipe, run.progress
     checkpoint = saved.path if saved is not None and saved.is_of(run.out) else None
-    meter = MemoryMeter(run.device)
+    meter = MemoryMeter(run.device, mapped=recipe.working_set.offload == "disk")
     meter.reset()
-    with display.progress(run) as bar:
+    with meter.watching(), display.progress(run) as bar:
         while progress.step < run.steps and not stop:
             record = _step(run, progress, meter)
             metrics.write(**record)
             bar.stepped(record)
             done, last = progress.step, progress.step == run.steps
             if _due(recipe.evaluation.interval_steps, done) and not last:
-                loss = held_out_loss(run.model, run.data, run.device, recipe.text.packing, lambda: False)
+                loss = held_out_loss(run, lambda: False)
                 if loss is not None:
                     metrics.write(step=done, held_out_loss=loss)
                     bar.measured(done, loss)
@@ -118,6 +120,7 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
     progress.tokens += tokens
     progress.seconds += seconds
     progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory["peak_rss_bytes"])
+    progress.peak_anonymous_bytes = max(progress.peak_anonymous_bytes, memory.get("peak_anonymous_bytes", 0))
     progress.peak_cuda_bytes = max(progress.peak_cuda_bytes, memory.get("peak_cuda_bytes", 0))
     return {
         "step": progress.step,

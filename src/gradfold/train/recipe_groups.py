@@ -82,31 +82,31 @@ class OptimizerFields:
     weight_decay: float = 0.0
     """Weight decay, of all weights but norms and biases, as the optimizer defines it."""
     betas: tuple[float, float] | None = None
-    """Decay rates (betas) of the first and second moment."""
+    """Decay rates (betas) of the first and second moment. None: the optimizer's default."""
     eps: float | None = None
-    """Epsilon, added to the denominator."""
+    """Epsilon, added to the denominator. None: the optimizer's default."""
     momentum: float | None = None
-    """SGD and RMSprop: momentum factor."""
+    """SGD and RMSprop: momentum factor. None: the optimizer's default."""
     dampening: float | None = None
-    """SGD: dampening of the momentum."""
+    """SGD: dampening of the momentum. None: the optimizer's default."""
     nesterov: bool | None = None
-    """SGD: Nesterov momentum."""
+    """SGD: Nesterov momentum. None: the optimizer's default."""
     alpha: float | None = None
-    """RMSprop: smoothing constant."""
+    """RMSprop: smoothing constant. None: the optimizer's default."""
     centered: bool | None = None
-    """RMSprop: divide by the variance."""
+    """RMSprop: divide by the variance. None: the optimizer's default."""
     lr_decay: float | None = None
-    """Adagrad: decay of the learning rate."""
+    """Adagrad: decay of the learning rate. None: the optimizer's default."""
     initial_accumulator_value: float | None = None
-    """Adagrad: initial value of the sums of squares."""
+    """Adagrad: initial value of the sums of squares. None: the optimizer's default."""
     momentum_decay: float | None = None
-    """NAdam: decay of the momentum."""
+    """NAdam: decay of the momentum. None: the optimizer's default."""
     decoupled_weight_decay: bool | None = None
-    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW."""
+    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW. None: the optimizer's default."""
     amsgrad: bool | None = None
-    """Adam and AdamW: use the AMSGrad variant."""
+    """Adam and AdamW: use the AMSGrad variant. None: the optimizer's default."""
     maximize: bool | None = None
-    """Maximize the objective instead of minimizing it."""
+    """Maximize the objective instead of minimizing it. None: the optimizer's default."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from .model import (
     load_tokenizer,
     quiet_transformers,
 )
+from .objective import NextToken
 from .optimizer import make_optimizer, parameter_groups
 from .readers import find_file
 from .recipe import Recipe
@@ -67,6 +68,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     check_length(model, recipe)
     check_tokens(model, data, tokenizer, recipe)
     check_packing(model, recipe)
+    objective = NextToken(recipe.text.packing)
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
     progress = saved.progress if saved else Progress(data_sha256=data.sha256, encoding=ENCODING)
     progress.rendered_at = data.rendered_at
@@ -86,7 +88,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except BaseException:
         forget_states(fold, out)
         raise
-    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
+    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress, objective)
 
 
 def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:

@@ -29,7 +29,8 @@ class Tokens:
 
     `ids`: int32 [T]. `learned`: bool [T], whether the token is a target. `starts`: int64 [R + 1].
     `is_document`: bool [R], a `text` row, which may be cut anywhere. `skipped`: rows that had nothing to learn.
-    `unread`: columns that nothing reads -> where the first one stands.
+    `dropped`, `truncated`: those that were too long, and left out or cut. `unread`: columns that nothing reads -> where
+    the first one stands.
     """
 
     ids: np.ndarray
@@ -38,6 +39,9 @@ class Tokens:
     is_document: np.ndarray
     skipped: int
     unread: dict[str, str] = field(default_factory=dict)
+    dropped: int = 0
+    truncated: int = 0
+    cut_away: int = 0  # both truncated and skipped: nothing to learn was left
 
     def __len__(self) -> int:
         return len(self.is_document)
@@ -74,7 +78,7 @@ def encode_rows(
         ModelError: the tokenizer has no chat template.
     """
     ids, learned, starts, documents = array("i"), bytearray(), array("q", [0]), bytearray()
-    skipped = 0
+    skipped = dropped = truncated = cut_away = 0
     unread: dict[str, str] = {}
     template = ChatTemplate(tokenizer, now)
     encode_batch = _encode_batch if encoding == ENCODING else earlier.encode_batch
@@ -90,10 +94,13 @@ def encode_rows(
                         f"{row.where}: has {len(row_ids)} tokens, over sequence_length = {limit}; raise it, "
                         "or set text.too_long to truncate or drop"
                     )
-                if too_long == "truncate":
-                    row_ids, row_learned = row_ids[:limit], row_learned[:limit]
-                else:
-                    row_ids, row_learned = [], []
+                if too_long == "drop":
+                    dropped += 1
+                    continue
+                if any(row_learned[1:]):  # else it would have been left out at any length
+                    truncated += 1
+                    cut_away += not any(row_learned[1:limit])
+                row_ids, row_learned = row_ids[:limit], row_learned[:limit]
             if not any(row_learned[1:]):  # nothing comes before the first token to tell it from
                 skipped += 1
                 continue
@@ -108,6 +115,9 @@ def encode_rows(
         np.frombuffer(bytes(documents), dtype=bool),
         skipped,
         unread,
+        dropped,
+        truncated,
+        cut_away,
     )
 
 
