@@ -73,4 +73,6 @@ def overlay(base: Recipe, fields: dict[str, Any]) -> Recipe:
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if fields.get(name) is not None and other not in fields:
             fields = {**fields, other: None}
+    if "data" in fields and "data_weights" not in fields:  # other files: the weights were not theirs
+        fields = {**fields, "data_weights": ()}
     return unflatten(fields, base)

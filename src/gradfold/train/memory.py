@@ -22,7 +22,7 @@ def trace_memory(run: Run) -> dict[str, StepMemory]:
     Raises whatever the model's code raises on fake tensors.
     """
     recipe = run.recipe
-    batches = run.data.batches(run.data.largest_step())
+    batches = run.data.largest_batches()
     settings = recipe.plan_settings()
     settings = dataclasses.replace(settings, fold=True, accumulate=len(batches))
     workload = Workload(

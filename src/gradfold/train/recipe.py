@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head
 
+from .columns import check_columns
 from .errors import RecipeError
 from .recipe_groups import (
     CheckpointRecipe,
     EvaluationRecipe,
     GradientRecipe,
     OptimizerRecipe,
+    PreferenceRecipe,
     ScheduleRecipe,
     TextRecipe,
     WorkingSetRecipe,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
 
 
+MOST_WEIGHT = 1000.0
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 """The devices that a recipe may name; whether there is one is seen when the run begins."""
 
@@ -38,6 +41,11 @@ class Recipe:
     """Model: a folder, a .gguf file, a hub id, or `smollm2` (SmolLM2-135M-Instruct, from a package)."""
     data: tuple[str, ...] = ("pydoc",)
     """Training data: files (.jsonl .json .csv .parquet .txt), or `pydoc` (Python's own documentation, 465 KB)."""
+    data_weights: tuple[float, ...] = ()
+    """How often each row of each file is seen in an epoch (2: twice; 0.5: in every other). With streaming, the parts
+    of the mixture. Empty: once."""
+    columns: tuple[str, ...] = ()
+    """Data with other names: OURS=THEIRS, as in prompt=question completion=answer; role= and content= for messages."""
     out: str | None = None
     """Output folder; must be new or empty. None: a new folder under runs/."""
     fold: bool = True
@@ -61,6 +69,7 @@ class Recipe:
     seed: int = 0
     """Random seed for the held-out split, data order and dropout."""
     text: TextRecipe = field(default_factory=TextRecipe)
+    preference: PreferenceRecipe = field(default_factory=PreferenceRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     gradient: GradientRecipe = field(default_factory=GradientRecipe)
     working_set: WorkingSetRecipe = field(default_factory=WorkingSetRecipe)
@@ -74,6 +83,24 @@ class Recipe:
             raise refused(self, "model", "name a folder, a .gguf file or a hub id")
         if not self.data or not all(self.data):
             raise refused(self, "data", "name at least one file, or `pydoc`")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise RecipeError(
+                f"data_weights = {list(self.data_weights)!r}: {len(self.data_weights)} weights for {len(self.data)} "
+                "files in data; give one for each"
+            )
+        if not all(0 < weight <= MOST_WEIGHT for weight in self.data_weights):
+            raise refused(self, "data_weights", f"give numbers above 0, up to {MOST_WEIGHT:,}")
+        check_columns(self.columns)
+        if self.text.streaming and self.steps is None:
+            raise RecipeError(
+                "text.streaming = True: how many steps an epoch has is not known before all is read; give steps, "
+                "not epochs"
+            )
+        if self.text.streaming and not self.text.held_out_data and self.text.held_out and not self.evaluation.sequences:
+            raise RecipeError(
+                "evaluation.sequences = 0 with text.streaming = True: held-out rows are looked for before training; "
+                "say how many sequences, or give text.held_out_data"
+            )
         if self.out == "":
             raise refused(self, "out", "name a folder, or leave it out")
         if self.steps is not None and self.epochs is not None:

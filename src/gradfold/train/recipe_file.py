@@ -135,16 +135,32 @@ def _collect(tree: Any, group: str, values: dict[str, Any]) -> None:
         dotted = f"{group}.{key}" if group else str(key)
         if not group and key in groups:
             _collect(value, str(key), values)
+        elif dotted == "data" and isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            values["data"], values["data_weights"] = _weighted(value)
         elif dotted not in known:
             raise RecipeError(f"unknown field {shown(dotted)[1:-1]}{did_you_mean(dotted, [*known, *groups])}")
         else:
             values[dotted] = _leaf(known[dotted], value, dotted)
 
 
+def _weighted(entries: list[Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """`data: [{path: a.jsonl, weight: 2}, b.jsonl]` as paths and weights."""
+    paths, weights = [], []
+    for number, entry in enumerate(entries, 1):
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or "path" not in entry or entry.keys() - {"path", "weight"}:
+            raise RecipeError(f"data entry {number} = {shown(entry)}: give a path, or {{path: ..., weight: ...}}")
+        paths.append(conform(str, entry["path"], f"data entry {number}: path"))
+        weights.append(conform(float, entry.get("weight", 1.0), f"data entry {number}: weight"))
+    return tuple(paths), tuple(weights)
+
+
 def _leaf(annotation: Any, value: Any, dotted: str) -> Any:
     # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), and everyone writes learning rates so.
     if isinstance(value, str) and annotation in (float, float | None):
         return from_words(annotation, [value], dotted)
+    if dotted == "columns" and isinstance(value, dict):
+        return tuple(f"{ours}={theirs}" for ours, theirs in value.items())
     # One file needs no brackets.
     if isinstance(value, str) and annotation == tuple[str, ...]:
         return (value,)

@@ -62,6 +62,12 @@ class TextRecipe:
     """Fraction of rows held out for evaluation. 0: none."""
     held_out_data: tuple[str, ...] = ()
     """Evaluation files, instead of a held-out fraction of the data."""
+    streaming: bool = False
+    """Read the data while training, for files larger than memory. Needs steps; rows mix within the buffer only."""
+    buffer: int = 4096
+    """Number of rows that are read, shuffled and packed together with streaming; fewer if they are very long."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's: a jinja file, or the template itself. None: the tokenizer's."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -69,6 +75,29 @@ class TextRecipe:
             raise refused(self, "held_out_data", "name files, or leave it out")
         if not 0 <= self.held_out < 1:
             raise refused(self, "held_out", "give a fraction from 0 (nothing held out) to below 1")
+        require_at_least(self, 1, "buffer")
+
+
+@dataclass(frozen=True)
+class PreferenceRecipe:
+    """Preference optimization (DPO), for data with `chosen` and `rejected`. Other data has no use for it."""
+
+    GROUP: ClassVar[str] = "preference"
+
+    beta: float = 0.1
+    """Strength of the tie to the reference model: the larger, the nearer."""
+    label_smoothing: float = 0.0
+    """Fraction of the pairs whose order is taken to be wrong, below 0.5."""
+    reference: Literal["precomputed", "frozen"] = "precomputed"
+    """Log-probabilities under the reference, the model that the run begins with. precomputed: once, before training, or
+    from the data's columns. frozen: in each step, by a copy that stays in memory."""
+
+    def __post_init__(self) -> None:
+        conform_fields(self, self.GROUP)
+        if not self.beta > 0:
+            raise refused(self, "beta", "give a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise refused(self, "label_smoothing", "give a fraction from 0 to below 0.5")
 
 
 @dataclass(frozen=True)

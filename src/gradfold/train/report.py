@@ -46,7 +46,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         "optimizer": recipe.optimizer.name,
         "folded": recipe.fold,
         "steps": progress.step,
-        "epochs": progress.step / run.data.steps_per_epoch,
+        "epochs": progress.step / run.data.steps_per_epoch if run.data.steps_per_epoch else None,
         "skipped_steps": progress.skipped_steps,
         "tokens": progress.tokens,
         "training_s": progress.seconds,
