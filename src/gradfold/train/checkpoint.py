@@ -37,6 +37,7 @@ from .state import pack, pack_optimizer, pack_random, restore_random, unpack, un
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
 STATES, TRAINER, RECIPE = "optimizer.safetensors", "trainer.json", "recipe.yaml"
+REFERENCES = ("preference/reference", "preference/reference_held_out")
 NAME = r"step-\d{6,}"
 
 
@@ -46,7 +47,8 @@ class Progress:
 
     `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl. `rendered_at`: the time
     that the chat template was told, empty if it does not ask. `encoding`: which way rows became tokens
-    (`tokens.ENCODING`); checkpoints of 0.1 do not say.
+    (`tokens.ENCODING`); checkpoints of 0.1 do not say. `stream`: the place in data that is streamed.
+    `reference_sha256`: of a frozen reference model.
     """
 
     step: int = 0
@@ -61,6 +63,8 @@ class Progress:
     peak_anonymous_bytes: int = 0
     peak_cuda_bytes: int = 0
     before: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
+    reference_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,21 @@ def save_checkpoint(
     recipe: Recipe,
     progress: Progress,
     fold: Any = None,
+    references: tuple[Any, Any] = (None, None),
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 
-    `fold`: None where the model is not folded. Raises CheckpointError if it cannot be written; nothing has changed
-    then.
+    `fold`: None where the model is not folded. `references`: log-probabilities under a reference model. Raises
+    CheckpointError if it cannot be written; nothing has changed then.
     """
     target = folder / f"step-{progress.step:06d}"
     tensors, optimizer_tree = pack_optimizer(optimizer, model)
     random_tensors, random_tree = pack_random(model.device)
     scheduler_tree = pack(scheduler.state_dict(), "scheduler", tensors)
     tensors |= random_tensors
+    for name, values in zip(REFERENCES, references, strict=True):
+        if values is not None:
+            tensors[name] = torch.from_numpy(values).clone()
     trainer = {
         "progress": asdict(progress),
         "optimizer": optimizer_tree,

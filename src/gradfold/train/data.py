@@ -81,7 +81,7 @@ class Data:
         size = self.batch_size * self.accumulate
         chosen = self._order(epoch)[within * size : (within + 1) * size]
         parts = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
-        return [self._build(self.tokens, [self.train[i] for i in part], self.references[0]) for part in parts]
+        return [self.build(self.tokens, [self.train[i] for i in part], self.references[0]) for part in parts]
 
     def largest_batches(self) -> list[Batch]:
         """The batches of a step of the first epoch that take as much memory as any step's."""
@@ -98,7 +98,7 @@ class Data:
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""
         chunks = [self.held_out[at : at + self.batch_size] for at in range(0, len(self.held_out), self.batch_size)]
-        return [self._build(self.held_out_tokens, chunk, self.references[1]) for chunk in chunks]
+        return [self.build(self.held_out_tokens, chunk, self.references[1]) for chunk in chunks]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must say of the place in the data: nothing, as batches follow from the step's number."""
@@ -107,7 +107,8 @@ class Data:
     def _order(self, epoch: int) -> np.ndarray:
         return _weighted_order(self.seed, epoch, self) if self.weights else _order(self.seed, epoch, len(self.train))
 
-    def _build(self, tokens: Tokens, windows: list[Window], reference: np.ndarray | None) -> Batch:
+    def build(self, tokens: Tokens, windows: list[Window], reference: np.ndarray | None) -> Batch:
+        """Sequences side by side. `reference`: of each row of `tokens`."""
         if self.paired:
             return build_pairs(tokens, windows, self.pad_id, reference)
         return build_batch(tokens, windows, self.pad_id)

@@ -37,6 +37,7 @@ def held_out_loss(run: Run, stop: Callable[[], bool]) -> float | None:
                 return None
             total += objective.loss(model, objective.inputs(batch, run.device)).item() * batch.targets
             targets += batch.targets
+    objective.figures()  # those of a measurement are not a step's
     return total / targets
 
 

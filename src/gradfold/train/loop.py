@@ -132,6 +132,7 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
         "lr": float(lr),
         "tokens": tokens,
         "targets": sum(batch.targets for batch in batches),
+        **run.objective.figures(),
         "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
         **memory,
@@ -141,9 +142,9 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
 def _save(run: Run, metrics: MetricsLog) -> Path:
     metrics.sync()
     run.progress.metrics_lines = metrics.lines
-    return save_checkpoint(
-        run.checkpoints, run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold
-    )
+    run.progress.stream = run.data.state()
+    parts = (run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold)
+    return save_checkpoint(run.checkpoints, *parts, references=getattr(run.data, "references", (None, None)))
 
 
 def _due(interval: int, step: int) -> bool:

@@ -143,13 +143,18 @@ def check_length(model: Any, recipe: Recipe) -> None:
 
 def check_tokens(model: Any, data: Data, tokenizer: Any, recipe: Recipe) -> None:
     """Raises ModelError if the data has token ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = words_of(model)
     largest = max(data.largest_id, *data.sample_ids, 0)
     if largest >= rows:
         raise ModelError(
             f"model {recipe.model}: has embeddings for {rows} tokens, but its tokenizer ({len(tokenizer)} tokens) "
             f"gives token {largest}; the two do not belong together"
         )
+
+
+def words_of(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @torch.no_grad()

@@ -23,6 +23,10 @@ class Objective(Protocol):
         """The loss, 0-d."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """What else the losses since the last call tell, for the metrics."""
+        ...
+
 
 @dataclass(frozen=True)
 class NextToken:
@@ -37,6 +41,10 @@ class NextToken:
     def loss(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss, 0-d."""
         return model(**inputs, use_cache=False).loss
+
+    def figures(self) -> dict[str, float]:
+        """Nothing more."""
+        return {}
 
 
 def as_tensors(batch: Batch, device: torch.device, packing: bool) -> dict[str, Tensor]:

@@ -53,7 +53,9 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "train_loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "held_out_loss": _pair(before.get("held_out_loss"), loss),
-        "held_out_perplexity": _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
+        "held_out_perplexity": _pair(None, None)
+        if run.data.paired
+        else _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
         "peak_rss_bytes": progress.peak_rss_bytes,
         "peak_anonymous_bytes": progress.peak_anonymous_bytes or None,
         "peak_cuda_bytes": progress.peak_cuda_bytes or None,
