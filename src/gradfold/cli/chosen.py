@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradfold.train.errors import RecipeError
-from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe import DEFAULTS, DEMO, Recipe
 from gradfold.train.recipe_file import flatten, load_fields, unflatten
 
 
@@ -65,7 +65,7 @@ def choose_recipe(config: str | None, given: dict[str, Any], flags: Mapping[str,
 
 def base_recipe(config: str | None, given: dict[str, Any]) -> Recipe:
     """What the rest is laid over: the demo, unless something of one's own is trained."""
-    return Recipe() if config or "model" in given or "data" in given else DEMO
+    return DEFAULTS if config or "model" in given or "data" in given else DEMO
 
 
 def overlay(base: Recipe, fields: dict[str, Any]) -> Recipe:

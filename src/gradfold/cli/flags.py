@@ -32,10 +32,11 @@ def with_flags(message: str) -> str:
     """A message with the flags of the recipe's fields that it names, where it does not name them itself."""
     flags = []
     for dotted in field_types():
-        # a word such as `data` or `steps` is a field's name only where its value follows
-        ending = r"(?![\w.-]*\w)" if "." in dotted or "_" in dotted else r" = "
         flag = flag_of(dotted)
-        if re.search(rf"(?<![\w.-]){re.escape(dotted)}{ending}", message) and not re.search(rf"{flag}\b", message):
+        if flag == f"--{dotted}" and "." not in dotted:  # nobody misses the flag of `steps`
+            continue
+        named = re.search(rf"(?<![\w.-]){re.escape(dotted)}(?![\w-]|\.\w)", message)
+        if named and not re.search(rf"{flag}\b", message):
             flags.append(flag)
     if not flags or len(flags) > MOST_FLAGS:
         return message

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gradfold.train.errors import RecipeError
-from gradfold.train.recipe import Recipe
+from gradfold.train.recipe import DEFAULTS, Recipe
 
 from .chosen import Chosen, choose_recipe, take_shorter
 from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     """Plan; returns the exit code. Raises PlanError, FoldError or TrainError."""
     words = list(arguments)
     if "-h" in words or "--help" in words:
-        print_help(PlanCommand, PlanCommand(Recipe()), PLAN_COMMAND)
+        print_help(PlanCommand, PlanCommand(DEFAULTS), PLAN_COMMAND)
         return 0
     options, chosen = _read(words)
     if options.plot is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradfold.planner.presets import preset_of
-from gradfold.train.recipe import DEMO, Recipe
+from gradfold.train.recipe import DEFAULTS, DEMO, Recipe
 from gradfold.train.recipe_file import flatten, unflatten
 
 from .flags import flag_of
@@ -45,7 +45,7 @@ def recipe_of(recipe: Recipe, settings: Settings) -> Recipe:
 
 def train_line(recipe: Recipe) -> str:
     """The command in one line, for a shell."""
-    values, defaults = flatten(recipe), flatten(Recipe())
+    values, defaults = flatten(recipe), flatten(DEFAULTS)
     values["model"] = _model_to_train(recipe.model)
     words = ["gradfold", "train"]
     for name in (*ALWAYS, *(name for name in values if name not in ALWAYS)):

@@ -12,7 +12,7 @@ import tyro
 
 from gradfold.train.errors import CheckpointError, RecipeError
 from gradfold.train.readers import SUFFIXES
-from gradfold.train.recipe import Recipe
+from gradfold.train.recipe import DEFAULTS, Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
 from .chosen import base_recipe, choose_recipe, overlay, take_shorter
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code. Raises TrainError."""
     words = _with_latest(arguments)
     if "-h" in words or "--help" in words:
-        print_help(TrainCommand, TrainCommand(Recipe()), TRAIN_COMMAND)
+        print_help(TrainCommand, TrainCommand(DEFAULTS), TRAIN_COMMAND)
         return 0
     given = given_fields(words, EXTRA)
     extra = {name: given.pop(name) for name in EXTRA if name in given}

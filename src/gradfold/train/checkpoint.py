@@ -60,7 +60,6 @@ class Progress:
     encoding: int = 1
     metrics_lines: int = 0
     peak_rss_bytes: int = 0
-    peak_anonymous_bytes: int = 0
     peak_cuda_bytes: int = 0
     before: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)

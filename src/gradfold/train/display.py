@@ -150,7 +150,7 @@ class Bar:
 
     def stepped(self, record: dict[str, Any]) -> None:
         """Show one step's metrics."""
-        peak = record.get("peak_cuda_bytes") or record.get("peak_anonymous_bytes") or record["peak_rss_bytes"]
+        peak = record.get("peak_cuda_bytes") or record["peak_rss_bytes"]
         speed = f"{record['tokens_per_s']:,.0f} tok/s"
         norm = "" if record["grad_norm"] is None else f"  grad norm {record['grad_norm']:#.3g}"
         if record.get("skipped"):
@@ -238,9 +238,10 @@ def _clipping(gradient: GradientRecipe) -> str:
 
 
 def _peak(summary: dict[str, Any]) -> str:
-    if anonymous := summary["peak_anonymous_bytes"]:
-        return f"peak anonymous memory of the process {format_bytes(anonymous)} (files that are mapped come on top)"
-    return f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}"
+    size = format_bytes(summary["peak_rss_bytes"])
+    if summary["peak_rss_is_of"] == "anonymous memory":
+        return f"peak anonymous memory of the process {size} (without the files that are mapped)"
+    return f"peak memory of the process {size}"
 
 
 def _totals(summary: dict[str, Any]) -> str:

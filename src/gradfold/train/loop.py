@@ -120,7 +120,6 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
     progress.tokens += tokens
     progress.seconds += seconds
     progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory["peak_rss_bytes"])
-    progress.peak_anonymous_bytes = max(progress.peak_anonymous_bytes, memory.get("peak_anonymous_bytes", 0))
     progress.peak_cuda_bytes = max(progress.peak_cuda_bytes, memory.get("peak_cuda_bytes", 0))
     return {
         "step": progress.step,

@@ -107,7 +107,7 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self._cuda)
 
     def read(self) -> dict[str, int]:
-        """`rss_bytes`, `peak_rss_bytes`; where files are mapped `peak_anonymous_bytes`; on CUDA `peak_cuda_bytes`."""
+        """`rss_bytes`, `peak_rss_bytes`: of anonymous memory where files are mapped; on CUDA also `peak_cuda_bytes`."""
         found = {}
         with contextlib.suppress(OSError):
             status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
@@ -115,8 +115,9 @@ class MemoryMeter:
         peak = found.get("VmHWM") or _peak_of_process()
         memory = {"rss_bytes": found.get("VmRSS", peak), "peak_rss_bytes": peak}
         if self._mapped:
-            self._most_anonymous = max(self._most_anonymous, _anonymous_bytes() or 0)
-            memory["peak_anonymous_bytes"] = self._most_anonymous
+            now = _anonymous_bytes() or 0
+            self._most_anonymous = max(self._most_anonymous, now)
+            memory = {"rss_bytes": now, "peak_rss_bytes": self._most_anonymous}
         if self._cuda:
             memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(self._cuda)
         return memory

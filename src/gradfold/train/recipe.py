@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 MOST_WEIGHT = 1000.0
+ReportTo = Literal["wandb", "tensorboard", "trackio"]
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 """The devices that a recipe may name; whether there is one is seen when the run begins."""
 
@@ -68,6 +69,10 @@ class Recipe:
     """Gradient (activation) checkpointing: recompute activations in backward instead of keeping them."""
     seed: int = 0
     """Random seed for the held-out split, data order and dropout."""
+    report_to: tuple[ReportTo, ...] = ()
+    """Also log metrics to wandb, tensorboard or trackio, each a package of its own. Empty: only to metrics.jsonl."""
+    push_to_hub: str | None = None
+    """Hub id, ORG/NAME, to which the model goes when the run has ended, with a model card. None: it stays here."""
     text: TextRecipe = field(default_factory=TextRecipe)
     preference: PreferenceRecipe = field(default_factory=PreferenceRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -91,6 +96,19 @@ class Recipe:
         if not all(0 < weight <= MOST_WEIGHT for weight in self.data_weights):
             raise refused(self, "data_weights", f"give numbers above 0, up to {MOST_WEIGHT:,}")
         check_columns(self.columns)
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise refused(self, "push_to_hub", "give a hub id, ORG/NAME")
+        if self.checkpoint.keep_best and not self.evaluation.interval_steps:
+            raise RecipeError(
+                "checkpoint.keep_best = True: there is no evaluation while training to tell the best; give "
+                "evaluation.interval_steps"
+            )
+        if (self.checkpoint.keep_best or self.evaluation.patience) and not (
+            self.text.held_out or self.text.held_out_data
+        ):
+            raise RecipeError(
+                "text.held_out = 0 with checkpoint.keep_best or evaluation.patience: nothing is measured; hold rows out"
+            )
         if self.text.streaming and self.steps is None:
             raise RecipeError(
                 "text.streaming = True: how many steps an epoch has is not known before all is read; give steps, "
@@ -156,6 +174,9 @@ class Recipe:
             **self.gradient.gradient_options(),
         )
 
+
+DEFAULTS = Recipe(gradient=GradientRecipe(clip_norm=1.0))
+"""What `gradfold train` and `gradfold plan` begin with, and a recipe file of theirs: clipped, as in other trainers."""
 
 DEMO = Recipe(
     model="smollm2",

@@ -23,7 +23,12 @@ MAY_CHANGE_ON_RESUME = (
     "epochs",
     "evaluation.interval_steps",
     "checkpoint.interval_steps",
+    "evaluation.patience",
+    "evaluation.min_delta",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "report_to",
+    "push_to_hub",
 )
 """Fields that may differ from the recipe a checkpoint was made with."""
 

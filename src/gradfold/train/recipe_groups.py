@@ -304,11 +304,21 @@ class EvaluationRecipe:
     """Prompt of the sample texts before and after training. None: the start of a held-out row."""
     sample_tokens: int = 48
     """Number of tokens per sample. 0: no samples."""
+    patience: int = 0
+    """Early stopping: stop when so many evaluations in a row have not lowered the held-out loss. 0: never."""
+    min_delta: float = 0.0
+    """Early stopping: by how much an evaluation must lower the held-out loss to count."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
-        require_at_least(self, 0, "interval_steps", "sequences")
+        require_at_least(self, 0, "interval_steps", "sequences", "patience")
         require_at_least(self, 0, "sample_tokens", most=100_000)
+        if self.patience and not self.interval_steps:
+            raise refused(self, "patience", "there is no evaluation while training; give evaluation.interval_steps")
+        if self.min_delta < 0:
+            raise refused(self, "min_delta", "give 0 or more")
+        if self.min_delta and not self.patience:
+            raise refused(self, "min_delta", "does nothing without evaluation.patience; say how many evaluations")
 
 
 @dataclass(frozen=True)
@@ -321,6 +331,8 @@ class CheckpointRecipe:
     """Steps between checkpoints. 0: only at the end, and when the run is interrupted."""
     keep: int = 2
     """Number of checkpoints to keep, the newest ones."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest held-out loss; saved at each evaluation that is the best so far."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)

@@ -57,7 +57,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         if run.data.paired
         else _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
         "peak_rss_bytes": progress.peak_rss_bytes,
-        "peak_anonymous_bytes": progress.peak_anonymous_bytes or None,
+        "peak_rss_is_of": "anonymous memory" if recipe.working_set.offload == "disk" else "all memory",
         "peak_cuda_bytes": progress.peak_cuda_bytes or None,
         "step_memory": {
             name: {**step.as_dict(), "most_gradient_bytes": step.most_bytes("gradients")}
