@@ -10,6 +10,8 @@ from gradfold.train.errors import RecipeError
 from gradfold.train.recipe import DEFAULTS, DEMO, Recipe
 from gradfold.train.recipe_file import flatten, load_fields, unflatten
 
+from .say import complain
+
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
@@ -46,21 +48,39 @@ def take_shorter(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, str]
     return flags
 
 
-def choose_recipe(config: str | None, given: dict[str, Any], flags: Mapping[str, str] | None = None) -> Chosen:
+def choose_recipe(
+    config: str | None, given: dict[str, Any], flags: Mapping[str, str] | None = None, foreign: str | None = None
+) -> Chosen:
     """The recipe of a file and flags, laid over the defaults, or over the demo where nothing else is named.
 
     Args:
         config: the recipe file, if one is named.
         given: dotted name -> value of every flag.
         flags: dotted name -> the flag that gave it, where that is not the name itself.
+        foreign: a recipe file of axolotl or LLaMA-Factory, in the place of `config`.
 
     Raises:
         RecipeError: the file cannot be read; a value is out of range.
     """
-    in_file = load_fields(config) if config else {}
+    if config and foreign:
+        raise RecipeError(f"--config {config} and --from {foreign}: both say what to begin with; keep one")
+    in_file = load_fields(config) if config else _translated(foreign) if foreign else {}
+    config = config or foreign
     recipe = overlay(overlay(base_recipe(config, given), in_file), given)
     spelled = {name: f"--{name.replace('_', '-')}" for name in given} | dict(flags or {})
     return Chosen(recipe, dict.fromkeys(in_file, f"recipe {config}") | spelled)
+
+
+def _translated(path: str) -> dict[str, Any]:
+    """The fields of another program's recipe. Says on standard error what has no counterpart here."""
+    from gradfold.train.foreign import load_foreign
+
+    made = load_foreign(path)
+    for note in made.notes:
+        complain(f"{made.program}'s {note}")
+    if made.left_out:
+        complain(f"{made.program}'s {', '.join(made.left_out)}: left out, as they change nothing that is trained")
+    return made.fields
 
 
 def base_recipe(config: str | None, given: dict[str, Any]) -> Recipe:

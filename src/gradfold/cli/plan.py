@@ -51,6 +51,8 @@ class PlanCommand:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
     """Recipe file (YAML) to start from; other flags override it. None: no file."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Recipe file of axolotl or LLaMA-Factory (YAML) to start from; other flags override it. None: no file."""
     tokens: int | None = None
     """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full. None: not given."""
     batch: int | None = None
@@ -75,6 +77,7 @@ class PlanCommand:
 
 EXTRA = {
     "config": str | None,
+    "from": str | None,
     "tokens": int | None,
     "batch": int | None,
     "budget": str | None,
@@ -159,7 +162,7 @@ def _read(words: list[str]) -> tuple[PlanCommand, Chosen]:
     given = given_fields(words, EXTRA)
     extra = {name: given.pop(name) for name in EXTRA if name in given}
     flags = take_shorter(given, extra)
-    chosen = choose_recipe(extra.get("config"), given, flags)
+    chosen = choose_recipe(extra.get("config"), given, flags, extra.pop("from", None))
     parsed_again(PlanCommand, PlanCommand(chosen.recipe), words, PLAN_COMMAND)
     return PlanCommand(chosen.recipe, **extra), chosen
 

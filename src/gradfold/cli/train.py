@@ -37,6 +37,8 @@ class TrainCommand:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
     """Recipe file (YAML) to start from; other flags override it. See examples/. None: no file."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Recipe file of axolotl or LLaMA-Factory (YAML) to start from; other flags override it. None: no file."""
     resume: str | None = None
     """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder.
     None: a new run."""
@@ -46,7 +48,7 @@ class TrainCommand:
     """Sequences per micro-batch, the same as --batch-size. None: not given."""
 
 
-EXTRA = {"config": str | None, "resume": str | None, "tokens": int | None, "batch": int | None}
+EXTRA = {"config": str | None, "from": str | None, "resume": str | None, "tokens": int | None, "batch": int | None}
 """Flags beside the recipe's."""
 
 
@@ -61,13 +63,15 @@ def run(arguments: Sequence[str]) -> int:
     take_shorter(given, extra)
     config, resume = extra.get("config"), extra.get("resume")
     out = saved = None
+    if resume and extra.get("from"):
+        raise RecipeError("--from with --resume: a run goes on with its own recipe; leave one of them out")
     if resume:
         in_file = load_fields(config) if config else {}
         saved = _find_saved(resume, {**in_file, **given})
         out = Path(given.get("out") or saved.out())
         recipe = overlay(overlay(saved.recipe, in_file), given)
     else:
-        recipe = choose_recipe(config, given).recipe
+        recipe = choose_recipe(config, given, foreign=extra.get("from")).recipe
     if parsed_again(TrainCommand, TrainCommand(recipe), words, TRAIN_COMMAND).recipe != recipe:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))

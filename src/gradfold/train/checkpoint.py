@@ -48,7 +48,8 @@ class Progress:
     `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl. `rendered_at`: the time
     that the chat template was told, empty if it does not ask. `encoding`: which way rows became tokens
     (`tokens.ENCODING`); checkpoints of 0.1 do not say. `stream`: the place in data that is streamed.
-    `reference_sha256`: of a frozen reference model.
+    `reference_sha256`: of a frozen reference model. `best`: step and held-out loss of the lowest so far; `worse`:
+    evaluations since.
     """
 
     step: int = 0
@@ -63,6 +64,8 @@ class Progress:
     peak_cuda_bytes: int = 0
     before: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    worse: int = 0
     reference_sha256: str = ""
 
 
@@ -151,7 +154,12 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {target}: cannot be written ({one_line(error)}){_last_intact(folder)}"
         ) from error
-    older = [path for path in list_checkpoints(folder) if _step_of(path) < progress.step and _is_ours(path)]
+    best = progress.best.get("step") if recipe.checkpoint.keep_best else None
+    older = [
+        path
+        for path in list_checkpoints(folder)
+        if _step_of(path) < progress.step and _step_of(path) != best and _is_ours(path)
+    ]
     for old in older[: -(recipe.checkpoint.keep - 1) or None]:
         with contextlib.suppress(OSError):  # the new one is complete; the next save tries again
             _io.remove_folder(old)

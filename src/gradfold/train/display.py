@@ -129,6 +129,11 @@ class Display:
         if summary["sample"]["after"] is not None:
             self._samples(summary["sample"])
         self.console.print(f"model      {escape(summary['checkpoint'])}", highlight=False, soft_wrap=True)
+        if best := summary["best"]:
+            said = f"best       {best['checkpoint']} (held-out loss {best['held_out_loss']:.4f})"
+            self.console.print(escape(said), highlight=False, soft_wrap=True)
+        if address := summary.get("pushed_to"):
+            self.console.print(f"pushed     {escape(address)}", highlight=False, soft_wrap=True)
         files = ", ".join([*summary["plots"], "metrics.jsonl", "summary.json"])
         self.console.print(f"results    {escape(str(out))}: {files}", highlight=False, soft_wrap=True)
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ LOOK_S = 0.02
 class MetricsLog:
     """One JSON object a line, each flushed as it is written. Keys: README.md of this folder."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, also: Callable[[dict[str, Any]], None] = lambda record: None):
         self.path = path
+        self._also = also  # trackers
         self.lines = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
         self._file = path.open("a", encoding="utf-8")
 
@@ -34,6 +35,7 @@ class MetricsLog:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         self.lines += 1
+        self._also(values)
 
     def sync(self) -> None:
         """Put all lines on the disk, as a checkpoint that counts on them is about to be."""

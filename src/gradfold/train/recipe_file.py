@@ -76,9 +76,18 @@ def load_recipe(path: str | Path) -> Recipe:
 def load_fields(path: str | Path) -> dict[str, Any]:
     """The dotted fields a recipe file gives, each in its type. Raises RecipeError, naming the file."""
     values: dict[str, Any] = {}
+    tree = load_tree(path)
     try:
-        tree = yaml.load(_read(path), Loader=_Loader)
         _collect(tree, "", values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    return values
+
+
+def load_tree(path: str | Path) -> Any:
+    """What a YAML file holds: no tags of Python's, no key twice, bounded. Raises RecipeError, naming the file."""
+    try:
+        return yaml.load(_read(path), Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -95,7 +104,6 @@ def load_fields(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: is not YAML ({one_line(error)})") from None
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
-    return values
 
 
 def _read(path: str | Path) -> str:
@@ -158,6 +166,13 @@ def _weighted(entries: list[Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
         paths.append(conform(str, entry["path"], f"data entry {number}: path"))
         weights.append(conform(float, entry.get("weight", 1.0), f"data entry {number}: weight"))
     return tuple(paths), tuple(weights)
+
+
+def typed_field(dotted: str, value: Any) -> Any:
+    """A value of a file in the type of the field that it is for. Raises RecipeError."""
+    if value is None or (isinstance(value, int) and field_types()[dotted] is float):
+        return conform(field_types()[dotted], value, dotted)
+    return _leaf(field_types()[dotted], value, dotted)
 
 
 def _leaf(annotation: Any, value: Any, dotted: str) -> Any:

@@ -14,6 +14,7 @@ from gradfold.planner.step import StepMemory
 from .display import Display
 from .errors import one_line
 from .evaluate import as_read, evaluate
+from .hub import CARD, model_card, push
 from .interrupt import Interrupted, StopRequest
 from .memory import trace_memory
 from .metrics import MetricsLog, read_metrics
@@ -69,6 +70,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
             "after": sample,
         },
         "checkpoint": str(checkpoint),
+        "best": _best(run, checkpoint, loss),
     }
     plots = []
     try:
@@ -80,9 +82,29 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
     except MissingMatplotlib as error:
         display.note(str(error))
     summary["plots"] = plots
+    if recipe.push_to_hub is not None:
+        card = model_card(recipe, summary)
+        write_file(run.out / CARD, card)
+        with display.waiting("pushing the model to the hub"):
+            summary["pushed_to"] = push(
+                recipe, Path(summary["best"]["checkpoint"] if summary["best"] else checkpoint), card
+            )
     write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     display.summary(summary, run.out)
     return summary
+
+
+def _best(run: Run, checkpoint: Path, loss: float | None) -> dict[str, Any] | None:
+    """Step, held-out loss and checkpoint of the best, which may be the last; None unless the recipe keeps it."""
+    best = run.progress.best
+    if not run.recipe.checkpoint.keep_best:
+        return None
+    if loss is not None and (not best or loss <= best["loss"]):
+        return {"step": run.progress.step, "held_out_loss": loss, "checkpoint": str(checkpoint)}
+    if not best:
+        return None
+    kept = run.checkpoints / f"step-{best['step']:06d}"
+    return {"step": best["step"], "held_out_loss": best["loss"], "checkpoint": str(kept)}
 
 
 def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:

@@ -24,6 +24,7 @@ from .checkpoint import FOLDER, REFERENCES, Progress, Saved, list_checkpoints, r
 from .data import Data, prepare_data
 from .display import Display
 from .errors import CheckpointError, DataError, ModelError, RecipeError, one_line
+from .hub import check_hub
 from .model import (
     ModelSource,
     check_length,
@@ -45,6 +46,7 @@ from .run import Run
 from .schedule import make_schedule
 from .stream import StreamedData, prepare_stream
 from .tokens import ENCODING
+from .trackers import check_trackers
 
 SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
@@ -58,6 +60,8 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     if saved is not None:
         check_continues(saved, recipe)
     check_out(out, saved)
+    check_trackers(recipe)
+    check_hub(recipe)
     for path in (*recipe.data, *recipe.text.held_out_data):
         if path != "pydoc":
             find_file(path)  # before the model is loaded
@@ -65,6 +69,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     source = find_model(recipe.model) if saved is None else ModelSource(str(saved.path), str(saved.path), None)
     with display.waiting("loading the tokenizer"):
         tokenizer = load_tokenizer(source)
+        use_template(tokenizer, recipe, resumed=saved is not None)
     with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
         if saved is not None:
             data = prepare_data_again(saved, recipe, tokenizer)
@@ -100,6 +105,27 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         forget_states(fold, out)
         raise
     return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress, objective)
+
+
+def use_template(tokenizer: Any, recipe: Recipe, resumed: bool = False) -> None:
+    """Give the tokenizer the chat template that the recipe names. A checkpoint's tokenizer has it already.
+
+    Raises RecipeError if there is no such file.
+    """
+    chosen = recipe.text.chat_template
+    if chosen is None:
+        return
+    if "{" in chosen:
+        tokenizer.chat_template = chosen
+        return
+    try:
+        tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if not resumed:
+            raise RecipeError(
+                f"text.chat_template = {chosen!r}: cannot be read ({one_line(error)}); name a jinja file, or give the "
+                "template itself"
+            ) from None
 
 
 def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:
