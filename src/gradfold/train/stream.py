@@ -32,6 +32,7 @@ BLOCK_CHARACTERS = 2**24
 MOST_SOUGHT = 200_000
 """Rows among which held-out ones are looked for."""
 ENDS_BYTES = 2**20
+BARREN_BLOCKS = 4
 
 
 class StreamedData:
@@ -49,6 +50,7 @@ class StreamedData:
         self.sha256 = _digest_of_files(recipe)
         self.seen = Seen()
         self._largest: list[Batch] = []
+        self._barren = 0
         held = self._held_out()
         self.held_out_tokens, self.held_out = held
         self._queue = _Queue(recipe, self._rows_of)
@@ -119,6 +121,8 @@ class StreamedData:
         carried = [(part["ids"], part["learned"]) for part in state.get("carried", [])]
         self._read(carried)
         self._taken = state.get("taken", 0)
+        while not state and not self._windows:
+            self._next_block()
         if state and state["sha256"] != sha256_of(self._tokens):
             raise CheckpointError(
                 f"{', '.join(self.recipe.data)} no longer gives the tokens this run was at; restore the files, or "
@@ -154,6 +158,9 @@ class StreamedData:
         order = np.random.default_rng((self.seed, 5, self._block)).permutation(len(windows))
         self._tokens, first = _behind(carried, tokens)
         shift = int(self._tokens.starts[-1] - tokens.starts[-1])
+        self._barren = 0 if windows else self._barren + 1
+        if self._barren >= BARREN_BLOCKS:
+            raise DataError(f"{', '.join(self.recipe.data)}: no row of many has anything to learn; see text.too_long")
         self._windows = first + [tuple((a + shift, b + shift) for a, b in windows[i]) for i in order]
 
     def _options(self) -> dict[str, Any]:
