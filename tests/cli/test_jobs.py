@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gradfold.cli.main import main
-from gradfold.planner.step import record_step
+from gradfold.planner.step import MicroBatches, record_step
 from gradfold.train import loop
 from gradfold.train.checkpoint import list_checkpoints
 from tests.train.templates import turns
@@ -86,8 +86,9 @@ def test_chats(place, said, tiny):
 def test_interrupted_killed_and_resumed(place, tiny, said):
     """SIGINT says at once what happens; after kill -9, too, the run ends with the bits of one that was not stopped."""
     chats(place / "chats.jsonl")
-    words = ["train", "--model", str(tiny), "--data", "chats.jsonl", "--steps", "60", "--batch", "2", "--tokens", "64",
-             "--text.too-long", "drop", "--checkpoint.interval-steps", "5", "--checkpoint.keep", "99", *QUIET]  # fmt: skip
+    words = ["train", "--model", str(tiny), "--data", "chats.jsonl", "--steps", "60", "--batch", "2", *QUIET]
+    words += ["--tokens", "64", "--text.too-long", "drop", "--checkpoint.interval-steps", "5"]
+    words += ["--checkpoint.keep", "99"]
     said(*words, "--out", "whole")
     for number, how in ((signal.SIGINT, "sigint"), (signal.SIGKILL, "sigkill")):
         process = subprocess.Popen(
@@ -145,21 +146,17 @@ def measured(monkeypatch):
     peaks = []
 
     def step_weights(run, batches):
-        result = []
 
         def loss(model, batch):
             return run.objective.loss(model, batch)
 
         inputs = [run.objective.inputs(batch, run.device) for batch in batches]
-        from gradfold.planner.step import MicroBatches
-
         memory = record_step(
             run.model, run.optimizer, MicroBatches(inputs), run.fold, loss=loss, micro_batches=len(inputs)
         )
         run.scheduler.step()
         peaks.append(memory.peak_bytes)
-        result = (1.0, None)
-        return result
+        return 1.0, None
 
     monkeypatch.setattr(loop, "step_weights", step_weights)
     return peaks
@@ -198,7 +195,7 @@ def test_the_line_is_complete():
     from gradfold.train.recipe_file import unflatten
 
     fields = {
-        "model": "llama-3.1-8b", "data": ("a b.jsonl", "c"), "data_weights": (2.0, 0.5), "dtype": "bfloat16", "fold": True,
+        "model": "llama-3.1-8b", "data": ("a b.jsonl", "c"), "data_weights": (2.0, 0.5), "dtype": "bfloat16",
         "text.packing": False, "optimizer.betas": (0.9, 0.95), "gradient.clip_norm": None, "working_set.chunks": 16,
         "gradient_checkpointing": True, "evaluation.sample_prompt": "it's", "steps": 7, "text.held_out": 0.1,
     }  # fmt: skip

@@ -31,7 +31,7 @@ from .step import StepMemory
 TRIED_STATES = (None, "int8", "int4")
 CHUNKS = tuple(2**n for n in range(1, 11))
 MARGIN = 0.03
-"""Part of a budget that `gradfold plan` leaves free: what lies between live tensors and a card that is full."""
+"""Part of a budget that `gradfold plan` leaves free."""
 EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
 """States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
 FLOPS, BANDWIDTH, LINK, DISK = 0.4 * 989e12, 0.75 * 3.35e12, 50e9, 5e9
@@ -138,7 +138,7 @@ class _Search:
     ):
         self.subject, self.settings, self.device = subject, settings, device
         self.budget_bytes, self.fixed, self.progress = budget_bytes, fixed, progress
-        self.room_bytes = budget_bytes  # without the margin
+        self.room_bytes = budget_bytes
         self.host_bytes: int | None = None
         self.context_bytes = CONTEXT_BYTES if device == "cuda" else 0
         self.weight_bytes, _ = resting_of(subject, dataclasses.replace(settings, working_set=None))
@@ -150,6 +150,7 @@ class _Search:
         self._predicted: dict[Settings, Predicted] = {}
 
     def run(self) -> SearchResult:
+        self._refuse_hopeless()
         whole = self._whole()
         turning = self._turning()
         choices = self._pick(sorted(whole, key=self._expected_s), "fastest", FASTEST)
@@ -373,22 +374,24 @@ class _Search:
 
     # nothing fits -----------------------------------------------------------------------------------------------------
 
+    def _refuse_hopeless(self) -> None:
+        """Raise PlanError where not even the weights fit, of which no settings can take anything away."""
+        if self.weight_bytes + self.context_bytes > self.budget_bytes:
+            dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
+            context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
+            raise PlanError(
+                f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} alone are "
+                f"{format_bytes(self.weight_bytes)} in {dtype}{context}; give more, or take a smaller model"
+            )
+
     def _too_small(self, least: Choice) -> str:
         budget = f"budget {format_bytes(self.budget_bytes)}"
         if self.room_bytes < self.budget_bytes:
             budget += f" ({format_bytes(self.room_bytes)} of it without the margin)"
-        if self.weight_bytes + self.context_bytes > self.budget_bytes:
-            dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
-            context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
-            return (
-                f"{budget}: the weights of {self.subject.name} alone are {format_bytes(self.weight_bytes)} in {dtype}"
-                f"{context}; give more, or take a smaller model"
-            )
-        host = ""
-        if self.host_bytes is not None and least.predicted.host_bytes > self.host_bytes:
-            host = f" and {format_bytes(least.predicted.host_bytes)} of host memory"
+        host = least.predicted.host_bytes
+        more = f" and {format_bytes(host)} of host memory" if host > (self.host_bytes or host) else ""
         return (
-            f"{budget}: nothing fits; of all that was tried the least is {format_bytes(least.device_bytes)}{host} "
+            f"{budget}: nothing fits; of all that was tried the least is {format_bytes(least.device_bytes)}{more} "
             f"({least.settings.describe()}); give more, fewer tokens, or a smaller model"
         )
 
