@@ -86,14 +86,14 @@ class Data:
     def largest_batches(self) -> list[Batch]:
         """The batches of a step of the first epoch that take as much memory as any step's."""
         sizes = np.array([_padded(window, self.paired) for window in self.train])
-        order = self._order(0)
-        # a micro-batch is padded to its longest sequence
-        cost = [
-            (int(sizes[part].max()) * len(part), at)
-            for at in range(0, len(order), self.batch_size)
-            if len(part := order[at : at + self.batch_size])
-        ]
-        return self.batches(max(cost)[1] // (self.batch_size * self.accumulate))
+        order, size = self._order(0), self.batch_size * self.accumulate
+        costs = []
+        for step, start in enumerate(range(0, len(order), size)):
+            taken = order[start : start + size]
+            parts = [taken[at : at + self.batch_size] for at in range(0, len(taken), self.batch_size)]
+            # most micro-batches first, then the largest of them, each padded to its longest sequence
+            costs.append((len(parts), max(int(sizes[part].max()) * len(part) for part in parts), -step))
+        return self.batches(-max(costs)[2])
 
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""
