@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradfold
 from gradfold.cli.main import main
 from gradfold.planner.step import MicroBatches, record_step
 from gradfold.train import loop
@@ -223,7 +224,7 @@ def test_a_loop_of_one_s_own_from_the_readme():
 
     batches = [dict.fromkeys(("input_ids", "labels"), torch.randint(300, (2, 16))) for _ in range(8)]
     ours, theirs = (build_model(attention_dropout=0.0).double() for _ in range(2))
-    scope = {"model": ours, "loader": batches}
+    scope = {"gradfold": gradfold, "model": ours, "loader": batches}
     exec(block, scope)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=2e-5, weight_decay=0.01)
     for start in (0, 4):
@@ -256,7 +257,6 @@ def test_a_working_set_on_disk(place, tiny, said):
 
 
 def test_the_header_counts_a_chunk(tiny):
-    import gradfold
     from tests.train.tiny import build_model
 
     model = build_model()

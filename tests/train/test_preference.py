@@ -90,7 +90,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("precomputed", "frozen", "accumulated")
+
+
+@pytest.mark.parametrize(
+    "case", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in QUICK)]
+)
 def test_it_is_plain_torch_s(case, steady, pairs, tmp_path, silent, tokenizer):
     """The folded head computes in fp32 where transformers does; in fp64 the two agree to the last digits."""
     chosen = recipe(steady, pairs, **PLAIN, **CASES[case])

@@ -45,7 +45,12 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+QUICK = "two files mixed"
+
+
+@pytest.mark.parametrize(
+    "mix", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MIXES if name != QUICK)]
+)
 def test_resumed_is_bit_identical(mix, tiny, files, tmp_path, silent, no_pictures):
     """From checkpoints in the middle of a block and where one has just begun."""
     names, weights, more = MIXES[mix]

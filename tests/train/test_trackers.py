@@ -268,7 +268,7 @@ def test_a_push_that_fails_loses_nothing(online, monkeypatch, tiny, texts, tmp_p
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>{% endfor %}"
 
 
-@pytest.mark.parametrize("given", ["text", "file"])
+@pytest.mark.parametrize("given", ["file", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_chat_template_in_place_of_the_tokenizer_s(given, tiny, tmp_path, silent, no_pictures):
     path = tmp_path / "chat.jinja"
     path.write_text(TEMPLATE)

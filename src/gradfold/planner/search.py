@@ -5,8 +5,7 @@ states are stored. So a handful of traced steps rank all settings; those that ar
 
 How fast a step would be is an estimate for ordering, not a promise: products at 40% of an H100's 989 TFLOP/s, weights
 and states read and written at 75% of its 3.35 TB/s, 5.6 ps more for each parameter whose states are coded (155.0
-against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s, or a disk at 5,
-beside all that.
+against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s or a disk at 5.
 """
 
 from __future__ import annotations
