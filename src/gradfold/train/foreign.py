@@ -7,32 +7,15 @@ weights) is refused; what only says how to run (devices, workers, logging) is le
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
-from .foreign_data import axolotl_data, factory_data
+from .foreign_data import Translation, axolotl_data, factory_data
 from .recipe_file import load_tree, typed_field
 from .validate import shown
 
 NOTHING = (None, False, "", [], {}, 0)
-
-
-@dataclass
-class Translation:
-    """Fields of a recipe, and what became of the keys that have none here."""
-
-    program: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-
-    def put(self, name: str, value: Any) -> None:
-        """Set a field, unless the value says nothing."""
-        if value is not None:
-            self.fields[name] = value
 
 
 def load_foreign(path: str | Path) -> Translation:

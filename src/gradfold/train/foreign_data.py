@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import RecipeError
 from .readers import SUFFIXES
 from .validate import shown
-
-if TYPE_CHECKING:
-    from .foreign import Translation
 
 AXOLOTL_TYPES = ("alpaca", "sharegpt", "chat_template", "completion", "chat_template.default", "chatml.prompt_pairs")
 FACTORY_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system",
@@ -19,6 +17,22 @@ FACTORY_ALPACA = {"prompt": "instruction", "query": "input", "response": "output
 FACTORY_CHAT = {"messages": "conversations", "system": "system", "tools": "tools", "chosen": "chosen",
                 "rejected": "rejected"}  # fmt: skip
 FACTORY_TAGS = {"role_tag": "role", "content_tag": "content"}
+
+
+@dataclass
+class Translation:
+    """Fields of a recipe, and what became of the keys that have none here."""
+
+    program: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def put(self, name: str, value: Any) -> None:
+        """Set a field, unless the value says nothing."""
+        if value is not None:
+            self.fields[name] = value
 
 
 def axolotl_data(tree: dict[str, Any], made: Translation, folder: Path) -> set[str]:
