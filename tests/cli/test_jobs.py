@@ -294,3 +294,24 @@ def test_a_record(place, said):
     Path("bad.json").write_bytes(canonical_bytes(document))
     told = said("record", "verify", "--trust-key", "k.pem.pub", "bad.json", code=1)
     assert "event 3 was changed after signing" in " ".join(told.split())
+
+
+# the examples -------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "chat": ("c.jsonl", lambda i: {"messages": turns(sentence(i, 3), sentence(i + 9, 3))}),
+    "prompts": ("p.jsonl", lambda i: {"prompt": sentence(i, 3), "completion": " " + sentence(i + 9, 3)}),
+    "books": ("b.jsonl", lambda i: {"text": sentence(i, 40)}),
+    "smollm2-pydoc": ("t.jsonl", lambda i: {"text": sentence(i, 40)}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_trains(path, place, tiny, said):
+    """On the tiny model and data of its kind; all else as the file says."""
+    name, row = ROWS[path.stem]
+    Path(name).write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+    words = ["--config", path, "--model", tiny, "--data", name, "--steps", 2, "--tokens", 64, "--out", "run"]
+    said("train", *words)
+    assert json.loads(Path("run", "summary.json").read_text())["steps"] == 2

@@ -91,7 +91,10 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
     try:
         groups = parameter_groups(model, recipe.optimizer.weight_decay)
-        optimizer = make_optimizer(recipe.optimizer, groups, recipe.seed)
+        chosen = recipe.optimizer
+        if saved is not None and chosen.master is not None and recipe.dtype != "bfloat16":
+            chosen = dataclasses.replace(chosen, master=None)  # a run of 0.1, which let it do nothing
+        optimizer = make_optimizer(chosen, groups, recipe.seed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     objective = make_objective(recipe, data, model, device, saved, progress, display)
