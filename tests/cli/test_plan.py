@@ -165,6 +165,7 @@ def test_nothing_fits_and_the_nearest_misses_are_shown(plan, small, tmp_path):
     assert code == 2 and found["fits"] == [] and len(found["does_not_fit"]) > 2
 
 
+@pytest.mark.slow
 def test_a_margin_is_left(plan, small):
     """99% of a card is not a fit."""
     words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--working-set.chunks", "1", "--json")
@@ -176,6 +177,7 @@ def test_a_margin_is_left(plan, small):
     assert code == 0 and json.loads(out)["search"]["fits"][0]["peak_bytes"] == peak
 
 
+@pytest.mark.slow
 def test_what_it_costs_stands_beside_it(plan, small):
     words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--budget", "1GiB")
     _, out, _ = plan(*words, "--dtype", "bfloat16")
