@@ -17,6 +17,7 @@ from .engine import (
     clip_norm_at_step,
     enlist,
     outside,
+    refuse_other_model,
     refuse_owned,
     refuse_parameter,
     survive_group_norms,
@@ -139,6 +140,7 @@ def fold(
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
     named = dict(model.named_parameters())
     in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    refuse_other_model(named, in_optimizer)
     for name, param in named.items():
         if param.requires_grad and id(param) not in in_optimizer:
             raise FoldError(outside(name))
@@ -229,7 +231,7 @@ class Fold:
 
     Example:
         >>> fold = gradfold.fold(model, optimizer)
-        >>> fold.report()  # prints each parameter's route and bytes
+        >>> print(fold.report())  # each parameter's route and bytes
         >>> fold.grad_norm  # after a step
         >>> fold.remove()  # plain modules and an ordinary optimizer again
     """
@@ -274,6 +276,11 @@ class Fold:
         """Return the cut and its settings in one line; empty without a working set."""
         turns = self._state.turns
         return turns.describe() if isinstance(turns, Rotation) else ""
+
+    def trained_per_turn(self) -> list[int]:
+        """Return how many elements train in each turn of the working set; empty without one."""
+        turns = self._state.turns
+        return turns.trained_per_turn() if isinstance(turns, Rotation) else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step needs of the last one, beside weights and optimizer states.
@@ -439,10 +446,8 @@ class Fold:
         return [t for param in self._state.params.values() for one in param.slices for t in one.lazy.values()]
 
     def report(self) -> Report:
-        """Print and return every parameter's route and bytes, and which heads of causal models are folded.
+        """Return every parameter's route and bytes, and which heads of causal models are folded: ``print`` it.
 
         Once backwards have run, routes and heads are what has happened in them, not what was meant to.
         """
-        report = report_of(self._state, [head.row() for head in self._heads])
-        print(report)
-        return report
+        return report_of(self._state, [head.row() for head in self._heads])

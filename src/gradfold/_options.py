@@ -170,7 +170,7 @@ class StorageFields:
     master: Master | None = None
     """Master weights of bf16 weights, stored as the 8 or 16 bits that bf16 drops. None: no masters."""
     small_size: int | None = None
-    """Weights with fewer elements than this (default 4,096), norms and biases keep fp32 states."""
+    """Weights with fewer elements than this, norms and biases keep fp32 states. None: 4,096."""
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options that are given, as keyword arguments of an optimizer."""

@@ -48,9 +48,9 @@ class ChunkRow:
     awake: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """Every parameter's route and bytes; printed, it is a table."""
+    """Every parameter's route and bytes; printed, or at a Python prompt, it is a table."""
 
     rows: tuple[Row, ...]
     backend: str  # "reference, compiled" where stored codes step in compiled kernels
@@ -61,7 +61,7 @@ class Report:
     disk_bytes: int = 0
     heads: tuple[HeadRow, ...] = ()  # one for each of transformers' causal models in the model
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
         text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
         text += [f"{row.name}: {row.route}, since {row.why}" for row in self.rows if row.why]

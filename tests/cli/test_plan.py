@@ -124,6 +124,10 @@ def test_a_recipe_is_planned_as_it_would_train(plan, small, tmp_path):
         (("--model", "lama-3.1-8b"), "did you mean 'llama-3.1-8b'"),
         (("--model", "llama-3.1-8b", "--stats", "int8"), "unknown option --stats"),
         (("--model", "llama-3.1-8b", "--budget", "plenty"), "budget='plenty': give a size"),
+        (("--model", "llama-3.1-8b", "--budget", "16"), "budget='16': is 16 bytes; did you mean 16GiB?"),
+        (("--model", "llama-3.1-8b", "--budget", "24GiB", "--host-budget", "64"), "host-budget='64': is 64 bytes; did"),
+        (("--model", "llama-3.1-8b", "--host-budget", "64GiB"), "--host-budget 64GiB: goes with --budget"),
+        (("--model", "llama-3.1-8b", "--budget", "24GiB", "--margin", "1"), "--margin 1: give a part of the budget"),
         (("--model", "llama-3.1-8b", "--plot", "x.gif"), "ends in .png"),
         (("--model", "llama-3.1-8b", "--plot", "nowhere/x.png"), "no folder nowhere"),
         (("--model", "llama-3.1-8b", "--plot", "x.png", "--no-compare"), "plain AdamW above"),
@@ -141,6 +145,48 @@ def test_errors_are_one_line(plan, words, message, tmp_path, monkeypatch):
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("gradfold: ") and message in lines[0], err
     assert not list(tmp_path.iterdir())
+
+
+FEW = ("--optimizer.states", "int8", "--head", "fold", "--gradient-checkpointing", "--no-compare", "--device", "cpu")
+"""What a search leaves alone, so that few steps are traced."""
+
+
+@pytest.mark.slow
+def test_nothing_fits_and_the_nearest_misses_are_shown(plan, small, tmp_path):
+    words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--gradient.accumulate", "1")
+    weights = json.loads(plan(*words, "--json")[1])["at_peak_bytes"]["weights"]
+    budget = f"{round(weights * 1.02)}B"
+    code, out, err = plan(*words, "--budget", budget)
+    assert code == 2 and "left free). The nearest" in " ".join(out.split()) and "What else was tried" in out
+    assert err.startswith("gradfold: budget ") and "of it without the margin): nothing fits; " in err
+    assert "--working-set.chunks" in out and "trains 1/" in out and "gradfold train" not in out
+    code, out, _ = plan(*words, "--budget", budget, "--json")
+    found = json.loads(out)["search"]
+    assert code == 2 and found["fits"] == [] and len(found["does_not_fit"]) > 2
+
+
+@pytest.mark.slow
+def test_a_margin_is_left(plan, small):
+    """99% of a card is not a fit."""
+    words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--working-set.chunks", "1", "--json")
+    code, out, _ = plan(*words)
+    peak = json.loads(out)["peak_bytes"]
+    budget = ("--budget", f"{round(peak / 0.99)}B")
+    assert plan(*words, *budget)[0] == 2
+    code, out, _ = plan(*words, *budget, "--margin", "0.005")
+    assert code == 0 and json.loads(out)["search"]["fits"][0]["peak_bytes"] == peak
+
+
+@pytest.mark.slow
+def test_what_it_costs_stands_beside_it(plan, small):
+    words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--budget", "1GiB")
+    _, out, _ = plan(*words, "--dtype", "bfloat16")
+    assert "rounds to nearest" in out and "+0.148" in out and "trains 1/2 a step" in out and "+0.21" in out
+    _, out, _ = plan(*words, "--dtype", "bfloat16", "--optimizer.rounding", "stochastic")
+    assert "rounds to nearest" not in out
+    line = next(line for line in out.splitlines() if line.startswith("gradfold train "))
+    for word in ("--dtype bfloat16", "--batch-size 1", "--sequence-length 32", "--optimizer.rounding stochastic"):
+        assert word in line
 
 
 def test_every_peer_is_traced():

@@ -14,6 +14,7 @@ from gradfold.provenance import canonical_bytes, read_document
 from tests.provenance.makers import FOLDER, bundle_of, event, record_event, signer
 
 BUNDLE, STATE = FOLDER / "forge_bundle.json", FOLDER / "chunkft_state.json"
+REPORTED = ("--claim", "It folds.", "--as-reported")
 RESULT = Path(__file__).parents[1] / "fixtures" / "results" / "step_time.json"
 
 
@@ -58,6 +59,8 @@ def test_exit_codes(record, tmp_path):
     (tmp_path / "none.json").write_text("{}")
     code, out, err = record("verify", BUNDLE, "bad.json")
     assert code == 1 and err == "" and "failed " in out and "content_sha256" in out
+    said = " ".join(out.split("bad.json")[1].split())
+    assert said.startswith("bundle event 2 was changed after signing (failed ")
     code, out, err = record("verify", "none.json", "missing.json", "bad.json", BUNDLE)
     assert code == 2
     assert err == (
@@ -70,7 +73,7 @@ def test_exit_codes(record, tmp_path):
 
 def test_a_replication_from_a_key_to_a_merged_state(record, key):
     code, out, err = record(
-        "replicate", "--paper", BUNDLE, "--result", RESULT, "--key", key, "-o", "b.json", "--revision", "0f"
+        "replicate", "--paper", BUNDLE, "--result", RESULT, "--key", key, "-o", "b.json", "--revision", "0f", *REPORTED
     )
     assert (code, err) == (0, "") and "gradfold record verify --trust-key k.pem.pub b.json" in out
     assert record("verify", "--trust-key", "k.pem.pub", "b.json")[0] == 0
@@ -88,6 +91,64 @@ def test_a_replication_from_a_key_to_a_merged_state(record, key):
     assert code == 0 and "FORGE: Fused On-Register" in out and "replication record" in out and "ada" in out
 
 
+def git(*words):
+    names = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *names, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+CHANGES = {
+    "nothing": ({}, None),
+    "committed since": ({}, None),
+    "another revision": ({"revision": "f" * 40}, "was made by revision ffffffffffff, and this is"),
+    "a changed tree": ({"revision": "HEAD-dirty"}, "-dirty, and this is"),
+    "no revision": ({"revision": None}, "does not say which revision made it"),
+    "the code has changed since": ({}, "was made by revision"),
+    "another processor": ({"machine.cpu": "Z80"}, "was made where cpu is 'Z80', and here it is"),
+    "another number of cores": ({"machine.cores": 4096}, "was made where cores is '4096'"),
+    "no machine": ({"machine": {}}, "does not say on which machine"),
+    "no processor": ({"machine": {"cores": 2}}, "does not say on which processor"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_an_own_result_is_independent(record, key, tmp_path, change):
+    from gradfold.provenance.own import machine_facts
+
+    changes, refused = CHANGES[change]
+    Path("code.py").write_text("1")
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-qm", "x")
+    result = {"benchmark": "b", "command": "c", "rows": [{"step_ms": 1.5}], "revision": git("rev-parse", "HEAD")}
+    result["machine"] = machine_facts() | {"torch": "2.13"}
+    for name, value in changes.items():
+        inner = result["machine"] if name.startswith("machine.") else result
+        inner[name.rpartition(".")[2]] = (
+            value.replace("HEAD", result["revision"]) if name == "revision" and value else value
+        )
+    if result["revision"] is None:
+        del result["revision"]
+    Path("r.json").write_text(json.dumps(result))
+    if "since" in change:
+        place = Path("code.py" if "code" in change else "benchmarks/results/r.json")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("2")
+        git("add", str(place))
+        git("commit", "-qm", "y")
+    words = ["--paper", BUNDLE, "--result", "r.json", "--key", key, "-o", "b.json", "--claim", "It folds."]
+    code, _, err = record("replicate", *words)
+    if refused:
+        assert code == 2 and refused in err and "--as-reported" in err and not Path("b.json").exists()
+        words += ["--as-reported", *(["--revision", "0f"] if change == "no revision" else [])]
+        code, _, err = record("replicate", *words)
+    assert (code, err) == (0, "")
+    made = read_document("b.json")["events"][-1]
+    standing = "as_reported" if refused else "independent"
+    assert made["payload"]["replication_record"]["standing"] == standing
+    assert made["signer"]["signer_type"] == standing.replace("_", "-")
+    assert record("verify", "--trust-key", "k.pem.pub", "b.json")[0] == 0
+
+
 def test_a_paper_known_by_its_state_only(record, key):
     words = [
         "--result",
@@ -100,6 +161,7 @@ def test_a_paper_known_by_its_state_only(record, key):
         "Working sets were tried.",
         "--revision",
         "0f",
+        "--as-reported",
     ]
     assert record("replicate", "--paper", STATE, *words)[0] == 0
     assert record("verify", "--trust-key", "k.pem.pub", "b.json")[0] == 0
@@ -203,8 +265,16 @@ BAD = {
         ["sign", BUNDLE, "--key", "k.pem", "-o", "out", "--type", "gossip"],
         "argument --type: invalid choice: 'gossip'",
     ),
+    "no claim": (
+        ["replicate", "--paper", BUNDLE, "--result", RESULT, "--key", "k.pem", "-o", "out", "--as-reported"],
+        "--claim: say in one sentence what was replicated",
+    ),
+    "a result of another revision": (
+        ["replicate", "--paper", BUNDLE, "--result", RESULT, "--key", "k.pem", "-o", "out", "--claim", "It folds."],
+        "step_time.json: was made by revision 97a3c2f6a3d8",
+    ),
     "a result without a command": (
-        ["replicate", "--paper", BUNDLE, "--result", "object", "--key", "k.pem", "-o", "out"],
+        ["replicate", "--paper", BUNDLE, "--result", "object", "--key", "k.pem", "-o", "out", *REPORTED],
         "object: names no `command`; say how it was made with --command",
     ),
     "a trusted file that holds no key": (["verify", BUNDLE, "--trust-key", "object"], "object: key 1: key_id has no"),
@@ -238,7 +308,7 @@ def test_a_paper_that_fails_is_not_built_on(record, key, tmp_path):
 
 @pytest.mark.parametrize("outcome", [None, "replication", "falsification", "formal_bridge", "formal-bridge"])
 def test_the_outcome_of_a_replication(record, key, outcome):
-    words = ["--paper", BUNDLE, "--result", RESULT, "--key", key, "--revision", "0f", "-o", "b.json"]
+    words = ["--paper", BUNDLE, "--result", RESULT, "--key", key, "--revision", "0f", "-o", "b.json", *REPORTED]
     assert record("replicate", *words, *([] if outcome is None else ["--outcome", outcome]))[0] == 0
     found = read_document("b.json")["events"][-1]["payload"]["replication_record"]["outcome"]
     assert found == (outcome or "replication").replace("-", "_")
@@ -271,7 +341,7 @@ def test_signed_events_may_be_required(record, key):
     for words in (
         ["merge", STATE],
         ["sign", STATE, "--key", key],
-        ["replicate", "--paper", STATE, "--result", RESULT, "--key", key, "--revision", "0f"],
+        ["replicate", "--paper", STATE, "--result", RESULT, "--key", key, "--revision", "0f", *REPORTED],
         ["cite", "--paper", STATE, "--citing", "x", "--relation", "cites", "--key", key],
     ):
         code, _, err = record(*words, required, "-o", "out.json")

@@ -17,10 +17,10 @@ X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 class Folded:
     """A folded model, what it was, and whether it still is that."""
 
-    def __init__(self, make=lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6))):
+    def __init__(self, make=lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)), **options):
         self.start, self.model = twins(make)
         self.optimizer = ours(self.model)
-        self.fold = gradfold.fold(self.model, self.optimizer)
+        self.fold = gradfold.fold(self.model, self.optimizer, **options)
 
     def loss(self, x=X):
         return self.model(x).pow(2).sum()
@@ -59,6 +59,15 @@ def test_second_backward_on_another_graph_and_after_that_life_goes_on():
     f.loss().backward()
     f.optimizer.step()
     assert no_gradients(f.model)
+
+
+@pytest.mark.parametrize(("accumulate", "which"), [(2, "third"), (4, "fifth"), (9, "10th")])
+def test_one_backward_too_many(accumulate, which):
+    f = Folded(accumulate=accumulate)
+    for _ in range(accumulate):
+        f.loss().backward()
+    way_out = f"call optimizer.step\\(\\) after each {accumulate} backwards"
+    f.refused(f.loss().backward, rf"\d\.(weight|bias): a {which} backward", way_out)
 
 
 def test_second_backward_that_shares_only_a_part():
@@ -192,6 +201,17 @@ def test_an_adapter_added_after_folding():
     f.optimizer.add_param_group({"params": [*f.model[2].down.parameters(), *f.model[2].up.parameters()]})
     train(f)
     assert no_gradients(f.model)
+
+
+def test_an_optimizer_of_another_model():
+    model, other = (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2))
+    match = r"optimizer= is of another model: none of its 4 parameters is one of this model's 4"
+    for changed in (model, copy.deepcopy(other)):
+        with pytest.raises(gradfold.FoldError, match=match):
+            gradfold.fold(changed, gradfold.AdamW(other.parameters()))
+    model.requires_grad_(False)  # then there is nothing to name
+    with pytest.raises(gradfold.FoldError, match="not in the model"):
+        gradfold.fold(model, gradfold.AdamW(other.parameters()))
 
 
 def test_a_parameter_outside_the_optimizer():

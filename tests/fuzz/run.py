@@ -29,7 +29,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Case], bool]]] = {
         lambda case: bool(case.working_set) and case.reentrant,
     ),
     "hook on a folded weight": ("a hook registered on this tensor", lambda case: case.has("folded_hook")),
-    "second backward": ("a second backward|read again inside", lambda case: case.has("second_backward")),
+    "second backward": (r"a \w+ backward reached|read again inside", lambda case: case.has("second_backward")),
     "more chunks than the model has rows or layers": (
         "a chunk would have .* bytes|layers to train; at most|nothing to cut|takes turns",
         lambda case: bool(case.working_set),

@@ -252,7 +252,7 @@ HOOKED = {
 
 
 @each_model
-def test_routes(name, capsys):
+def test_routes(name):
     model = MODELS[name][0]()
     report = gradfold.fold(model, ours(model)).report()
     hooked = {row.name for row in report.rows if row.route == "hooked"}

@@ -82,5 +82,10 @@ def test_masters_that_do_not_fit_change_nothing():
 def test_a_master_is_for_16_bits_alone():
     with pytest.raises(ValueError, match="float16"):
         make({"master": "split8"}, dtype=torch.float16)
-    _, optimizer = make({"master": "split8"}, dtype=torch.float32)  # an fp32 weight is its own master
-    assert not any(key.startswith("weight") for state in optimizer.state.values() for key in state)
+    for dtype in (torch.float32, torch.float64):  # such a weight is its own master
+        with pytest.raises(ValueError, match=r"master='split8' with float\d\d weights does nothing.*leave master= out"):
+            make({"master": "split8"}, dtype=dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4).bfloat16(), torch.nn.LayerNorm(4))  # norms are often wider
+    optimizer = gradfold.AdamW(model.parameters(), master="split8", small_size=0)
+    gradfold.fold(model, optimizer)
+    assert [p.dtype for p, state in optimizer.state.items() if "weight.residual" in state] == [torch.bfloat16] * 2

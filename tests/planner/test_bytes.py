@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradfold.planner.bytes import byte_unit, format_bytes, parse_bytes
+from gradfold.planner.bytes import byte_unit, format_bytes, parse_budget, parse_bytes
 from gradfold.planner.errors import PlanError
 
 GIB = 2**30
@@ -40,6 +40,21 @@ def test_parse(text, nbytes):
 def test_what_is_no_size(text):
     with pytest.raises(PlanError, match="budget=.*give a size such as 24GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["16", "0.5e1", " 24 ", "80.5"])
+def test_a_budget_without_a_unit_is_asked_for_it(text):
+    try:
+        parse_budget(text)
+    except PlanError as error:
+        assert f"did you mean {text.strip()}GiB?" in str(error)
+    else:
+        assert "e" in text  # 5e0 is no word of people's
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("16GiB", 16 * GIB), ("141e9", 141 * 10**9), ("17179869184", 16 * GIB)])
+def test_budgets(text, nbytes):
+    assert parse_budget(text) == nbytes
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
+import re
+import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,83 @@ import tyro
 from gradfold.train.errors import RecipeError
 from gradfold.train.recipe_file import field_types
 from gradfold.train.validate import did_you_mean, from_words, shown
+
+ELSEWHERE = {
+    "bf16": "--dtype bfloat16",
+    "bfloat16": "--dtype bfloat16",
+    "pure_bf16": "--dtype bfloat16",
+    "fp16": "--dtype bfloat16 (16-bit training without a loss scaler)",
+    "half": "--dtype bfloat16",
+    "fp32": "--dtype float32",
+    "torch_dtype": "--dtype float32, bfloat16 or float64",
+    "model_name_or_path": "--model",
+    "base_model": "--model",
+    "dataset": "--data, with files",
+    "dataset_name": "--data, with files",
+    "train_file": "--data",
+    "datasets": "--data",
+    "eval_dataset": "--text.held-out-data",
+    "validation_file": "--text.held-out-data",
+    "val_size": "--text.held-out",
+    "val_set_size": "--text.held-out",
+    "output_dir": "--out",
+    "cutoff_len": "--sequence-length",
+    "sequence_len": "--sequence-length",
+    "max_seq_length": "--sequence-length",
+    "max_seq_len": "--sequence-length",
+    "micro_batch_size": "--batch-size",
+    "num_epochs": "--epochs",
+    "optim": "--optimizer.name, and --optimizer.states int8 for the 8-bit ones",
+    "lr_scheduler_type": "--schedule.name",
+    "lr_scheduler": "--schedule.name",
+    "sample_packing": "--text.packing",
+    "train_on_inputs": "--text.loss-on all",
+    "completion_only_loss": "--text.loss-on completions",
+    "assistant_only_loss": "--text.loss-on completions",
+    "chat_template_path": "--text.chat-template",
+    "eval_steps": "--evaluation.interval-steps",
+    "eval_strategy": "--evaluation.interval-steps",
+    "save_steps": "--checkpoint.interval-steps",
+    "save_strategy": "--checkpoint.interval-steps",
+    "save_total_limit": "--checkpoint.keep",
+    "load_best_model_at_end": "--checkpoint.keep-best",
+    "early_stopping_patience": "--evaluation.patience",
+    "hub_model_id": "--push-to-hub ORG/NAME",
+    "logging_steps": "metrics.jsonl, which has every step",
+    "dpo_beta": "--preference.beta",
+    "pref_beta": "--preference.beta",
+    "load_in_8bit": "--optimizer.states int8, as weights are trained in their own dtype",
+    "load_in_4bit": "--optimizer.states int4, as weights are trained in their own dtype",
+    "use_peft": "--working-set.chunks, as every weight is trained, if memory is short",
+    "lora": "--working-set.chunks, as every weight is trained, if memory is short",
+    "qlora": "--working-set.chunks, as every weight is trained, if memory is short",
+    "deepspeed": "left out: one device is used",
+    "fsdp": "left out: one device is used",
+    "resume_from_checkpoint": "--resume",
+    "activation_checkpointing": "--gradient-checkpointing",
+}
+"""Words of other trainers that no name of ours is near to -> what says the same here."""
+MOST_FLAGS = 3  # in one message
+
+
+def flag_of(dotted: str) -> str:
+    """The flag of a recipe's field: `optimizer.weight_decay` -> `--optimizer.weight-decay`."""
+    return f"--{dotted.replace('_', '-')}"
+
+
+def with_flags(message: str) -> str:
+    """A message with the flags of the recipe's fields that it names, where it does not name them itself."""
+    flags = []
+    for dotted in field_types():
+        flag = flag_of(dotted)
+        if flag == f"--{dotted}" and "." not in dotted:  # nobody misses the flag of `steps`
+            continue
+        named = re.search(rf"(?<![\w.-]){re.escape(dotted)}(?![\w-]|\.\w)", message)
+        if named and not re.search(rf"{flag}\b", message):
+            flags.append(flag)
+    if not flags or len(flags) > MOST_FLAGS:
+        return message
+    return f"{message} ({'flag' if len(flags) == 1 else 'flags'} {', '.join(flags)})"
 
 
 def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +113,8 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
             dotted, values = positive, [*values, "false"]
         elif types.get(dotted) is bool:
             values = [*values, "true"]
+        if dotted not in types and (ours := ELSEWHERE.get(dotted.lower())) is not None:
+            raise RecipeError(f"unknown option {shown(flag)[1:-1]}; here it is {ours}")
         if dotted not in types:
             hint = did_you_mean(flag.removeprefix("--"), [name.replace("_", "-") for name in types])
             hint = hint.replace("'", "'--", 1)
@@ -46,8 +129,12 @@ def given_fields(words: Sequence[str], extra: dict[str, Any]) -> dict[str, Any]:
 
 def print_help(command: Any, default: Any, prog: str) -> None:
     """Print what the option parser says of a command's flags."""
+    width = shutil.get_terminal_size().columns  # tyro wraps all but the description
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    about = "\n\n".join(textwrap.fill(" ".join(paragraph.split()), max(width, 20)) for paragraph in paragraphs)
+    print(f"{about}\n")
     with contextlib.suppress(SystemExit):
-        tyro.cli(command, default=default, args=["--help"], prog=prog)
+        tyro.cli(command, default=default, args=["--help"], prog=prog, description="")
 
 
 def parsed_again(command: Any, default: Any, words: Sequence[str], prog: str) -> Any:

@@ -7,7 +7,9 @@ import errno
 import importlib
 import io
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -104,7 +106,13 @@ def _message(error: Exception) -> str | None:
     # A class whose instance was raised has been loaded, so this loads nothing.
     ours = tuple(getattr(sys.modules[module], name) for module, name in ERRORS.items() if module in sys.modules)
     if isinstance(error, ours):
-        return " ".join(str(error).split())
+        message = " ".join(str(error).split())
+        train = sys.modules.get("gradfold.train.errors")
+        if train is not None and isinstance(error, train.TrainError):
+            from .flags import with_flags
+
+            message = with_flags(message)
+        return message
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
             f"out of memory ({one_line(error)}); lower batch_size (gradient.accumulate makes up for it) "
@@ -164,8 +172,12 @@ def _debug() -> None:
 
 
 def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    indent = max(map(len, COMMANDS)) + 4
+    width = max(shutil.get_terminal_size().columns, indent + 20)
+    commands = "\n".join(
+        textwrap.fill(what, width, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+        for name, (_, what) in COMMANDS.items()
+    )
     return f"usage: gradfold COMMAND ...\n\n{commands}\n\n`gradfold COMMAND --help` says more; --version"
 
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gradfold.train.errors import RecipeError
-from gradfold.train.recipe import Recipe
+from gradfold.train.recipe import DEFAULTS, Recipe
 
-from .chosen import Chosen, choose_recipe
+from .chosen import Chosen, choose_recipe, take_shorter
 from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
 from .plan_target import device_of, subject_of
 
 if TYPE_CHECKING:
     from gradfold.planner.report import Plan
     from gradfold.planner.search import SearchResult
+    from gradfold.planner.step import StepMemory
 
 PLAN_COMMAND = "gradfold plan"
 ENDINGS = (".png", ".svg", ".pdf")
@@ -36,8 +37,6 @@ SEARCHED = {
 """Flag -> the setting that a search leaves alone once it is given."""
 ASSUMED = {"batch": "batch_size", "tokens": "sequence_length", "dtype": "dtype"}
 """What is printed of a plan's assumptions -> the recipe's field."""
-SHORTER = {"tokens": "sequence_length", "batch": "batch_size"}
-"""Flag of this command -> the recipe's field that it sets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +50,25 @@ class PlanCommand:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
-    """Recipe file (YAML) to start from; other flags override it."""
+    """Recipe file (YAML) to start from; other flags override it. None: no file."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Recipe file of axolotl or LLaMA-Factory (YAML) to start from; other flags override it. None: no file."""
     tokens: int | None = None
-    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full."""
+    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full. None: not given."""
     batch: int | None = None
-    """Sequences per micro-batch, the same as --batch-size."""
+    """Sequences per micro-batch, the same as --batch-size. None: not given."""
     budget: str | None = None
-    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the fastest."""
+    """Memory of the card, such as 24GiB: also search for settings that fit it, and print the commands to train.
+    None: no search."""
+    host_budget: str | None = None
+    """Host memory for the states of a working set, such as 64GiB. None: as much as they take."""
+    margin: float = 0.03
+    """Part of the budgets that must stay free: predictions are of live tensors, and a card is never quite empty."""
     json: bool = False
     """Print everything as JSON, and no table."""
     plot: str | None = None
-    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf)."""
+    """Draw the timeline of the step, with plain AdamW's above it, into this file (.png, .svg or .pdf).
+    None: no picture."""
     measure: bool = False
     """Also run the step for real on this machine, with random weights; print predicted, measured and the error."""
     compare: bool = True
@@ -70,9 +77,12 @@ class PlanCommand:
 
 EXTRA = {
     "config": str | None,
+    "from": str | None,
     "tokens": int | None,
     "batch": int | None,
     "budget": str | None,
+    "host_budget": str | None,
+    "margin": float,
     "json": bool,
     "plot": str | None,
     "measure": bool,
@@ -84,48 +94,75 @@ def run(arguments: Sequence[str]) -> int:
     """Plan; returns the exit code. Raises PlanError, FoldError or TrainError."""
     words = list(arguments)
     if "-h" in words or "--help" in words:
-        print_help(PlanCommand, PlanCommand(Recipe()), PLAN_COMMAND)
+        print_help(PlanCommand, PlanCommand(DEFAULTS), PLAN_COMMAND)
         return 0
     options, chosen = _read(words)
     if options.plot is not None:
         _check_plot(options.plot, options.compare)
     quiet_environment()
 
-    from gradfold.planner.bytes import parse_bytes
-
-    budget_bytes = None if options.budget is None else parse_bytes(options.budget)
+    budget_bytes, host_bytes = _budgets(options)
     with _beside(options) as baselines, _progress(options.json) as progress:
-        plan, found, measured = _work(options, chosen, budget_bytes, baselines, progress)
+        plan, found, measured, nothing = _work(options, chosen, (budget_bytes, host_bytes), baselines, progress)
         if options.plot is not None:
             progress("drawing")
-            plan.plot(options.plot, budget_bytes)
+            plan.plot(options.plot, budget_bytes, more=_best(plan, found))
     if options.json:
         print(json.dumps(_as_json(plan, chosen, found, measured), indent=1))
-        return 0
-    from gradfold.cli import plan_show
+    else:
+        _print(options, plan, chosen, found, measured, budget_bytes)
+    if nothing is not None:
+        raise nothing
+    return 0
 
-    plan_show.print_plan(plan, budget_bytes, assumptions=_assumptions(chosen))
+
+def _budgets(options: PlanCommand) -> tuple[int | None, int | None]:
+    """The bytes of --budget and --host-budget. Raises PlanError, RecipeError."""
+    from gradfold.planner.bytes import parse_budget
+
+    if not 0 <= options.margin < 1:
+        raise RecipeError(f"--margin {options.margin:g}: give a part of the budget, from 0 to below 1")
+    if options.host_budget is not None and options.budget is None:
+        raise RecipeError(f"--host-budget {options.host_budget}: goes with --budget, the memory of the card")
+    host = None if options.host_budget is None else parse_budget(options.host_budget, "host-budget")
+    return None if options.budget is None else parse_budget(options.budget), host
+
+
+def _best(plan: Plan, found: SearchResult | None) -> list[StepMemory]:
+    """The third panel: the best fit, or the nearest miss; nothing where that is the plan itself."""
+    if found is None:
+        return []
+    choice, what = (found.choices[0], "best fit") if found.choices else (found.nearest, "nearest miss")
+    if choice is None or choice.settings == plan.settings:
+        return []
+    return [dataclasses.replace(choice.predicted.memory, label=f"{what}: {choice.settings.describe()}")]
+
+
+def _print(
+    options: PlanCommand,
+    plan: Plan,
+    chosen: Chosen,
+    found: SearchResult | None,
+    measured: Any,
+    budget_bytes: int | None,
+) -> None:
+    from gradfold.cli import plan_found, plan_show
+
+    plan_show.print_plan(plan, budget_bytes, assumptions=_assumptions(chosen), margin=options.margin)
     if measured is not None:
         plan_show.print_measured(plan, measured)
     if found is not None:
-        plan_show.print_found(plan, found)
+        plan_found.print_found(found, chosen.recipe, subject_of(chosen.recipe.model))
     if options.plot is not None:
         print(f"\ndrawn to {options.plot}")
-    return 0
 
 
 def _read(words: list[str]) -> tuple[PlanCommand, Chosen]:
     """The command, the recipe it is about, and where that came from."""
     given = given_fields(words, EXTRA)
     extra = {name: given.pop(name) for name in EXTRA if name in given}
-    flags = {}
-    for short, name in SHORTER.items():
-        if extra.get(short) is None:
-            continue
-        if name in given:
-            raise RecipeError(f"--{short} and --{name.replace('_', '-')} say the same; keep one")
-        given[name], flags[name] = extra[short], f"--{short}"
-    chosen = choose_recipe(extra.get("config"), given, flags)
+    flags = take_shorter(given, extra)
+    chosen = choose_recipe(extra.get("config"), given, flags, extra.pop("from", None))
     parsed_again(PlanCommand, PlanCommand(chosen.recipe), words, PLAN_COMMAND)
     return PlanCommand(chosen.recipe, **extra), chosen
 
@@ -150,12 +187,13 @@ def _check_plot(path: str, compare: bool) -> None:
 def _work(
     options: PlanCommand,
     chosen: Chosen,
-    budget_bytes: int | None,
+    budgets: tuple[int | None, int | None],
     baselines: Callable[[], tuple],
     progress: Callable[[str], None],
-) -> tuple[Plan, SearchResult | None, Any]:
-    """The plan, what a search found, what was measured."""
+) -> tuple[Plan, SearchResult | None, Any, Exception | None]:
+    """The plan, what a search found, what was measured, and what to say if nothing fits."""
     from gradfold.planner.api import plan
+    from gradfold.planner.errors import NothingFits
     from gradfold.planner.fake import frozen_objects
     from gradfold.planner.measure import measure
     from gradfold.planner.search import search
@@ -163,19 +201,23 @@ def _work(
     recipe = chosen.recipe
     settings, device = recipe.plan_settings(), device_of(recipe, options.measure)
     subject = subject_of(recipe.model)
-    found = measured = None
+    found = measured = nothing = None
     with frozen_objects(collect=False):
         made = plan(subject, settings, device=device, baselines=False, progress=progress)
-        if budget_bytes is not None:
+        if budgets[0] is not None:
             fixed = {SEARCHED[name] for name in chosen.sources if name in SEARCHED}
-            found = search(subject, settings, budget_bytes, device=device, fixed=fixed, progress=progress)
+            more: dict[str, Any] = {"host_budget_bytes": budgets[1], "margin": options.margin, "progress": progress}
+            try:
+                found = search(subject, settings, budgets[0], device=device, fixed=fixed, **more)
+            except NothingFits as error:
+                found, nothing = error.result, error
         if options.compare:
             progress("tracing: what it is compared with")
             made = dataclasses.replace(made, baselines=baselines())
     if options.measure:
         progress("taking the step for real")
         measured = measure(subject, settings, device, made.peak_bytes)
-    return made, found, measured
+    return made, found, measured, nothing
 
 
 @contextlib.contextmanager
@@ -223,4 +265,8 @@ def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: A
         }
     if found is not None:
         made["search"] = found.as_dict()
+        from .plan_line import recipe_of, train_line
+
+        for said, choice in zip(made["search"]["fits"], found.choices, strict=True):
+            said["train"] = train_line(recipe_of(chosen.recipe, choice.settings))
     return made

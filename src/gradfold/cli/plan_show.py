@@ -13,12 +13,10 @@ from gradfold.planner.allocator import CONTEXT_BYTES, allocated
 from gradfold.planner.bytes import byte_unit, format_bytes
 from gradfold.planner.measure import Measured
 from gradfold.planner.report import Plan
-from gradfold.planner.search import SearchResult
 from gradfold.planner.step import StepMemory
 from gradfold.planner.trace import CATEGORIES
 
 GIB = 2**30
-MISSES = 4  # that are shown
 
 
 def print_plan(
@@ -26,6 +24,7 @@ def print_plan(
     budget_bytes: int | None = None,
     console: Console | None = None,
     assumptions: Mapping[str, tuple[Any, str]] | None = None,
+    margin: float = 0.0,
 ) -> None:
     """Print the peaks side by side, by what their bytes are for.
 
@@ -34,6 +33,7 @@ def print_plan(
         budget_bytes: what the card has; adds a row that says whether each fits.
         console: where to print, standard output unless given.
         assumptions: name -> (value, where it came from) of what the plan was made for.
+        margin: part of the budget that must stay free.
     """
     console = console or Console(highlight=False)
     settings, predicted = plan.settings, plan.predicted
@@ -70,8 +70,9 @@ def print_plan(
         table.add_row("  and CUDA context", *sizes(block.allocated_bytes + CONTEXT_BYTES for block in blocks))
         table.add_row("allocator's segments", *sizes(block.reserved_bytes for block in blocks))
     if budget_bytes is not None:
-        fits = ["yes" if _fits(plan, step, budget_bytes) else "no" for step in steps]
-        table.add_row(f"fits {format_bytes(budget_bytes)}", *fits)
+        fits = ["yes" if _fits(plan, step, budget_bytes * (1 - margin)) else "no" for step in steps]
+        spare = f", {margin:.0%} free" if margin else ""
+        table.add_row(f"fits {format_bytes(budget_bytes)}{spare}", *fits)
     console.print(table)
     if predicted.chunks:
         host, disk = format_bytes(predicted.host_bytes), format_bytes(predicted.disk_bytes)
@@ -98,63 +99,11 @@ def print_measured(plan: Plan, measured: Measured, console: Console | None = Non
     )
 
 
-def print_found(plan: Plan, found: SearchResult, console: Console | None = None) -> None:
-    """Settings that fit, and the nearest that do not."""
-    console = console or Console(highlight=False)
-    table = Table(
-        title=f"\nWhat fits {format_bytes(found.budget_bytes)}",
-        title_justify="left",
-        title_style="bold",
-        show_edge=False,
-        pad_edge=False,
-        box=None,
-        header_style="dim",
-    )
-    table.add_column("")
-    table.add_column("settings", overflow="fold")
-    table.add_column("device GiB", justify="right")
-    table.add_column("host GiB", justify="right")
-    table.add_column("step", justify="right")
-    first = found.choices[0].expected_s
-    for choice in found.choices:
-        step = f"{choice.expected_s / first:.2f}x"
-        size, host = _gib(choice.device_bytes), _gib(choice.predicted.host_bytes)
-        table.add_row(choice.why, escape(_flags(choice.settings)), size, host, step)
-    console.print(table)
-    if found.misses:
-        console.print("\n[bold]What does not[/bold]")
-        for settings, size_bytes in found.misses[:MISSES]:
-            console.print(f"[dim]about {_gib(size_bytes)} GiB[/dim]  {escape(_flags(settings))}")
-    console.print(
-        "[dim]\nstep: expected time by the card's data sheet, for ordering only. A working set's steps are shorter "
-        "because they train a chunk at a time.[/dim]"
-    )
-
-
-def _flags(settings) -> str:
-    """Settings as the flags that ask for them."""
-    words = []
-    if settings.states is not None:
-        words.append(f"--optimizer.states {settings.states}")
-    if settings.master is not None:
-        words.append(f"--optimizer.master {settings.master}")
-    if settings.checkpointing:
-        words.append("--gradient-checkpointing")
-    if settings.head == "plain":
-        words.append("--head plain")
-    if settings.accumulate > 1:
-        words.append(f"--batch {settings.batch} --gradient.accumulate {settings.accumulate}")
-    if (turns := settings.working_set) is not None:
-        words.append(f"--working-set.chunks {turns.chunks}" if turns.chunks else "--working-set.by layer")
-        words += [f"--working-set.offload {turns.offload}"] if isinstance(turns.offload, str) else []
-    return " ".join(words) or "(nothing more)"
-
-
 def _moment(step: StepMemory) -> str:
     return f"{step.peak_phase}, {step.peak_place.removeprefix('model.') or 'loss'}"
 
 
-def _fits(plan: Plan, step: StepMemory, budget_bytes: int) -> bool:
+def _fits(plan: Plan, step: StepMemory, budget_bytes: float) -> bool:
     if plan.device != "cuda":
         return step.peak_bytes <= budget_bytes
     return allocated(step.timeline).allocated_bytes + CONTEXT_BYTES <= budget_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import getpass
 import json
 import sys
@@ -30,6 +31,7 @@ from gradfold.provenance import (
     write_document,
 )
 from gradfold.provenance.files import read_bytes
+from gradfold.provenance.replicate import AS_REPORTED, INDEPENDENT
 from gradfold.provenance.verify import SIGNED_EVENT
 from gradfold.provenance.vocabulary import CITATION, REPLICATION
 
@@ -173,6 +175,8 @@ def run_cite(options: argparse.Namespace) -> int:
 
 def run_replicate(options: argparse.Namespace) -> int:
     """Append a replication record made from a benchmark's result to a paper's bundle."""
+    if options.claim is None or not options.claim.strip():
+        raise ProvenanceError("--claim: say in one sentence what was replicated; it is signed in your name")
     paper, signer, store = read_document(options.paper), _signer(options), _store(options)
     target, payload = replication_payload(
         paper,
@@ -182,7 +186,10 @@ def run_replicate(options: argparse.Namespace) -> int:
         command=options.command,
         revision=options.revision,
         artifacts=options.artifact,
+        standing=AS_REPORTED if options.as_reported else INDEPENDENT,
     )
+    if options.as_reported:  # the event says so as well, where the payload is not looked at
+        signer = dataclasses.replace(signer, signer_type="as-reported")
     bundle = _append(options.paper, paper, signer, REPLICATION, target, payload, options, store)
     return _write(bundle, signer, options)
 

@@ -68,10 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--outcome",
         type=_word("--outcome", OUTCOMES),
         choices=OUTCOMES,
+        metavar="OUTCOME",
         default=OUTCOMES[0],
         help=f"whether the claim held, did not, or was formalised: {', '.join(OUTCOMES)} (default: {OUTCOMES[0]})",
     )
-    replicate.add_argument("--claim", help="the replicated claim, in one sentence")
+    replicate.add_argument("--claim", help="the replicated claim, in one sentence; it must be given")
+    replicate.add_argument(
+        "--as-reported",
+        action="store_true",
+        help="the result was made by another revision or on another machine than this one: sign it as what is reported",
+    )
     replicate.add_argument("--command", help="command that produced the result, if the file does not contain it")
     replicate.add_argument("--revision", help="commit of the code, if neither the file nor git knows it")
     replicate.add_argument(
@@ -92,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=_word("--relation", RELATIONS),
         choices=RELATIONS,
+        metavar="RELATION",
         help=f"what it does with the paper: {', '.join(RELATIONS)}",
     )
     cite.add_argument("--claim", help="what exactly it supports, refutes, uses ..., in one sentence")

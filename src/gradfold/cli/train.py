@@ -12,10 +12,10 @@ import tyro
 
 from gradfold.train.errors import CheckpointError, RecipeError
 from gradfold.train.readers import SUFFIXES
-from gradfold.train.recipe import Recipe
+from gradfold.train.recipe import DEFAULTS, Recipe
 from gradfold.train.recipe_file import load_fields, unflatten
 
-from .chosen import base_recipe, choose_recipe, overlay
+from .chosen import base_recipe, choose_recipe, overlay, take_shorter
 from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
 
 if TYPE_CHECKING:
@@ -36,28 +36,42 @@ class TrainCommand:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str | None = None
-    """Recipe file (YAML) to start from; other flags override it. See examples/."""
+    """Recipe file (YAML) to start from; other flags override it. See examples/. None: no file."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Recipe file of axolotl or LLaMA-Factory (YAML) to start from; other flags override it. None: no file."""
     resume: str | None = None
-    """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder."""
+    """Continue a run: `latest` (or nothing) for the last checkpoint in --out, or a run's or a checkpoint's folder.
+    None: a new run."""
+    tokens: int | None = None
+    """Tokens per sequence, the same as --sequence-length. None: not given."""
+    batch: int | None = None
+    """Sequences per micro-batch, the same as --batch-size. None: not given."""
+
+
+EXTRA = {"config": str | None, "from": str | None, "resume": str | None, "tokens": int | None, "batch": int | None}
+"""Flags beside the recipe's."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code. Raises TrainError."""
     words = _with_latest(arguments)
     if "-h" in words or "--help" in words:
-        print_help(TrainCommand, TrainCommand(Recipe()), TRAIN_COMMAND)
+        print_help(TrainCommand, TrainCommand(DEFAULTS), TRAIN_COMMAND)
         return 0
-    extra = {"config": str | None, "resume": str | None}
-    given = given_fields(words, extra)
-    config, resume = given.pop("config", None), given.pop("resume", None)
+    given = given_fields(words, EXTRA)
+    extra = {name: given.pop(name) for name in EXTRA if name in given}
+    take_shorter(given, extra)
+    config, resume = extra.get("config"), extra.get("resume")
     out = saved = None
+    if resume and extra.get("from"):
+        raise RecipeError("--from with --resume: a run goes on with its own recipe; leave one of them out")
     if resume:
         in_file = load_fields(config) if config else {}
         saved = _find_saved(resume, {**in_file, **given})
         out = Path(given.get("out") or saved.out())
         recipe = overlay(overlay(saved.recipe, in_file), given)
     else:
-        recipe = choose_recipe(config, given).recipe
+        recipe = choose_recipe(config, given, foreign=extra.get("from")).recipe
     if parsed_again(TrainCommand, TrainCommand(recipe), words, TRAIN_COMMAND).recipe != recipe:
         raise RecipeError("the options are ambiguous; give each as --name value")
     out = out or Path(recipe.out or _new_folder(recipe))

@@ -1,6 +1,6 @@
 """The engine: steps each parameter after its last use in a backward, and keeps track of the open optimizer step."""
 
-from .audit import outside
+from .audit import outside, refuse_other_model
 from .clip_calls import clip_norm_at_step
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
@@ -36,6 +36,7 @@ __all__ = [
     "param_of",
     "refuse_ddp",
     "refuse_drop",
+    "refuse_other_model",
     "refuse_owned",
     "refuse_parameter",
     "refuse_replica",

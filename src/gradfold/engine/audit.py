@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -142,6 +142,17 @@ def unhooked_gradients(params: Iterable[FoldParam]) -> Iterator[FoldParam]:
                 "fold.paused()?); step it there, or set it to None before optimizer.step()"
             )
         yield param
+
+
+def refuse_other_model(named: Mapping[str, nn.Parameter], in_optimizer: Collection[int]) -> None:
+    """Raise if an optimizer (``in_optimizer``: ids of its parameters) has no parameter of the model at all."""
+    trained = [param for param in named.values() if param.requires_grad]
+    if trained and in_optimizer and not any(id(param) in in_optimizer for param in named.values()):
+        raise FoldError(
+            f"optimizer= is of another model: none of its {len(in_optimizer)} parameters is one of this model's "
+            f"{len(named)}; make it of model.parameters() of the model that is folded (after what replaces parameters: "
+            "loading, a copy, adapters, FSDP)"
+        )
 
 
 def outside(name: str) -> str:

@@ -181,7 +181,7 @@ class FoldParam:
                 fold.enter(task)
             step = fold.step
             if self._fired is step or (step.deferred and self.done):
-                raise FoldError(second_backward(self.name, self.stepped))
+                raise FoldError(second_backward(self, self.stepped))
         return wanted
 
     def hand(self, term: GradTerm, node: Any = None) -> None:
@@ -241,7 +241,7 @@ class FoldParam:
             step = fold.step
             if terms:
                 if self._fired is step or (step.deferred and self.done):
-                    raise FoldError(second_backward(self.name, self.stepped))
+                    raise FoldError(second_backward(self, self.stepped))
                 self.fire(backward, terms)
             return
         self._join_segments(backward, terms)
@@ -255,7 +255,7 @@ class FoldParam:
             self.read_unseen = True
         if terms:  # else: reached, but nothing flowed
             if self.done:
-                raise FoldError(second_backward(self.name, self.stepped))
+                raise FoldError(second_backward(self, self.stepped))
             step.waiting.setdefault(self, []).extend(terms)
         if self.waits and not self.due(backward.parent):
             self.flush(backward)
@@ -369,12 +369,22 @@ def create_graph(name: str) -> str:
     )
 
 
-def second_backward(name: str, stepped: bool) -> str:
-    """Return the message about a second backward before ``optimizer.step()``."""
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth".split()
+
+
+def second_backward(param: FoldParam, stepped: bool) -> str:
+    """Return the message about a backward more than ``optimizer.step()`` sums."""
+    fold = param.fold
+    summed, number = fold.options.accumulate, max(fold.step.summed, 1)  # of them have been
     has = "has already stepped" if stepped else "waits for that call with all it sums"
+    which = ORDINALS[number] if number < len(ORDINALS) else f"{number + 1}th"
+    if summed == 1:
+        way_out = "fold with accumulate=n, or call optimizer.step() after each backward"
+    else:
+        way_out = f"call optimizer.step() after each {summed} backwards, or fold with another accumulate= than {summed}"
     return (
-        f"{name}: a second backward reached this weight before optimizer.step(), and it {has}; sum the "
-        "losses and call backward once, fold with accumulate=n, or call optimizer.step() after each backward (after a "
+        f"{param.name}: a {which} backward reached this weight before optimizer.step(), and it {has}; sum the "
+        f"losses and call backward once, {way_out} (after a "
         "backward that raised, or a step that a scaler left out: optimizer.zero_grad(), then run the batch again; "
         "methods that look at a gradient first, as SAM: that backward inside fold.paused(), and timing='deferred')"
     )

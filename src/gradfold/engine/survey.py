@@ -50,7 +50,7 @@ def refuse_second(fold: FoldContext, params: Collection[FoldParam]) -> None:
     done = [param for param in params if param.done]
     for param in done:
         if param.read_by(step.segments) or param.demand() is Demand.STEP:
-            raise FoldError(second_backward(param.name, param.stepped))
+            raise FoldError(second_backward(param, param.stepped))
     # nothing of this backward moves before it is known that no segment has read what has stepped already
     step.cautious = any(param.unseen for param in done) and any(segment.nests for segment in step.segments)
 
@@ -60,13 +60,13 @@ def refuse_interrupted(fold: FoldContext, params: Collection[FoldParam]) -> None
     refuse_waiting(fold)
     for param in params:
         if param.stepped:
-            raise FoldError(second_backward(param.name, stepped=True))
+            raise FoldError(second_backward(param, stepped=True))
 
 
 def refuse_waiting(fold: FoldContext) -> None:
     """Raise if terms of an earlier backward wait for segments."""
     for param in fold.step.waiting:
-        raise FoldError(second_backward(param.name, param.stepped))
+        raise FoldError(second_backward(param, param.stepped))
 
 
 # working sets ---------------------------------------------------------------------------------------------------------

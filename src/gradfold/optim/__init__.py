@@ -6,6 +6,7 @@ from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
+from .torch_loads import watch_torch_loads
 
 __all__ = [
     "SGD",
@@ -23,3 +24,5 @@ __all__ = [
     "from_torch",
     "import_masters",
 ]
+
+watch_torch_loads()

@@ -64,6 +64,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
         # options that are not given are not added to the groups, so that their keys are torch's own
         super().__init__(params, {**defaults, **{key: TORCH_ONLY[key] for key in self.torch_only}, **storage})
+        self._refuse_idle_masters()
+
+    def _refuse_idle_masters(self) -> None:
+        """Raise ValueError if masters are asked for, and no weight is of the 16 bits that have one."""
+        asking = [group for group in self.groups if group.get("master") is not None]
+        dtypes = {param.dtype for group in asking for param in group["params"] if param.is_floating_point()}
+        if asking and dtypes and torch.bfloat16 not in dtypes:
+            named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ValueError(
+                f"master={asking[0]['master']!r} with {named} weights does nothing: a master is kept beside a bfloat16 "
+                "weight, and a wider weight is its own; leave master= out, or make the weights bfloat16 before the "
+                "optimizer"
+            )
 
     @staticmethod
     def validate(group: dict[str, Any]) -> None:

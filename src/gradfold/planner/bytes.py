@@ -14,7 +14,20 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_bytes(text: str | float) -> int:
+FEW = 2**20
+"""A budget below, without a unit, is one whose unit was forgotten."""
+
+
+def parse_budget(text: str, name: str = "budget") -> int:
+    """A budget on the command line: as `parse_bytes`, but a small number alone is asked for its unit (`16`: 16GiB?)."""
+    size = parse_bytes(text, name)
+    if size < FEW and re.fullmatch(r"\s*[0-9._]+\s*", str(text)):
+        number = str(text).strip()
+        raise PlanError(f"{name}={str(text)!r}: is {size:,} bytes; did you mean {number}GiB?")
+    return size
+
+
+def parse_bytes(text: str | float, name: str = "budget") -> int:
     """`24GiB`, `24 GB`, `141e9` in bytes. Raises PlanError for what is no size, or none above 0."""
     found = re.fullmatch(r"\s*([0-9_.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
     try:
@@ -23,7 +36,7 @@ def parse_bytes(text: str | float) -> int:
         size = 0
     if not 0 < size <= MOST:
         said = repr(text) if len(str(text)) <= 60 else f"{str(text)[:60]!r} ..."
-        raise PlanError(f"budget={said}: give a size such as 24GiB, 80GB or 24000MiB")
+        raise PlanError(f"{name}={said}: give a size such as 24GiB, 80GB or 24000MiB")
     return size
 
 

@@ -27,8 +27,7 @@ def without_idle_mask(batch: Any) -> Any:
 def packing_known(batch: Any) -> Iterator[None]:
     """While open, transformers takes the batch for packed (several texts in a row) only if its positions say so."""
     masking: Any = sys.modules.get("transformers.masking_utils")
-    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
-    is_packed = positions is not None and not (_is_real(positions) and bool((positions.diff(dim=-1) == 1).all()))
+    is_packed = any(map(_packed, batch)) if isinstance(batch, list) else _packed(batch)
     if masking is None or is_packed or not hasattr(masking, "find_packed_sequence_indices"):
         yield
         return
@@ -38,6 +37,11 @@ def packing_known(batch: Any) -> Iterator[None]:
         yield
     finally:
         masking.find_packed_sequence_indices = original
+
+
+def _packed(batch: Any) -> bool:
+    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
+    return positions is not None and not (_is_real(positions) and bool((positions.diff(dim=-1) == 1).all()))
 
 
 def _is_real(thing: Any) -> bool:

@@ -44,8 +44,8 @@ def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: 
     optimizer = settings.make_optimizer(trainable(model))
     fold = settings.make_fold(model, optimizer, None) if settings.fold else None
     parts = settings.accumulate
-    run_step(model, optimizer, workload.batch(), fold, micro_batches=parts)
-    memory = record_step(model, optimizer, workload.batch(), fold, micro_batches=parts)
+    run_step(model, optimizer, workload.batch(), fold, workload.loss, parts)
+    memory = record_step(model, optimizer, workload.batch(), fold, loss=workload.loss, micro_batches=parts)
     return Measured(memory.peak_bytes, "live tensors")
 
 
@@ -64,7 +64,7 @@ def _on_cuda(workload: Workload, model: nn.Module) -> int:
         if number == steps:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        run_step(model, optimizer, batch, fold, micro_batches=settings.accumulate)
+        run_step(model, optimizer, batch, fold, workload.loss, settings.accumulate)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 

@@ -1,9 +1,10 @@
-"""Draw where the memory of one training step goes: the plain step above, the folded one below, on one scale."""
+"""Draw where the memory of one training step goes: the plain step above, folded ones below, on one scale."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -38,6 +39,7 @@ INK, MUTED, GRID, BUDGET = "#1d2733", "#66727f", "#e3e7eb", "#b3261e"
 PLATE = {"facecolor": "white", "alpha": 0.78, "linewidth": 0, "pad": 1.5}  # behind words, to be read on any colour
 MIN_PHASE_SHARE = 0.09  # of the width, so that every phase can carry its name
 BINS = 1600
+X_LABEL = "bytes read and written so far in the step (not time), each phase at least a tenth of the width"
 
 
 def draw_step_memory(
@@ -47,11 +49,13 @@ def draw_step_memory(
     *,
     title: str = "Memory over one training step",
     budget_bytes: int | None = None,
+    more: Sequence[StepMemory] = (),
 ) -> None:
     """Write a picture (PNG, SVG or PDF, by the ending of `path`) of two steps' live bytes, stacked by category.
 
-    Across: progress through the step, each operator as wide as the bytes it reads and writes. `budget_bytes` draws a
-    line at what the device holds. Raises ImportError if matplotlib is missing (`pip install 'gradfold[plot]'`).
+    Across: the bytes that operators read and write, in their order, which is not time. `budget_bytes` draws a line at
+    what the device holds, `more` steps come below. Raises ImportError if matplotlib is missing (`pip install
+    'gradfold[plot]'`).
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -60,27 +64,33 @@ def draw_step_memory(
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'gradfold[plot]'") from error
 
-    steps = (plain, folded)
-    top_bytes = max(plain.peak_bytes, folded.peak_bytes, budget_bytes or 0) * 1.14
+    steps = (plain, folded, *more)
+    top_bytes = max(*(step.peak_bytes for step in steps), budget_bytes or 0) * 1.14
     unit, unit_bytes = byte_unit(top_bytes / 1.14)
-    figure = Figure(figsize=(10, 6.9), dpi=160, facecolor="white")  # no pyplot: no global state, no display
+    height = 6.9 + 2.85 * len(more)
+
+    def up(inches: float) -> float:
+        """A height in inches from the top of the picture, as matplotlib takes it."""
+        return 1 - inches * 6.9 / height
+
+    figure = Figure(figsize=(10, height), dpi=160, facecolor="white")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 1, sharey=True)
-    figure.subplots_adjust(left=0.075, right=0.975, top=0.81, bottom=0.09, hspace=0.36)
+    axes = figure.subplots(len(steps), 1, sharey=True)
+    figure.subplots_adjust(left=0.075, right=0.975, top=up(0.19), bottom=0.09 * 6.9 / height, hspace=0.36)
     for ax, step in zip(axes, steps, strict=True):
         _draw_panel(ax, step, unit, unit_bytes, budget_bytes)
         ax.set_ylim(0, top_bytes / unit_bytes)
-    axes[-1].set_xlabel("progress through the step", color=MUTED, fontsize=9, labelpad=20)
+    axes[-1].set_xlabel(X_LABEL, color=MUTED, fontsize=9, labelpad=20)
 
     size = min(15.0, 15.0 * 66 / max(len(title), 1))
-    figure.text(0.075, 0.96, title, fontsize=size, fontweight="bold", color=INK, va="center")
-    figure.text(0.075, 0.922, _summary(plain, folded), fontsize=10.5, color=MUTED, va="center")
+    figure.text(0.075, up(0.04), title, fontsize=size, fontweight="bold", color=INK, va="center")
+    figure.text(0.075, up(0.078), _summary(plain, folded), fontsize=10.5, color=MUTED, va="center")
     # What is thinner than a pixel is not in the key either.
     shown = [c for c in STACK_ORDER if any(step.most_bytes(c) > top_bytes / 600 for step in steps)]
     figure.legend(
         handles=[Patch(color=COLORS[c], label=c) for c in shown],
         loc="center left",
-        bbox_to_anchor=(0.07, 0.885),
+        bbox_to_anchor=(0.07, up(0.115)),
         borderpad=0,
         ncols=len(shown),
         frameon=False,

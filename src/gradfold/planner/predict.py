@@ -35,7 +35,12 @@ class Predicted:
 
 def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
     """Run the step that `settings` describe. Raises PlanError or FoldError for what cannot be done."""
-    workload = Workload(subject, settings, device)
+    return predict_workload(Workload(subject, settings, device))
+
+
+def predict_workload(workload: Workload) -> Predicted:
+    """Run the step of a workload. Raises PlanError or FoldError for what cannot be done."""
+    subject, settings = workload.subject, workload.settings
     if (config := settings.working_set) is not None:
         with workload.model() as model:
             turns = trace_working_set(workload, model, config)
@@ -67,7 +72,11 @@ def predict_baseline(
     subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
 ) -> StepMemory:
     """The same batches trained with another optimizer, and without a fold."""
-    workload = Workload(subject, settings, device)
+    return predict_plain(Workload(subject, settings, device), make_optimizer, label)
+
+
+def predict_plain(workload: Workload, make_optimizer: Callable[..., Any], label: str) -> StepMemory:
+    """The step of a workload with another optimizer, and without a fold."""
 
     def run(model: nn.Module) -> StepMemory:
         optimizer = make_optimizer(trainable(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -47,9 +48,12 @@ class Plan:
         memory = self.memory
         return f"{memory.peak_phase}, {memory.peak_place or 'loss'}, {memory.peak_op.removesuffix('.default')}"
 
-    def fits(self, budget_bytes: int) -> bool:
-        """Whether the card has enough; `allocated.reserved_bytes` may be more where the allocator fragments."""
-        return self.device_bytes <= budget_bytes
+    def fits(self, budget_bytes: int, margin: float = 0.0) -> bool:
+        """Whether the card has enough, and `margin` of it to spare.
+
+        `allocated.reserved_bytes` may be more where the allocator fragments; `gradfold plan` leaves `search.MARGIN`.
+        """
+        return self.device_bytes <= budget_bytes * (1 - margin)
 
     def as_dict(self) -> dict[str, Any]:
         """What `gradfold plan --json` prints."""
@@ -73,8 +77,14 @@ class Plan:
             "seconds": self.seconds,
         }
 
-    def plot(self, path: str | PathLike[str], budget_bytes: int | None = None) -> None:
-        """Draw the step of plain AdamW above this one's, on one scale. Raises ValueError where there is no baseline."""
+    def plot(
+        self, path: str | PathLike[str], budget_bytes: int | None = None, *, more: Sequence[StepMemory] = ()
+    ) -> None:
+        """Draw the step of plain AdamW above this one's, on one scale; `more` steps below, with their labels.
+
+        Raises:
+            ValueError: there is no baseline.
+        """
         from .plot import draw_step_memory
 
         if not self.baselines:
@@ -82,7 +92,7 @@ class Plan:
         tokens = self.settings.tokens * self.settings.batch
         title = f"Memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
         ours = dataclasses.replace(self.memory, label=f"gradfold: {self.memory.label}")
-        draw_step_memory(self.baselines[0], ours, path, title=title, budget_bytes=budget_bytes)
+        draw_step_memory(self.baselines[0], ours, path, title=title, budget_bytes=budget_bytes, more=more)
 
     def __str__(self) -> str:
         lines = [

@@ -5,7 +5,7 @@ states are stored. So a handful of traced steps rank all settings; those that ar
 
 How fast a step would be is an estimate for ordering, not a promise: products at 40% of an H100's 989 TFLOP/s, weights
 and states read and written at 75% of its 3.35 TB/s, 5.6 ps more for each parameter whose states are coded (155.0
-against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s beside all that.
+against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s or a disk at 5.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from gradfold.errors import FoldError
 from gradfold.head.loss import KEEP_BYTES
 from gradfold.workset import WorkingSet
 
 from .allocator import CONTEXT_BYTES, allocated
 from .bytes import format_bytes
-from .errors import PlanError
+from .errors import NothingFits, PlanError
 from .models import Subject
 from .predict import Predicted, predict, resting_of
 from .report import settings_dict
@@ -27,10 +28,12 @@ from .settings import Settings
 from .step import StepMemory
 
 TRIED_STATES = (None, "int8", "int4")
-CHUNKS = (8, 32, 128, 512)
+CHUNKS = tuple(2**n for n in range(1, 11))
+MARGIN = 0.03
+"""Part of a budget that `gradfold plan` leaves free."""
 EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
 """States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
-FLOPS, BANDWIDTH, LINK = 0.4 * 989e12, 0.75 * 3.35e12, 50e9
+FLOPS, BANDWIDTH, LINK, DISK = 0.4 * 989e12, 0.75 * 3.35e12, 50e9, 5e9
 CODED_S = 5.6e-12  # for each parameter
 STATE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 FASTEST = 3  # that are shown
@@ -58,11 +61,17 @@ class SearchResult:
     choices: tuple[Choice, ...]
     misses: tuple[tuple[Settings, int], ...]
     """Settings that do not fit, with about what they would take, the nearest first."""
+    host_budget_bytes: int | None = None
+    margin: float = 0.0
+    nearest: Choice | None = None
+    """What takes least, traced whole, where nothing fits."""
 
     def as_dict(self) -> dict[str, Any]:
         """What `gradfold plan --json` prints."""
         return {
             "budget_bytes": self.budget_bytes,
+            "host_budget_bytes": self.host_budget_bytes,
+            "margin": self.margin,
             "fits": [
                 {
                     "why": choice.why,
@@ -88,16 +97,32 @@ def search(
     *,
     device: str = "cuda",
     fixed: Collection[str] = (),
+    host_budget_bytes: int | None = None,
+    margin: float = 0.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> SearchResult:
-    """Settings for the same step that fit a budget. `fixed`: names of settings that stay as they are.
+    """Settings for the same step that fit a budget. A batch may be split into several forwards (`accumulate`).
 
-    A batch may be split into several forwards (`accumulate`). Raises PlanError if nothing fits, saying what the least
-    would take.
+    Args:
+        subject: the model.
+        settings: how it is trained, but for what the search may change.
+        budget_bytes: what the device has.
+        device: as for `plan`.
+        fixed: names of settings that stay as they are.
+        host_budget_bytes: what sleeping states may take in host memory; with one, they may also lie on disk.
+        margin: part of both budgets that stays free.
+        progress: called with a description of what is being traced.
+
+    Raises:
+        PlanError: settings that are not folded.
+        NothingFits: a PlanError with the nearest misses.
     """
     if not settings.fold:
         raise PlanError("fold=False with a budget: the search is over ways to fold; leave it out")
-    return _Search(subject, settings, budget_bytes, device, frozenset(fixed), progress).run()
+    made = _Search(subject, settings, budget_bytes, device, frozenset(fixed), progress)
+    made.room_bytes = int(budget_bytes * (1 - margin))
+    made.host_bytes = None if host_budget_bytes is None else int(host_budget_bytes * (1 - margin))
+    return dataclasses.replace(made.run(), host_budget_bytes=host_budget_bytes, margin=margin)
 
 
 class _Search:
@@ -112,6 +137,8 @@ class _Search:
     ):
         self.subject, self.settings, self.device = subject, settings, device
         self.budget_bytes, self.fixed, self.progress = budget_bytes, fixed, progress
+        self.room_bytes = budget_bytes
+        self.host_bytes: int | None = None
         self.context_bytes = CONTEXT_BYTES if device == "cuda" else 0
         self.weight_bytes, _ = resting_of(subject, dataclasses.replace(settings, working_set=None))
         self.parameters = subject.parameters
@@ -127,20 +154,55 @@ class _Search:
         turning = self._turning()
         choices = self._pick(sorted(whole, key=self._expected_s), "fastest", FASTEST)
         choices += self._pick(self._exact(), "most exact", 1, beside=choices)
-        choices += self._pick(turning, "working set", 1)
+        choices += self._largest_chunks(turning)
         every = list(dict.fromkeys([*whole, *turning]))
-        if not choices:
-            choices.append(self._least([*every, *self._split(turning)]))
+        if choices:
+            return self._result(choices, every)
+        every += self._split(turning)
+        least = self._least(every)
+        if self._fits(least):
+            return self._result([least], every)
+        nearest = dataclasses.replace(self._result([], every), nearest=least)
+        raise NothingFits(self._too_small(least), nearest)
+
+    def _result(self, choices: list[Choice], every: list[Settings]) -> SearchResult:
         sizes = sorted(((self._guess(one), n) for n, one in enumerate(every)))
-        missed = [(every[n], size) for size, n in sizes if size > self.budget_bytes]
+        shown = [choice.settings for choice in choices]
+        missed = [(every[n], size) for size, n in sizes if size > self.room_bytes or self._host_of(every[n])]
+        missed = [(one, size) for one, size in missed if one not in shown]
         return SearchResult(self.budget_bytes, tuple(choices), tuple(missed))
 
     def _least(self, candidates: list[Settings]) -> Choice:
-        """Of all these; raises PlanError if even that does not fit."""
-        least = self._trace(min(candidates, key=self._guess), "least memory")
-        if least.device_bytes > self.budget_bytes:
-            raise PlanError(self._too_small(least))
-        return least
+        """What takes least of all these that the model can have, and of these what keeps to the host's budget."""
+        candidates = [one for one in candidates if not self._host_of(one)] or candidates
+        for one in sorted(candidates, key=self._guess):
+            if (choice := self._trace(one, "least memory")) is not None:
+                return choice
+        raise PlanError(f"model {self.subject.name}: none of the settings that were tried can be traced")
+
+    def _fits(self, choice: Choice) -> bool:
+        host = self.host_bytes is None or choice.predicted.host_bytes <= self.host_bytes
+        return choice.device_bytes <= self.room_bytes and host
+
+    def _host_of(self, one: Settings) -> int:
+        """By about how many bytes the states asleep in host memory go over its budget; 0: they do not."""
+        turns = one.working_set
+        if self.host_bytes is None or turns is None or turns.offload in (None, "disk"):
+            return 0
+        chunks = turns.chunks or self.subject.layers or 1
+        return max(0, self._state_bytes(one) * (chunks - 1) // chunks - self.host_bytes)
+
+    def _largest_chunks(self, turning: list[Settings]) -> list[Choice]:
+        """The working set that fits with the largest chunks: of the powers of two, then of the numbers between."""
+        picked = self._pick(turning, "working set", 1)
+        if not picked or "working_set" in self.fixed or self.settings.working_set is not None:
+            return picked
+        found = picked[0].settings.working_set
+        assert found is not None and found.chunks is not None
+        above, below = found.chunks, max([count for count in CHUNKS if count < found.chunks], default=0)
+        between = sorted({below + 1, (below + above) // 2, above - 1} - {0, 1, below, above}) if below else []
+        closer = [self._with_chunks(dataclasses.replace(found, chunks=count)) for count in between]
+        return self._pick([one for pair in closer for one in pair], "working set", 1) or picked
 
     # candidates -------------------------------------------------------------------------------------------------------
 
@@ -173,16 +235,20 @@ class _Search:
         sets = [base.working_set] if base.working_set is not None else []
         if not sets and "working_set" not in self.fixed:
             sets = [WorkingSet(chunks=chunks, offload="cpu") for chunks in CHUNKS]
+            if self.host_bytes is not None:
+                sets += [WorkingSet(chunks=chunks, offload="disk", folder="runs") for chunks in CHUNKS]
+        return [one for turns in sets for one in self._with_chunks(turns)]
+
+    def _with_chunks(self, turns: WorkingSet) -> list[Settings]:
         return [
-            dataclasses.replace(base, working_set=turns, checkpointing=checkpointing)
-            for turns in sets
+            dataclasses.replace(self.settings, working_set=turns, checkpointing=checkpointing)
             for checkpointing in self._free("checkpointing", (False, True))
         ]
 
     def _split(self, turning: list[Settings]) -> list[Settings]:
-        """The smallest chunks, one sequence at a time: what is left when nothing else fits."""
+        """Chunks, one sequence at a time: what is left when nothing else fits."""
         batch, accumulate = self._splits()[-1]
-        return [dataclasses.replace(one, batch=batch, accumulate=accumulate) for one in turning[-1:]]
+        return [dataclasses.replace(one, batch=batch, accumulate=accumulate) for one in turning]
 
     def _free(self, name: str, values: Iterable) -> list:
         """The values a setting may take: its own first."""
@@ -231,11 +297,17 @@ class _Search:
             self._predicted[one] = predict(self.subject, one, self.device)
         return self._predicted[one]
 
-    def _trace(self, one: Settings, why: str) -> Choice:
+    def _trace(self, one: Settings, why: str) -> Choice | None:
+        """Trace settings whole; None for a working set that this model cannot be cut into."""
         if one in self._traced:
             return dataclasses.replace(self._traced[one], why=why)
         self.progress(f"checking: {one.describe()}")
-        predicted = self._predict(one)
+        try:
+            predicted = self._predict(one)
+        except FoldError:
+            if one.working_set is None or one.working_set is self.settings.working_set:
+                raise
+            return None
         size = predicted.memory.peak_bytes
         if self.device == "cuda":
             size = allocated(predicted.memory.timeline).allocated_bytes + self.context_bytes
@@ -254,10 +326,12 @@ class _Search:
                 break
             if one in known or any(_alike(one, choice.settings) for choice in picked):
                 continue
-            if self._guess(one) > 1.01 * self.budget_bytes or any(self._beats(choice, one) for choice in picked):
+            if self._guess(one) > 1.01 * self.room_bytes or any(self._beats(choice, one) for choice in picked):
+                continue
+            if self._host_of(one):
                 continue
             choice = self._trace(one, why)
-            if choice.device_bytes <= self.budget_bytes:
+            if choice is not None and self._fits(choice):
                 picked.append(choice)
         return picked
 
@@ -283,7 +357,8 @@ class _Search:
         stepping = share * self.parameters * each / BANDWIDTH
         if one.states in ("int8", "int4") or one.master:
             stepping += share * self.parameters * CODED_S
-        return max(forwards + stepping, moved_bytes / LINK)
+        link = DISK if turns is not None and turns.offload == "disk" else LINK
+        return max(forwards + stepping, moved_bytes / link)
 
     def _recomputed(self, one: Settings) -> float:
         """Multiplications that a folded head does twice: those of the logits it does not keep."""
@@ -299,6 +374,7 @@ class _Search:
     # nothing fits -----------------------------------------------------------------------------------------------------
 
     def _refuse_hopeless(self) -> None:
+        """Raise PlanError where not even the weights fit, of which no settings can take anything away."""
         if self.weight_bytes + self.context_bytes > self.budget_bytes:
             dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
             context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
@@ -308,10 +384,14 @@ class _Search:
             )
 
     def _too_small(self, least: Choice) -> str:
+        budget = f"budget {format_bytes(self.budget_bytes)}"
+        if self.room_bytes < self.budget_bytes:
+            budget += f" ({format_bytes(self.room_bytes)} of it without the margin)"
+        host = least.predicted.host_bytes
+        more = f" and {format_bytes(host)} of host memory" if host > (self.host_bytes or host) else ""
         return (
-            f"budget {format_bytes(self.budget_bytes)}: nothing fits; of all that was tried the least is "
-            f"{format_bytes(least.device_bytes)} ({least.settings.describe()}); give more, fewer tokens, or a smaller "
-            "model"
+            f"{budget}: nothing fits; of all that was tried the least is {format_bytes(least.device_bytes)}{more} "
+            f"({least.settings.describe()}); give more, fewer tokens, or a smaller model"
         )
 
 

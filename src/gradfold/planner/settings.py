@@ -61,6 +61,8 @@ class Settings(GradientFields, StorageFields):
     head_keep_bytes: int | None = None
     """How much of the softmax a folded head keeps instead of computing it twice; None: its own default."""
     working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
+    packing: bool = False
+    """Whether several rows share a sequence, as `gradfold train` packs them: attention then needs a mask."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch"):

@@ -26,6 +26,11 @@ from .trace import CATEGORIES, LiveBytes, Timeline
 PHASES = ("forward", "backward", "step")
 """The moments of a step's timeline. `step` is `optimizer.step()` and `zero_grad()`."""
 
+
+class MicroBatches(list):
+    """The batches of one step, one for each of its forwards."""
+
+
 FoldArgument = bool | Callable[[nn.Module, Any], Any]
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -165,9 +170,10 @@ def run_step(
     moment: Callable[[str], None] = lambda label: None,
 ) -> None:
     """One training step, its phases announced to `moment`."""
-    for _ in range(micro_batches):
+    for index in range(micro_batches):
+        part = batch[index % len(batch)] if isinstance(batch, MicroBatches) else batch
         moment("forward")
-        value = (loss or _loss_of_model)(model, batch)
+        value = (loss or _loss_of_model)(model, part)
         moment("backward")
         if fold is None:
             value.backward()
@@ -197,7 +203,7 @@ def record_step(
         live.moment("weights")
         live.track(model)
         live.moment("states")
-        live.track(optimizer, batch)
+        live.track(optimizer, *(batch if isinstance(batch, MicroBatches) else [batch]))
         _track_fold(live, model, optimizer, fold)
         meet(live)
 

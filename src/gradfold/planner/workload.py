@@ -20,7 +20,7 @@ from .hf_masks import packing_known
 from .models import Subject
 from .repeat_layers import repeated
 from .settings import Settings
-from .step import StepMemory
+from .step import LossFunction, StepMemory
 
 _INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
 gradfold.planner.step.step_memory takes a loss function for any other model"""
@@ -33,11 +33,20 @@ class Workload:
     subject: Subject
     settings: Settings
     device: str  # "cuda": as an accelerator would; "cpu": as this processor does
+    given: Any = None  # the batch, or a step's `MicroBatches`, in the place of full sequences
+    own_loss: LossFunction | None = None  # in the place of the model's
 
-    def batch(self) -> dict[str, Tensor]:
-        """Full sequences: nothing is padded, and nothing is packed."""
-        ids = torch.zeros(self.settings.batch, self.settings.tokens, dtype=torch.int64)
-        return {"input_ids": ids, "labels": ids}
+    def batch(self) -> Any:
+        """Full sequences: nothing is padded. With `packing`, each holds two rows, which do not see each other."""
+        if self.given is not None:
+            return self.given
+        batch, tokens = self.settings.batch, self.settings.tokens
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        if not self.settings.packing or tokens < 2:
+            return {"input_ids": ids, "labels": ids}
+        positions = torch.arange(tokens)
+        positions[tokens // 2 :] -= tokens // 2
+        return {"input_ids": ids, "labels": ids, "position_ids": positions.expand(batch, -1).contiguous()}
 
     @contextlib.contextmanager
     def model(self, layers: int | None = None) -> Iterator[nn.Module]:
@@ -70,6 +79,10 @@ class Workload:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The model's own. Raises PlanError where it returns none."""
+        if self.own_loss is not None:
+            return self.own_loss(model, batch)
+        if "position_ids" in batch and not _takes(model, "position_ids"):  # then its rows cannot be packed
+            batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
         loss = getattr(model(**batch), "loss", None)
         if not isinstance(loss, Tensor):
             raise PlanError(f"model {self.subject.name}: what it returns has no .loss{_INSTEAD}")
@@ -77,9 +90,8 @@ class Workload:
 
     def _check(self, model: nn.Module) -> None:
         """What fake tensors would not notice, or notice late."""
-        takes = inspect.signature(model.forward).parameters.values()
-        missing = {"input_ids", "labels"} - {parameter.name for parameter in takes}
-        if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        missing = [name for name in ("input_ids", "labels") if not _takes(model, name)]
+        if missing:
             raise PlanError(f"model {self.subject.name}: its forward takes no {min(missing)}{_INSTEAD}")
         longest = getattr(self.subject.config, "max_position_embeddings", None)
         if not isinstance(longest, int) or self.settings.tokens <= longest:
@@ -114,6 +126,11 @@ def enable_checkpointing(model: Any) -> bool:
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     return True
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

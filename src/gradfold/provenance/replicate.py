@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ from typing import Any
 from .canonical import parse
 from .errors import ProvenanceError
 from .files import read_bytes
+from .own import git, why_not_own
 from .report import typed
 from .vocabulary import OUTCOMES, known_word
 
-RECORD_VERSION = "1.1"
-"""1.1 says the outcome."""
+RECORD_VERSION = "1.2"
+"""1.1 says the outcome, 1.2 the standing."""
+INDEPENDENT, AS_REPORTED = "independent", "as_reported"
+"""Standing of a record: the signer made the result; or signs what one says that another revision or machine made."""
 ABOUT = ("benchmark", "date", "command", "machine", "revision", "claim", "rows")
 """Keys of a result file that describe the run; everything else is a figure or a setting."""
 
@@ -54,6 +56,7 @@ def replication_payload(
     command: str | None = None,
     revision: str | None = None,
     artifacts: Iterable[str | os.PathLike[str]] = (),
+    standing: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Make target and payload of a ``replication_record`` from a benchmark's result file.
 
@@ -68,9 +71,11 @@ def replication_payload(
         command: How the result was made, if it does not say so.
         revision: Commit of the code, if neither the result nor git can tell.
         artifacts: Further files to record with their digests.
+        standing: ``INDEPENDENT`` or ``AS_REPORTED``; None leaves it open.
 
     Raises:
-        ProvenanceError: Names the file and the option that would help.
+        ProvenanceError: Names the file and the option that would help: above all ``INDEPENDENT`` for a result whose
+            revision or machine are not this one's.
     """
     data = read_bytes(result_path)
     try:
@@ -86,10 +91,16 @@ def replication_payload(
     rows = [_row(row) for row in _rows(result, result_path)]
     if not any(row["figures"] for row in rows):
         raise ProvenanceError(f"{result_path}: holds no figure whose name says its unit (peak_bytes, step_ms, ...)")
+    if standing == INDEPENDENT and (why := why_not_own(result, result_path, revision)) is not None:
+        raise ProvenanceError(
+            f"{result_path}: {why}; run the benchmark here and sign its result, or sign what this one says with "
+            "--as-reported"
+        )
     record = {
         "record_version": RECORD_VERSION,
         "pith_number": paper.get("pith_number"),
         "outcome": known_word("outcome", outcome, OUTCOMES),
+        **({} if standing is None else {"standing": standing}),
         "claim": claim or typed(result, "claim", str) or default_claim(paper, name),
         "benchmark": name,
         "measured_on": typed(result, "date", str),
@@ -175,19 +186,13 @@ def _code(result: dict[str, Any], path: str | os.PathLike[str], given: str | Non
     recorded = typed(result, "revision", str)
     if given or recorded:
         return {"revision": given or recorded, "known_from": "the signer" if given else "the benchmark"}
-    commit = _git(path, "log", "-1", "--format=%H", "--", Path(path).name)
+    commit = git(_folder(path), "log", "-1", "--format=%H", "--", Path(path).name)
     if not commit:
         raise ProvenanceError(f"{path}: does not say which code made it, nor is it committed; use --revision COMMIT")
-    if _git(path, "status", "--porcelain", "--", Path(path).name):
+    if git(_folder(path), "status", "--porcelain", "--", Path(path).name):
         raise ProvenanceError(f"{path}: was changed since it was committed; commit it, or use --revision COMMIT")
     return {"revision": commit, "known_from": "the commit that the result came with"}
 
 
-def _git(path: str | os.PathLike[str], *words: str) -> str | None:
-    """Run git in the file's folder; None without git or outside a repository."""
-    folder = Path(path).resolve().parent
-    try:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout.strip()
+def _folder(path: str | os.PathLike[str]) -> Path:
+    return Path(path).resolve().parent

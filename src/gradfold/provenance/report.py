@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class Verification:
     def verdict(self) -> str:
         """The result in a few words."""
         if self.failures:
-            return f"failed {len(self.failures)} of {len(self.checks)} checks"
+            return f"{what_is_wrong(self)} (failed {len(self.failures)} of {len(self.checks)} checks)"
         if self.untrusted:
             return "valid signature, untrusted key"
         if not self.verified:
@@ -100,6 +101,26 @@ class Verification:
             "counts": self.counts(),
             "checks": [check.as_dict() for check in self.checks],
         }
+
+
+CHANGED = frozenset({"content_sha256", "event_id", "bundle_sha256", "state_sha256", "canonical_sha256"})
+"""Checks that fail where something was changed after it was signed."""
+
+
+def what_is_wrong(report: Verification) -> str:
+    """The first of the failures, in a sentence that needs no table: "event 3 was changed after signing"."""
+    order = sorted(report.failures, key=lambda check: not check.where.startswith("event"))  # the cause before the sum
+    first = order[0]
+    found = re.match(r"events\[(\d+)\]$", first.where)
+    what = (
+        f"event {int(found[1]) + 1}" if found else f"the {first.where}" if first.where.isidentifier() else first.where
+    )
+    if any(check.name in CHANGED for check in order if check.where == first.where):
+        return f"{what} was changed after signing"
+    if first.name.endswith("signature"):
+        return f"{what} was changed after signing, or is signed by another key than it names"
+    detail = f": {first.detail}" if first.detail else ""
+    return f"{what} fails {first.name}{detail}"
 
 
 class Checker:

@@ -38,6 +38,7 @@ from .state import pack, pack_optimizer, pack_random, restore_random, unpack, un
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
 STATES, TRAINER, RECIPE = "optimizer.safetensors", "trainer.json", "recipe.yaml"
+REFERENCES = ("preference/reference", "preference/reference_held_out")
 NAME = r"step-\d{6,}"
 
 
@@ -47,7 +48,9 @@ class Progress:
 
     `before`: held-out loss and sample from before training. `metrics_lines`: of metrics.jsonl. `rendered_at`: the time
     that the chat template was told, empty if it does not ask. `encoding`: which way rows became tokens
-    (`tokens.ENCODING`); checkpoints of 0.1 do not say.
+    (`tokens.ENCODING`); checkpoints of 0.1 do not say. `stream`: the place in data that is streamed.
+    `reference_sha256`: of a frozen reference model. `best`: step and held-out loss of the lowest so far; `worse`:
+    evaluations since.
     """
 
     step: int = 0
@@ -61,6 +64,10 @@ class Progress:
     peak_rss_bytes: int = 0
     peak_cuda_bytes: int = 0
     before: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    worse: int = 0
+    reference_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,17 +108,21 @@ def save_checkpoint(
     recipe: Recipe,
     progress: Progress,
     fold: Any = None,
+    references: tuple[Any, Any] = (None, None),
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 
-    `fold`: None where the model is not folded. Raises CheckpointError if it cannot be written; nothing has changed
-    then.
+    `fold`: None where the model is not folded. `references`: log-probabilities under a reference model. Raises
+    CheckpointError if it cannot be written; nothing has changed then.
     """
     target = folder / f"step-{progress.step:06d}"
     tensors, optimizer_tree = pack_optimizer(optimizer, model)
     random_tensors, random_tree = pack_random(model.device)
     scheduler_tree = pack(scheduler.state_dict(), "scheduler", tensors)
     tensors |= random_tensors
+    for name, values in zip(REFERENCES, references, strict=True):
+        if values is not None:
+            tensors[name] = torch.from_numpy(values).clone()
     trainer = {
         "progress": asdict(progress),
         "optimizer": optimizer_tree,
@@ -144,7 +155,12 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {target}: cannot be written ({one_line(error)}){_last_intact(folder)}"
         ) from error
-    older = [path for path in list_checkpoints(folder) if _step_of(path) < progress.step and _is_ours(path)]
+    best = progress.best.get("step") if recipe.checkpoint.keep_best else None
+    older = [
+        path
+        for path in list_checkpoints(folder)
+        if _step_of(path) < progress.step and _step_of(path) != best and _is_ours(path)
+    ]
     for old in older[: -(recipe.checkpoint.keep - 1) or None]:
         with contextlib.suppress(OSError):  # the new one is complete; the next save tries again
             _io.remove_folder(old)
@@ -160,15 +176,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(named: Path) -> Path:
     """The checkpoint that a path names: itself, or the latest of a run's folder. Raises CheckpointError."""
     if not named.is_dir():
-        raise CheckpointError(f"--resume {named}: no such folder")
-    if (named / _io.MANIFEST).exists() or not (named / FOLDER).is_dir():
+        raise CheckpointError(
+            f"--resume {named}: no such folder (a run that is stopped before its first step leaves none); start it "
+            "anew, without --resume"
+        )
+    if (named / _io.MANIFEST).exists():
         return named
     found = list_checkpoints(named / FOLDER)
-    if not found:
-        raise CheckpointError(
-            f"--resume {named}: the run has saved no checkpoint yet; start it anew with another --out"
-        )
-    return found[-1]
+    if found:
+        return found[-1]
+    if not (named / FOLDER).is_dir() and not (named / RECIPE).is_file():
+        return named
+    raise CheckpointError(
+        f"--resume {named}: the run there was stopped before its first checkpoint, so there is nothing to go on from; "
+        "start it anew, without --resume, with another --out or after deleting that folder"
+    )
 
 
 def read_checkpoint(path: Path) -> Saved:

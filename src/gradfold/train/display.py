@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from gradfold.planner.bytes import format_bytes
 from gradfold.planner.settings import batches_of_tokens
 
 if TYPE_CHECKING:
+    from .recipe import Recipe
     from .recipe_groups import GradientRecipe
     from .run import Run
 
@@ -51,9 +52,7 @@ class Display:
         """What is about to be trained, on what, for how long."""
         recipe, data = run.recipe, run.data
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-        tokens = int(data.tokens.starts[-1])
-        epochs = run.steps / data.steps_per_epoch
+        epochs = run.steps / data.steps_per_epoch if data.steps_per_epoch else None
         if not recipe.fold:
             how = "from stored gradients (--no-fold)"
         elif recipe.gradient.waits:
@@ -63,13 +62,12 @@ class Display:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column()
-        millions = f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+        millions = _trained(run, parameters)
         grid.add_row("model", f"{escape(recipe.model)}, {millions}, {recipe.dtype} on {run.device}")
-        sizes = f"{len(data.tokens):,} rows, {tokens:,} tokens"
-        sequences = f"{len(data.train):,} training and {len(data.held_out):,} held-out sequences"
-        grid.add_row("data", f"{escape(', '.join(recipe.data))}: {sizes}; {sequences}")
+        grid.add_row("data", f"{escape(_files(recipe))}: {_amount(data)}")
         batches = batches_of_tokens(recipe.batch_size, recipe.sequence_length, recipe.gradient.accumulate)
-        grid.add_row("training", f"{run.steps:,} steps ({epochs:.2g} epochs) of {batches}")
+        passes = "" if epochs is None else f" ({epochs:.2g} epochs)"
+        grid.add_row("training", f"{run.steps:,} steps{passes} of {batches}")
         grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")
         if clipping := _clipping(recipe.gradient):
             grid.add_row("gradients", clipping)
@@ -77,8 +75,10 @@ class Display:
             grid.add_row("working set", working_set)
         grid.add_row("results", escape(str(run.out)))
         self.console.print(grid)
-        if skipped := data.tokens.skipped:
-            self.note(f"{skipped:,} rows were left out: empty, or nothing to learn in them")
+        held = getattr(data, "held_out_tokens", None)
+        kinds = [data.tokens] if held is None or held is data.tokens else [data.tokens, held]
+        for what in left_out(kinds, recipe.sequence_length):
+            self.note(what)
         if run.progress.step:
             self.console.print(f"continuing after step {run.progress.step}")
 
@@ -129,6 +129,11 @@ class Display:
         if summary["sample"]["after"] is not None:
             self._samples(summary["sample"])
         self.console.print(f"model      {escape(summary['checkpoint'])}", highlight=False, soft_wrap=True)
+        if best := summary["best"]:
+            said = f"best       {best['checkpoint']} (held-out loss {best['held_out_loss']:.4f})"
+            self.console.print(escape(said), highlight=False, soft_wrap=True)
+        if address := summary.get("pushed_to"):
+            self.console.print(f"pushed     {escape(address)}", highlight=False, soft_wrap=True)
         files = ", ".join([*summary["plots"], "metrics.jsonl", "summary.json"])
         self.console.print(f"results    {escape(str(out))}: {files}", highlight=False, soft_wrap=True)
 
@@ -171,6 +176,58 @@ def _printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
+def _files(recipe: Recipe) -> str:
+    if not recipe.data_weights:
+        return ", ".join(recipe.data)
+    weighted = zip(recipe.data, recipe.data_weights, strict=True)
+    return ", ".join(f"{path} (weight {weight:g})" for path, weight in weighted)
+
+
+def _amount(data: Any) -> str:
+    """How much data there is, in a line."""
+    if not data.steps_per_epoch:
+        return f"streamed; {len(data.held_out):,} held-out sequences"
+    rows, tokens = len(data.tokens), int(data.tokens.starts[-1])
+    if getattr(data, "paired", False):
+        sizes, sequences = f"{rows // 2:,} preferences, {tokens:,} tokens", "pairs"
+    else:
+        sizes, sequences = f"{rows:,} rows, {tokens:,} tokens", "sequences"
+    return f"{sizes}; {len(data.train):,} training and {len(data.held_out):,} held-out {sequences}"
+
+
+def left_out(all_tokens: Iterable[Any], limit: int) -> list[str]:
+    """What became of rows that are not trained as they are, a sentence for each kind."""
+    found = list(all_tokens)
+
+    def count(name: str) -> int:
+        return sum(getattr(tokens, name, 0) for tokens in found)
+
+    said = []
+    if number := count("dropped"):
+        said.append(f"{_rows(number)} left out: over sequence_length = {limit} tokens (text.too_long = drop)")
+    if number := count("truncated"):
+        lost = f"; {count('cut_away'):,} of them had nothing to learn left" if count("cut_away") else ""
+        said.append(f"{_rows(number)} cut to sequence_length = {limit} tokens (text.too_long = truncate){lost}")
+    if number := count("skipped") - count("cut_away"):
+        said.append(f"{_rows(number)} left out: empty, or nothing to learn in them")
+    return said
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} rows were" if number > 1 else "1 row was"
+
+
+def _trained(run: Run, parameters: int) -> str:
+    """How many of the parameters train: all along, or in each turn of a working set."""
+    per_turn = [] if run.fold is None else run.fold.trained_per_turn()
+    if per_turn:
+        least, most = (f"{count / 1e6:.1f}" for count in (min(per_turn), max(per_turn)))
+        counts = most if least == most else f"{least} to {most}"
+        return f"{counts} M of {parameters / 1e6:.1f} M parameters trained in each of {len(per_turn)} turns"
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    return f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
 
@@ -185,11 +242,18 @@ def _clipping(gradient: GradientRecipe) -> str:
     return ", ".join(parts)
 
 
+def _peak(summary: dict[str, Any]) -> str:
+    size = format_bytes(summary["peak_rss_bytes"])
+    if summary["peak_rss_is_of"] == "anonymous memory":
+        return f"peak anonymous memory of the process {size} (without the files that are mapped)"
+    return f"peak memory of the process {size}"
+
+
 def _totals(summary: dict[str, Any]) -> str:
     parts = [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['training_s']:,.0f} s "
         f"({summary['tokens_per_s']:,.0f} tokens/s)",
-        f"peak memory of the process {format_bytes(summary['peak_rss_bytes'])}",
+        _peak(summary),
     ]
     if skipped := summary["skipped_steps"]:
         parts.append(f"{skipped:,} of the steps with gradients that were not finite and reached no weight")

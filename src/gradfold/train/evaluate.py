@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data import Data, as_tensors
 from .model import quiet_transformers
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | None]:
     """(held-out loss, sample), each None if the recipe wants none or `stop()` says so."""
-    loss = held_out_loss(run.model, run.data, run.device, run.recipe.text.packing, stop)
+    loss = held_out_loss(run, stop)
     count = run.recipe.evaluation.sample_tokens
     if not count or stop():
         return loss, None
@@ -26,10 +25,9 @@ def evaluate(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | No
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: Any, data: Data, device: torch.device, packing: bool, stop: Callable[[], bool]
-) -> float | None:
-    """Mean loss per target token of the held-out sequences, in nats; None if there are none, or if `stop()` says so."""
+def held_out_loss(run: Run, stop: Callable[[], bool]) -> float | None:
+    """Mean loss per target of the held-out sequences, in nats; None if there are none, or if `stop()` says so."""
+    model, data, objective = run.model, run.data, run.objective
     if not data.held_out:
         return None
     total, targets = 0.0, 0
@@ -37,8 +35,9 @@ def held_out_loss(
         for batch in data.held_out_batches():
             if stop():
                 return None
-            total += model(**as_tensors(batch, device, packing), use_cache=False).loss.item() * batch.targets
+            total += objective.loss(model, objective.inputs(batch, run.device)).item() * batch.targets
             targets += batch.targets
+    objective.figures()  # those of a measurement are not a step's
     return total / targets
 
 
@@ -62,7 +61,14 @@ def sample_text(model: Any, tokenizer: Any, ids: list[int], count: int, device: 
             top_k=None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
         )
-    return tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+    return as_read(tokenizer, output[0, len(ids) :].tolist())
+
+
+def as_read(tokenizer: Any, ids: list[int]) -> str:
+    """Tokens as text with the special ones written out, which tell turns apart, but for the end and the padding."""
+    while ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @contextlib.contextmanager

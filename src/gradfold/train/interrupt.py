@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 
 from .errors import TrainError
+
+NOTED = b"\ngradfold: finishing this step and saving; again (Ctrl-C) to abort\n"
 
 
 class Interrupted(TrainError):
@@ -35,6 +38,8 @@ class StopRequest:
         if self.made:  # the second time means: now
             raise KeyboardInterrupt
         self.made = True
+        with contextlib.suppress(OSError):  # not print(): the signal may have come in the middle of one
+            os.write(2, NOTED)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from gradfold._io import remove_leftovers, write_file
 from .checkpoint import NAME, RECIPE, Progress, Saved, save_checkpoint
 from .display import Display
 from .evaluate import evaluate, held_out_loss
+from .hub import CARD
 from .interrupt import Interrupted, StopRequest, held_back_signals
 from .metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
 from .recipe import Recipe
@@ -22,8 +23,11 @@ from .report import LOSS_PLOT, MEMORY_PLOT, SUMMARY, finish
 from .run import Run
 from .setup import assemble, forget_states, run_folder
 from .step import step_weights
+from .trackers import open_trackers
 
-WRITTEN = "|".join(map(re.escape, (RECIPE, METRICS, SUMMARY, LOSS_PLOT, MEMORY_PLOT)))  # files of a run's own folder
+WRITTEN = "|".join(
+    map(re.escape, (RECIPE, METRICS, SUMMARY, LOSS_PLOT, MEMORY_PLOT, CARD))
+)  # files of a run's own folder
 
 
 def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Display | None = None) -> dict[str, Any]:
@@ -53,7 +57,8 @@ def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -
         continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)
     write_file(run.out / RECIPE, dump_recipe(run.recipe))
     display.started(run)
-    metrics = MetricsLog(run.out / METRICS)
+    trackers = open_trackers(run.recipe, run.out, display.note)
+    metrics = MetricsLog(run.out / METRICS, trackers.log)
     try:
         if saved is None:
             _measure_before(run, metrics, display, stop)
@@ -63,6 +68,7 @@ def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -
             raise Interrupted(f"stopped after {where}; continue with --resume {quote(str(run.out))}", checkpoint)
         return finish(run, checkpoint, metrics, display, stop)
     finally:
+        trackers.finish()
         metrics.close()
 
 
@@ -70,7 +76,9 @@ def _measure_before(run: Run, metrics: MetricsLog, display: Display, stop: StopR
     with display.waiting("measuring the held-out loss before training"):
         loss, sample = evaluate(run, lambda: bool(stop))
     if stop:
-        raise Interrupted("stopped before the first step; nothing was trained", None)
+        raise Interrupted(
+            "stopped before the first step; nothing was trained and there is nothing to --resume: start it again", None
+        )
     run.progress.before = {"held_out_loss": loss, "sample": sample}
     if loss is not None:
         metrics.write(step=0, held_out_loss=loss)
@@ -81,21 +89,30 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
     """All steps that are left. Returns the last checkpoint."""
     recipe, progress = run.recipe, run.progress
     checkpoint = saved.path if saved is not None and saved.is_of(run.out) else None
-    meter = MemoryMeter(run.device)
+    meter = MemoryMeter(run.device, mapped=recipe.working_set.offload == "disk")
     meter.reset()
-    with display.progress(run) as bar:
-        while progress.step < run.steps and not stop:
+    with meter.watching(), display.progress(run) as bar:
+        while progress.step < run.steps and not stop and not stopped_early(run):
             record = _step(run, progress, meter)
             metrics.write(**record)
             bar.stepped(record)
             done, last = progress.step, progress.step == run.steps
             if _due(recipe.evaluation.interval_steps, done) and not last:
-                loss = held_out_loss(run.model, run.data, run.device, recipe.text.packing, lambda: False)
+                loss = held_out_loss(run, lambda: False)
                 if loss is not None:
                     metrics.write(step=done, held_out_loss=loss)
                     bar.measured(done, loss)
+                    if _note_best(run, loss) and recipe.checkpoint.keep_best:
+                        checkpoint = _save(run, metrics)
+            if checkpoint is not None and checkpoint.name == f"step-{done:06d}":
+                continue
             if _due(recipe.checkpoint.interval_steps, done) and not last and not stop:
                 checkpoint = _save(run, metrics)
+    if stopped_early(run):
+        display.note(
+            f"stopped early: no evaluation since step {progress.best['step']} lowered the held-out loss of "
+            f"{progress.best['loss']:.4f}"
+        )
     if checkpoint is None or checkpoint.name != f"step-{progress.step:06d}":
         with display.waiting("saving"):
             checkpoint = _save(run, metrics)
@@ -129,6 +146,7 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
         "lr": float(lr),
         "tokens": tokens,
         "targets": sum(batch.targets for batch in batches),
+        **run.objective.figures(),
         "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
         **memory,
@@ -138,9 +156,25 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
 def _save(run: Run, metrics: MetricsLog) -> Path:
     metrics.sync()
     run.progress.metrics_lines = metrics.lines
-    return save_checkpoint(
-        run.checkpoints, run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold
-    )
+    run.progress.stream = run.data.state()
+    parts = (run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold)
+    return save_checkpoint(run.checkpoints, *parts, references=getattr(run.data, "references", (None, None)))
+
+
+def _note_best(run: Run, loss: float) -> bool:
+    """Whether a held-out loss is the lowest so far; counts those in a row that are not."""
+    progress = run.progress
+    best = progress.best.get("loss")
+    if best is None or loss < best - run.recipe.evaluation.min_delta:
+        progress.best, progress.worse = {"step": progress.step, "loss": loss}, 0
+        return True
+    progress.worse += 1
+    return False
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether so many evaluations have not lowered the held-out loss that the run ends."""
+    return 0 < run.recipe.evaluation.patience <= run.progress.worse
 
 
 def _due(interval: int, step: int) -> bool:

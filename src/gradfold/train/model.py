@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradfold.planner.presets import ALIASES, PRESETS, preset_of
 from gradfold.planner.quantization import quantization_in, quantization_of, way_out
 from gradfold.planner.workload import enable_checkpointing
 
@@ -75,6 +76,10 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, name, None)
     if path.exists():
         raise ModelError(f"model {name}: is a file; name a folder, a .gguf file or a hub id")
+    if (preset := PRESETS.get(ALIASES.get(name.lower(), name.lower()))) is not None:  # `gradfold plan` knows them
+        return ModelSource(name, preset.hub, None)
+    if "/" not in name and (preset := preset_of(name)) is not None:
+        raise ModelError(f"model {name}: give its hub id, ORG/MODEL; {preset.hub} is the model that it is made of")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"model {name}: no such folder")
     return ModelSource(name, name, None)
@@ -138,13 +143,18 @@ def check_length(model: Any, recipe: Recipe) -> None:
 
 def check_tokens(model: Any, data: Data, tokenizer: Any, recipe: Recipe) -> None:
     """Raises ModelError if the data has token ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = words_of(model)
     largest = max(data.largest_id, *data.sample_ids, 0)
     if largest >= rows:
         raise ModelError(
             f"model {recipe.model}: has embeddings for {rows} tokens, but its tokenizer ({len(tokenizer)} tokens) "
             f"gives token {largest}; the two do not belong together"
         )
+
+
+def words_of(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @torch.no_grad()

@@ -30,6 +30,19 @@ class Batch:
     position_ids: np.ndarray
     tokens: int
     targets: int
+    reference: np.ndarray | None = None  # of preferences: each sequence's log-probability under the reference model
+
+
+def build_pairs(tokens: Tokens, windows: list[Window], pad_id: int, reference: np.ndarray | None) -> Batch:
+    """Preferences side by side: [2 P, S], all chosen answers, then all that are rejected. Its targets are the pairs.
+
+    `reference`: float64, of each row of `tokens`.
+    """
+    spans = [window[0] for window in windows] + [window[1] for window in windows]
+    batch = build_batch(tokens, [(span,) for span in spans], pad_id)
+    rows = np.searchsorted(tokens.starts, [start for start, _ in spans])
+    own = None if reference is None else reference[rows]
+    return Batch(batch.input_ids, batch.labels, batch.position_ids, batch.tokens, len(windows), own)
 
 
 def cut_windows(tokens: Tokens, ranges: list[tuple[int, int, bool]], length: int, packing: bool) -> list[Window]:

@@ -13,23 +13,32 @@ import codecs
 import contextlib
 import csv
 import glob
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .columns import renamed
 from .errors import DataError, one_line
-from .shapes import DataRow, Form, form_of, make_row
+from .row_kinds import make_row
+from .shapes import DataRow, Form, form_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 
 
-def read_rows(sources: Sequence[str]) -> Iterator[DataRow]:
+PIECE_CHARACTERS = 2**20
+"""Length of the parts in which a text file is streamed, each to the end of a line."""
+MOST_LIST_BYTES = 2**26
+"""Size of a .json file that may be streamed if it is one list, which is parsed as a whole."""
+
+
+def read_rows(sources: Sequence[str], columns: Sequence[str] = ()) -> Iterator[DataRow]:
     """All rows of all sources in order. Raises DataError naming the file and the line of the first bad row."""
     for source in sources:
         found = False
-        for row in _pydoc_rows() if source == "pydoc" else _file_rows(source):
+        for row in _pydoc_rows() if source == "pydoc" else _file_rows(source, columns):
             found = True
             yield row
         if not found:
@@ -56,14 +65,30 @@ def find_file(source: str) -> Path:
     return path
 
 
-def _file_rows(source: str) -> Iterator[DataRow]:
+def stream_rows(source: str, columns: Sequence[str], skip: int = 0) -> Iterator[DataRow]:
+    """The rows of one source from row number `skip` on, with no more in memory than a few of them.
+
+    A text file comes in parts of a mebibyte or so. Raises DataError, also for one large JSON list.
+    """
+    if source == "pydoc":
+        yield from itertools.islice(_pydoc_rows(), skip, None)
+        return
+    path = find_file(source)
+    if path.suffix.lower() == ".json" and path.stat().st_size > MOST_LIST_BYTES and _is_list(path):
+        raise DataError(f"{source}: is one JSON list, which can only be read whole; write an object on each line")
+    yield from _file_rows(source, columns, skip)
+
+
+def _file_rows(source: str, columns: Sequence[str], skip: int | None = None) -> Iterator[DataRow]:
+    """Rows of a file; with `skip` streamed, so many of them left out."""
     path = find_file(source)
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{source}: is empty")
-        with _stream(path) as rows:
+        with _stream(path, skip) as rows:
             form: Form | None = None
             for where, fields in rows:
+                fields = renamed(fields, columns, where)
                 form = form or form_of(fields, where)
                 yield make_row(fields, form, where)
     except OSError as error:
@@ -76,9 +101,19 @@ def _file_rows(source: str) -> Iterator[DataRow]:
 
 
 @contextlib.contextmanager
-def _stream(path: Path) -> Iterator[Iterator[tuple[str, Any]]]:
+def _stream(path: Path, skip: int | None = None) -> Iterator[Iterator[tuple[str, Any]]]:
     """(where, fields) of each row of a file, lazily."""
     suffix = path.suffix.lower()
+    if skip is not None and suffix in (".jsonl", ".ndjson"):  # lines are passed over without being parsed
+        yield _jsonl_lines(path, skip)
+        return
+    if skip is not None and suffix == ".txt":
+        yield itertools.islice(_text_pieces(path), skip, None)
+        return
+    if skip:
+        with _stream(path) as rows:
+            yield itertools.islice(rows, skip, None)
+        return
     # The builders want a cache folder even when they stream and put nothing there.
     with tempfile.TemporaryDirectory(prefix="gradfold-") as cache, _quiet_datasets():
         if suffix == ".parquet":
@@ -141,12 +176,24 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _jsonl_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _text_pieces(path: Path) -> Iterator[tuple[str, Any]]:
+    """A text in parts, each up to the end of a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        while piece := file.read(PIECE_CHARACTERS):
+            number += 1
+            yield f"{path} part {number}", {"text": piece + file.readline(PIECE_CHARACTERS)}
+
+
+def _jsonl_lines(path: Path, skip: int = 0) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
+                continue
+            if skip:
+                skip -= 1
                 continue
             where = f"{path} line {number}"
             try:

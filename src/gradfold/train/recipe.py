@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head
 
+from .columns import check_columns
 from .errors import RecipeError
 from .recipe_groups import (
     CheckpointRecipe,
     EvaluationRecipe,
     GradientRecipe,
     OptimizerRecipe,
+    PreferenceRecipe,
     ScheduleRecipe,
     TextRecipe,
     WorkingSetRecipe,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from gradfold.planner.settings import Settings
 
 
+MOST_WEIGHT = 1000.0
+ReportTo = Literal["wandb", "tensorboard", "trackio"]
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 """The devices that a recipe may name; whether there is one is seen when the run begins."""
 
@@ -38,6 +42,11 @@ class Recipe:
     """Model: a folder, a .gguf file, a hub id, or `smollm2` (SmolLM2-135M-Instruct, from a package)."""
     data: tuple[str, ...] = ("pydoc",)
     """Training data: files (.jsonl .json .csv .parquet .txt), or `pydoc` (Python's own documentation, 465 KB)."""
+    data_weights: tuple[float, ...] = ()
+    """How often each row of each file is seen in an epoch (2: twice; 0.5: in every other). With streaming, the parts
+    of the mixture. Empty: once."""
+    columns: tuple[str, ...] = ()
+    """Data with other names: OURS=THEIRS, as in prompt=question completion=answer; role= and content= for messages."""
     out: str | None = None
     """Output folder; must be new or empty. None: a new folder under runs/."""
     fold: bool = True
@@ -60,7 +69,12 @@ class Recipe:
     """Gradient (activation) checkpointing: recompute activations in backward instead of keeping them."""
     seed: int = 0
     """Random seed for the held-out split, data order and dropout."""
+    report_to: tuple[ReportTo, ...] = ()
+    """Also log metrics to wandb, tensorboard or trackio, each a package of its own. Empty: only to metrics.jsonl."""
+    push_to_hub: str | None = None
+    """Hub id, ORG/NAME, to which the model goes when the run has ended, with a model card. None: it stays here."""
     text: TextRecipe = field(default_factory=TextRecipe)
+    preference: PreferenceRecipe = field(default_factory=PreferenceRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     gradient: GradientRecipe = field(default_factory=GradientRecipe)
     working_set: WorkingSetRecipe = field(default_factory=WorkingSetRecipe)
@@ -74,6 +88,37 @@ class Recipe:
             raise refused(self, "model", "name a folder, a .gguf file or a hub id")
         if not self.data or not all(self.data):
             raise refused(self, "data", "name at least one file, or `pydoc`")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise RecipeError(
+                f"data_weights = {list(self.data_weights)!r}: {len(self.data_weights)} weights for {len(self.data)} "
+                "files in data; give one for each"
+            )
+        if not all(0 < weight <= MOST_WEIGHT for weight in self.data_weights):
+            raise refused(self, "data_weights", f"give numbers above 0, up to {MOST_WEIGHT:,}")
+        check_columns(self.columns)
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise refused(self, "push_to_hub", "give a hub id, ORG/NAME")
+        if self.checkpoint.keep_best and not self.evaluation.interval_steps:
+            raise RecipeError(
+                "checkpoint.keep_best = True: there is no evaluation while training to tell the best; give "
+                "evaluation.interval_steps"
+            )
+        if (self.checkpoint.keep_best or self.evaluation.patience) and not (
+            self.text.held_out or self.text.held_out_data
+        ):
+            raise RecipeError(
+                "text.held_out = 0 with checkpoint.keep_best or evaluation.patience: nothing is measured; hold rows out"
+            )
+        if self.text.streaming and self.steps is None:
+            raise RecipeError(
+                "text.streaming = True: how many steps an epoch has is not known before all is read; give steps, "
+                "not epochs"
+            )
+        if self.text.streaming and not self.text.held_out_data and self.text.held_out and not self.evaluation.sequences:
+            raise RecipeError(
+                "evaluation.sequences = 0 with text.streaming = True: held-out rows are looked for before training; "
+                "say how many sequences, or give text.held_out_data"
+            )
         if self.out == "":
             raise refused(self, "out", "name a folder, or leave it out")
         if self.steps is not None and self.epochs is not None:
@@ -124,10 +169,14 @@ class Recipe:
             checkpointing=self.gradient_checkpointing,
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
+            packing=self.text.packing,
             **self.optimizer.storage_options(),
             **self.gradient.gradient_options(),
         )
 
+
+DEFAULTS = Recipe(gradient=GradientRecipe(clip_norm=1.0))
+"""What `gradfold train` and `gradfold plan` begin with, and a recipe file of theirs: clipped, as in other trainers."""
 
 DEMO = Recipe(
     model="smollm2",

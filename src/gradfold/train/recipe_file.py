@@ -23,7 +23,12 @@ MAY_CHANGE_ON_RESUME = (
     "epochs",
     "evaluation.interval_steps",
     "checkpoint.interval_steps",
+    "evaluation.patience",
+    "evaluation.min_delta",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "report_to",
+    "push_to_hub",
 )
 """Fields that may differ from the recipe a checkpoint was made with."""
 
@@ -71,9 +76,18 @@ def load_recipe(path: str | Path) -> Recipe:
 def load_fields(path: str | Path) -> dict[str, Any]:
     """The dotted fields a recipe file gives, each in its type. Raises RecipeError, naming the file."""
     values: dict[str, Any] = {}
+    tree = load_tree(path)
     try:
-        tree = yaml.load(_read(path), Loader=_Loader)
         _collect(tree, "", values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    return values
+
+
+def load_tree(path: str | Path) -> Any:
+    """What a YAML file holds: no tags of Python's, no key twice, bounded. Raises RecipeError, naming the file."""
+    try:
+        return yaml.load(_read(path), Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -90,7 +104,6 @@ def load_fields(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: is not YAML ({one_line(error)})") from None
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
-    return values
 
 
 def _read(path: str | Path) -> str:
@@ -135,16 +148,39 @@ def _collect(tree: Any, group: str, values: dict[str, Any]) -> None:
         dotted = f"{group}.{key}" if group else str(key)
         if not group and key in groups:
             _collect(value, str(key), values)
+        elif dotted == "data" and isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            values["data"], values["data_weights"] = _weighted(value)
         elif dotted not in known:
             raise RecipeError(f"unknown field {shown(dotted)[1:-1]}{did_you_mean(dotted, [*known, *groups])}")
         else:
             values[dotted] = _leaf(known[dotted], value, dotted)
 
 
+def _weighted(entries: list[Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """`data: [{path: a.jsonl, weight: 2}, b.jsonl]` as paths and weights."""
+    paths, weights = [], []
+    for number, entry in enumerate(entries, 1):
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or "path" not in entry or entry.keys() - {"path", "weight"}:
+            raise RecipeError(f"data entry {number} = {shown(entry)}: give a path, or {{path: ..., weight: ...}}")
+        paths.append(conform(str, entry["path"], f"data entry {number}: path"))
+        weights.append(conform(float, entry.get("weight", 1.0), f"data entry {number}: weight"))
+    return tuple(paths), tuple(weights)
+
+
+def typed_field(dotted: str, value: Any) -> Any:
+    """A value of a file in the type of the field that it is for. Raises RecipeError."""
+    if value is None or (isinstance(value, int) and field_types()[dotted] is float):
+        return conform(field_types()[dotted], value, dotted)
+    return _leaf(field_types()[dotted], value, dotted)
+
+
 def _leaf(annotation: Any, value: Any, dotted: str) -> Any:
     # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), and everyone writes learning rates so.
     if isinstance(value, str) and annotation in (float, float | None):
         return from_words(annotation, [value], dotted)
+    if dotted == "columns" and isinstance(value, dict):
+        return tuple(f"{ours}={theirs}" for ours, theirs in value.items())
     # One file needs no brackets.
     if isinstance(value, str) and annotation == tuple[str, ...]:
         return (value,)

@@ -62,6 +62,12 @@ class TextRecipe:
     """Fraction of rows held out for evaluation. 0: none."""
     held_out_data: tuple[str, ...] = ()
     """Evaluation files, instead of a held-out fraction of the data."""
+    streaming: bool = False
+    """Read the data while training, for files larger than memory. Needs steps; rows mix within the buffer only."""
+    buffer: int = 4096
+    """Number of rows that are read, shuffled and packed together with streaming; fewer if they are very long."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's: a jinja file, or the template itself. None: the tokenizer's."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
@@ -69,6 +75,29 @@ class TextRecipe:
             raise refused(self, "held_out_data", "name files, or leave it out")
         if not 0 <= self.held_out < 1:
             raise refused(self, "held_out", "give a fraction from 0 (nothing held out) to below 1")
+        require_at_least(self, 1, "buffer")
+
+
+@dataclass(frozen=True)
+class PreferenceRecipe:
+    """Preference optimization (DPO), for data with `chosen` and `rejected`. Other data has no use for it."""
+
+    GROUP: ClassVar[str] = "preference"
+
+    beta: float = 0.1
+    """Strength of the tie to the reference model: the larger, the nearer."""
+    label_smoothing: float = 0.0
+    """Fraction of the pairs whose order is taken to be wrong, below 0.5."""
+    reference: Literal["precomputed", "frozen"] = "precomputed"
+    """Log-probabilities under the reference, the model that the run begins with. precomputed: once, before training, or
+    from the data's columns. frozen: in each step, by a copy that stays in memory."""
+
+    def __post_init__(self) -> None:
+        conform_fields(self, self.GROUP)
+        if not self.beta > 0:
+            raise refused(self, "beta", "give a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise refused(self, "label_smoothing", "give a fraction from 0 to below 0.5")
 
 
 @dataclass(frozen=True)
@@ -82,31 +111,31 @@ class OptimizerFields:
     weight_decay: float = 0.0
     """Weight decay, of all weights but norms and biases, as the optimizer defines it."""
     betas: tuple[float, float] | None = None
-    """Decay rates (betas) of the first and second moment."""
+    """Decay rates (betas) of the first and second moment. None: the optimizer's default."""
     eps: float | None = None
-    """Epsilon, added to the denominator."""
+    """Epsilon, added to the denominator. None: the optimizer's default."""
     momentum: float | None = None
-    """SGD and RMSprop: momentum factor."""
+    """SGD and RMSprop: momentum factor. None: the optimizer's default."""
     dampening: float | None = None
-    """SGD: dampening of the momentum."""
+    """SGD: dampening of the momentum. None: the optimizer's default."""
     nesterov: bool | None = None
-    """SGD: Nesterov momentum."""
+    """SGD: Nesterov momentum. None: the optimizer's default."""
     alpha: float | None = None
-    """RMSprop: smoothing constant."""
+    """RMSprop: smoothing constant. None: the optimizer's default."""
     centered: bool | None = None
-    """RMSprop: divide by the variance."""
+    """RMSprop: divide by the variance. None: the optimizer's default."""
     lr_decay: float | None = None
-    """Adagrad: decay of the learning rate."""
+    """Adagrad: decay of the learning rate. None: the optimizer's default."""
     initial_accumulator_value: float | None = None
-    """Adagrad: initial value of the sums of squares."""
+    """Adagrad: initial value of the sums of squares. None: the optimizer's default."""
     momentum_decay: float | None = None
-    """NAdam: decay of the momentum."""
+    """NAdam: decay of the momentum. None: the optimizer's default."""
     decoupled_weight_decay: bool | None = None
-    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW."""
+    """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW. None: the optimizer's default."""
     amsgrad: bool | None = None
-    """Adam and AdamW: use the AMSGrad variant."""
+    """Adam and AdamW: use the AMSGrad variant. None: the optimizer's default."""
     maximize: bool | None = None
-    """Maximize the objective instead of minimizing it."""
+    """Maximize the objective instead of minimizing it. None: the optimizer's default."""
 
 
 @dataclass(frozen=True)
@@ -275,11 +304,21 @@ class EvaluationRecipe:
     """Prompt of the sample texts before and after training. None: the start of a held-out row."""
     sample_tokens: int = 48
     """Number of tokens per sample. 0: no samples."""
+    patience: int = 0
+    """Early stopping: stop when so many evaluations in a row have not lowered the held-out loss. 0: never."""
+    min_delta: float = 0.0
+    """Early stopping: by how much an evaluation must lower the held-out loss to count."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)
-        require_at_least(self, 0, "interval_steps", "sequences")
+        require_at_least(self, 0, "interval_steps", "sequences", "patience")
         require_at_least(self, 0, "sample_tokens", most=100_000)
+        if self.patience and not self.interval_steps:
+            raise refused(self, "patience", "there is no evaluation while training; give evaluation.interval_steps")
+        if self.min_delta < 0:
+            raise refused(self, "min_delta", "give 0 or more")
+        if self.min_delta and not self.patience:
+            raise refused(self, "min_delta", "does nothing without evaluation.patience; say how many evaluations")
 
 
 @dataclass(frozen=True)
@@ -292,6 +331,8 @@ class CheckpointRecipe:
     """Steps between checkpoints. 0: only at the end, and when the run is interrupted."""
     keep: int = 2
     """Number of checkpoints to keep, the newest ones."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest held-out loss; saved at each evaluation that is the best so far."""
 
     def __post_init__(self) -> None:
         conform_fields(self, self.GROUP)

@@ -8,17 +8,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import gradfold
 from gradfold._io import write_file
-from gradfold.planner.step import StepMemory, step_memory
+from gradfold.planner.step import StepMemory
 
-from .data import as_tensors
 from .display import Display
 from .errors import one_line
-from .evaluate import evaluate
+from .evaluate import as_read, evaluate
+from .hub import CARD, model_card, push
 from .interrupt import Interrupted, StopRequest
+from .memory import trace_memory
 from .metrics import MetricsLog, read_metrics
-from .optimizer import make_optimizer, make_plain_optimizer
 from .plots import MissingMatplotlib, draw_loss, draw_memory
 from .run import Run
 
@@ -48,26 +47,30 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         "optimizer": recipe.optimizer.name,
         "folded": recipe.fold,
         "steps": progress.step,
-        "epochs": progress.step / run.data.steps_per_epoch,
+        "epochs": progress.step / run.data.steps_per_epoch if run.data.steps_per_epoch else None,
         "skipped_steps": progress.skipped_steps,
         "tokens": progress.tokens,
         "training_s": progress.seconds,
         "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "train_loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "held_out_loss": _pair(before.get("held_out_loss"), loss),
-        "held_out_perplexity": _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
+        "held_out_perplexity": _pair(None, None)
+        if run.data.paired
+        else _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
         "peak_rss_bytes": progress.peak_rss_bytes,
+        "peak_rss_is_of": "anonymous memory" if recipe.working_set.offload == "disk" else "all memory",
         "peak_cuda_bytes": progress.peak_cuda_bytes or None,
         "step_memory": {
             name: {**step.as_dict(), "most_gradient_bytes": step.most_bytes("gradients")}
             for name, step in memory.items()
         },
         "sample": {
-            "prompt": run.tokenizer.decode(run.data.sample_ids, skip_special_tokens=True),
+            "prompt": as_read(run.tokenizer, run.data.sample_ids),
             "before": before.get("sample"),
             "after": sample,
         },
         "checkpoint": str(checkpoint),
+        "best": _best(run, checkpoint, loss),
     }
     plots = []
     try:
@@ -79,44 +82,35 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
     except MissingMatplotlib as error:
         display.note(str(error))
     summary["plots"] = plots
+    if recipe.push_to_hub is not None:
+        card = model_card(recipe, summary)
+        write_file(run.out / CARD, card)
+        with display.waiting("pushing the model to the hub"):
+            summary["pushed_to"] = push(
+                recipe, Path(summary["best"]["checkpoint"] if summary["best"] else checkpoint), card
+            )
     write_file(run.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     display.summary(summary, run.out)
     return summary
 
 
+def _best(run: Run, checkpoint: Path, loss: float | None) -> dict[str, Any] | None:
+    """Step, held-out loss and checkpoint of the best, which may be the last; None unless the recipe keeps it."""
+    best = run.progress.best
+    if not run.recipe.checkpoint.keep_best:
+        return None
+    if loss is not None and (not best or loss <= best["loss"]):
+        return {"step": run.progress.step, "held_out_loss": loss, "checkpoint": str(checkpoint)}
+    if not best:
+        return None
+    kept = run.checkpoints / f"step-{best['step']:06d}"
+    return {"step": best["step"], "held_out_loss": best["loss"], "checkpoint": str(kept)}
+
+
 def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
-    """Live bytes over one step, `folded` and `plain`, on fake tensors: no weight changes, no random number is drawn."""
-    recipe, gradient = run.recipe.optimizer, run.recipe.gradient
-    batches = run.data.batches(0)
-    batch: dict[str, Any] = dict(as_tensors(batches[0], run.device, run.recipe.text.packing))
-    batch["use_cache"] = False
-    # A step of one batch: with several, gradients that wait for the last one would come on top.
-    part = f", one of {len(batches)} batches" if len(batches) > 1 else ""
-    clipping: dict[str, Any] = {"clip_value": gradient.clip_value}
-    if gradient.clip == "exact":  # the other ways defer nothing
-        clipping["clip_norm"] = gradient.clip_norm
-    cut = run.recipe.working_set
-    working_set = cut.build(offload=None)  # nothing is moved in a trace, which is of one step
-    chunk = f", one of {cut.chunks} chunks awake" if cut.chunks else ", one layer awake" if cut.used else ""
+    """Live bytes over one whole step, `folded` and `plain`; nothing where the model cannot be traced."""
     try:
-        return {
-            "plain": step_memory(
-                run.model,
-                lambda parameters: make_plain_optimizer(recipe, parameters),
-                batch,
-                fold=False,
-                label=f"plain {recipe.name}{part}",
-            ),
-            "folded": step_memory(
-                run.model,
-                lambda parameters: make_optimizer(recipe, parameters),
-                batch,
-                fold=lambda model, optimizer: gradfold.fold(
-                    model, optimizer, head=run.recipe.head, working_set=working_set, **clipping
-                ),
-                label=f"folded {recipe.name}{chunk}{part}",
-            ),
-        }
+        return trace_memory(run)
     except Exception as error:
         # A picture is not worth a run, and some models' code looks at values, which fake tensors do not have.
         display.note(f"{MEMORY_PLOT} is left out: this model's step cannot be traced ({one_line(error)})")

@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint import FOLDER, Progress
 from .data import Data
+from .objective import Objective
 from .recipe import Recipe
 
 
@@ -28,6 +29,7 @@ class Run:
     fold: Any
     steps: int
     progress: Progress
+    objective: Objective
 
     @property
     def checkpoints(self) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import math
 import random
 import re
@@ -18,10 +20,11 @@ import gradfold
 from gradfold._io import LOCK, hold_folder
 from gradfold.workset import Rotation, forget_folder
 
-from .checkpoint import FOLDER, Progress, Saved, list_checkpoints, restore_run
+from .checkpoint import FOLDER, REFERENCES, Progress, Saved, list_checkpoints, restore_run
 from .data import Data, prepare_data
 from .display import Display
 from .errors import CheckpointError, DataError, ModelError, RecipeError, one_line
+from .hub import check_hub
 from .model import (
     ModelSource,
     check_length,
@@ -31,14 +34,19 @@ from .model import (
     load_model,
     load_tokenizer,
     quiet_transformers,
+    words_of,
 )
+from .objective import NextToken, Objective
 from .optimizer import make_optimizer, parameter_groups
+from .preference import Preference, check_head, precompute
 from .readers import find_file
 from .recipe import Recipe
 from .recipe_file import differing_fields
 from .run import Run
 from .schedule import make_schedule
+from .stream import StreamedData, prepare_stream
 from .tokens import ENCODING
+from .trackers import check_trackers
 
 SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
@@ -52,6 +60,8 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     if saved is not None:
         check_continues(saved, recipe)
     check_out(out, saved)
+    check_trackers(recipe)
+    check_hub(recipe)
     for path in (*recipe.data, *recipe.text.held_out_data):
         if path != "pydoc":
             find_file(path)  # before the model is loaded
@@ -59,14 +69,21 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     source = find_model(recipe.model) if saved is None else ModelSource(str(saved.path), str(saved.path), None)
     with display.waiting("loading the tokenizer"):
         tokenizer = load_tokenizer(source)
+        use_template(tokenizer, recipe, resumed=saved is not None)
     with display.waiting("reading the data"), quiet_transformers():  # it warns of each long text, which is cut anyway
-        data = prepare_data(recipe, tokenizer) if saved is None else prepare_data_again(saved, recipe, tokenizer)
+        if saved is not None:
+            data = prepare_data_again(saved, recipe, tokenizer)
+        else:
+            data = prepare_stream(recipe, tokenizer) if recipe.text.streaming else prepare_data(recipe, tokenizer)
     display.unread(data.unread)
     with display.waiting("loading the model"):
         model = load_model(source, recipe, device)
     check_length(model, recipe)
     check_tokens(model, data, tokenizer, recipe)
-    check_packing(model, recipe)
+    if not data.paired:  # preferences are not packed
+        check_packing(model, recipe)
+    if isinstance(data, StreamedData):
+        data.words = words_of(model)
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
     progress = saved.progress if saved else Progress(data_sha256=data.sha256, encoding=ENCODING)
     progress.rendered_at = data.rendered_at
@@ -74,9 +91,13 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
     try:
         groups = parameter_groups(model, recipe.optimizer.weight_decay)
-        optimizer = make_optimizer(recipe.optimizer, groups, recipe.seed)
+        chosen = recipe.optimizer
+        if saved is not None and chosen.master is not None and recipe.dtype != "bfloat16":
+            chosen = dataclasses.replace(chosen, master=None)  # a run of 0.1, which let it do nothing
+        optimizer = make_optimizer(chosen, groups, recipe.seed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
+    objective = make_objective(recipe, data, model, device, saved, progress, display)
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
     fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
     try:
@@ -87,13 +108,42 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
     except BaseException:
         forget_states(fold, out)
         raise
-    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress)
+    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress, objective)
+
+
+def use_template(tokenizer: Any, recipe: Recipe, resumed: bool = False) -> None:
+    """Give the tokenizer the chat template that the recipe names. A checkpoint's tokenizer has it already.
+
+    Raises RecipeError if there is no such file.
+    """
+    chosen = recipe.text.chat_template
+    if chosen is None:
+        return
+    if "{" in chosen:
+        tokenizer.chat_template = chosen
+        return
+    try:
+        tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if not resumed:
+            raise RecipeError(
+                f"text.chat_template = {chosen!r}: cannot be read ({one_line(error)}); name a jinja file, or give the "
+                "template itself"
+            ) from None
 
 
 def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:
     """The data of a run that goes on, with the date it began with. Raises CheckpointError if it is not the same."""
     progress = saved.progress
     now = datetime.fromisoformat(progress.rendered_at) if progress.rendered_at else None
+    if recipe.text.streaming:
+        try:
+            data = prepare_stream(recipe, tokenizer, now, progress.stream)
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume {saved.path}: {error}") from None
+        if data.sha256 == progress.data_sha256:
+            return data
+        raise CheckpointError(_other_tokens(saved, recipe, ""))
     said = ""
     for encoding in dict.fromkeys(
         (ENCODING, progress.encoding)
@@ -110,10 +160,63 @@ def prepare_data_again(saved: Saved, recipe: Recipe, tokenizer: Any) -> Data:
             return data
         if data.rendered_at and not progress.rendered_at:
             said = " (its chat template writes the date, and a checkpoint of gradfold 0.1 does not say which it was)"
-    raise CheckpointError(
+    raise CheckpointError(_other_tokens(saved, recipe, said))
+
+
+def _other_tokens(saved: Saved, recipe: Recipe, said: str) -> str:
+    return (
         f"--resume {saved.path}: {', '.join(recipe.data)} no longer gives the tokens this run was started with{said}; "
         "restore the files, or start a new run from the checkpoint with --model"
     )
+
+
+def make_objective(
+    recipe: Recipe,
+    data: Data,
+    model: Any,
+    device: torch.device,
+    saved: Saved | None,
+    progress: Progress,
+    display: Display,
+) -> Objective:
+    """What the run minimizes: the next token's loss, or for data of preferences theirs.
+
+    Raises ModelError for a model whose log-probabilities cannot be had, CheckpointError for another reference than that
+    of the run's beginning.
+    """
+    if not data.paired:
+        return NextToken(recipe.text.packing)
+    try:
+        check_head(model, recipe.head)
+    except ModelError as error:
+        raise ModelError(f"model {recipe.model}: {error}") from None
+    if recipe.preference.reference == "frozen":
+        with display.waiting("loading the reference model"):
+            plain = dataclasses.replace(recipe, gradient_checkpointing=False)
+            frozen = load_model(find_model(recipe.model), plain, device)
+        frozen.eval().requires_grad_(False)
+        digest = _digest(frozen)
+        if progress.reference_sha256 not in ("", digest):
+            raise CheckpointError(f"model {recipe.model}: is not the reference that this run began with; restore it")
+        progress.reference_sha256 = digest
+        return Preference(recipe.preference, recipe.head, frozen)
+    if saved is not None:
+        found = [saved.tensors.pop(name, None) for name in REFERENCES]
+        if found[0] is None or found[1] is None:
+            raise CheckpointError(f"checkpoint {saved.path}: has no log-probabilities of the reference model")
+        data.references = (found[0].numpy(), found[1].numpy())
+    elif any(reference is None for reference in data.references):
+        with display.waiting("computing log-probabilities under the reference model"):
+            precompute(model, data, recipe.head, device)
+    return Preference(recipe.preference, recipe.head)
+
+
+def _digest(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
+    return digest.hexdigest()
 
 
 def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:

@@ -13,12 +13,18 @@ from typing import Any, Literal
 
 from .errors import DataError, one_line
 
-Shape = Literal["text", "completion", "messages"]
+Shape = Literal["text", "completion", "messages", "preference"]
 
 FIELDS: tuple[tuple[Shape, tuple[str, ...]], ...] = (
+    ("preference", ("messages", "chosen", "rejected")),
+    ("preference", ("conversations", "chosen", "rejected")),
+    ("preference", ("prompt", "chosen", "rejected")),
+    ("preference", ("instruction", "chosen", "rejected")),
+    ("preference", ("chosen", "rejected")),
     ("messages", ("messages",)),
     ("messages", ("conversations",)),
     ("completion", ("prompt", "completion")),
+    ("messages", ("instruction", "output")),
     ("text", ("text",)),
 )
 """(shape, the fields it needs); where a row would fit several, the first counts."""
@@ -55,7 +61,9 @@ class DataRow:
     `where`: where it stands, for people: `notes.jsonl line 3`. `learn`: what the row says of each message: to be
     learned or not, or None where it says nothing; empty where it says nothing of any. `answers_from`: index of the
     first message that is not part of a prompt. `columns`: all other fields that hold something. `system`: the text of
-    such a column, which is the first message by now.
+    such a column, which is the first message by now. `prompt` and `completion` of a row of messages: the same as plain
+    text, for a model without a chat template. `pair`: of a preference, the row that is chosen and the one that is not;
+    `reference`: their log-probabilities under the reference model, if the row says them.
     """
 
     where: str
@@ -68,6 +76,8 @@ class DataRow:
     answers_from: int = 0
     columns: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
+    pair: tuple[DataRow, ...] = ()
+    reference: tuple[float, float] | None = None
 
     def number(self, index: int) -> int:
         """The number of a message in the row as it was given, from 1."""
@@ -86,29 +96,25 @@ def form_of(fields: Any, where: str) -> Form:
             return shape, needed
     got = ", ".join(map(str, fields)) or "no fields"
     raise DataError(
-        f"{where}: has {got}; needs `text`, or `prompt` and `completion`, or `messages` (or `conversations`)"
+        f"{where}: has {got}; needs `text`, or `prompt` and `completion`, or `messages` (or `conversations`), or "
+        "`instruction` and `output`, or `chosen` and `rejected`; --columns says which column is which"
     )
 
 
 def make_row(fields: Any, form: Form, where: str) -> DataRow:
     """Check one row. Raises DataError naming the row and the field."""
     shape, needed = form
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: is a {type(fields).__name__}, not an object with named fields")
-    for name in needed:
-        if fields.get(name) is None:
-            raise DataError(f"{where}: has no `{name}`, which the rows before it have" if name not in fields
-                            else f"{where}: `{name}` is null")  # fmt: skip
-    columns = {str(key): value for key, value in fields.items() if key not in needed and not _is_empty(value)}
+    require(fields, needed, where)
+    columns = {str(key): value for key, value in fields.items() if key not in needed and not is_empty(value)}
     if shape == "messages":
         (name,) = needed
-        return _chat(where, _messages(fields[name], name, where), columns)
+        return make_chat(where, make_messages(fields[name], name, where), columns)
     if shape == "completion" and isinstance(fields["prompt"], list | tuple):
         if not isinstance(fields["completion"], list | tuple):
             raise DataError(f"{where}: `completion` is a {type(fields['completion']).__name__}, but `prompt` a list of "
                             "messages; give both as text or both as messages")  # fmt: skip
-        prompt = _messages(fields["prompt"], "prompt", where) if fields["prompt"] else []
-        return _chat(where, prompt + _messages(fields["completion"], "completion", where), columns, len(prompt))
+        prompt = make_messages(fields["prompt"], "prompt", where) if fields["prompt"] else []
+        return make_chat(where, prompt + make_messages(fields["completion"], "completion", where), columns, len(prompt))
     texts = {name: fields[name] for name in needed}
     for name, value in texts.items():
         if not isinstance(value, str):
@@ -122,6 +128,16 @@ def make_row(fields: Any, form: Form, where: str) -> DataRow:
                     "and `completion` as lists of messages, or write it into the prompt"
                 )
     return DataRow(where, shape, **texts, columns=columns)
+
+
+def require(fields: Any, needed: Sequence[str], where: str) -> None:
+    """Raises DataError unless a row has these fields."""
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: is a {type(fields).__name__}, not an object with named fields")
+    for name in needed:
+        if fields.get(name) is None:
+            raise DataError(f"{where}: has no `{name}`, which the rows before it have" if name not in fields
+                            else f"{where}: `{name}` is null")  # fmt: skip
 
 
 def check_text(value: Any, what: str) -> None:
@@ -147,7 +163,9 @@ def parsed(value: str, what: str) -> Any:
 # ---- messages --------------------------------------------------------------------------------------------------
 
 
-def _chat(where: str, messages: list[dict[str, Any]], columns: dict[str, Any], answers_from: int = 0) -> DataRow:
+def make_chat(
+    where: str, messages: list[dict[str, Any]], columns: dict[str, Any], answers_from: int = 0, **more: Any
+) -> DataRow:
     """A row of messages, with a `system` column as the first of them."""
     learn = [_learned(message, number, where) for number, message in enumerate(messages, 1)]
     system = columns.pop("system", "")
@@ -174,10 +192,12 @@ def _chat(where: str, messages: list[dict[str, Any]], columns: dict[str, Any], a
         answers_from=answers_from,
         columns=columns,
         system=system,
+        **more,
     )
 
 
-def _messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+def make_messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """Check a list of messages. Raises DataError."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):  # as in a CSV file, which has no lists
         messages = parsed(messages, f"{where}: `{name}`")
     if not isinstance(messages, list | tuple) or not messages:
@@ -260,7 +280,8 @@ def _share_gpt(message: dict[str, Any], what: str) -> dict[str, Any]:
     return {**rest, "role": SPEAKERS[speaker], "content": value}
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a column holds nothing."""
     return value is None or (isinstance(value, str | Sequence | Mapping) and not value)
 
 

@@ -11,7 +11,6 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from gradfold._io import is_disk_full
 from gradfold.errors import FoldError, NonFiniteError
 
-from .data import as_tensors
 from .errors import TrainError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def step_weights(run: Run, batches: list[Batch]) -> tuple[float, float | None]:
     total = 0.0
     try:
         for batch in batches:
-            loss = run.model(**as_tensors(batch, run.device, run.recipe.text.packing), use_cache=False).loss
+            loss = run.objective.loss(run.model, run.objective.inputs(batch, run.device))
             total += _finite(loss.item(), number, run.optimizer) * (share := batch.targets / targets)
             loss = loss * share
             loss.backward() if run.fold is None else run.fold.backward(loss)

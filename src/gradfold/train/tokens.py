@@ -29,7 +29,9 @@ class Tokens:
 
     `ids`: int32 [T]. `learned`: bool [T], whether the token is a target. `starts`: int64 [R + 1].
     `is_document`: bool [R], a `text` row, which may be cut anywhere. `skipped`: rows that had nothing to learn.
-    `unread`: columns that nothing reads -> where the first one stands.
+    `dropped`, `truncated`: those that were too long, and left out or cut. `unread`: columns that nothing reads -> where
+    the first one stands. `reference`: float64 [R] or None: of preferences, whose rows 2p and 2p + 1 are the answers of
+    pair p, their log-probabilities under the reference model.
     """
 
     ids: np.ndarray
@@ -38,6 +40,10 @@ class Tokens:
     is_document: np.ndarray
     skipped: int
     unread: dict[str, str] = field(default_factory=dict)
+    dropped: int = 0
+    truncated: int = 0
+    reference: np.ndarray | None = None
+    cut_away: int = 0  # both truncated and skipped: nothing to learn was left
 
     def __len__(self) -> int:
         return len(self.is_document)
@@ -73,42 +79,102 @@ def encode_rows(
         DataError: a row is too long, or its chat template cannot write it.
         ModelError: the tokenizer has no chat template.
     """
-    ids, learned, starts, documents = array("i"), bytearray(), array("q", [0]), bytearray()
-    skipped = 0
-    unread: dict[str, str] = {}
+    kept = KeptRows(too_long, limit)
     template = ChatTemplate(tokenizer, now)
     encode_batch = _encode_batch if encoding == ENCODING else earlier.encode_batch
     rows = iter(rows)
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        for row, (row_ids, row_learned, names) in zip(batch, encode_batch(batch, template, loss_on), strict=True):
-            document = row.shape == "text"
-            for name in names:
-                unread.setdefault(name, row.where)
-            if len(row_ids) > limit and not document:
-                if too_long == "error":
-                    raise DataError(
-                        f"{row.where}: has {len(row_ids)} tokens, over sequence_length = {limit}; raise it, "
-                        "or set text.too_long to truncate or drop"
-                    )
-                if too_long == "truncate":
-                    row_ids, row_learned = row_ids[:limit], row_learned[:limit]
-                else:
-                    row_ids, row_learned = [], []
-            if not any(row_learned[1:]):  # nothing comes before the first token to tell it from
-                skipped += 1
-                continue
-            ids.extend(row_ids)
-            learned.extend(row_learned)
-            starts.append(len(ids))
-            documents.append(document)
-    return Tokens(
-        np.array(ids, dtype=np.int32),
-        np.frombuffer(bytes(learned), dtype=bool),
-        np.array(starts, dtype=np.int64),
-        np.frombuffer(bytes(documents), dtype=bool),
-        skipped,
-        unread,
-    )
+        flat = [one for row in batch for one in (row.pair or (row,))]
+        encoded = iter(encode_batch(flat, template, loss_on))
+        for row in batch:
+            if row.pair:
+                kept.add_pair(row, next(encoded), next(encoded))
+            else:
+                kept.add(row, next(encoded))
+    return kept.tokens()
+
+
+class KeptRows:
+    """Collects rows of tokens; those that are too long or have nothing to learn are cut, left out or refused."""
+
+    def __init__(self, too_long: str, limit: int):
+        self.too_long, self.limit = too_long, limit
+        self.ids, self.learned, self.starts, self.documents = array("i"), bytearray(), array("q", [0]), bytearray()
+        self.skipped = self.dropped = self.truncated = self.cut_away = 0
+        self.unread: dict[str, str] = {}
+        self.reference = array("d")
+        self.told: set[bool] = set()  # whether pairs say their log-probabilities under the reference model
+
+    def add(self, row: DataRow, encoded: Encoded) -> None:
+        """Add a row. Raises DataError for one that is too long."""
+        self._note(row, encoded[2])
+        if (fitting := self._fitting(row, [encoded], row.shape == "text")) is not None:
+            self._append(*fitting[0], row.shape == "text")
+
+    def add_pair(self, row: DataRow, chosen: Encoded, rejected: Encoded) -> None:
+        """Add both answers of a preference, or neither. Raises DataError as `add` does."""
+        self._note(row, (*row.columns, *chosen[2], *rejected[2]))
+        self.told.add(row.reference is not None)
+        if len(self.told) > 1:
+            raise DataError(
+                f"{row.where}: some rows say their log-probabilities under the reference model, others do not; give "
+                "them in all rows, or in none"
+            )
+        if chosen[0] == rejected[0]:
+            self.skipped += 1
+            return
+        if (fitting := self._fitting(row, [chosen, rejected], False)) is not None:
+            for one in fitting:
+                self._append(*one, False)
+            self.reference.extend(row.reference or ())
+
+    def _note(self, row: DataRow, names: Iterable[str]) -> None:
+        for name in names:
+            self.unread.setdefault(name, row.where)
+
+    def _fitting(
+        self, row: DataRow, parts: Sequence[Encoded], document: bool
+    ) -> list[tuple[list[int], list[bool]]] | None:
+        limit, longest = self.limit, max(len(ids) for ids, _, _ in parts)
+        made = [(ids, learned) for ids, learned, _ in parts]
+        if longest > limit and not document:
+            if self.too_long == "error":
+                raise DataError(
+                    f"{row.where}: has {longest} tokens, over sequence_length = {limit}; raise it, "
+                    "or set text.too_long to truncate or drop"
+                )
+            if self.too_long == "drop":
+                self.dropped += 1
+                return None
+            if all(any(learned[1:]) for _, learned in made):  # else it would have been left out at any length
+                self.truncated += 1
+                self.cut_away += not all(any(learned[1:limit]) for _, learned in made)
+            made = [(ids[:limit], learned[:limit]) for ids, learned in made]
+        if not all(any(learned[1:]) for _, learned in made):  # nothing comes before the first token to tell it from
+            self.skipped += 1
+            return None
+        return made
+
+    def _append(self, ids: list[int], learned: list[bool], document: bool) -> None:
+        self.ids.extend(ids)
+        self.learned.extend(learned)
+        self.starts.append(len(self.ids))
+        self.documents.append(document)
+
+    def tokens(self) -> Tokens:
+        """All of them."""
+        return Tokens(
+            np.array(self.ids, dtype=np.int32),
+            np.frombuffer(bytes(self.learned), dtype=bool),
+            np.array(self.starts, dtype=np.int64),
+            np.frombuffer(bytes(self.documents), dtype=bool),
+            self.skipped,
+            self.unread,
+            self.dropped,
+            self.truncated,
+            np.array(self.reference, dtype=np.float64) if len(self.reference) else None,
+            self.cut_away,
+        )
 
 
 def encode_prompt(prompt: str, tokenizer: Any, chat: bool, now: datetime | None = None) -> list[int]:
@@ -132,7 +198,7 @@ Encoded = tuple[list[int], list[bool], Iterable[str]]
 
 def _encode_batch(rows: Sequence[DataRow], template: ChatTemplate, loss_on: str) -> Iterator[Encoded]:
     tokenizer, whole = template.tokenizer, loss_on == "all"
-    pairs = [row for row in rows if row.shape == "completion"]
+    pairs = [row for row in rows if _is_plain(row, tokenizer)]
     texts = iter(_ids(tokenizer, [row.text for row in rows if row.shape == "text"]))
     prompts = iter(_ids(tokenizer, [row.prompt for row in pairs]))
     joined = iter(_ids(tokenizer, [row.prompt + row.completion for row in pairs]))
@@ -140,13 +206,18 @@ def _encode_batch(rows: Sequence[DataRow], template: ChatTemplate, loss_on: str)
         if row.shape == "text":
             ids = _end(next(texts), tokenizer)
             yield ids, [bool(row.text.strip())] * len(ids), row.columns
-        elif row.shape == "completion":
+        elif _is_plain(row, tokenizer):
             prompt, completion = _split(row, next(prompts), next(joined), tokenizer)
             completion = _end(completion, tokenizer)
             yield prompt + completion, [whole] * len(prompt) + [True] * len(completion), row.columns
         else:
             chat = encode_chat(row, template, whole)
             yield chat.ids, chat.learned, chat.unread
+
+
+def _is_plain(row: DataRow, tokenizer: Any) -> bool:
+    """Whether a prompt and its completion are taken as text: also those of a chat, if there is no template."""
+    return row.shape == "completion" or bool(row.completion and not tokenizer.chat_template)
 
 
 CONTEXTS = ("\n", "=", ".", ")", "a")

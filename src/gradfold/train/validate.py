@@ -192,6 +192,8 @@ def _conform_tuple(annotation: Any, args: tuple[Any, ...], value: Any, dotted: s
 def _takes(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         args = get_args(annotation)
+        if get_origin(args[0]) is Literal:
+            return f"some of {', '.join(get_args(args[0]))}"
         kind = {str: "names", float: "numbers", int: "whole numbers"}[args[0]]
         return f"a list of {kind}" if args[-1] is Ellipsis else f"{len(args)} {kind}"
     if get_origin(annotation) is Literal:

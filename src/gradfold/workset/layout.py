@@ -101,6 +101,18 @@ class Layout:
             total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
         return total
 
+    def trained_per_turn(self) -> list[int]:
+        """Return how many elements each chunk trains, those that always train included."""
+        always = sum(member.param.numel() for member in self.always)
+        return [
+            always
+            + sum(
+                self._by_name[name].param.numel() * (stop - start) // (self._by_name[name].param.shape or (1,))[dim]
+                for name, dim, start, stop in chunk
+            )
+            for chunk in self.chunks
+        ]
+
     def chunks_of(self, member: FoldParam) -> str:
         """Return in which chunks a parameter is, for a table."""
         if member not in self.slices:
