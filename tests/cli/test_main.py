@@ -14,6 +14,7 @@ from gradfold.train import report
 from gradfold.train.checkpoint import list_checkpoints
 from gradfold.train.recipe import DEMO, Recipe
 from gradfold.train.recipe_file import load_recipe
+from gradfold.train.recipe_groups import GradientRecipe
 from tests.train.tiny import tree_bytes
 
 
@@ -75,7 +76,8 @@ def test_without_arguments_the_demo_runs_in_a_new_folder_each_time(asked, tmp_pa
 def test_ones_own_data_are_trained_for_an_epoch_by_the_general_defaults(asked):
     assert main(["train", "--data", "a/notes.jsonl", "b.txt"]) == 0
     recipe, out, _ = asked.pop()
-    assert recipe == Recipe(data=("a/notes.jsonl", "b.txt"), out=str(out))
+    clipped = GradientRecipe(clip_norm=1.0)  # the field's default, of the command alone
+    assert recipe == Recipe(data=("a/notes.jsonl", "b.txt"), out=str(out), gradient=clipped)
     assert out.name == "smollm2-notes"
     assert main(["train", "--model", "some/folder/"]) == 0
     assert asked.pop()[1].name == "folder-pydoc"

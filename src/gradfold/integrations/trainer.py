@@ -55,7 +55,7 @@ class FoldMixin:
         ...     fold_options = {"states": "int8"}
         >>> trainer = Mine(model, args, train_dataset=dataset)
         >>> trainer.train()
-        >>> trainer.fold.report()
+        >>> print(trainer.fold.report())
     """
 
     # those of a Trainer, which stands behind this class
