@@ -13,6 +13,7 @@ from torch import nn
 
 import gradfold
 from gradfold import _torch
+from gradfold.engine.gate import hook_fires_without_gradient
 
 SOURCES = Path(gradfold.__file__).parent
 PRIVATE = re.compile(
@@ -75,7 +76,7 @@ def watching():
 
 
 def test_nodes_are_watched_but_for_ours():
-    _torch.hook_fires_without_gradient()  # asked once per process, by a node
+    hook_fires_without_gradient()  # asked once per process, by a node
     created, before = [], _torch.BackwardNode.__init__
     try:
         _torch.watch_nodes(created.append)
