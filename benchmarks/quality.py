@@ -219,8 +219,13 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     suites = [name for name in EXPERIMENTS if any(row["suite"] == name for row in rows)]
     colors = dict(zip(VARIANTS, ("#444444", "#1f77b4", "#2ca02c", "#d62728", "#9467bd", "#e0a526"), strict=True))
-    fig, axes = plt.subplots(1, len(suites), figsize=(4.6 * len(suites), 3.4), layout="constrained", squeeze=False)
-    for axis, suite in zip(axes[0], suites, strict=True):
+    columns = min(2, len(suites))
+    rows_of_axes = -(-len(suites) // columns)
+    shape = (5.4 * columns + 1, 3 * rows_of_axes)
+    fig, axes = plt.subplots(rows_of_axes, columns, figsize=shape, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(suites) :]:
+        axis.remove()
+    for axis, suite in zip(axes.flat, suites, strict=False):
         for place, variant in enumerate(reversed(VARIANTS)):
             gains = [
                 r["held_out_loss_before"] - r["held_out_loss"]
@@ -237,7 +242,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             f"{some['parameters'] / 1e6:.3g} M parameters, {some['steps']} steps, lr {some['lr']:g}", fontsize=10
         )
         axis.set_xlabel("held-out loss, nats below the start")
-        axis.set_yticks(range(len(VARIANTS)), list(reversed(VARIANTS)) if axis is axes[0][0] else [""] * len(VARIANTS))
+        first = any(axis is line[0] for line in axes)
+        axis.set_yticks(range(len(VARIANTS)), list(reversed(VARIANTS)) if first else [""] * len(VARIANTS))
+        axis.set_ylim(-0.6, len(VARIANTS) - 0.4)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
