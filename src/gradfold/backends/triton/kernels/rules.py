@@ -63,7 +63,7 @@ def _lerp(start, end, weight, NEAR: tl.constexpr):
 def _decayed(w, g, rate, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr):
     """Apply sign and weight decay. DECAY: 0 none, 1 decoupled (w * rate), 2 coupled (g + rate * w)."""
     if MAXIMIZE:
-        g = -g
+        g = g * -1.0  # triton 3.6 writes -g as 0 - g, whose zeros have another sign
     if DECAY == 1:
         w = w * rate
     if DECAY == 2:

@@ -61,9 +61,9 @@ def places(rows, stride, columns, FAR: tl.constexpr):
 
 @triton.jit
 def there(rows, columns, N, K, MASK: tl.constexpr):
-    """Return which elements exist, or None if all do. N, K: rows and columns from the pointer on."""
+    """Return which elements exist, or True if all do. N, K: rows and columns from the pointer on."""
     if MASK == WHOLE:
-        return None
+        return True
     elif MASK == ROWS:
         return tl.broadcast_to((rows < N)[:, None], (rows.shape[0], columns.shape[0]))
     else:
@@ -77,6 +77,15 @@ def read(at, mask, MASK: tl.constexpr):
         return tl.load(at)
     else:
         return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def write(at, x, mask, MASK: tl.constexpr):
+    """Store numbers where they exist."""
+    if MASK == WHOLE:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=mask)
 
 
 @triton.jit
@@ -153,24 +162,24 @@ def store(
     mask = there(rows, columns, N, K, MASK)
     scale = 0
     if FORMAT == codecs.FP32:
-        tl.store(first + places(rows, first_stride, columns, FAR), x, mask=mask)
+        write(first + places(rows, first_stride, columns, FAR), x, mask, MASK)
     elif FORMAT == codecs.BF16:
-        tl.store(first + places(rows, first_stride, columns, FAR), codecs.to_bf16(x, bits, RANDOM, MATH), mask=mask)
+        write(first + places(rows, first_stride, columns, FAR), codecs.to_bf16(x, bits, RANDOM, MATH), mask, MASK)
     elif FORMAT == codecs.FP16:
-        tl.store(first + places(rows, first_stride, columns, FAR), codecs.to_fp16(x, bits, RANDOM), mask=mask)
+        write(first + places(rows, first_stride, columns, FAR), codecs.to_fp16(x, bits, RANDOM), mask, MASK)
     elif FORMAT == codecs.SPLIT8 or FORMAT == codecs.SPLIT16:
         high, residual = codecs.split(x, bits, FORMAT, RANDOM)
-        tl.store(first + places(rows, first_stride, columns, FAR), high, mask=mask)
-        tl.store(second + places(rows, second_stride, columns, FAR), residual, mask=mask)
+        write(first + places(rows, first_stride, columns, FAR), high, mask, MASK)
+        write(second + places(rows, second_stride, columns, FAR), residual, mask, MASK)
     else:
         if MASK == EDGE:
             x = tl.where(mask, x, 0.0)
         scale = codecs.scale_of(x, FORMAT)
         code = codecs.encode(x, scale, bits, FORMAT, RANDOM, MATH)
         if FORMAT == codecs.SIGNED8:
-            tl.store(first + places(rows, first_stride, columns, FAR), code.to(tl.int8), mask=mask)
+            write(first + places(rows, first_stride, columns, FAR), code.to(tl.int8), mask, MASK)
         elif FORMAT == codecs.UNSIGNED8:
-            tl.store(first + places(rows, first_stride, columns, FAR), code.to(tl.uint8), mask=mask)
+            write(first + places(rows, first_stride, columns, FAR), code.to(tl.uint8), mask, MASK)
         else:
             bytes_ = tl.arange(0, codecs.BLOCK // 2)
             if MASK == EDGE:
@@ -183,7 +192,7 @@ def store(
                 low, high = code.reshape(x.shape[0], 2, codecs.BLOCK // 2).permute(0, 2, 1).split()
                 packed_mask = there(rows, bytes_, N, K, MASK)
             byte = (low & 15) | ((high & 15) << 4)
-            tl.store(first + places(rows, first_stride, bytes_, FAR), byte.to(tl.uint8), mask=packed_mask)
+            write(first + places(rows, first_stride, bytes_, FAR), byte.to(tl.uint8), packed_mask, MASK)
     return scale
 
 
@@ -191,10 +200,7 @@ def store(
 def store_scales(scale, second, second_stride, rows, N, MASK: tl.constexpr, FAR: tl.constexpr):
     """Store the scales of a tile: fp32 ``[R]``, from ``store``."""
     at = second + (rows.to(tl.int64) if FAR else rows) * second_stride
-    if MASK == WHOLE:
-        tl.store(at, scale)
-    else:
-        tl.store(at, scale, mask=rows < N)
+    write(at, scale, rows < N, MASK)
 
 
 @triton.jit
