@@ -171,8 +171,8 @@ def test_stored_states_resume(tmp_path):
 
     def loaded(module, *callbacks, **others):
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X.float()), batch_size=4)
-        trainer = lightning.Trainer(callbacks=list(callbacks), logger=False, enable_progress_bar=False, max_epochs=2,
-                                    enable_model_summary=False, accelerator="cpu")  # fmt: skip
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = lightning.Trainer(callbacks=list(callbacks), max_epochs=2, default_root_dir=tmp_path, **quiet)
         trainer.fit(module, loader, **others)
 
     options = {"states": "int8", "small_size": 0, "rounding": "stochastic"}
