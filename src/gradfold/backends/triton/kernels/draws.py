@@ -3,8 +3,8 @@
 Two neighbours share a hash. Where rows begin on an even element (PAIRED), a tile of hashes is half as wide as the tile
 of the weight; otherwise every element computes the hash of its pair and takes its half.
 
-The first line of the hash is a sum, so it is the sum of a number per row (``row_words``) and one per column, which is
-the same for all rows of a tile.
+The first line of the hash is a sum, so it is the sum of a number per row and one per column, which is the same for all
+rows of a tile (``shared_words``).
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
