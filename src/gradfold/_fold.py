@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .dist import ranks_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
     enlist,
+    held,
     outside,
     refuse_other_model,
     refuse_owned,
@@ -56,6 +58,7 @@ def fold(
     head_keep_bytes: int | None = None,
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    group: Any = None,
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
@@ -100,6 +103,10 @@ def fold(
             whichever should be faster for each weight; or an object (``gradfold.backends.Backend``).
         scratch_bytes: The most bytes of gradient and temporary memory that one parameter's step may use on a device.
             Another value may sum a gradient in another order, and so change its last bits.
+        group: On many ranks, the process group (``torch.distributed``) whose ranks hold parts of this model and step
+            together: their gradients have one norm, and they raise or skip a step together. None means all processes
+            if the model has DTensors, and is refused otherwise; "alone" says that this process trains a model of its
+            own.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -118,20 +125,53 @@ def fold(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
-    options = FoldOptions(
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        clip_value=clip_value,
-        norm_type=norm_type,
-        clip=clip,
-        error_if_nonfinite=error_if_nonfinite,
-        on_nonfinite=on_nonfinite,
-        timing=timing,
-        tape=tape,
-    )
+    ranks = ranks_of(model, group)
+
+    def make() -> Fold:
+        options = FoldOptions(
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            norm_type=norm_type,
+            clip=clip,
+            error_if_nonfinite=error_if_nonfinite,
+            on_nonfinite=on_nonfinite,
+            timing=timing,
+            tape=tape,
+        )
+        return _fold(model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes)
+
+    if ranks is None:
+        return make()
+    made: Fold | None = None
+    try:
+        with ranks.together("fold()"):
+            made = make()
+        state = made._state
+        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), state.options)
+    except BaseException:
+        if made is not None:
+            made.remove()
+        raise
+    state.ranks = ranks
+    return made
+
+
+def _fold(
+    model: nn.Module,
+    optimizer: RuleOptimizer,
+    options: FoldOptions,
+    working_set: WorkingSet | None,
+    joint: bool,
+    head: Head,
+    head_keep_bytes: int | None,
+    backend: str | Backend,
+    scratch_bytes: int,
+) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
+    clip = options.clip
     optimizer = accepted(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
@@ -211,11 +251,12 @@ def _check_keep_bytes(keep_bytes: object, head: str) -> None:
 def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
     """Raise for two parameters in the same memory: the first to step would change the other during its backward."""
     spans: dict[int, list[tuple[int, int, str, bool]]] = {}
-    for name, param in named.items():
+    for name, whole in named.items():
+        param = held(whole)
         if param.numel():
             first = int(param.storage_offset())
             last = first + sum((int(n) - 1) * int(k) for n, k in zip(param.shape, param.stride(), strict=True))
-            spans.setdefault(_torch.storage_key(param), []).append((first, last, name, param.requires_grad))
+            spans.setdefault(_torch.storage_key(param), []).append((first, last, name, whole.requires_grad))
     for shared in spans.values():
         shared.sort()
         for (_, end, a, trained), (start, _, b, also) in itertools.pairwise(shared):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -301,6 +302,34 @@ def behind_wrapper(function: Any) -> Any:
     What lies in the cell is what runs, also for code that has imported the wrapper by name.
     """
     return function.__closure__[function.__code__.co_freevars.index("func")]
+
+
+# many ranks -----------------------------------------------------------------------------------------------------------
+
+local_tensor: Callable[[Any], Tensor] = operator.attrgetter("_local_tensor")
+"""What this rank holds of a DTensor, outside of autograd's view."""
+
+
+def shard_geometry(shape: Iterable[int], mesh: Any, placements: Iterable[Any]) -> tuple[list[int], list[int]]:
+    """Return shape and offset (both by dimension) of this rank's part of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, tuple(placements))
+    return list(local), list(offset)
+
+
+def completed(tensor: Tensor) -> Tensor:
+    """Return a collective's result once it is there; any other tensor as it is."""
+    functional: Any = sys.modules.get("torch.distributed._functional_collectives")
+    if functional is None or not isinstance(tensor, functional.AsyncCollectiveTensor):
+        return tensor
+    pending: Any = tensor
+    return pending.wait()
+
+
+def store_of(group: Any) -> Any:
+    """Return the key-value store through which a process group's ranks found each other."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

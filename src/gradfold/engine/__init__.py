@@ -12,6 +12,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .protocols import Turns
 from .region import Region
+from .shard import Shard, held, is_spread
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
@@ -26,11 +27,14 @@ __all__ = [
     "ParamSlice",
     "ParamStepper",
     "Region",
+    "Shard",
     "Turns",
     "allocate",
     "clip_norm_at_step",
     "drop",
     "enlist",
+    "held",
+    "is_spread",
     "note_zeros",
     "outside",
     "param_of",

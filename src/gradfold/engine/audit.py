@@ -7,7 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradfold import _torch
 from gradfold.errors import FoldError
@@ -25,7 +25,8 @@ class Auditor:
         self._types: list[type] = []
         self._members: list[Any] = []  # of all modules: submodules, then parameters
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
-        self._inside: list[nn.Parameter] = []  # parameters of the fold
+        self._inside: list[Tensor] = []  # what this rank holds of the fold's parameters
+        self._spread = False  # whether some of them are spread over ranks
         self._addresses: list[int] = []  # addresses of these; empty for fake tensors, which have none
 
     def stamps(self, params: Mapping[int, FoldParam]) -> list[int]:
@@ -35,7 +36,8 @@ class Auditor:
             ``len(params)`` versions; then nothing, or twice as many numbers that say where the parameters lie.
         """
         tensors = [param.param for param in params.values()]
-        return [*map(_torch.version, tensors), *(addresses(tensors) if self._addresses else ())]
+        where = addresses([param.held for param in params.values()]) if self._addresses else ()
+        return [*map(_torch.version, tensors), *where]
 
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
@@ -48,6 +50,8 @@ class Auditor:
         Returns:
             Whether all of them lie where they lay at the last call.
         """
+        if self._spread:  # a shard may get another tensor, as when FSDP2 moves it
+            self._inside = [param.held for param in params.values()]
         if self._addresses and len(self._inside) == len(params) and addresses(self._inside) == self._addresses:
             return True
         for param in params.values():
@@ -57,7 +61,8 @@ class Auditor:
                     f"{param.name}: {param.how_moved()} since it was folded, and its states did not; call "
                     "optimizer.zero_grad() and fold.remove(), then make a new optimizer and fold again"
                 )
-        self._inside = [param.param for param in params.values()]
+        self._inside = [param.held for param in params.values()]
+        self._spread = any(param.shard is not None for param in params.values())
         fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these have no address
         self._addresses = [] if fake else addresses(self._inside)
         return False
@@ -94,7 +99,7 @@ class Auditor:
         return len(members) == len(self._members) and all(map(is_, members, self._members))
 
 
-def addresses(params: list[nn.Parameter]) -> list[int]:
+def addresses(params: list[Tensor]) -> list[int]:
     """Return where the values of some parameters lie, and after that, which tensors these are."""
     return [*map(_torch.data_ptr, params), *map(_torch.implementation, params)]
 

@@ -6,16 +6,17 @@ fold (``torch_clipping.py``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from gradfold.backends import PowerSum
+from gradfold.backends import PowerSum, resolve
 from gradfold.errors import FoldError
 
-from .clipping import coefficient
+from .clipping import add_power, coefficient
 from .finish_step import norm_of
 from .loops import bounds_all, clips_together
 from .param import FoldParam
@@ -150,7 +151,9 @@ def _norm(
             f"{call} after clip_grad_value_: the fold clips the norm first, and elements after that; call it before"
         )
     powers: list[PowerSum] = []
+    owned: list[PowerSum] = []  # of these, the ones that this rank counts
     for one in (one for param in params for one in param.slices):
+        before = len(powers)
         if (kept := one.deferred) is not None and kept:
             powers.append(_measured(fold, one, norm_type))
         elif one in step.power_sums:
@@ -160,6 +163,11 @@ def _norm(
                     f"{step.power_type:g} only; fold with timing='deferred', or {READ}"
                 )
             powers.append(step.power_sums[one])
+        if fold.ranks is not None and fold.ranks.counts(one.owner):
+            owned += powers[before:]
+    if fold.ranks is not None:
+        mine = functools.reduce(lambda a, b: add_power(a, b, norm_type), resolve(owned), 0.0)
+        powers = [fold.ranks.vote(call, {-1: mine}, norm_type, [])[0][-1]]
     norm = fold.loss_scale_inverse() * step.clipped * norm_of(powers, norm_type)
     if error_if_nonfinite and not math.isfinite(norm):
         raise FoldError(f"{call}: the norm of order {norm_type:g} is {float(norm)}, and error_if_nonfinite=True")

@@ -30,13 +30,15 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     for one in deferred:
         one.wait(step.deferred[one].held)
     captured, clips = capturing(), step.clips
-    if deferred and clips:
+    if deferred and (clips or fold.ranks is not None):
         _measure(fold, deferred)
         if not captured:
             settle(fold, slices)
     if step.guarded and not captured and deferred:  # else the kernels see to it
         named = set(step.nonfinite)
         step.nonfinite += [one.name for one in deferred if one.name not in named and not _is_finite(fold, one)]
+    if fold.ranks is not None:
+        agree(fold, slices, "optimizer.step()")
     if deferred and not step.nonfinite:
         if clips:
             step.coefficients = coefficients(fold, deferred)
@@ -81,6 +83,11 @@ def refuse_capture(fold: FoldContext) -> None:
         FoldError: a CUDA graph is being captured, with a working set, ``clip="delayed"`` or ``clip="two_pass"``.
     """
     clip = fold.options.clip
+    if fold.ranks is not None and capturing():
+        raise FoldError(
+            "a CUDA graph is being captured of a fold on many ranks, which vote on the host in every step: capture "
+            "forward and backward of each rank apart from gradfold, or train without a graph"
+        )
     if (fold.turns is None and clip == "exact") or not capturing():
         return
     what = "a working set, whose chunks take turns" if fold.turns is not None else f"clip={clip!r}, which needs a norm"
@@ -134,7 +141,7 @@ def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, f
         pools.setdefault(step.pool(one.group.group), []).append(one)
     found = {}
     for pool, members in pools.items():
-        limit, norm = limit_of(members[0].group.group, options), _norm(fold, members)
+        limit, norm = limit_of(members[0].group.group, options), _norm(fold, members, pool)
         if isinstance(norm, Tensor) and options.error_if_nonfinite:
             raise FoldError("error_if_nonfinite=True: a captured CUDA graph cannot raise; capture with False")
         if limit is not None and options.error_if_nonfinite and not math.isfinite(norm):
@@ -146,11 +153,33 @@ def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, f
     return found
 
 
-def _norm(fold: FoldContext, slices: Iterable[ParamSlice]) -> float | Tensor:
-    """Return the norm of these gradients; a 0-d tensor where the host has not waited for the device."""
+def agree(fold: FoldContext, slices: Sequence[ParamSlice], what: str) -> None:
+    """Let the ranks that step together agree on the norms of the step, and on which gradients are not finite."""
+    step, ranks = fold.step, fold.ranks
+    assert ranks is not None
+    settle(fold, slices)
+    powers: dict[int, float] = {}
+    for one in slices:
+        if one in step.power_sums and ranks.counts(one.owner):
+            pool, power = step.pool(one.group.group), float(step.power_sums[one])
+            powers[pool] = add_power(powers.get(pool, 0.0), power, step.power_type)
+    step.agreed, step.nonfinite = ranks.vote(what, powers, step.power_type, step.nonfinite)
+
+
+def _norm(fold: FoldContext, slices: Iterable[ParamSlice], pool: int | None = None) -> float | Tensor:
+    """Return the norm of these gradients; a 0-d tensor where the host has not waited for the device.
+
+    Args:
+        fold: the fold.
+        slices: whose gradients; on many ranks it is always all those of the pool, on all ranks.
+        pool: which pool; None: all of them.
+    """
     step = fold.step
     sums = step.power_sums
-    return step.unscale * norm_of([sums[one] for one in slices if one in sums], step.power_type)
+    powers = [sums[one] for one in slices if one in sums]
+    if step.agreed is not None:
+        powers = list(step.agreed.values()) if pool is None else [step.agreed[pool]]
+    return step.unscale * norm_of(powers, step.power_type)
 
 
 def norm_of(powers: Sequence[PowerSum], norm_type: float) -> float | Tensor:

@@ -27,6 +27,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
 from .segments import Segment, ask_again, node_in_forward, running_node
+from .shard import Shard, is_spread
 from .step import Step
 
 _PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # by id of the Parameter
@@ -39,6 +40,7 @@ class FoldParam:
         param: the parameter.
         name: its name in the model.
         fold: the fold it belongs to.
+        shard: what this rank holds of it, where it is spread over ranks; None for a plain tensor.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         weight: for a bias, the last weight whose kernel could step it as well.
@@ -55,7 +57,8 @@ class FoldParam:
         self.name = name
         self.fold = fold
         self.folded = False
-        self.slices = [ParamSlice(fold, param, name)]
+        self.shard = Shard(name, param) if is_spread(param) else None
+        self.slices = [self.slice(None)]
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
         self._fired: Step | None = None  # the step its last terms were for
@@ -69,7 +72,14 @@ class FoldParam:
 
     def slice(self, region: Region | None, draw: str = "") -> ParamSlice:
         """Return a new slice of this parameter; ``draw`` names a random stream of its own."""
-        return ParamSlice(self.fold, self.param, self.name, region, draw)
+        made = ParamSlice(self.fold, self.param, self.name, region, draw, self.shard)
+        made.owner = self
+        return made
+
+    @property
+    def held(self) -> Tensor:
+        """What this rank holds of the parameter: all of it, or its shard."""
+        return self.param if self.shard is None else self.shard.held
 
     # states and gate --------------------------------------------------------------------------------------------------
 
@@ -350,6 +360,8 @@ class FoldParam:
         return True
 
     def _checked(self, grad: Tensor) -> Tensor:
+        if self.shard is not None:
+            return self.shard.gradient(grad)
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad

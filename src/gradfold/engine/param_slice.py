@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from gradfold.errors import FoldError
 from .context import FoldContext
 from .deferred import DeferredGrads
 from .region import Region
+from .shard import Shard
 from .step import Step
 from .stepper import GroupStep, ParamStepper, plainly
 
@@ -22,10 +24,19 @@ from .stepper import GroupStep, ParamStepper, plainly
 class ParamSlice(ParamStepper):
     """A parameter of a fold, or a region of it, which steps at once or keeps its terms for ``optimizer.step()``."""
 
-    def __init__(self, fold: FoldContext, param: Parameter, name: str, region: Region | None = None, draw: str = ""):
-        super().__init__(param, fold.optimizer, fold.backend, region, draw)
+    def __init__(
+        self,
+        fold: FoldContext,
+        param: Parameter,
+        name: str,
+        region: Region | None = None,
+        draw: str = "",
+        shard: Shard | None = None,
+    ):
+        super().__init__(param, fold.optimizer, fold.backend, region, draw, shard)
         self.fold = fold
         self.name = name if region is None else f"{name}{region}"
+        self.owner: Any = None  # the FoldParam it is a slice of
         self._stepped: Step | None = None  # the step it has taken part in
         self._may_gather = type(fold.backend).gathers is not Backend.gathers
 
@@ -81,7 +92,7 @@ class ParamSlice(ParamStepper):
         kept = step.deferred.get(self)
         if kept is None:
             kept = step.deferred[self] = DeferredGrads(
-                self.name, self.param, self.region, fold.backend, step.holders, step.copies, fold.host
+                self.name, self.held, self.region, fold.backend, step.holders, step.copies, fold.host
             )
         kept.add(terms)
 
@@ -90,7 +101,7 @@ class ParamSlice(ParamStepper):
         self._defer([self._term_of(grad)])
 
     def _term_of(self, grad: Tensor) -> GradTerm:
-        term = DenseTerm(grad)
+        term = DenseTerm(grad if self.shard is None else self.shard.gradient(grad))
         return term if self.region is None else self.region.of_term(term)
 
     def _measure(self, terms: list[GradTerm]) -> None:

@@ -17,12 +17,10 @@ def refuse_parameter(name: str, param: nn.Parameter, hooks: bool = True) -> None
         hooks: look for hooks, too; a backward does as it begins, and knows which of them would wait in vain.
 
     Raises:
-        FoldError: a lazy, sharded or complex parameter, or one with a hook of the user's on it.
+        FoldError: a lazy or complex parameter, or one with a hook of the user's on it.
     """
     if isinstance(param, nn.UninitializedParameter):
         raise FoldError(f"{name}: a lazy parameter has no shape yet; run one forward first")
-    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
-        raise FoldError(f"{name}: a DTensor; gradfold does not train sharded parameters yet")
     if not param.is_floating_point():
         raise FoldError(f"{name}: {param.dtype} parameters cannot be folded; freeze it or view it as real")
     if hooks and (_torch.gradient_hooks(param) or _torch.post_accumulate_hooks(param)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 from torch.nn import Parameter
@@ -39,6 +40,36 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict, as torch's."""
+        ...
+
+
+class Ranks(Protocol):
+    """The part that the engine uses of the ranks that step together (``gradfold.dist``)."""
+
+    def counts(self, param: Any) -> bool:
+        """Return whether this rank counts for the norm: of copies, only those of one rank do."""
+        ...
+
+    def vote(
+        self, what: str, powers: Mapping[int, float], order: float, nonfinite: Sequence[str]
+    ) -> tuple[dict[int, float], list[str]]:
+        """Return the sums of powers over all ranks, by pool, and the names of all gradients that are not finite."""
+        ...
+
+    def all(self, what: str, yes: bool) -> bool:
+        """Return whether it is so on all ranks."""
+        ...
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Return a context that tells the other ranks if it raises before this one has voted."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, which wait for this rank's vote, that there will be none."""
+        ...
+
+    def join(self, params: Sequence[Any], groups: int) -> None:
+        """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
         ...
 
 

@@ -25,7 +25,7 @@ from gradfold.errors import FoldError
 from .audit import Auditor, unhooked_gradients
 from .backward import Backward
 from .context import FoldContext
-from .finish_step import coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
+from .finish_step import agree, coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
 from .live import dismiss, refuse_several
@@ -77,7 +77,7 @@ class FoldState(FoldContext):
     def weight_storages(self) -> frozenset[int]:
         """The keys of all parameters' storages, whose values change while backward runs."""
         if self._storages is None:
-            self._storages = frozenset(_torch.storage_key(param.param) for param in self.params.values())
+            self._storages = frozenset(_torch.storage_key(param.held) for param in self.params.values())
         return self._storages
 
     def slices(self) -> list[ParamSlice]:
@@ -273,13 +273,16 @@ class FoldState(FoldContext):
             settle(self, slices)
             sums = dict(self.step.power_sums)
             self.new_step()
-        nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
-        if nonfinite:
-            self.grad_norm = math.nan
-        if nonfinite and self.options.on_nonfinite == "raise":
-            raise not_finite(nonfinite, moved=False)
         step = self.step
-        step.power_sums, step.nonfinite = sums, nonfinite
+        step.power_sums = sums
+        step.nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
+        if self.ranks is not None:
+            agree(self, slices, "fold.backward()")
+        if step.nonfinite:
+            self.grad_norm = math.nan
+        if step.nonfinite and self.options.on_nonfinite == "raise":
+            self.new_step()
+            raise not_finite(step.nonfinite, moved=False)
         step.coefficients = coefficients(self, [one for one in slices if one in sums])
         step.refresh()
         step.measured = True
@@ -305,6 +308,8 @@ class FoldState(FoldContext):
                 "needs no scaler"
             )
         finite = all(one.is_deferred_finite() for one in self.slices() if one.deferred)
+        if self.ranks is not None:
+            finite = self.ranks.all("GradScaler.unscale_()", finite)
         if not finite:
             self.grad_norm = math.nan
         return self._marker.show(finite, next(iter(self.params.values())).param.device)
@@ -345,8 +350,16 @@ class FoldState(FoldContext):
 
         Raises:
             FoldError: a backward did not finish; a trainable parameter is not in the optimizer, or the other way
-                round; a parameter was replaced or moved; a gradient was left over.
+                round; a parameter was replaced or moved; a gradient was left over. On many ranks also if another one
+                has failed.
         """
+        if self.ranks is None:
+            self._close()
+            return
+        with self.ranks.guard():
+            self._close()
+
+    def _close(self) -> None:
         step = self.step
         if step.running:
             raise FoldError(

@@ -39,6 +39,7 @@ class Step:
         defers: whether its terms wait for ``optimizer.step()``.
         measuring: whether this is the first pass of ``clip="two_pass"``, which only takes the norm.
         measured: whether that pass is over, so that the second may begin.
+        agreed: these sums for each pool, over all ranks that step together; None before their vote, and for one rank.
         power_sums: the sum of squares of each slice's gradient (with another ``norm_type``, of powers).
         nonfinite: names of parameters whose gradient was not finite.
         coefficients: what clipping multiplies gradients by, for each pool (``pool``).
@@ -77,6 +78,7 @@ class Step:
         self.measuring = False
         self.measured = False
         self.power_sums: dict[Any, PowerSum] = {}
+        self.agreed: dict[int, float] | None = None
         self.nonfinite: list[str] = []
         self.coefficients: dict[int, float | Tensor] = {}
         self.unscale = 1.0

@@ -21,6 +21,7 @@ from gradfold.rules import Group, Rule, number, on_device
 
 from .protocols import Optimizer
 from .region import Region, RegionStates
+from .shard import Shard
 from .storage import (
     OPTIONS,
     STEP,
@@ -85,9 +86,17 @@ class ParamStepper:
     """Steps one parameter, or a region of it, whose states lie in ``optimizer.state``."""
 
     def __init__(
-        self, param: Parameter, optimizer: Optimizer, backend: Backend, region: Region | None = None, draw: str = ""
+        self,
+        param: Parameter,
+        optimizer: Optimizer,
+        backend: Backend,
+        region: Region | None = None,
+        draw: str = "",
+        shard: Shard | None = None,
     ):
         self.param = param
+        self.shard = shard  # of a parameter that is spread over ranks
+        self._changed = (param,) if shard is None else (param, shard.held)  # what a step changes in place
         self.optimizer = optimizer
         self.backend = backend
         self.region = region
@@ -98,9 +107,14 @@ class ParamStepper:
 
     @property
     def view(self) -> Tensor:
-        """The parameter's values, or those of the region."""
-        param = self.param.detach()
-        return param if self.region is None else self.region.of(param)
+        """The parameter's values on this rank, or those of the region."""
+        values = self.held.detach()
+        return values if self.region is None else self.region.of(values)
+
+    @property
+    def held(self) -> Tensor:
+        """What this rank holds of the parameter."""
+        return self.param if self.shard is None else self.shard.held
 
     @property
     def stream(self) -> str:
@@ -121,7 +135,9 @@ class ParamStepper:
     @property
     def place(self) -> Place | None:
         """Where the region lies in the parameter; None for the whole."""
-        return None if self.region is None else self.region.place(self.param.shape)
+        if self.shard is None:
+            return None if self.region is None else self.region.place(self.param.shape)
+        return self.shard.place_of(None if self.region is None else self.region.place(self.held.shape))
 
     # binding ----------------------------------------------------------------------------------------------------------
 
@@ -146,6 +162,8 @@ class ParamStepper:
 
     def _bind(self, group: Group, settings: tuple[Any, ...]) -> _Bound:
         rule, states, stream, view, place = self.optimizer.rule, self.states, self.stream, self.view, self.place
+        if self.shard is not None:
+            self._changed = self.param, self.shard.held
         storage = allocate(view, states, rule, group, self.lazy, stream, place)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
         stepper = self.backend.prepare(weight, bound, rule, group)
@@ -159,7 +177,7 @@ class ParamStepper:
             settings,
             self.optimizer.state[self.param],
             [(key, tensor, tensor.data_ptr() if addressed else 0) for key, tensor in found],
-            self.param.data_ptr() if addressed else 0,
+            self.held.data_ptr() if addressed else 0,
             addressed,
             [(name, states[name]) for name in counted],
             [_cell(states[name]) for name in counted],
@@ -175,7 +193,7 @@ class ParamStepper:
         states, addressed = bound.states, bound.addressed
         if self.optimizer.state.get(self.param) is not states:
             return None
-        if addressed and self.param.data_ptr() != bound.address:
+        if addressed and (self.param if self.shard is None else self.shard.held).data_ptr() != bound.address:
             return None
         for key, tensor, address in bound.tensors:
             if states.get(key) is not tensor or (addressed and tensor.data_ptr() != address):
@@ -211,7 +229,7 @@ class ParamStepper:
         if power != power and change.guarded:
             self._undo(bound, before, new)
         else:  # torch's fused kernels leave the version as it is; a graph that saved the old weight must notice
-            _torch.increment_version((self.param,))
+            _torch.increment_version(self._changed)
         return power
 
     def begin(self, terms: Sequence[GradTerm], group: GroupStep, change: Change) -> tuple[Job, Callable[..., None]]:
@@ -229,7 +247,7 @@ class ParamStepper:
             if change.guarded and power != power:
                 self._undo(bound, before, new)
             else:
-                _torch.increment_version((self.param,))
+                _torch.increment_version(self._changed)
 
         return Job(bound.stepper, terms, numbers, change), end
 

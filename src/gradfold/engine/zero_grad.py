@@ -114,6 +114,8 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
                     if (kept := step.deferred.pop(one, None)) is not None:
                         kept.take()
             return
+    if fold.ranks is not None and step.running:
+        fold.ranks.fail(FoldError("its backward raised, and zero_grad() has dropped the step"))
     fold.new_step()
 
 
@@ -141,7 +143,7 @@ def add_zeros(fold: FoldContext) -> None:
         sleeps = fold.turns is not None and not member.param.requires_grad
         if not (sleeps or member.stepped or member.defers):
             for one in member.slices:
-                one.add_late(torch.zeros_like(member.param))
+                one.add_late(torch.zeros_like(member.held))
 
 
 def write_zeros(fold: FoldContext) -> list[tuple[FoldParam, Tensor, int]]:

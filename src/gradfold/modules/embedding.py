@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradfold import _torch
 from gradfold.backends import GatherTerm, rows
-from gradfold.engine import Demand, FoldParam
+from gradfold.engine import Demand, FoldParam, held
 
 from .routing import Folded, is_plain, not_a_view, routed
 
@@ -38,9 +38,19 @@ class FoldedLookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         dW = None
         demand = ctx.param.admit() if ctx.needs_input_grad[1] else Demand.NOTHING
+        if type(dY) is not Tensor:
+            dY = _torch.completed(dY)
         if demand is Demand.STEP:
-            ctx.param.hand(GatherTerm(ids, dY, ctx.padding_idx), ctx)
+            shard = ctx.param.shard
+            if shard is None:
+                term = GatherTerm(held(ids), dY, ctx.padding_idx)
+            else:
+                term = shard.gather(ids, dY, ctx.padding_idx)
+            ctx.param.hand(term, ctx)
         elif demand is Demand.CAPTURE:
+            if ctx.param.shard is not None:
+                padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+                return None, torch.ops.aten.embedding_dense_backward(dY, ids, ctx.rows, padding, False), None, None
             grad = rows(dY)  # [T, H]
             if ctx.padding_idx is not None:
                 grad = grad.masked_fill((ids.reshape(-1) == ctx.padding_idx)[:, None], 0)

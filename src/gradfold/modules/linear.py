@@ -25,6 +25,8 @@ class FoldedMatmul(torch.autograd.Function):
     def forward(cls, ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, param: FoldParam) -> Tensor:
         """Multiply ``x`` ``[*, K]`` to ``[*, N]``, and save what backward needs."""
         # x: [*, K] -> [*, N]; the bias comes before the weight, so that autograd reaches its gate first
+        if type(x) is not Tensor:
+            x = _torch.completed(x)
         ctx.param = param
         ctx.bias = None if bias is None or cls.transposed else param.fold.companion(bias)
         if torch.is_autocast_enabled(param.device_type):
@@ -33,7 +35,12 @@ class FoldedMatmul(torch.autograd.Function):
             with torch.autocast(param.device_type, enabled=False):
                 x = _autocast(x, dtype)
                 bias = None if bias is None else _autocast(bias, dtype)
-                y = _affine(x, _autocast(weight, dtype), bias, cls.transposed)
+                if param.shard is None:
+                    y = _affine(x, _autocast(weight, dtype), bias, cls.transposed)
+                else:
+                    y = _spread_affine(x, _autocast(weight, dtype), bias, cls.transposed)
+        elif param.shard is not None:
+            y = _spread_affine(x, weight, bias, cls.transposed)
         elif x.dtype.itemsize == 2 or cls.transposed:
             y = _affine(x, weight, bias, cls.transposed)
         else:
@@ -49,6 +56,8 @@ class FoldedMatmul(torch.autograd.Function):
         (dY,) = grads  # [*, N]
         if dY is None:  # no gradient, which is not a gradient of zeros
             return (None,) * 4
+        if type(dY) is not Tensor:
+            dY = _torch.completed(dY)
         by_bias, by_weight = ctx.needs_input_grad[1:3]
         demand = ctx.param.admit() if by_weight else Demand.NOTHING
         x, weight = ctx.saved_tensors
@@ -76,9 +85,12 @@ def _backward(
         w = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
         if transposed:
             w = w.t()
-        dX = dY @ w if dY.dtype.itemsize != 2 or torch.is_grad_enabled() else multiply(dY, w)  # [*, K]
+        plain = dY.dtype.itemsize != 2 or ctx.param.shard is not None or torch.is_grad_enabled()
+        dX = dY @ w if plain else multiply(dY, w)  # [*, K]
     along = False
-    if demand is not Demand.NOTHING:
+    if demand is Demand.STEP and ctx.param.shard is not None:
+        ctx.param.hand(ctx.param.shard.matmul(*((x, dY) if transposed else (dY, x)), transposed=transposed), ctx)
+    elif demand is not Demand.NOTHING:
         dY2 = dY if dY.dim() == 2 else rows(dY)  # [T, N]
         x2 = x if x.dim() == 2 else rows(x)  # [T, K]
         left, right = (x2, dY2) if transposed else (dY2, x2)
@@ -97,6 +109,11 @@ def _backward(
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     return linear(x, weight.t() if transposed else weight, bias)
+
+
+def _spread_affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Multiply DTensors; torch decides what is sent."""
+    return F.linear(x, weight.t() if transposed else weight, bias)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from gradfold import _torch
 from gradfold._torch import NO_TASK, current_graph_task
-from gradfold.engine import FoldParam, refuse_ddp, refuse_replica
+from gradfold.engine import FoldParam, is_spread, refuse_ddp, refuse_replica
 
 FOLD_PARAM = "_gradfold_param"  # attribute of a folded module: the FoldParam of its weight
 
@@ -65,7 +65,7 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def not_a_view(y: torch.Tensor) -> torch.Tensor:
     """Return ``y`` as a tensor that callers of an autograd Function may change in place, which views may not be."""
-    return _torch.unsafe_view(y) if _torch.is_view(y) else y
+    return _torch.unsafe_view(y) if _torch.is_view(y) and not is_spread(y) else y
 
 
 class Folded:

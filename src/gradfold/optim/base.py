@@ -273,6 +273,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 refuse_parameter(names[id(param)], param)
         for param in added:
             self._fold.claim(names[id(param)], param).arm()
+        if self._fold.ranks is not None:
+            self._fold.ranks.join(list(self._fold.params.values()), len(self.groups))
 
     # state_dict -------------------------------------------------------------------------------------------------------
 
