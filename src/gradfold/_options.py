@@ -106,6 +106,11 @@ class FoldOptions(GradientFields):
             )
 
 
+Parallel = Literal["fsdp", "tp", "replicas"]
+"""How a model is spread over ranks: shards of every weight, gathered when they are used (FSDP2); shards that stay where
+they are (tensor parallelism); or a copy on every rank."""
+
+
 def refuse_limit(name: str, value: Any) -> None:
     """Raise FoldError unless a clipping limit is None or a number above 0."""
     if value is not None and (not isinstance(value, int | float) or not value > 0 or math.isnan(value)):

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ ERRORS = {
 """Module -> its class of errors whose message is written for the user."""
 
 OK, ERROR, INTERRUPTED = 0, 2, 130
+FIRST_SPEAKS_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +98,9 @@ def _run(words: list[str]) -> int:
         if message is None:
             raise
         _debug()
+        if os.environ.get("RANK", "0") != "0" and getattr(error, "on_all_ranks", False):
+            time.sleep(FIRST_SPEAKS_S)  # torchrun ends all ranks when one has ended, and the first has yet to say why
+            return int(getattr(error, "exit_code", ERROR))
         return _fail(message, getattr(error, "exit_code", ERROR))
 
 

@@ -20,7 +20,7 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,9 @@ from .model import quiet_transformers
 from .recipe import Recipe
 from .recipe_file import dump_recipe, load_recipe
 from .state import pack, pack_optimizer, pack_random, restore_random, unpack, unpack_optimizer
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
 
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
@@ -109,10 +112,12 @@ def save_checkpoint(
     progress: Progress,
     fold: Any = None,
     references: tuple[Any, Any] = (None, None),
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 
-    `fold`: None where the model is not folded. `references`: log-probabilities under a reference model. Raises
+    `fold`: None where the model is not folded. `references`: log-probabilities under a reference model. `ranks`: the
+    processes that share the model, all of which call this; the first writes what one process would. Raises
     CheckpointError if it cannot be written; nothing has changed then.
     """
     target = folder / f"step-{progress.step:06d}"
@@ -131,16 +136,46 @@ def save_checkpoint(
         "random": random_tree,
     }
 
+    weights = None if ranks is None else gathered_weights(model)
+    if ranks is not None:
+        with ranks.together("saving"):
+            if ranks.main:
+                _write(folder, target, model, tokenizer, weights, tensors, trainer, recipe, progress)
+        return target
+    _write(folder, target, model, tokenizer, None, tensors, trainer, recipe, progress)
+    return target
+
+
+def gathered_weights(model: Any) -> dict[str, Any]:
+    """The whole model's state_dict in host memory, on the first rank; all ranks call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _write(
+    folder: Path,
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, Any] | None,
+    tensors: dict[str, torch.Tensor],
+    trainer: dict[str, Any],
+    recipe: Recipe,
+    progress: Progress,
+) -> None:
+    """Write the files, and remove older checkpoints. `weights`: the model's state_dict, if it is spread over ranks."""
+
     def fill(place: Path) -> None:
         with quiet_transformers():
-            model.save_pretrained(place)
+            model.save_pretrained(place, **({} if weights is None else {"state_dict": weights}))
             tokenizer.save_pretrained(place)
         save_file(tensors, place / STATES)
         (place / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
         (place / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
 
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    needed_bytes = sum(weights.values()) + sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    needed_bytes = sum(sizes.values()) + sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free
@@ -164,7 +199,6 @@ def save_checkpoint(
     for old in older[: -(recipe.checkpoint.keep - 1) or None]:
         with contextlib.suppress(OSError):  # the new one is complete; the next save tries again
             _io.remove_folder(old)
-    return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

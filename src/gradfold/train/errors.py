@@ -8,6 +8,7 @@ class TrainError(Exception):
     """
 
     exit_code = 2
+    on_all_ranks = False  # whether all processes of a run raise it, so that one of them says so
 
 
 class RecipeError(TrainError):

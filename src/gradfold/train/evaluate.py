@@ -24,6 +24,11 @@ def evaluate(run: Run, stop: Callable[[], bool]) -> tuple[float | None, str | No
     return loss, sample_text(run.model, run.tokenizer, run.data.sample_ids, count, run.device)
 
 
+def asked(run: Run, stop: Any) -> Callable[[], bool]:
+    """Whether a measurement is to end early. On many ranks it is not: the signal reaches them at different times."""
+    return (lambda: bool(stop)) if run.ranks is None else (lambda: False)
+
+
 @torch.no_grad()
 def held_out_loss(run: Run, stop: Callable[[], bool]) -> float | None:
     """Mean loss per target of the held-out sequences, in nats; None if there are none, or if `stop()` says so."""
@@ -31,13 +36,22 @@ def held_out_loss(run: Run, stop: Callable[[], bool]) -> float | None:
     if not data.held_out:
         return None
     total, targets = 0.0, 0
+    ranks = run.ranks
     with evaluating(model):
         for batch in data.held_out_batches():
             if stop():
                 return None
-            total += objective.loss(model, objective.inputs(batch, run.device)).item() * batch.targets
-            targets += batch.targets
+            part = batch
+            if ranks is not None and len(batch.input_ids) % (ranks.shares * (2 if data.paired else 1)) == 0:
+                part = ranks.part_of(batch, data.paired)  # else all ranks measure all of it
+            if part.targets:
+                total += objective.loss(model, objective.inputs(part, run.device)).item() * part.targets
+            else:
+                objective.loss(model, objective.inputs(part, run.device))  # other ranks need this one's part of weights
+            targets += part.targets
     objective.figures()  # those of a measurement are not a step's
+    if ranks is not None:
+        total, targets = ranks.sums([total, targets])
     return total / targets
 
 

@@ -6,12 +6,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from .errors import TrainError
 
+SAME_S = 0.5  # signals so close to each other are one
 NOTED = b"\ngradfold: finishing this step and saving; again (Ctrl-C) to abort\n"
 
 
@@ -19,6 +21,7 @@ class Interrupted(TrainError):
     """The run was asked to stop and has saved all it had."""
 
     exit_code = 130
+    on_all_ranks = True
 
     def __init__(self, message: str, checkpoint: Path | None):
         super().__init__(message)
@@ -30,14 +33,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+        self._first = 0.0
 
     def __bool__(self) -> bool:
         return self.made
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.made and now - self._first < SAME_S:  # torchrun hands on what the terminal has sent to all
+            return
         if self.made:  # the second time means: now
             raise KeyboardInterrupt
-        self.made = True
+        self.made, self._first = True, now
+        if os.environ.get("RANK", "0") != "0":
+            return
         with contextlib.suppress(OSError):  # not print(): the signal may have come in the middle of one
             os.write(2, NOTED)
 

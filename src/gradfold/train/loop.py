@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import re
 import time
@@ -9,19 +11,22 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from rich.console import Console
+
 from gradfold._io import remove_leftovers, write_file
 
 from .checkpoint import NAME, RECIPE, Progress, Saved, save_checkpoint
 from .display import Display
-from .evaluate import evaluate, held_out_loss
+from .evaluate import asked, evaluate, held_out_loss
 from .hub import CARD
 from .interrupt import Interrupted, StopRequest, held_back_signals
 from .metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
+from .parallel import Ranks, end_ranks, lost_ranks, start_ranks
 from .recipe import Recipe
 from .recipe_file import dump_recipe
 from .report import LOSS_PLOT, MEMORY_PLOT, SUMMARY, finish
 from .run import Run
-from .setup import assemble, forget_states, run_folder
+from .setup import assemble, forget_states, own_folder, run_folder
 from .step import step_weights
 from .trackers import open_trackers
 
@@ -35,35 +40,53 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
 
     Raises TrainError with one clear line; Interrupted, a kind of it, after a signal, once everything is saved.
     """
-    display = display or Display()
-    with run_folder(out, saved):
-        run = assemble(recipe, out, saved, display)
-        try:
-            with held_back_signals() as stop:
-                return _train(run, saved, display, stop)
-        finally:
-            forget_states(run.fold, out)
-            # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
-            if saved is None and run.progress.step == 0:
-                (out / RECIPE).unlink(missing_ok=True)
-                (out / METRICS).unlink(missing_ok=True)
+    ranks = start_ranks(recipe)
+    if ranks is None:
+        with run_folder(out, saved):
+            return _train_in(recipe, out, saved, display or Display(), None)
+    try:
+        with lost_ranks(), contextlib.ExitStack() as held:
+            out = ranks.same(out)
+            recipe = dataclasses.replace(recipe, out=str(out))
+            with ranks.together("the run's folder"):
+                if ranks.main:
+                    held.enter_context(run_folder(out, saved))
+            shown = (display or Display()) if ranks.main else Display(Console(quiet=True))
+            return _train_in(recipe, out, saved, shown, ranks)
+    finally:
+        end_ranks()
+
+
+def _train_in(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: Ranks | None) -> dict[str, Any]:
+    with contextlib.nullcontext() if ranks is None else ranks.together("getting ready"):
+        run = assemble(recipe, out, saved, display, ranks)
+    try:
+        with held_back_signals() as stop:
+            return _train(run, saved, display, stop)
+    finally:
+        forget_states(run.fold, own_folder(out, ranks))
+        # A run that was stopped before it had anything to keep leaves nothing in the next one's way.
+        if run.main and saved is None and run.progress.step == 0:
+            (out / RECIPE).unlink(missing_ok=True)
+            (out / METRICS).unlink(missing_ok=True)
 
 
 def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -> dict[str, Any]:
-    remove_leftovers(run.out, WRITTEN)
-    remove_leftovers(run.checkpoints, NAME)
-    if saved is not None:
-        source = saved.run_folder / METRICS if saved.run_folder else None
-        continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)
-    write_file(run.out / RECIPE, dump_recipe(run.recipe))
+    if run.main:
+        remove_leftovers(run.out, WRITTEN)
+        remove_leftovers(run.checkpoints, NAME)
+        if saved is not None:
+            source = saved.run_folder / METRICS if saved.run_folder else None
+            continue_metrics(source, run.out / METRICS, run.progress.metrics_lines, run.progress.step)
+        write_file(run.out / RECIPE, dump_recipe(run.recipe))
     display.started(run)
-    trackers = open_trackers(run.recipe, run.out, display.note)
-    metrics = MetricsLog(run.out / METRICS, trackers.log)
+    trackers = open_trackers(run.recipe if run.main else Recipe(), run.out, display.note)
+    metrics = MetricsLog(run.out / METRICS, trackers.log) if run.main else MetricsLog.unwritten()
     try:
         if saved is None:
             _measure_before(run, metrics, display, stop)
         checkpoint = _steps(run, saved, metrics, display, stop)
-        if stop:
+        if _stopped(run, stop):
             where = f"step {run.progress.step} of {run.steps}"
             raise Interrupted(f"stopped after {where}; continue with --resume {quote(str(run.out))}", checkpoint)
         return finish(run, checkpoint, metrics, display, stop)
@@ -74,8 +97,8 @@ def _train(run: Run, saved: Saved | None, display: Display, stop: StopRequest) -
 
 def _measure_before(run: Run, metrics: MetricsLog, display: Display, stop: StopRequest) -> None:
     with display.waiting("measuring the held-out loss before training"):
-        loss, sample = evaluate(run, lambda: bool(stop))
-    if stop:
+        loss, sample = evaluate(run, asked(run, stop))
+    if _stopped(run, stop):
         raise Interrupted(
             "stopped before the first step; nothing was trained and there is nothing to --resume: start it again", None
         )
@@ -92,7 +115,7 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
     meter = MemoryMeter(run.device, mapped=recipe.working_set.offload == "disk")
     meter.reset()
     with meter.watching(), display.progress(run) as bar:
-        while progress.step < run.steps and not stop and not stopped_early(run):
+        while progress.step < run.steps and not _stopped(run, stop) and not stopped_early(run):
             record = _step(run, progress, meter)
             metrics.write(**record)
             bar.stepped(record)
@@ -106,7 +129,7 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
                         checkpoint = _save(run, metrics)
             if checkpoint is not None and checkpoint.name == f"step-{done:06d}":
                 continue
-            if _due(recipe.checkpoint.interval_steps, done) and not last and not stop:
+            if _due(recipe.checkpoint.interval_steps, done) and not last and (run.ranks is not None or not stop):
                 checkpoint = _save(run, metrics)
     if stopped_early(run):
         display.note(
@@ -158,7 +181,13 @@ def _save(run: Run, metrics: MetricsLog) -> Path:
     run.progress.metrics_lines = metrics.lines
     run.progress.stream = run.data.state()
     parts = (run.model, run.tokenizer, run.optimizer, run.scheduler, run.recipe, run.progress, run.fold)
-    return save_checkpoint(run.checkpoints, *parts, references=getattr(run.data, "references", (None, None)))
+    references = getattr(run.data, "references", (None, None))
+    return save_checkpoint(run.checkpoints, *parts, references=references, ranks=run.ranks)
+
+
+def _stopped(run: Run, stop: StopRequest) -> bool:
+    """Whether the run was asked to stop; of many ranks, any."""
+    return bool(stop) if run.ranks is None else run.ranks.any(bool(stop))
 
 
 def _note_best(run: Run, loss: float) -> bool:

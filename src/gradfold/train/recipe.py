@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head
+from gradfold._options import BATCH_SIZE, MAX_BATCH, MAX_TOKENS, SEQUENCE_LENGTH, Dtype, Head, Parallel
 
 from .columns import check_columns
 from .errors import RecipeError
@@ -65,6 +65,9 @@ class Recipe:
     """Dtype of weights and arithmetic, and of optimizer states unless optimizer.states is given."""
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, ... auto: cuda if available."""
+    parallel: Parallel | None = None
+    """On several processes that torchrun has started, how they share the model. fsdp: each holds a part of every weight
+    (FSDP2). tp: tensor parallelism. replicas: each holds a copy. None: there is one process."""
     gradient_checkpointing: bool = False
     """Gradient (activation) checkpointing: recompute activations in backward instead of keeping them."""
     seed: int = 0

@@ -29,6 +29,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.keep_best",
     "report_to",
     "push_to_hub",
+    "parallel",
 )
 """Fields that may differ from the recipe a checkpoint was made with."""
 

@@ -13,7 +13,7 @@ from gradfold.planner.step import StepMemory
 
 from .display import Display
 from .errors import one_line
-from .evaluate import as_read, evaluate
+from .evaluate import as_read, asked, evaluate
 from .hub import CARD, model_card, push
 from .interrupt import Interrupted, StopRequest
 from .memory import trace_memory
@@ -30,9 +30,11 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         run.fold.remove()
     recipe, progress = run.recipe, run.progress
     with display.waiting("measuring the held-out loss after training"):
-        loss, sample = evaluate(run, lambda: bool(stop))
-    if stop:
+        loss, sample = evaluate(run, asked(run, stop))
+    if bool(stop) if run.ranks is None else run.ranks.any(bool(stop)):
         raise Interrupted(f"stopped after the last step; finish with --resume {quote(str(run.out))}", checkpoint)
+    if not run.main:
+        return {}
     if loss is not None:
         metrics.write(step=progress.step, held_out_loss=loss)
     with display.waiting("tracing the memory of one step"):
@@ -109,6 +111,10 @@ def _best(run: Run, checkpoint: Path, loss: float | None) -> dict[str, Any] | No
 
 def _trace_memory(run: Run, display: Display) -> dict[str, StepMemory]:
     """Live bytes over one whole step, `folded` and `plain`; nothing where the model cannot be traced."""
+    if run.ranks is not None:
+        said = f"`gradfold plan --parallel {run.ranks.kind} --ranks {run.ranks.size}` says what each rank takes"
+        display.note(f"{MEMORY_PLOT} is left out: {said}")
+        return {}
     try:
         return trace_memory(run)
     except Exception as error:

@@ -11,12 +11,16 @@ import torch
 from .checkpoint import FOLDER, Progress
 from .data import Data
 from .objective import Objective
+from .parallel import Ranks
 from .recipe import Recipe
 
 
 @dataclass
 class Run:
-    """Everything that one run holds. `steps`: in all, those before a resume included. `fold`: None for --no-fold."""
+    """Everything that one run holds. `steps`: in all, those before a resume included. `fold`: None for --no-fold.
+
+    `ranks`: the processes that share it; None for one.
+    """
 
     recipe: Recipe
     out: Path
@@ -30,6 +34,12 @@ class Run:
     steps: int
     progress: Progress
     objective: Objective
+    ranks: Ranks | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and shows what the run has to say."""
+        return self.ranks is None or self.ranks.main
 
     @property
     def checkpoints(self) -> Path:

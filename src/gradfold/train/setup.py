@@ -18,6 +18,7 @@ import torch
 
 import gradfold
 from gradfold._io import LOCK, hold_folder
+from gradfold.dist import spread
 from gradfold.workset import Rotation, forget_folder
 
 from .checkpoint import FOLDER, REFERENCES, Progress, Saved, list_checkpoints, restore_run
@@ -38,6 +39,7 @@ from .model import (
 )
 from .objective import NextToken, Objective
 from .optimizer import make_optimizer, parameter_groups
+from .parallel import Ranks
 from .preference import Preference, check_head, precompute
 from .readers import find_file
 from .recipe import Recipe
@@ -51,8 +53,8 @@ from .trackers import check_trackers
 SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
 
-def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -> Run:
-    """Load and check all parts; with `saved`, in the state they were saved in.
+def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: Ranks | None = None) -> Run:
+    """Load and check all parts; with `saved`, in the state they were saved in. `ranks`: the processes that share them.
 
     Raises TrainError of one kind or another for whatever does not fit. Writes nothing but, with working_set.offload =
     disk, the folder of sleeping states, which `forget_states` removes. That is why the caller holds `out`.
@@ -74,7 +76,14 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         if saved is not None:
             data = prepare_data_again(saved, recipe, tokenizer)
         else:
-            data = prepare_stream(recipe, tokenizer) if recipe.text.streaming else prepare_data(recipe, tokenizer)
+            now = None if ranks is None else ranks.same(datetime.now())
+            prepare = prepare_stream if recipe.text.streaming else prepare_data
+            data = prepare(recipe, tokenizer, now)
+    if ranks is not None:
+        if ranks.same(data.sha256) != data.sha256:
+            raise DataError(f"{', '.join(recipe.data)}: rank {ranks.rank} finds other data than rank 0")
+        if data.paired and ranks.kind != "replicas":
+            raise RecipeError(f"parallel = {ranks.kind!r} with preferences: only replicas train on these; give that")
     display.unread(data.unread)
     with display.waiting("loading the model"):
         model = load_model(source, recipe, device)
@@ -84,6 +93,8 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         check_packing(model, recipe)
     if isinstance(data, StreamedData):
         data.words = words_of(model)
+    if ranks is not None:
+        model = spread(model, ranks.mesh, ranks.kind)
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * data.steps_per_epoch)
     progress = saved.progress if saved else Progress(data_sha256=data.sha256, encoding=ENCODING)
     progress.rendered_at = data.rendered_at
@@ -99,16 +110,24 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display) -
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     objective = make_objective(recipe, data, model, device, saved, progress, display)
     scheduler = make_schedule(recipe.schedule, optimizer, steps)
-    fold = make_fold(recipe, model, optimizer, out) if recipe.fold else None
+    fold = make_fold(recipe, model, optimizer, own_folder(out, ranks)) if recipe.fold else None
     try:
         seed_all(recipe.seed)
+        if ranks is not None and ranks.shares > 1:  # dropout of other rows
+            torch.manual_seed(recipe.seed + ranks.rank)
         if saved is not None:
             for remark in restore_run(saved, model, optimizer, scheduler, fold):
                 display.note(remark)
     except BaseException:
         forget_states(fold, out)
         raise
-    return Run(recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress, objective)
+    parts = (recipe, out, device, tokenizer, data, model, optimizer, scheduler, fold, steps, progress, objective)
+    return Run(*parts, ranks)
+
+
+def own_folder(out: Path, ranks: Ranks | None) -> Path:
+    """Where this process keeps what no other one reads, as the states of a working set that sleep on disk."""
+    return out if ranks is None or ranks.main else out / f"rank-{ranks.rank}"
 
 
 def use_template(tokenizer: Any, recipe: Recipe, resumed: bool = False) -> None:

@@ -75,6 +75,11 @@ def restore_random(tensors: NamedTensors, tree: Any, device: torch.device) -> No
 def pack(value: Any, path: str, tensors: NamedTensors) -> Any:
     """A JSON twin of nested dicts, lists and tuples; tensors go to `tensors[path]`."""
     if isinstance(value, torch.Tensor):
+        if hasattr(value, "full_tensor"):  # spread over ranks, of which the first writes
+            spread: Any = value
+            value = spread.full_tensor()
+            if torch.distributed.get_rank() > 0:
+                value = value.new_empty(0)
         # Not contiguous: a state laid out like its (say, channels-last) weight. The loader lays it out again.
         value = value.detach().cpu().contiguous()
         # Counters may be one tensor that many parameters share; the file format wants each its own.

@@ -31,10 +31,7 @@ def step_weights(run: Run, batches: list[Batch]) -> tuple[float, float | None]:
     total = 0.0
     try:
         for batch in batches:
-            loss = run.objective.loss(run.model, run.objective.inputs(batch, run.device))
-            total += _finite(loss.item(), number, run.optimizer) * (share := batch.targets / targets)
-            loss = loss * share
-            loss.backward() if run.fold is None else run.fold.backward(loss)
+            total += _backward(run, batch, targets, number)
         norm = _step_from_stored(run) if run.fold is None else _close(run)
     except NonFiniteError as error:
         raise TrainError(
@@ -48,6 +45,26 @@ def step_weights(run: Run, batches: list[Batch]) -> tuple[float, float | None]:
     run.optimizer.zero_grad()
     run.scheduler.step()
     return total, norm
+
+
+def _backward(run: Run, batch: Batch, targets: int, number: int) -> float:
+    """Add a batch's gradient. Returns its loss as a part of the step's, over all ranks."""
+    ranks = run.ranks
+    if ranks is None:
+        loss = run.objective.loss(run.model, run.objective.inputs(batch, run.device))
+        share = batch.targets / targets
+        found = _finite(loss.item(), number, run.optimizer) * share
+    else:
+        mine = ranks.part_of(batch, run.data.paired)
+        loss = run.objective.loss(run.model, run.objective.inputs(mine, run.device))
+        if not mine.targets:  # the mean of nothing; these rows still take part in what the ranks do together
+            loss = torch.nan_to_num(loss)
+        share = mine.targets / targets
+        found = _finite(ranks.sums([loss.item() * share / (ranks.size // ranks.shares)])[0], number, run.optimizer)
+        share *= ranks.shares  # the ranks' gradients are averaged
+    loss = loss * share
+    loss.backward() if run.fold is None else run.fold.backward(loss)
+    return found
 
 
 def _finite(loss: float, number: int, optimizer: Any) -> float:
