@@ -150,7 +150,10 @@ def gathered_weights(model: Any) -> dict[str, Any]:
     """The whole model's state_dict in host memory, on the first rank; all ranks call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once  # under their first name already
+    return {name: tensor for name, tensor in found.items() if name not in tied}
 
 
 def _write(

@@ -54,7 +54,7 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
             shown = (display or Display()) if ranks.main else Display(Console(quiet=True))
             return _train_in(recipe, out, saved, shown, ranks)
     finally:
-        end_ranks()
+        end_ranks(ranks)
 
 
 def _train_in(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: Ranks | None) -> dict[str, Any]:

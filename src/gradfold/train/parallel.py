@@ -35,12 +35,14 @@ class Ranks:
         mesh: a 1-D device mesh of all of them.
         rank: this one.
         size: how many there are.
+        joined: whether this run has made the process group, and leaves it at its end.
     """
 
     kind: Parallel
     mesh: Any
     rank: int
     size: int
+    joined: bool = True
 
     @property
     def main(self) -> bool:
@@ -129,11 +131,11 @@ def start_ranks(recipe: Recipe) -> Ranks | None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not torch.distributed.is_initialized():
+    if joined := not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=MINUTES))
     mesh = init_device_mesh(device, (size,))
-    return Ranks(kind, mesh, torch.distributed.get_rank(), size)
+    return Ranks(kind, mesh, torch.distributed.get_rank(), size, joined)
 
 
 def refuse_shares(recipe: Recipe, size: int) -> Parallel:
@@ -173,8 +175,8 @@ def lost_ranks() -> Iterator[None]:
         ) from error
 
 
-def end_ranks() -> None:
+def end_ranks(ranks: Ranks) -> None:
     """Leave the process group, so that the other ranks do not wait for this one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if ranks.joined and torch.distributed.is_initialized():
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
