@@ -49,7 +49,7 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
     with tempfile.TemporaryDirectory() as folder:
         run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
     data, device = run.data, run.device
-    few = dataclasses.replace(data, held_out=data.held_out[:held_out])
+    few = dataclasses.replace(run, data=dataclasses.replace(data, held_out=data.held_out[:held_out]))
     loaded = load_model(find_model("smollm2"), recipe, device).train()
 
     def build(dtype: str, seed: int) -> nn.Module:
@@ -58,7 +58,7 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
     return Task(
         build,
         lambda step: as_tensors(data.batches(step)[0], device, recipe.text.packing),
-        lambda model: held_out_loss(model, few, device, recipe.text.packing, lambda: False) or math.nan,
+        lambda model: held_out_loss(dataclasses.replace(few, model=model), lambda: False) or math.nan,
     )
 
 
