@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold._machine import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -171,13 +171,10 @@ def paired_figures(torch_ms: Sequence[float], folded_ms: Sequence[float]) -> dic
 def machine() -> dict[str, Any]:
     """Return processor, threads and versions."""
     return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        **machine_facts(),
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "system": platform.system(),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
     }
 
@@ -251,13 +248,3 @@ def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) 
     if not found:
         raise SystemExit(f"{page.name} has no <!-- {name} --> ... <!-- end of {name} -->")
     page.write_text(new, encoding="utf-8")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

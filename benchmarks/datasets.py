@@ -7,8 +7,9 @@ import dataclasses
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -48,7 +49,7 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
     with tempfile.TemporaryDirectory() as folder:
         run = assemble(recipe, Path(folder) / "none", None, Display(Console(quiet=True)))
     data, device = run.data, run.device
-    few = dataclasses.replace(data, held_out=data.held_out[:held_out])
+    few = dataclasses.replace(run, data=dataclasses.replace(data, held_out=data.held_out[:held_out]))
     loaded = load_model(find_model("smollm2"), recipe, device).train()
 
     def build(dtype: str, seed: int) -> nn.Module:
@@ -57,14 +58,13 @@ def smollm2(seed: int, length: int = 256, held_out: int = 10) -> Task:
     return Task(
         build,
         lambda step: as_tensors(data.batches(step)[0], device, recipe.text.packing),
-        lambda model: held_out_loss(model, few, device, recipe.text.packing, lambda: False) or math.nan,
+        lambda model: held_out_loss(dataclasses.replace(few, model=model), lambda: False) or math.nan,
     )
 
 
 def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4) -> Task:
     """A Llama of 6.2 M parameters, with a BPE tokenizer of 2,048 tokens trained on the texts of a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM
 
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.txt"))]
     tokenizer = Tokenizer(models.BPE())
@@ -79,31 +79,17 @@ def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4)
     held_out, training = windows[order[:64]], windows[order[64:]]
     config = llama_config(6, hidden=256, intermediate=768, vocabulary=2048, heads=4, max_positions=length)
 
-    def build(dtype: str, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return model.to(getattr(torch, dtype)).train()
-
     def batch(step: int) -> dict[str, Tensor]:
         start = step * batch_size % (len(training) - batch_size)
         rows = training[start : start + batch_size]
         return {"input_ids": rows, "labels": rows}
 
-    @torch.no_grad()
-    def measure(model: nn.Module) -> float:
-        model.eval()
-        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(16)]
-        model.train()
-        return statistics.fmean(losses)
-
-    return Task(build, batch, measure)
+    return _from_random_weights(config, batch, held_out.split(16))
 
 
 def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
     """A Llama of 1 M parameters that reads Python's own documentation (``pydoc_data``) character by character."""
     from pydoc_data.topics import topics
-
-    from transformers import AutoModelForCausalLM
 
     text = "\n".join(topics[name] for name in sorted(topics))
     alphabet = {character: i for i, character in enumerate(sorted(set(text)))}
@@ -113,19 +99,26 @@ def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
     held_out, training = windows[order[:256]], windows[order[256:]]
     config = llama_config(4, hidden=128, intermediate=448, vocabulary=len(alphabet), heads=4, max_positions=length)
 
+    def batch(step: int) -> dict[str, Tensor]:
+        rows = training[torch.arange(step * batch_size, (step + 1) * batch_size) % len(training)]
+        return {"input_ids": rows, "labels": rows}
+
+    return _from_random_weights(config, batch, held_out.split(64))
+
+
+def _from_random_weights(config: Any, batch: Callable[[int], dict[str, Tensor]], held_out: Sequence[Tensor]) -> Task:
+    """Return the task of a causal model that starts from random weights, measured on batches of whole windows."""
+    from transformers import AutoModelForCausalLM
+
     def build(dtype: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model.to(getattr(torch, dtype)).train()
 
-    def batch(step: int) -> dict[str, Tensor]:
-        rows = training[torch.arange(step * batch_size, (step + 1) * batch_size) % len(training)]
-        return {"input_ids": rows, "labels": rows}
-
     @torch.no_grad()
     def measure(model: nn.Module) -> float:
         model.eval()
-        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out.split(64)]
+        losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() for rows in held_out]
         model.train()
         return statistics.fmean(losses)
 

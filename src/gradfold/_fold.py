@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
-from . import _torch
+from ._fold_checks import refuse_folded, refuse_head, refuse_parameters, refuse_working_set
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
 from .dist import ranks_of
@@ -17,11 +16,6 @@ from .engine import (
     FoldState,
     clip_norm_at_step,
     enlist,
-    held,
-    outside,
-    refuse_other_model,
-    refuse_owned,
-    refuse_parameter,
     survive_group_norms,
     take_back,
     unwatch_clipping,
@@ -32,7 +26,7 @@ from .engine import (
 )
 from .errors import FoldError
 from .head import FoldedCausalHead, fold_heads
-from .modules import FOLD_PARAM, restore, swap
+from .modules import restore, swap
 from .optim import RuleOptimizer
 from .optim.accept import accepted
 from .report import Report, report_of
@@ -168,41 +162,15 @@ def _fold(
     backend: str | Backend,
     scratch_bytes: int,
 ) -> Fold:
-    if head not in get_args(Head):
-        raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
-    _check_keep_bytes(head_keep_bytes, head)
-    clip = options.clip
+    refuse_head(head, head_keep_bytes)
     optimizer = accepted(optimizer)
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
-    for name, module in model.named_modules():
-        if vars(module).get(FOLD_PARAM) is not None:
-            raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
+    refuse_folded(model)
     named = dict(model.named_parameters())
     in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    refuse_other_model(named, in_optimizer)
-    for name, param in named.items():
-        if param.requires_grad and id(param) not in in_optimizer:
-            raise FoldError(outside(name))
-        if param.requires_grad:
-            refuse_owned(name, param)
-            refuse_parameter(name, param)
-    _check_overlap(named)
-    in_model = {id(param) for param in named.values()}
-    for index, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
-            if id(param) not in in_model:
-                raise FoldError(
-                    f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
-                    "model, so no folded backward would step it; give it an optimizer of its own"
-                )
-    if working_set is not None and not isinstance(working_set, WorkingSet):
-        raise FoldError(f"working_set={working_set!r}: give a gradfold.WorkingSet, e.g. WorkingSet(chunks=8)")
-    if working_set is not None and clip == "delayed":
-        raise FoldError(
-            "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
-            "'two_pass'"
-        )
+    refuse_parameters(named, in_optimizer, optimizer)
+    refuse_working_set(working_set, options.clip)
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -237,34 +205,6 @@ def _fold(
             raise FoldError(f"working_set=: {error}") from None
         raise
     return made
-
-
-def _check_keep_bytes(keep_bytes: object, head: str) -> None:
-    if keep_bytes is None:
-        return
-    if not isinstance(keep_bytes, int) or isinstance(keep_bytes, bool) or keep_bytes < 0:
-        raise FoldError(f"head_keep_bytes={keep_bytes!r}: how many bytes of the softmax to keep, 0 or more")
-    if head == "plain":
-        raise FoldError(f"head_keep_bytes={keep_bytes} with head='plain', which keeps all logits: give one of them")
-
-
-def _check_overlap(named: Mapping[str, nn.Parameter]) -> None:
-    """Raise for two parameters in the same memory: the first to step would change the other during its backward."""
-    spans: dict[int, list[tuple[int, int, str, bool]]] = {}
-    for name, whole in named.items():
-        param = held(whole)
-        if param.numel():
-            first = int(param.storage_offset())
-            last = first + sum((int(n) - 1) * int(k) for n, k in zip(param.shape, param.stride(), strict=True))
-            spans.setdefault(_torch.storage_key(param), []).append((first, last, name, whole.requires_grad))
-    for shared in spans.values():
-        shared.sort()
-        for (_, end, a, trained), (start, _, b, also) in itertools.pairwise(shared):
-            if start <= end and (trained or also):
-                raise FoldError(
-                    f"{b}: shares its memory with {a} but is another Parameter, so each would step the other's values; "
-                    "tie them by assigning the same Parameter to both"
-                )
 
 
 class Fold:

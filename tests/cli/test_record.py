@@ -112,7 +112,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_only_an_own_result_is_independent(record, key, tmp_path, change):
-    from gradfold.provenance.own import machine_facts
+    from gradfold._machine import machine_facts
 
     changes, refused = CHANGES[change]
     Path("code.py").write_text("1")

@@ -13,7 +13,7 @@ from torch import nn
 import gradfold
 from gradfold import FoldError
 from gradfold.head.lazy_logits import LazyLogits
-from gradfold.head.loss import KEEP_BYTES, FoldedHead
+from gradfold.head.loss import FoldedHead, default_keep_bytes
 from tests.llama import small_llama
 from tests.zoo import RULES, distance, no_gradients, ours, torchs, twins
 
@@ -422,7 +422,7 @@ def test_bytes_to_keep_reach_the_head(keep_bytes, monkeypatch):
     apply = FoldedHead.apply
     monkeypatch.setattr(FoldedHead, "apply", lambda *args: seen.append(args[-1]) or apply(*args))
     model(**batch(0)).loss.backward()
-    assert seen == [KEEP_BYTES if keep_bytes is None else keep_bytes]
+    assert seen == [default_keep_bytes(model.lm_head.weight.numel()) if keep_bytes is None else keep_bytes]
 
 
 def test_paused_and_removed():

@@ -1,6 +1,7 @@
 """The loss head's memory: no logits, no gradient of its weight, on fake tensors as on real ones."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import gradfold
 from gradfold.head import online_softmax as sweep
 from gradfold.head import term as uses
+from gradfold.head.loss import default_keep_bytes
 from gradfold.planner.step import measure_step, step_memory
 from tests.llama import small_llama
 
@@ -28,7 +30,7 @@ class Net(nn.Module):
             self.head.weight = self.embed.weight
 
 
-def in_blocks(keep_bytes=0):
+def in_blocks(keep_bytes: int | None = 0):
     def loss(model, batch):
         x = model.embed(batch["ids"])
         return gradfold.linear_cross_entropy(x, model.head.weight, batch["ids"], shift=True, keep_bytes=keep_bytes)
@@ -103,6 +105,26 @@ def test_a_causal_model():
     logits = 4 * ids.numel() * config.vocab_size
     assert default.peak_bytes < plain.peak_bytes - logits // 2
     assert head.peak_bytes < plain.peak_bytes - logits
+
+
+@pytest.mark.parametrize(
+    ("weight", "kept"),
+    [((128_256, 4_096), 512 * MIB), ((49_152, 576), 2 * 49_152 * 576), ((8, 4), 64), ((0, 4), 0)],
+)
+def test_a_small_head_keeps_less(weight, kept):
+    assert default_keep_bytes(math.prod(weight)) == kept
+
+
+@pytest.mark.parametrize("tokens", [128, 512])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_small_head_takes_less_than_its_gradient(tied, tokens):
+    vocabulary, width = 8192, 256
+    batch = {"ids": torch.zeros(1, 1, dtype=torch.int64).expand(1, tokens)}
+    model = functools.partial(Net, vocabulary, width, tied, torch.float32)
+    none, default = (step_memory(model, adamw, batch, loss=in_blocks(keep)) for keep in (0, None))
+    gradient, hidden = 4 * vocabulary * width, 4 * tokens * width
+    assert default.peak_bytes - none.peak_bytes <= 1.01 * gradient / 2  # and the largest logits of each block
+    assert none.peak_bytes - none.resting_bytes <= gradient // 4 + 4 * hidden  # a block of logits, and its temporaries
 
 
 @pytest.mark.slow

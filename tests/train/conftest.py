@@ -26,6 +26,12 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def steady(tmp_path_factory):
+    """Folder of the same without dropout: plain loops have none, and batches may be cut in any way."""
+    return save_tiny(tmp_path_factory.mktemp("steady") / "llama", attention_dropout=0.0)
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
 

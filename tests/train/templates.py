@@ -2,7 +2,7 @@
 
 from gradfold.train.shapes import form_of, make_row
 from gradfold.train.tokens import encode_rows
-from tests.train.tiny import sentence
+from tests.train.tiny import byte_level_bpe, sentence
 
 SPECIAL = ["<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|im_start|>", "<|im_end|>"]
 
@@ -81,18 +81,7 @@ PARTS_BUT_TOOLS = PARTS.replace(
 
 def byte_level(template=None, **options):
     """A byte-level BPE whose chat template is `template`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=options.pop("add_prefix_space", False))
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([sentence(seed) for seed in range(50)], trainer)
+    bpe = byte_level_bpe(330, SPECIAL, options.pop("add_prefix_space", False))
     return wrapped(bpe, template, **options)
 
 

@@ -23,12 +23,6 @@ PLAIN = {
 
 
 @pytest.fixture(scope="module")
-def steady(tmp_path_factory):
-    """A model without dropout, as the oracle has none."""
-    return save_tiny(tmp_path_factory.mktemp("steady") / "llama", attention_dropout=0.0)
-
-
-@pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "d.jsonl"
     rows = [

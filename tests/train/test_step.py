@@ -23,16 +23,10 @@ from gradfold.train.schedule import lr_factor
 from gradfold.train.setup import assemble
 from gradfold.train.step import step_weights
 from tests.pairs import in_turn
-from tests.train.tiny import recipe, save_tiny, sentence
+from tests.train.tiny import recipe, sentence
 
 SGD = {"optimizer.name": "SGD", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "schedule.name": "constant"}
 SGD |= {"schedule.warmup": 0.0, "text.held_out": 0.0, "text.packing": False, "sequence_length": 48}
-
-
-@pytest.fixture(scope="module")
-def steady(tmp_path_factory):
-    """A model without dropout: how a batch is cut does not change what it gives."""
-    return save_tiny(tmp_path_factory.mktemp("steady") / "llama", attention_dropout=0.0)
 
 
 @pytest.fixture(scope="module")

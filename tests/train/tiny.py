@@ -16,22 +16,28 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer():
-    """A byte-level BPE of 300 tokens, with a chat template."""
+def byte_level_bpe(tokens, special, add_prefix_space=False):
+    """A byte-level BPE that has learned from 50 sentences."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=tokens,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([sentence(seed) for seed in range(50)], trainer)
+    return bpe
+
+
+def build_tokenizer():
+    """A byte-level BPE of 300 tokens, with a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = byte_level_bpe(300, ["<eos>", "<|user|>", "<|assistant|>", "<|system|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer

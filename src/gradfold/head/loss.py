@@ -30,7 +30,16 @@ from .logits import LossOptions
 from .online_softmax import Swept, sweep, token_blocks
 from .term import HeadTerm, Kept
 
-KEEP_BYTES = 512 * 2**20  # of a softmax ``[T, V]`` that is kept: 2,048 tokens of 128 Ki words in bf16
+KEEP_BYTES = 512 * 2**20  # the most of a softmax ``[T, V]`` that is kept: 2,048 tokens of 128 Ki words in bf16
+
+
+def default_keep_bytes(weight_elements: int) -> int:
+    """Return how much of the softmax is kept where nothing is said: of a small head less than ``KEEP_BYTES``.
+
+    The softmax is there at the peak, in place of a gradient that is not. So half of what the gradient of the head's
+    weight takes in fp32 is the most.
+    """
+    return min(KEEP_BYTES, 4 * weight_elements // 2)
 
 
 def linear_cross_entropy(
@@ -66,8 +75,8 @@ def linear_cross_entropy(
         shift: Let each token predict the next one, as transformers' causal models do: ``x[..., :-1, :]`` with
             ``labels[..., 1:]``.
         keep_bytes: Bytes of the softmax ``[T, V]`` that are kept for backward instead of computed twice; in bf16 for
-            bf16 inputs, else in the loss's precision. None: 512 MiB (``KEEP_BYTES``), or nothing for a weight that
-            waits for ``optimizer.step()``. 0: nothing.
+            bf16 inputs, else in the loss's precision. None: 512 MiB (``KEEP_BYTES``), but never more than half of the
+            weight's gradient in fp32, and nothing for a weight that waits for ``optimizer.step()``. 0: nothing.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): 0-d, or of the labels' shape for "none". Where no token counts, "mean"
@@ -244,7 +253,7 @@ def _token_losses(
         refuse_ddp()
         param = usable(param)
     if keep_bytes is None:  # with a deferred term it would stay until the end of the step
-        keep_bytes = 0 if param is not None and param.fold.deferring else KEEP_BYTES
+        keep_bytes = 0 if param is not None and param.fold.deferring else default_keep_bytes(weight.numel())
     return FoldedHead.apply(x, bias, weight, labels, ignore_index, options, param, torch.is_grad_enabled(), keep_bytes)
 
 

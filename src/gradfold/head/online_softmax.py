@@ -17,7 +17,7 @@ from gradfold.backends import on_accelerator, visited
 from .logits import LossOptions, logits_of, operand, product, within
 from .term import Kept, rows_at_a_time
 
-TILE_BYTES = 8 * 2**20  # bytes of logits at a time, and of widened weight
+TILE_BYTES = 8 * 2**20  # the most bytes of logits at a time, and of widened weight
 CUDA_TILE_BYTES = 64 * 2**20  # more on GPUs, where rescaling the sums costs more than a wider block
 ROW_BYTES = 2**20  # bytes of the input's gradient that are finished at a time
 
@@ -63,7 +63,7 @@ def sweep(
     evenly = None  # [H], or [T, H] with a soft-cap: the sum of the weight's rows, each times its slope
     if differentiable and smoothing:
         evenly = x.new_zeros(x.shape[1:] if options.softcap is None else x.shape, dtype=dtype)
-    block = rows_at_a_time(x, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
+    block = rows_at_a_time(x, weight, CUDA_TILE_BYTES if on_accelerator(x) else TILE_BYTES)
     words = min(
         vocabulary, max(0, keep_bytes) // (keep.itemsize * max(1, tokens))
     )  # number of words whose softmax is kept

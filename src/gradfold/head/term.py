@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gradfold import _torch
-from gradfold.backends import DenseTerm, GradTerm, accumulate, gemm_ready, largest, visited
+from gradfold.backends import DenseTerm, GradTerm, accumulate, gemm_ready, largest, on_accelerator, visited
 
 from .logits import LossOptions, logits_of, operand, product, within
 
 HEAD_BYTES = 8 * 2**20  # of logits at a time, where a loss head's gradient is computed
+LEAST_BYTES = 2**20  # of logits at a time, however small the head
 MIN_HEAD_ROWS = 64  # of the vocabulary: below this a GEMM loses efficiency
 
 
@@ -160,7 +161,7 @@ class HeadTerm(GradTerm):
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield these rows a block at a time; the softmax of all or of none of a block's words is kept."""
-        block = rows_at_a_time(self.x, HEAD_BYTES)
+        block = rows_at_a_time(self.x, self.weight, HEAD_BYTES)
         edge = 0 if self.kept is None else self.kept.values.shape[1] - self.first
         while start < stop:
             last = min(start + block, stop, edge if start < edge else stop)
@@ -203,6 +204,12 @@ class HeadTerm(GradTerm):
         return p
 
 
-def rows_at_a_time(x: Tensor, limit_bytes: int) -> int:
-    """Return the rows of a block whose fp32 logits ``[T, rows]`` and weights ``[rows, H]`` stay within the limit."""
+def rows_at_a_time(x: Tensor, weight: Tensor, limit_bytes: int) -> int:
+    """Return the rows of a block whose fp32 logits ``[T, rows]`` and weights ``[rows, H]`` stay within the limit.
+
+    On CPUs a block is also at most an eighth of the weight's gradient in fp32: of a small model 8 MiB are more than all
+    that folding saves. On GPUs small blocks would cost launches.
+    """
+    if not on_accelerator(x):
+        limit_bytes = min(limit_bytes, max(LEAST_BYTES, 4 * weight.numel() // 8))
     return max(MIN_HEAD_ROWS, limit_bytes // (4 * max(1, *x.shape)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from gradfold.errors import FoldError
-from gradfold.head.loss import KEEP_BYTES
+from gradfold.head.loss import default_keep_bytes
 from gradfold.workset import WorkingSet
 
 from .allocator import CONTEXT_BYTES, allocated
@@ -367,7 +367,7 @@ class _Search:
         logits = one.tokens * one.batch * vocabulary
         if one.head == "plain" or not isinstance(hidden, int) or not logits:
             return 0.0
-        kept = KEEP_BYTES if one.head_keep_bytes is None else one.head_keep_bytes
+        kept = default_keep_bytes(vocabulary * hidden) if one.head_keep_bytes is None else one.head_keep_bytes
         width = max(2, one.torch_dtype(self.subject.dtype).itemsize)
         return hidden * max(0.0, logits - kept / width)
 

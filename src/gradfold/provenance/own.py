@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from gradfold._machine import machine_facts
 
 from .report import typed
 
@@ -46,26 +47,6 @@ def why_not_own(result: dict[str, Any], path: str | os.PathLike[str], revision: 
         if there[name] != here[name]:
             return f"was made where {name} is {str(there[name])[:60]!r}, and here it is {str(here[name])[:60]!r}"
     return None
-
-
-def machine_facts() -> dict[str, Any]:
-    """What benchmarks say of the machine and can be known without loading torch."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def git(folder: Path, *words: str) -> str | None:

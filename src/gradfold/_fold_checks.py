@@ -1,0 +1,94 @@
+"""What ``fold()`` refuses before it changes anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from typing import get_args
+
+from torch import nn
+
+from . import _torch
+from ._options import Clip, Head
+from .engine import held, outside, refuse_other_model, refuse_owned, refuse_parameter
+from .errors import FoldError
+from .modules import FOLD_PARAM
+from .optim import RuleOptimizer
+from .workset import WorkingSet
+
+
+def refuse_head(head: object, keep_bytes: object) -> None:
+    """Raise for ``head=`` and ``head_keep_bytes=`` that are none, or do not go together."""
+    if head not in get_args(Head):
+        raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
+    if keep_bytes is None:
+        return
+    if not isinstance(keep_bytes, int) or isinstance(keep_bytes, bool) or keep_bytes < 0:
+        raise FoldError(f"head_keep_bytes={keep_bytes!r}: how many bytes of the softmax to keep, 0 or more")
+    if head == "plain":
+        raise FoldError(f"head_keep_bytes={keep_bytes} with head='plain', which keeps all logits: give one of them")
+
+
+def refuse_folded(model: nn.Module) -> None:
+    """Raise for a model that is folded already, or has a module that is."""
+    for name, module in model.named_modules():
+        if vars(module).get(FOLD_PARAM) is not None:
+            raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
+
+
+def refuse_parameters(
+    named: Mapping[str, nn.Parameter], in_optimizer: Collection[int], optimizer: RuleOptimizer
+) -> None:
+    """Raise for parameters that cannot be folded, and where those of the model are not those of the optimizer.
+
+    Args:
+        named: all parameters of the model.
+        in_optimizer: ids of the optimizer's parameters.
+        optimizer: the optimizer.
+    """
+    refuse_other_model(named, in_optimizer)
+    for name, param in named.items():
+        if param.requires_grad and id(param) not in in_optimizer:
+            raise FoldError(outside(name))
+        if param.requires_grad:
+            refuse_owned(name, param)
+            refuse_parameter(name, param)
+    _refuse_overlap(named)
+    in_model = {id(param) for param in named.values()}
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if id(param) not in in_model:
+                raise FoldError(
+                    f"optimizer.param_groups[{index}] has a parameter of shape {tuple(param.shape)} that is not in the "
+                    "model, so no folded backward would step it; give it an optimizer of its own"
+                )
+
+
+def refuse_working_set(working_set: object, clip: Clip) -> None:
+    """Raise for ``working_set=`` that is none, or does not go with ``clip=``."""
+    if working_set is not None and not isinstance(working_set, WorkingSet):
+        raise FoldError(f"working_set={working_set!r}: give a gradfold.WorkingSet, e.g. WorkingSet(chunks=8)")
+    if working_set is not None and clip == "delayed":
+        raise FoldError(
+            "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
+            "'two_pass'"
+        )
+
+
+def _refuse_overlap(named: Mapping[str, nn.Parameter]) -> None:
+    """Raise for two parameters in the same memory: the first to step would change the other during its backward."""
+    spans: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for name, whole in named.items():
+        param = held(whole)
+        if param.numel():
+            first = int(param.storage_offset())
+            last = first + sum((int(n) - 1) * int(k) for n, k in zip(param.shape, param.stride(), strict=True))
+            spans.setdefault(_torch.storage_key(param), []).append((first, last, name, whole.requires_grad))
+    for shared in spans.values():
+        shared.sort()
+        for (_, end, a, trained), (start, _, b, also) in itertools.pairwise(shared):
+            if start <= end and (trained or also):
+                raise FoldError(
+                    f"{b}: shares its memory with {a} but is another Parameter, so each would step the other's values; "
+                    "tie them by assigning the same Parameter to both"
+                )
