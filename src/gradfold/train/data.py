@@ -83,10 +83,11 @@ class Data:
         parts = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
         return [self.build(self.tokens, [self.train[i] for i in part], self.references[0]) for part in parts]
 
-    def largest_batches(self) -> list[Batch]:
-        """The batches of a step of the first epoch that take as much memory as any step's."""
+    def largest_batches(self, steps: int | None = None) -> list[Batch]:
+        """The batches of a step of the first epoch, or of its first `steps`, that take as much memory as any step's."""
         sizes = np.array([_padded(window, self.paired) for window in self.train])
-        order, size = self._order(0), self.batch_size * self.accumulate
+        size = self.batch_size * self.accumulate
+        order = self._order(0)[: None if steps is None else steps * size]
         costs = []
         for step, start in enumerate(range(0, len(order), size)):
             taken = order[start : start + size]

@@ -97,8 +97,8 @@ class StreamedData:
             self._largest = made
         return made
 
-    def largest_batches(self) -> list[Batch]:
-        """The largest step so far."""
+    def largest_batches(self, steps: int | None = None) -> list[Batch]:
+        """The largest step so far, of which `steps` is not asked."""
         if self._largest:
             return self._largest
         return [build_batch(self._tokens, self.train[: self.batch_size], self.pad_id)] * self.accumulate
