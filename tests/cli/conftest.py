@@ -55,6 +55,14 @@ def measured(monkeypatch):
 
         inputs = [run.objective.inputs(batch, run.device) for batch in batches]
         reference = getattr(run.objective, "reference", None)
+        turns = run.fold._state.turns if run.fold.working_set is not None else None
+
+        def meet(live):
+            if reference is not None:
+                live.track(reference)
+            for member in [] if turns is None else turns.turning:  # states asleep on the device
+                live.track([held for _, held in turns._sleeping(member)], category="states")
+
         memory = record_step(
             run.model,
             run.optimizer,
@@ -62,7 +70,7 @@ def measured(monkeypatch):
             run.fold,
             loss=loss,
             micro_batches=len(inputs),
-            meet=lambda live: live.track(*([] if reference is None else [reference])),
+            meet=meet,
         )
         run.scheduler.step()
         peaks.append(memory.peak_bytes)

@@ -20,7 +20,7 @@ def write(path, rows):
 
 
 def largest(batches, settings):
-    return max(batch["input_ids"].numel() for batch in batches(settings))
+    return max(batch["input_ids"].numel() for step in batches(settings) for batch in step)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -33,18 +33,22 @@ def test_the_largest_step_is_one_of_the_run_s(packing, steps, tiny, tmp_path, to
     taken = [batch for step in range(min(steps, own.steps_per_epoch)) for batch in own.batches(step)]
     settings = chosen.plan_settings()
     full = [batch for batch in taken if len(batch.input_ids) == chosen.batch_size]
-    assert largest(batches, settings) == max(batch.input_ids.size for batch in full)
-    assert ("position_ids" in batches(settings)[0]) == packing
-    assert (
-        said == f"the longest sequence of a step has {max(b['input_ids'].shape[1] for b in batches(settings))} tokens"
-    )
+    assert largest(batches, settings) <= max(batch.input_ids.size for batch in full)
+    steps_of = [own.batches(step) for step in range(min(steps, own.steps_per_epoch))]
+    totals = [sum(batch.input_ids.size for batch in step) for step in steps_of if len(step) == 2]
+    late = [step[1].input_ids.size for step in steps_of if len(step) == 2]
+    found = [[batch["input_ids"].numel() for batch in step] for step in batches(settings)]
+    assert max(map(sum, found)) == max(totals) and max(second for _, second in found) == max(late)
+    assert ("position_ids" in batches(settings)[0][0]) == packing
+    longest = max(batch["input_ids"].shape[1] for step in batches(settings) for batch in step)
+    assert said == f"the longest sequence of a step has {longest} tokens"
 
 
 def test_a_split_batch_is_split(tiny, tmp_path):
     data = write(tmp_path / "d.jsonl", [{"text": sentence(i, 4 + i % 9)} for i in range(40)])
     chosen = recipe(tiny, data, batch_size=4)
     batches, _ = planned_batches(chosen)
-    halves = batches(dataclasses.replace(chosen.plan_settings(), batch=2, accumulate=2))
+    halves, *_ = batches(dataclasses.replace(chosen.plan_settings(), batch=2, accumulate=2))
     assert [len(batch["input_ids"]) for batch in halves] == [2, 2]
 
 
@@ -56,7 +60,7 @@ def test_preferences(reference, known, tiny, tmp_path):
     chosen = recipe(tiny, data, preference__reference=reference)
     settings = chosen.plan_settings()
     assert settings.preference == reference and settings.sequences == 2 * chosen.batch_size
-    (batch,) = planned_batches(chosen)[0](settings)
+    ((batch,),) = planned_batches(chosen)[0](settings)
     assert batch["input_ids"].shape[0] == 2 * chosen.batch_size
     assert ("reference" in batch) == (known or reference == "precomputed")
 
@@ -103,5 +107,5 @@ def test_the_run_s_own_figures_are_of_its_steps(tiny, tmp_path, tokenizer):
     own = prepare_data(recipe(tiny, data, text__packing=False), tokenizer)
     sizes = [[batch.input_ids.size for batch in own.batches(step)] for step in range(own.steps_per_epoch)]
     for steps in (1, 2, 5, 99):
-        found = own.largest_batches(steps)[0].input_ids.size
+        found = own.largest_steps(steps)[0][0].input_ids.size
         assert found == np.max([size for step in sizes[:steps] for size in step])

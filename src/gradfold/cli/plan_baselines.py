@@ -27,7 +27,7 @@ def tracing_beside(recipe: Recipe, measured: bool, given: Any = None) -> Iterato
     Args:
         recipe: what is planned.
         measured: whether it is measured, too.
-        given: the step's batches, if they are known.
+        given: the batches of the steps that may take most, if they are known.
 
     Yields:
         A function that waits for them, and traces the last one itself if nobody has begun it.

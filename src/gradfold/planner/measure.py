@@ -35,7 +35,12 @@ def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: 
     Raises PlanError if it would not fit, or there is no such device.
     """
     _refuse_too_large(subject, device, predicted_bytes)
-    workload = Workload(subject, settings, device)
+    found = [_measure(one) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.peak_bytes)
+
+
+def _measure(workload: Workload) -> Measured:
+    subject, settings, device = workload.subject, workload.settings, workload.device
     build = functools.partial(subject.build, settings.torch_dtype(subject.dtype), None)
     model = build()
     workload.add_reference(model, build)

@@ -36,13 +36,14 @@ BROKEN_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticE
 class Subject:
     """A model to plan for. `config`: transformers', if it has one; `source`: else a module, or what builds one.
 
-    `batches`: what a step with some settings is given, where the data is known; None: full sequences.
+    `batches`: what steps with some settings are given, where the data is known: the `MicroBatches` of each of the few
+    that may take most; None: full sequences.
     """
 
     name: str
     config: Any = None
     source: Any = None
-    batches: Callable[[Settings], Any] | None = None
+    batches: Callable[[Settings], list[Any]] | None = None
 
     def __post_init__(self) -> None:
         said = quantization_of(self.config)

@@ -36,7 +36,8 @@ class Predicted:
 
 def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
     """Run the step that `settings` describe. Raises PlanError or FoldError for what cannot be done."""
-    return predict_workload(Workload(subject, settings, device))
+    found = [predict_workload(one) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.memory.peak_bytes)
 
 
 def predict_workload(workload: Workload) -> Predicted:
@@ -73,7 +74,8 @@ def predict_baseline(
     subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
 ) -> StepMemory:
     """The same batches trained with another optimizer, and without a fold."""
-    return predict_plain(Workload(subject, settings, device), make_optimizer, label)
+    found = [predict_plain(one, make_optimizer, label) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.peak_bytes)
 
 
 def predict_plain(workload: Workload, make_optimizer: Callable[..., Any], label: str) -> StepMemory:

@@ -36,21 +36,25 @@ class Workload:
     subject: Subject
     settings: Settings
     device: str  # "cuda": as an accelerator would; "cpu": as this processor does
-    given: Any = None  # the batch, or a step's `MicroBatches`, in the place of the subject's
+    given: Any = None  # the batch, or a step's `MicroBatches`, in the place of full sequences
     own_loss: LossFunction | None = None  # in the place of the model's
     _references: MutableMapping[nn.Module, nn.Module] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
+    @classmethod
+    def each(cls, subject: Subject, settings: Settings, device: str) -> list[Workload]:
+        """One for each of the steps that may take most: of a subject whose data is known a few, else one."""
+        steps = [None] if subject.batches is None else subject.batches(settings)
+        return [cls(subject, settings, device, given=step) for step in steps]
+
     def batch(self) -> Any:
-        """The subject's batches, else full sequences: nothing is padded.
+        """Those given, else full sequences: nothing is padded.
 
         With `packing`, each holds two rows, which do not see each other; preferences are never packed.
         """
         if self.given is not None:
             return self.given
-        if self.subject.batches is not None:
-            return self.subject.batches(self.settings)
         batch, tokens = self.settings.sequences, self.settings.tokens
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         if self.settings.preference is not None:

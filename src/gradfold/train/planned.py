@@ -15,6 +15,7 @@ from .data import Data, prepare_data
 from .errors import TrainError, one_line
 from .model import find_model, load_tokenizer, quiet_transformers
 from .objective import NextToken, Objective
+from .packing import Batch
 from .preference import Preference
 from .readers import find_file
 from .recipe import Recipe
@@ -27,7 +28,7 @@ MOST_READ_BYTES = 2**25
 """Size of files that a plan tokenizes; of larger ones every sequence is taken to be full."""
 
 
-def planned_batches(recipe: Recipe) -> tuple[Callable[[Settings], MicroBatches] | None, str]:
+def planned_batches(recipe: Recipe) -> tuple[Callable[[Settings], list[MicroBatches]] | None, str]:
     """What a step of the run is given at most, as a function of how its batch is split, and what to say of it.
 
     None where the data cannot be read here, with the reason: there is no file, it is large or streamed, or the model's
@@ -44,7 +45,7 @@ def planned_batches(recipe: Recipe) -> tuple[Callable[[Settings], MicroBatches] 
     except TrainError as error:
         return None, one_line(error)
     made = functools.cache(functools.partial(_batches, recipe, data))
-    longest = max(batch["input_ids"].shape[1] for batch in made(recipe.plan_settings()))
+    longest = max(batch["input_ids"].shape[1] for step in made(recipe.plan_settings()) for batch in step)
     return made, f"the longest sequence of a step has {longest:,} tokens"
 
 
@@ -58,8 +59,8 @@ def _unread(recipe: Recipe) -> str:
     return ""
 
 
-def _batches(recipe: Recipe, data: Data, settings: Settings) -> MicroBatches:
-    """The largest step's batches, where `settings` say how its sequences are split."""
+def _batches(recipe: Recipe, data: Data, settings: Settings) -> list[MicroBatches]:
+    """The batches of the steps that may be the largest, where `settings` say how its sequences are split."""
     from gradfold.planner.step import MicroBatches
 
     data = dataclasses.replace(data, batch_size=settings.batch, accumulate=settings.accumulate)
@@ -67,10 +68,12 @@ def _batches(recipe: Recipe, data: Data, settings: Settings) -> MicroBatches:
     objective: Objective = NextToken(recipe.text.packing)
     if data.paired:
         objective = Preference(recipe.preference, recipe.head)
-    made: list[dict[str, Any]] = []
-    for batch in data.largest_batches(steps):
+    known = data.paired and recipe.preference.reference == "precomputed"
+
+    def inputs_of(batch: Batch) -> dict[str, Any]:
         inputs = objective.inputs(batch, torch.device("cpu"))
-        if data.paired and recipe.preference.reference == "precomputed" and "reference" not in inputs:
+        if known and "reference" not in inputs:
             inputs["reference"] = torch.zeros(len(batch.input_ids), dtype=torch.float64)
-        made.append(inputs)
-    return MicroBatches(made)
+        return inputs
+
+    return [MicroBatches(map(inputs_of, step)) for step in data.largest_steps(steps)]
