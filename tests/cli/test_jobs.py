@@ -14,36 +14,12 @@ import pytest
 import torch
 
 import gradfold
-from gradfold.cli.main import main
-from gradfold.planner.step import MicroBatches, record_step
-from gradfold.train import loop
 from gradfold.train.checkpoint import list_checkpoints
 from tests.train.templates import turns
 from tests.train.tiny import sentence, tree_bytes
 
 ROOT = Path(__file__).parents[2]
 QUIET = ["--evaluation.sample-tokens", "2", "--evaluation.sequences", "2"]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    return tmp_path
-
-
-@pytest.fixture
-def said(capsys):
-    """Call the command line; standard output of a call that must succeed."""
-
-    def call(*words, code=0):
-        capsys.readouterr()
-        found = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return out + err
-
-    return call
 
 
 def chats(path, count=24):
@@ -139,28 +115,6 @@ def test_ctrl_c_is_answered_at_once(capfd):
 
 
 # 3 ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """The live bytes of each of a run's own steps, counted as they are taken."""
-    peaks = []
-
-    def step_weights(run, batches):
-
-        def loss(model, batch):
-            return run.objective.loss(model, batch)
-
-        inputs = [run.objective.inputs(batch, run.device) for batch in batches]
-        memory = record_step(
-            run.model, run.optimizer, MicroBatches(inputs), run.fold, loss=loss, micro_batches=len(inputs)
-        )
-        run.scheduler.step()
-        peaks.append(memory.peak_bytes)
-        return 1.0, None
-
-    monkeypatch.setattr(loop, "step_weights", step_weights)
-    return peaks
 
 
 PLANS = {
@@ -298,20 +252,39 @@ def test_a_record(place, said):
 
 # the examples -------------------------------------------------------------------------------------------------------
 
+
+def pair(i):
+    return {"prompt": sentence(i, 3), "chosen": " " + sentence(i + 9, 3), "rejected": " " + sentence(i + 50, 2)}
+
+
 ROWS = {
-    "chat": ("c.jsonl", lambda i: {"messages": turns(sentence(i, 3), sentence(i + 9, 3))}),
-    "prompts": ("p.jsonl", lambda i: {"prompt": sentence(i, 3), "completion": " " + sentence(i + 9, 3)}),
-    "books": ("b.jsonl", lambda i: {"text": sentence(i, 40)}),
-    "smollm2-pydoc": ("t.jsonl", lambda i: {"text": sentence(i, 40)}),
+    "chat": (["chats.jsonl"], lambda i: {"messages": turns(sentence(i, 3), sentence(i + 9, 3))}),
+    "prompts": (["answers.csv"], lambda i: {"prompt": sentence(i, 3), "completion": " " + sentence(i + 9, 3)}),
+    "books": (["book1.txt", "book2.txt"], lambda i: {"text": sentence(i, 40)}),
+    "smollm2-pydoc": ([], None),
+    "dpo": (["preferences.jsonl"], pair),
+    "streaming": (["web.jsonl", "code.jsonl"], lambda i: {"text": sentence(i, 40)}),
 }
+"""Example -> the files that it names, and their rows."""
+
+
+def write_rows(path, rows):
+    if path.suffix == ".txt":
+        path.write_text("\n".join(row["text"] for row in rows))
+    elif path.suffix == ".csv":
+        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_trains(path, place, tiny, said):
-    """On the tiny model and data of its kind; all else as the file says."""
-    name, row = ROWS[path.stem]
-    Path(name).write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
-    words = ["--config", path, "--model", tiny, "--data", name, "--steps", 2, "--tokens", 64, "--out", "run"]
-    said("train", *words)
-    assert json.loads(Path("run", "summary.json").read_text())["steps"] == 2
+    """On the tiny model and files of the names and kinds that it asks for; all else as it says."""
+    names, row = ROWS[path.stem]
+    for name in names:
+        write_rows(place / name, [row(i) for i in range(40)])
+    said("train", "--config", path, "--model", tiny, "--steps", 2, "--tokens", 64, "--out", "run")
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["plots"] == ["loss.png", "memory.png"]

@@ -178,6 +178,41 @@ def test_a_margin_is_left(plan, small):
     assert code == 0 and json.loads(out)["search"]["fits"][0]["peak_bytes"] == peak
 
 
+PAIRS = [{"prompt": "the cat", "chosen": " sat on a mat", "rejected": " ran"}] * 12
+
+
+def test_what_is_read_of_the_data_is_said(plan, tiny, tmp_path):
+    """Preferences are planned as such; of what cannot be read, why not."""
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    words = ("--model", str(tiny), "--tokens", "32", "--batch", "2", "--no-compare", "--device", "cpu")
+    code, out, err = plan(*words, "--data", str(tmp_path / "d.jsonl"), "--preference.reference", "frozen")
+    assert code == 0, err
+    assert "2 pairs of 2 x 32 tokens" in out and "preferences, frozen reference" in out
+    assert "the longest sequence of a step has " in " ".join(out.split())
+    code, out, err = plan(*words, "--data", str(tmp_path / "none.jsonl"))
+    said = " ".join(out.split())
+    assert code == 0 and "every sequence is taken to be full: " in said and "no such file" in said, err
+    assert "data" not in json.loads(plan(*words, "--json")[1])["assumptions"]  # none was named
+
+
+@pytest.mark.slow
+def test_baselines_are_given_the_same_pairs(tmp_path, tiny):
+    """In the second process, with whole logits and the same reference."""
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    words = ["--model", str(tiny), "--tokens", "32", "--data", str(tmp_path / "d.jsonl"), "--json", "--measure"]
+    words += ["--preference.reference", "frozen", "--device", "cpu", "--gradient.clip-norm", "None"]
+    command = [sys.executable, "-m", "gradfold", "plan", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert abs(found["measured"]["error"]) < 0.02
+    weights = found["at_peak_bytes"]["weights"]
+    assert [one["at_peak_bytes"]["weights"] for one in found["compared_with"]] == [weights] * 3
+    assert all(
+        one["peak_bytes"] > found["peak_bytes"] for one in found["compared_with"] if one["label"] == "plain AdamW"
+    )
+
+
 @pytest.mark.slow
 def test_what_it_costs_stands_beside_it(plan, small):
     words = ("--model", small, "--tokens", "32", "--batch", "1", *FEW, "--budget", "1GiB")

@@ -7,7 +7,7 @@ import pytest
 
 import gradfold.planner.search as searching
 from gradfold.planner.allocator import CONTEXT_BYTES, allocated
-from gradfold.planner.errors import PlanError
+from gradfold.planner.errors import NothingFits, PlanError
 from gradfold.planner.models import find_subject
 from gradfold.planner.predict import predict, resting_of
 from gradfold.planner.search import search
@@ -169,3 +169,13 @@ def test_the_order_is_by_time():
     assert seconds(tokens=16, batch=1, accumulate=4) > seconds(tokens=16)  # weights are read more often
     assert seconds() < seconds(states="fp32")
     assert searcher._expected_s(BASE, moved_bytes=50e9) == pytest.approx(1.0)
+
+
+def test_what_nothing_fits_knows_the_margin_and_the_host_s_budget(monkeypatch):
+    def run(self):
+        raise NothingFits("nothing fits", searching.SearchResult(2**30, (), ()))
+
+    monkeypatch.setattr(searching._Search, "run", run)
+    with pytest.raises(NothingFits) as caught:
+        search(SUBJECT, BASE, 2**30, device="cpu", margin=0.05, host_budget_bytes=2**20)
+    assert (caught.value.result.margin, caught.value.result.host_budget_bytes) == (0.05, 2**20)

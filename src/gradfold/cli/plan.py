@@ -16,9 +16,10 @@ from gradfold.train.recipe import DEFAULTS, Recipe
 
 from .chosen import Chosen, choose_recipe, take_shorter
 from .flags import given_fields, parsed_again, print_help, quiet_environment, refuse_unwritable
-from .plan_target import device_of, subject_of
+from .plan_target import batches_of, device_of, subject_of, with_batches
 
 if TYPE_CHECKING:
+    from gradfold.planner.models import Subject
     from gradfold.planner.report import Plan
     from gradfold.planner.search import SearchResult
     from gradfold.planner.step import StepMemory
@@ -54,7 +55,8 @@ class PlanCommand:
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Recipe file of axolotl or LLaMA-Factory (YAML) to start from; other flags override it. None: no file."""
     tokens: int | None = None
-    """Tokens per sequence, the same as --sequence-length. Every sequence is taken to be full. None: not given."""
+    """Tokens per sequence, the same as --sequence-length. Where the data is not here to be read, every sequence is
+    taken to be full. None: not given."""
     batch: int | None = None
     """Sequences per micro-batch, the same as --batch-size. None: not given."""
     budget: str | None = None
@@ -102,15 +104,18 @@ def run(arguments: Sequence[str]) -> int:
     quiet_environment()
 
     budget_bytes, host_bytes = _budgets(options)
-    with _beside(options) as baselines, _progress(options.json) as progress:
-        plan, found, measured, nothing = _work(options, chosen, (budget_bytes, host_bytes), baselines, progress)
+    batches, said = batches_of(chosen)
+    with _beside(options, batches) as baselines, _progress(options.json) as progress:
+        subject = with_batches(subject_of(chosen.recipe.model), batches)
+        budgets = (budget_bytes, host_bytes)
+        plan, found, measured, nothing = _work(options, chosen, subject, budgets, baselines, progress)
         if options.plot is not None:
             progress("drawing")
             plan.plot(options.plot, budget_bytes, more=_best(plan, found))
     if options.json:
-        print(json.dumps(_as_json(plan, chosen, found, measured), indent=1))
+        print(json.dumps(_as_json(plan, chosen, found, measured, said), indent=1))
     else:
-        _print(options, plan, chosen, found, measured, budget_bytes)
+        _print(options, plan, chosen, found, measured, budget_bytes, said)
     if nothing is not None:
         raise nothing
     return 0
@@ -145,10 +150,11 @@ def _print(
     found: SearchResult | None,
     measured: Any,
     budget_bytes: int | None,
+    said: str,
 ) -> None:
     from gradfold.cli import plan_found, plan_show
 
-    plan_show.print_plan(plan, budget_bytes, assumptions=_assumptions(chosen), margin=options.margin)
+    plan_show.print_plan(plan, budget_bytes, assumptions=_assumptions(chosen, said), margin=options.margin)
     if measured is not None:
         plan_show.print_measured(plan, measured)
     if found is not None:
@@ -187,6 +193,7 @@ def _check_plot(path: str, compare: bool) -> None:
 def _work(
     options: PlanCommand,
     chosen: Chosen,
+    subject: Subject,
     budgets: tuple[int | None, int | None],
     baselines: Callable[[], tuple],
     progress: Callable[[str], None],
@@ -200,7 +207,6 @@ def _work(
 
     recipe = chosen.recipe
     settings, device = recipe.plan_settings(), device_of(recipe, options.measure)
-    subject = subject_of(recipe.model)
     found = measured = nothing = None
     with frozen_objects(collect=False):
         made = plan(subject, settings, device=device, baselines=False, progress=progress)
@@ -221,14 +227,15 @@ def _work(
 
 
 @contextlib.contextmanager
-def _beside(options: PlanCommand) -> Iterator[Callable[[], tuple]]:
+def _beside(options: PlanCommand, batches: Callable[[Any], Any] | None) -> Iterator[Callable[[], tuple]]:
     """What waits for the baselines' steps."""
     if not options.compare:
         yield lambda: ()
         return
     from .plan_baselines import tracing_beside
 
-    with tracing_beside(options.recipe, options.measure) as baselines:
+    given = None if batches is None else batches(options.recipe.plan_settings())
+    with tracing_beside(options.recipe, options.measure, given) as baselines:
         yield baselines
 
 
@@ -242,20 +249,22 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"{what} ...")
 
 
-def _assumptions(chosen: Chosen) -> dict[str, tuple[Any, str]]:
-    """What the plan takes for granted: name -> (value, where it came from)."""
+def _assumptions(chosen: Chosen, said: str) -> dict[str, tuple[Any, str]]:
+    """What the plan takes for granted: name -> (value, where it came from). `said`: of the data."""
     recipe = chosen.recipe
     values = {name: (getattr(recipe, field), chosen.source(field)) for name, field in ASSUMED.items()}
     published = str(subject_of(recipe.model).dtype).removeprefix("torch.")
     if published not in ("None", recipe.dtype):
         values["dtype"] = (recipe.dtype, f"{chosen.source('dtype')}; published in {published}")
+    if said:
+        values["data"] = (" ".join(recipe.data), said)
     return values
 
 
-def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: Any) -> dict[str, Any]:
+def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: Any, said: str = "") -> dict[str, Any]:
     made = plan.as_dict()
     made["assumptions"] = {
-        name: {"value": value, "from": source} for name, (value, source) in _assumptions(chosen).items()
+        name: {"value": value, "from": source} for name, (value, source) in _assumptions(chosen, said).items()
     }
     if measured is not None:
         made["measured"] = {
@@ -267,6 +276,6 @@ def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: A
         made["search"] = found.as_dict()
         from .plan_line import recipe_of, train_line
 
-        for said, choice in zip(made["search"]["fits"], found.choices, strict=True):
-            said["train"] = train_line(recipe_of(chosen.recipe, choice.settings))
+        for fit, choice in zip(made["search"]["fits"], found.choices, strict=True):
+            fit["train"] = train_line(recipe_of(chosen.recipe, choice.settings))
     return made

@@ -6,12 +6,12 @@ import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradfold.train.recipe import Recipe
 
 from .flags import quiet_environment
-from .plan_target import device_of, subject_of
+from .plan_target import device_of, subject_of, with_batches
 
 if TYPE_CHECKING:
     from gradfold.planner.step import StepMemory
@@ -21,14 +21,19 @@ Baselines = Callable[[], tuple["StepMemory", ...]]
 
 
 @contextlib.contextmanager
-def tracing_beside(recipe: Recipe, measured: bool) -> Iterator[Baselines]:
+def tracing_beside(recipe: Recipe, measured: bool, given: Any = None) -> Iterator[Baselines]:
     """Trace the baselines in a second process meanwhile.
+
+    Args:
+        recipe: what is planned.
+        measured: whether it is measured, too.
+        given: the batches of the steps that may take most, if they are known.
 
     Yields:
         A function that waits for them, and traces the last one itself if nobody has begun it.
     """
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    arguments = (recipe, measured)
+    arguments = (recipe, measured, given)
     coming: list[Future] = [pool.submit(trace_baseline, index, *arguments) for index in range(COUNT)]
 
     def result() -> tuple[StepMemory, ...]:
@@ -44,8 +49,10 @@ def tracing_beside(recipe: Recipe, measured: bool) -> Iterator[Baselines]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def trace_baseline(index: int, recipe: Recipe, measured: bool) -> StepMemory | None:
+def trace_baseline(index: int, recipe: Recipe, measured: bool, given: Any = None) -> StepMemory | None:
     """Predict a step of the same batches with one of the baselines. Runs in either process.
+
+    Arguments are those of `tracing_beside`, and which of the baselines.
 
     Returns:
         None where the baseline cannot do what is asked, such as exact clipping in hooks.
@@ -61,4 +68,5 @@ def trace_baseline(index: int, recipe: Recipe, measured: bool) -> StepMemory | N
     if name not in baselines_of(settings):
         return None
     with frozen_objects(collect=False):
-        return predict_baseline(subject_of(recipe.model), settings, BASELINES[name], name, device)
+        subject = with_batches(subject_of(recipe.model), None if given is None else lambda settings: given)
+        return predict_baseline(subject, settings, BASELINES[name], name, device)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradfold.planner.bytes import format_bytes
+from gradfold.planner.bytes import byte_unit, format_bytes
 from gradfold.planner.costs import costs_of, notes_for
 from gradfold.planner.models import Subject
 from gradfold.planner.search import Choice, SearchResult
@@ -17,7 +17,6 @@ from gradfold.train.recipe import Recipe
 
 from .plan_line import recipe_of, train_line
 
-GIB = 2**30
 MISSES = 4  # that are shown beside what fits
 NEAREST = 8  # ... where nothing does
 
@@ -44,13 +43,14 @@ def print_found(found: SearchResult, recipe: Recipe, subject: Subject, console: 
     if found.misses:
         console.print("\n[bold]What does not[/bold]")
         for settings, size_bytes in found.misses[:MISSES]:
-            console.print(f"[dim]about {_gib(size_bytes)} GiB[/dim]  {escape(_flags(settings))}")
+            console.print(f"[dim]about {format_bytes(size_bytes)}[/dim]  {escape(_flags(settings))}")
     _print_lines(found.choices, recipe, subject, console)
 
 
 def _print_choices(title: str, choices: Sequence[Choice], subject: Subject, console: Console) -> None:
     table = _table(title)
-    for column, justify in (("", "left"), ("settings", "left"), ("device GiB", "right"), ("host GiB", "right")):
+    unit, unit_bytes = byte_unit(max(choice.device_bytes for choice in choices))
+    for column, justify in (("", "left"), ("settings", "left"), (f"device {unit}", "right"), (f"host {unit}", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("step", justify="right")
     table.add_column("costs", overflow="fold")
@@ -59,7 +59,7 @@ def _print_choices(title: str, choices: Sequence[Choice], subject: Subject, cons
         own = costs_of(choice.settings, subject)
         costs += own
         step = f"{choice.expected_s / choices[0].expected_s:.2f}x"
-        size, host = _gib(choice.device_bytes), _gib(choice.predicted.host_bytes)
+        size, host = (f"{n / unit_bytes:.2f}" for n in (choice.device_bytes, choice.predicted.host_bytes))
         table.add_row(choice.why, escape(_flags(choice.settings)), size, host, step, ", ".join(own))
     console.print(table)
     for note in notes_for(costs):
@@ -75,14 +75,17 @@ def _print_nearest(found: SearchResult, budget: str, subject: Subject, console: 
     if found.nearest is not None:
         _print_choices(f"\nNothing fits {budget}. The nearest", [found.nearest], subject, console)
     table = _table("\nWhat else was tried")
-    table.add_column("about GiB", justify="right")
+    shown = None if found.nearest is None else found.nearest.settings
+    misses = [miss for miss in found.misses if miss[0] != shown][:NEAREST]
+    unit, unit_bytes = byte_unit(max((size for _, size in misses), default=0))
+    table.add_column(f"about {unit}", justify="right")
     table.add_column("over", justify="right")
     table.add_column("settings", overflow="fold")
     table.add_column("costs", overflow="fold")
     room = found.budget_bytes * (1 - found.margin)
-    for settings, size_bytes in found.misses[:NEAREST]:
-        over = f"{max(0.0, size_bytes - room) / GIB:.2f}"
-        table.add_row(_gib(size_bytes), over, escape(_flags(settings)), ", ".join(costs_of(settings, subject)))
+    for settings, size_bytes in misses:
+        size, over = (f"{n / unit_bytes:.2f}" for n in (size_bytes, max(0.0, size_bytes - room)))
+        table.add_row(size, over, escape(_flags(settings)), ", ".join(costs_of(settings, subject)))
     console.print(table)
 
 
@@ -127,7 +130,3 @@ def _flags(settings: Settings) -> str:
         words.append(f"--working-set.chunks {turns.chunks}" if turns.chunks else "--working-set.by layer")
         words += [f"--working-set.offload {turns.offload}"] if isinstance(turns.offload, str) else []
     return " ".join(words) or "(nothing more)"
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:.2f}"

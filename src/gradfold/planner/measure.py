@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from .bytes import format_bytes
 from .errors import PlanError
 from .models import Subject
 from .settings import Settings
-from .step import record_step, run_step
+from .step import MicroBatches, record_step, run_step
 from .working_set import trace_working_set
 from .workload import Workload, enable_checkpointing, trainable
 
@@ -33,8 +35,15 @@ def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: 
     Raises PlanError if it would not fit, or there is no such device.
     """
     _refuse_too_large(subject, device, predicted_bytes)
-    workload = Workload(subject, settings, device)
-    model = subject.build(settings.torch_dtype(subject.dtype), None)
+    found = [_measure(one) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.peak_bytes)
+
+
+def _measure(workload: Workload) -> Measured:
+    subject, settings, device = workload.subject, workload.settings, workload.device
+    build = functools.partial(subject.build, settings.torch_dtype(subject.dtype), None)
+    model = build()
+    workload.add_reference(model, build)
     if settings.checkpointing and not enable_checkpointing(model):
         raise PlanError(f"checkpointing=True: {type(model).__name__} has none; leave it out")
     if device == "cuda":
@@ -45,15 +54,18 @@ def measure(subject: Subject, settings: Settings, device: str, predicted_bytes: 
     fold = settings.make_fold(model, optimizer, None) if settings.fold else None
     parts = settings.accumulate
     run_step(model, optimizer, workload.batch(), fold, workload.loss, parts)
-    memory = record_step(model, optimizer, workload.batch(), fold, loss=workload.loss, micro_batches=parts)
+    meet = functools.partial(workload.meet, model)
+    memory = record_step(model, optimizer, workload.batch(), fold, loss=workload.loss, micro_batches=parts, meet=meet)
     return Measured(memory.peak_bytes, "live tensors")
 
 
 def _on_cuda(workload: Workload, model: nn.Module) -> int:
     """Steps enough for every chunk to have had a turn; the peak of those after."""
     settings = workload.settings
-    model = model.to("cuda")
-    batch = {name: tensor.cuda() for name, tensor in workload.batch().items()}
+    model = model.to("cuda")  # in place, as the frozen copy beside it
+    if (reference := workload.reference_of(model)) is not None:
+        reference.to("cuda")
+    batch = _moved(workload.batch(), "cuda")
     turns = settings.working_set
     if turns is not None:
         turns = dataclasses.replace(turns, interval=1)
@@ -67,6 +79,13 @@ def _on_cuda(workload: Workload, model: nn.Module) -> int:
         run_step(model, optimizer, batch, fold, workload.loss, settings.accumulate)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+def _moved(batch: Any, device: str) -> Any:
+    """A batch, or a step's `MicroBatches`, on a device."""
+    if isinstance(batch, MicroBatches):
+        return MicroBatches(_moved(one, device) for one in batch)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _refuse_too_large(subject: Subject, device: str, predicted_bytes: int) -> None:

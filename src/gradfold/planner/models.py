@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from .fake import fake_copy, plain_torch
 from .presets import PRESETS, config_of, preset_of
 from .quantization import quantization_in, quantization_of, way_out
 
+if TYPE_CHECKING:
+    from .settings import Settings
+
 MOST_CONFIG_BYTES, MOST_LAYERS = 2**24, 4096
 BROKEN_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 """What models raise whose config has widths of 0, -64 or "wide"."""
@@ -31,11 +34,16 @@ BROKEN_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticE
 
 @dataclass(eq=False)
 class Subject:
-    """A model to plan for. `config`: transformers', if it has one; `source`: else a module, or what builds one."""
+    """A model to plan for. `config`: transformers', if it has one; `source`: else a module, or what builds one.
+
+    `batches`: what steps with some settings are given, where the data is known: the `MicroBatches` of each of the few
+    that may take most; None: full sequences.
+    """
 
     name: str
     config: Any = None
     source: Any = None
+    batches: Callable[[Settings], list[Any]] | None = None
 
     def __post_init__(self) -> None:
         said = quantization_of(self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ class Predicted:
 
 def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
     """Run the step that `settings` describe. Raises PlanError or FoldError for what cannot be done."""
-    return predict_workload(Workload(subject, settings, device))
+    found = [predict_workload(one) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.memory.peak_bytes)
 
 
 def predict_workload(workload: Workload) -> Predicted:
@@ -72,11 +74,13 @@ def predict_baseline(
     subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
 ) -> StepMemory:
     """The same batches trained with another optimizer, and without a fold."""
-    return predict_plain(Workload(subject, settings, device), make_optimizer, label)
+    found = [predict_plain(one, make_optimizer, label) for one in Workload.each(subject, settings, device)]
+    return max(found, key=lambda one: one.peak_bytes)
 
 
 def predict_plain(workload: Workload, make_optimizer: Callable[..., Any], label: str) -> StepMemory:
-    """The step of a workload with another optimizer, and without a fold."""
+    """The step of a workload with another optimizer, without a fold and with the model's own whole logits."""
+    workload = dataclasses.replace(workload, settings=dataclasses.replace(workload.settings, head="plain"))
 
     def run(model: nn.Module) -> StepMemory:
         optimizer = make_optimizer(trainable(model))
@@ -97,7 +101,9 @@ def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
             optimizer = settings.make_optimizer(trainable(model))
             made = settings.make_fold(model, optimizer, None)
             states = [*(state for held in optimizer.state.values() for state in held.values()), *made.waiting_tensors()]
-            found.append((bytes_of([*model.parameters(), *model.buffers()]), bytes_of(states)))
+            weights = [*model.parameters(), *model.buffers()]
+            copies = 1 if workload.reference_of(model) is None else 2  # and a frozen one
+            found.append((copies * bytes_of(weights), bytes_of(states)))
             made.remove()
     if depths is None or subject.layers is None:
         return found[0]
@@ -109,5 +115,13 @@ def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
 
 def _record(workload: Workload, model: nn.Module, optimizer: Any, made: Fold | None, label: str) -> StepMemory:
     """Record a step; the states are there already."""
-    parts = workload.settings.accumulate
-    return record_step(model, optimizer, workload.batch(), made, loss=workload.loss, label=label, micro_batches=parts)
+    return record_step(
+        model,
+        optimizer,
+        workload.batch(),
+        made,
+        loss=workload.loss,
+        label=label,
+        micro_batches=workload.settings.accumulate,
+        meet=functools.partial(workload.meet, model),
+    )

@@ -2,10 +2,6 @@
 
 A peak is what the states take plus what a forward and a backward take, and the second part does not depend on how
 states are stored. So a handful of traced steps rank all settings; those that are shown have each been traced whole.
-
-How fast a step would be is an estimate for ordering, not a promise: products at 40% of an H100's 989 TFLOP/s, weights
-and states read and written at 75% of its 3.35 TB/s, 5.6 ps more for each parameter whose states are coded (155.0
-against 110.2 ms a step of 8 billion, FORGE's own table), what moves to and from the host at 50 GB/s or a disk at 5.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from gradfold.errors import FoldError
-from gradfold.head.loss import default_keep_bytes
 from gradfold.workset import WorkingSet
 
 from .allocator import CONTEXT_BYTES, allocated
@@ -25,6 +20,7 @@ from .models import Subject
 from .predict import Predicted, predict, resting_of
 from .report import settings_dict
 from .settings import Settings
+from .speed import expected_s
 from .step import StepMemory
 
 TRIED_STATES = (None, "int8", "int4")
@@ -33,9 +29,6 @@ MARGIN = 0.03
 """Part of a budget that `gradfold plan` leaves free."""
 EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
 """States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
-FLOPS, BANDWIDTH, LINK, DISK = 0.4 * 989e12, 0.75 * 3.35e12, 50e9, 5e9
-CODED_S = 5.6e-12  # for each parameter
-STATE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 FASTEST = 3  # that are shown
 
 
@@ -122,7 +115,12 @@ def search(
     made = _Search(subject, settings, budget_bytes, device, frozenset(fixed), progress)
     made.room_bytes = int(budget_bytes * (1 - margin))
     made.host_bytes = None if host_budget_bytes is None else int(host_budget_bytes * (1 - margin))
-    return dataclasses.replace(made.run(), host_budget_bytes=host_budget_bytes, margin=margin)
+    asked: dict[str, Any] = {"host_budget_bytes": host_budget_bytes, "margin": margin}
+    try:
+        return dataclasses.replace(made.run(), **asked)
+    except NothingFits as error:
+        error.result = dataclasses.replace(error.result, **asked)
+        raise
 
 
 class _Search:
@@ -158,7 +156,7 @@ class _Search:
         every = list(dict.fromkeys([*whole, *turning]))
         if choices:
             return self._result(choices, every)
-        every += self._split(turning)
+        every = list(dict.fromkeys([*every, *self._split(turning)]))
         least = self._least(every)
         if self._fits(least):
             return self._result([least], every)
@@ -342,34 +340,7 @@ class _Search:
         return same and faster and self._guess(choice.settings) <= self._guess(other)
 
     def _expected_s(self, one: Settings, moved_bytes: float = 0.0) -> float:
-        """See the top of this file."""
-        width = one.torch_dtype(self.subject.dtype).itemsize
-        tokens = one.tokens * one.batch
-        turns = one.working_set
-        share = 1.0 if turns is None or not turns.chunks else 1 / turns.chunks
-        # forward 2; backward 2 for inputs (of half the layers, on average, where one chunk is awake) and 2 for weights
-        products = 2 + (2 if turns is None else 1) + 2 * share + (2 if one.checkpointing else 0)
-        reads = 3 * width * self.parameters / BANDWIDTH
-        flops = products * self.parameters * tokens + 2 * self._recomputed(one)
-        forwards = one.accumulate * max(flops / FLOPS, reads)
-        state = max(1.0, STATE_BYTES[one.states]) if one.states else width  # int4 is no faster than int8
-        each = 2 * width + 4 * state
-        stepping = share * self.parameters * each / BANDWIDTH
-        if one.states in ("int8", "int4") or one.master:
-            stepping += share * self.parameters * CODED_S
-        link = DISK if turns is not None and turns.offload == "disk" else LINK
-        return max(forwards + stepping, moved_bytes / link)
-
-    def _recomputed(self, one: Settings) -> float:
-        """Multiplications that a folded head does twice: those of the logits it does not keep."""
-        config = self.subject.config
-        vocabulary, hidden = getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0)
-        logits = one.tokens * one.batch * vocabulary
-        if one.head == "plain" or not isinstance(hidden, int) or not logits:
-            return 0.0
-        kept = default_keep_bytes(vocabulary * hidden) if one.head_keep_bytes is None else one.head_keep_bytes
-        width = max(2, one.torch_dtype(self.subject.dtype).itemsize)
-        return hidden * max(0.0, logits - kept / width)
+        return expected_s(self.subject, self.parameters, one, moved_bytes)
 
     # nothing fits -----------------------------------------------------------------------------------------------------
 
@@ -377,9 +348,10 @@ class _Search:
         """Raise PlanError where not even the weights fit, of which no settings can take anything away."""
         if self.weight_bytes + self.context_bytes > self.budget_bytes:
             dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
+            frozen = "and of its frozen copy " if self.settings.preference == "frozen" else ""
             context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
             raise PlanError(
-                f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} alone are "
+                f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} {frozen}alone are "
                 f"{format_bytes(self.weight_bytes)} in {dtype}{context}; give more, or take a smaller model"
             )
 

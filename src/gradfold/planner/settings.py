@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from gradfold.workset import WorkingSet
 
 from .errors import PlanError
 
+PreferenceReference = Literal["precomputed", "frozen"]
+"""Where the log-probabilities under a reference model come from."""
 MOST_TRACED = 4096
 """Limit of micro-batches in a planned step, each of which is run."""
 
@@ -63,13 +65,18 @@ class Settings(GradientFields, StorageFields):
     working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
     packing: bool = False
     """Whether several rows share a sequence, as `gradfold train` packs them: attention then needs a mask."""
+    preference: PreferenceReference | None = None
+    """Train on pairs of a chosen and a rejected answer (DPO): a micro-batch of `batch` pairs is twice as many
+    sequences, and "frozen" has a copy of the model beside it, "precomputed" none. None: the next token's loss."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name}={value!r}: give a whole number, 1 or more")
-        if self.tokens > MAX_TOKENS or self.batch > MAX_BATCH or self.batch * self.tokens > MAX_TOKENS:
+        if self.preference is not None and self.preference not in get_args(PreferenceReference):
+            raise PlanError(f"preference={self.preference!r}: 'precomputed', 'frozen', or None")
+        if self.tokens > MAX_TOKENS or self.batch > MAX_BATCH or self.sequences * self.tokens > MAX_TOKENS:
             raise PlanError(
                 f"batch={_brief(self.batch)} of tokens={_brief(self.tokens)}: more than a plan can trace; give "
                 f"{MAX_TOKENS:,} tokens or less in one micro-batch"
@@ -90,6 +97,11 @@ class Settings(GradientFields, StorageFields):
             FoldOptions(**self.gradient_options())
         except FoldError as error:
             raise PlanError(str(error)) from None
+
+    @property
+    def sequences(self) -> int:
+        """In one micro-batch: of each pair of preferences two."""
+        return self.batch if self.preference is None else 2 * self.batch
 
     @property
     def whole(self) -> bool:
@@ -124,7 +136,7 @@ class Settings(GradientFields, StorageFields):
 
     def describe_batches(self) -> str:
         """What one step is given: "8 x 512 tokens", "4 batches of 8 x 512 tokens"."""
-        return batches_of_tokens(self.batch, self.tokens, self.accumulate)
+        return batches_of_tokens(self.batch, self.tokens, self.accumulate, paired=self.preference is not None)
 
     def describe(self) -> str:
         """In one line."""
@@ -139,6 +151,8 @@ class Settings(GradientFields, StorageFields):
             cut = f"{turns.chunks} chunks" if turns.chunks is not None else "a chunk for each layer"
             where = {None: "on the device", "cpu": "in host memory", "disk": "on disk"}.get(turns.offload, "elsewhere")  # type: ignore[arg-type]
             words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}")
+        if self.preference is not None:
+            words.append(f"preferences, {self.preference} reference")
         if self.checkpointing:
             words.append("checkpointing")
         if self.accumulate > 1:
@@ -152,7 +166,7 @@ def _brief(number: int) -> str:
     return f"{number:,}" if number < 10**30 else f"a number of {number.bit_length():,} bits"
 
 
-def batches_of_tokens(batch: int, tokens: int, accumulate: int) -> str:
+def batches_of_tokens(batch: int, tokens: int, accumulate: int, paired: bool = False) -> str:
     """The size of one step in words, for the planner and the trainer alike."""
-    size = f"{batch} x {tokens:,} tokens"
+    size = f"{batch} {'pairs of 2 ' if paired else ''}x {tokens:,} tokens"
     return f"{accumulate} batches of {size}" if accumulate > 1 else size

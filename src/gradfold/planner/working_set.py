@@ -42,7 +42,7 @@ def trace_working_set(workload: Workload, model: nn.Module, config: WorkingSet) 
 class _Round:
     def __init__(self, workload: Workload, model: nn.Module, config: WorkingSet):
         self.model, self.config, self.settings, self.batch = model, config, workload.settings, workload.batch()
-        self.loss = workload.loss
+        self.loss, self.beside = workload.loss, workload.meet
         away = config.offload == "disk" or (config.offload is not None and workload.device != "cpu")
         self.host = FakeHost() if away else None
         # Every step changes chunks, in an order that is set here.
@@ -89,6 +89,7 @@ class _Round:
         missing: list[Tensor] = []  # states of chunks that have had no turn here
 
         def meet(live: LiveBytes) -> None:
+            self.beside(self.model, live)
             asleep = self._asleep()
             if self.host is not None:
                 self.host.meter = live

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gradfold._torch import DynamicOutputShapeException, FakeTensorMode
 from gradfold.backends import as_accelerator
+from gradfold.head.preference import answer_log_probs, preference_loss
 
 from .errors import PlanError
 from .fake import SkipWrites, plain_torch
@@ -21,6 +23,7 @@ from .models import Subject
 from .repeat_layers import repeated
 from .settings import Settings
 from .step import LossFunction, StepMemory
+from .trace import LiveBytes
 
 _INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
 gradfold.planner.step.step_memory takes a loss function for any other model"""
@@ -35,13 +38,30 @@ class Workload:
     device: str  # "cuda": as an accelerator would; "cpu": as this processor does
     given: Any = None  # the batch, or a step's `MicroBatches`, in the place of full sequences
     own_loss: LossFunction | None = None  # in the place of the model's
+    _references: MutableMapping[nn.Module, nn.Module] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def each(cls, subject: Subject, settings: Settings, device: str) -> list[Workload]:
+        """One for each of the steps that may take most: of a subject whose data is known a few, else one."""
+        steps = [None] if subject.batches is None else subject.batches(settings)
+        return [cls(subject, settings, device, given=step) for step in steps]
 
     def batch(self) -> Any:
-        """Full sequences: nothing is padded. With `packing`, each holds two rows, which do not see each other."""
+        """Those given, else full sequences: nothing is padded.
+
+        With `packing`, each holds two rows, which do not see each other; preferences are never packed.
+        """
         if self.given is not None:
             return self.given
-        batch, tokens = self.settings.batch, self.settings.tokens
+        batch, tokens = self.settings.sequences, self.settings.tokens
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        if self.settings.preference is not None:
+            known = (
+                {} if self.settings.preference == "frozen" else {"reference": torch.zeros(batch, dtype=torch.float64)}
+            )
+            return {"input_ids": ids, "labels": ids, **known}
         if not self.settings.packing or tokens < 2:
             return {"input_ids": ids, "labels": ids}
         positions = torch.arange(tokens)
@@ -55,12 +75,28 @@ class Workload:
         playing = as_accelerator() if self.device != "cpu" else contextlib.nullcontext()
         with plain_torch(), self._tracing():
             wanted = self.settings.dtype
-            made = self.subject.build(None if wanted is None else getattr(torch, wanted), mode, layers)
+            dtype = None if wanted is None else getattr(torch, wanted)
+            made = self.subject.build(dtype, mode, layers)
             self._check(made)
+            self.add_reference(made, lambda: self.subject.build(dtype, mode, layers))
             if self.settings.checkpointing and not enable_checkpointing(made):
                 raise PlanError(f"checkpointing=True: {type(made).__name__} has none; leave it out")
             with playing, packing_known(self.batch()), mode, SkipWrites():
                 yield made
+
+    def add_reference(self, model: nn.Module, build: Callable[[], nn.Module]) -> None:
+        """Put a frozen copy beside the model, where the settings have one, as `gradfold train` loads it."""
+        if self.settings.preference == "frozen":
+            self._references[model] = build().eval().requires_grad_(False)
+
+    def reference_of(self, model: nn.Module) -> nn.Module | None:
+        """The frozen copy beside a model."""
+        return self._references.get(model)
+
+    def meet(self, model: nn.Module, live: LiveBytes) -> None:
+        """Tell a meter of what lies beside the model."""
+        if (reference := self.reference_of(model)) is not None:
+            live.track(reference)
 
     def over_layers(self, run: Callable[[nn.Module], StepMemory]) -> StepMemory:
         """A step of the whole model; of two shallow ones, where its layers are alike."""
@@ -78,15 +114,32 @@ class Workload:
             return run(model)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The model's own. Raises PlanError where it returns none."""
+        """The model's own, or that of preferences. Raises PlanError for a model that has none."""
         if self.own_loss is not None:
             return self.own_loss(model, batch)
+        if self.settings.preference is not None:
+            return self._preference(model, batch)
         if "position_ids" in batch and not _takes(model, "position_ids"):  # then its rows cannot be packed
             batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
         loss = getattr(model(**batch), "loss", None)
         if not isinstance(loss, Tensor):
             raise PlanError(f"model {self.subject.name}: what it returns has no .loss{_INSTEAD}")
         return loss
+
+    def _preference(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of pairs: twice as many sequences, the reference's answers known or asked for."""
+        ids, labels, head = batch["input_ids"], batch["labels"], self.settings.head
+        try:
+            own = answer_log_probs(model, ids, labels, head)
+            if (reference := batch.get("reference")) is None:
+                with torch.no_grad():
+                    reference = answer_log_probs(self._references[model], ids, labels, head)
+        except (AttributeError, TypeError) as error:
+            raise PlanError(
+                f"model {self.subject.name}: its answers' log-probabilities cannot be had by way of its head's weight "
+                f"({str(error).splitlines()[0]}); set head to plain"
+            ) from None
+        return preference_loss(own, reference.to(own.dtype), 0.1)[0]
 
     def _check(self, model: nn.Module) -> None:
         """What fake tensors would not notice, or notice late."""

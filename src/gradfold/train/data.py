@@ -83,17 +83,24 @@ class Data:
         parts = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
         return [self.build(self.tokens, [self.train[i] for i in part], self.references[0]) for part in parts]
 
-    def largest_batches(self) -> list[Batch]:
-        """The batches of a step of the first epoch that take as much memory as any step's."""
+    def largest_steps(self, steps: int | None = None) -> list[list[Batch]]:
+        """The batches of one or two steps of the first epoch, or of its first `steps`, that take the most memory.
+
+        Which of the two does is for a trace to tell. What waits for the step grows with each micro-batch, until it
+        collapses into the gradient: either the step with the most tokens takes most, or the one with the largest
+        micro-batch after its first.
+        """
         sizes = np.array([_padded(window, self.paired) for window in self.train])
-        order, size = self._order(0), self.batch_size * self.accumulate
-        costs = []
+        size = self.batch_size * self.accumulate
+        order = self._order(0)[: None if steps is None else steps * size]
+        most, late = [], []
         for step, start in enumerate(range(0, len(order), size)):
             taken = order[start : start + size]
             parts = [taken[at : at + self.batch_size] for at in range(0, len(taken), self.batch_size)]
-            # most micro-batches first, then the largest of them, each padded to its longest sequence
-            costs.append((len(parts), max(int(sizes[part].max()) * len(part) for part in parts), -step))
-        return self.batches(-max(costs)[2])
+            padded = [int(sizes[part].max()) * len(part) for part in parts]
+            most.append((len(parts), sum(padded), -step))
+            late.append((len(parts), max(padded[1:] or padded), -step))
+        return [self.batches(-step) for step in {max(most)[2], max(late)[2]}]
 
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""

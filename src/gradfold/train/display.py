@@ -65,7 +65,9 @@ class Display:
         millions = _trained(run, parameters)
         grid.add_row("model", f"{escape(recipe.model)}, {millions}, {recipe.dtype} on {run.device}")
         grid.add_row("data", f"{escape(_files(recipe))}: {_amount(data)}")
-        batches = batches_of_tokens(recipe.batch_size, recipe.sequence_length, recipe.gradient.accumulate)
+        batches = batches_of_tokens(
+            recipe.batch_size, recipe.sequence_length, recipe.gradient.accumulate, getattr(data, "paired", False)
+        )
         passes = "" if epochs is None else f" ({epochs:.2g} epochs)"
         grid.add_row("training", f"{run.steps:,} steps{passes} of {batches}")
         grid.add_row("optimizer", f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:.3g}, {how}")

@@ -13,6 +13,7 @@ from gradfold.planner.workload import Workload
 from .optimizer import make_plain_optimizer
 
 if TYPE_CHECKING:
+    from .packing import Batch
     from .run import Run
 
 
@@ -21,16 +22,21 @@ def trace_memory(run: Run) -> dict[str, StepMemory]:
 
     Raises whatever the model's code raises on fake tensors.
     """
+    found = [_trace(run, batches) for batches in run.data.largest_steps(run.steps)]
+    return max(found, key=lambda one: one["folded"].peak_bytes)
+
+
+def _trace(run: Run, batches: list[Batch]) -> dict[str, StepMemory]:
     recipe = run.recipe
-    batches = run.data.largest_batches()
+    preference = recipe.preference.reference if run.data.paired else None
     settings = recipe.plan_settings()
-    settings = dataclasses.replace(settings, fold=True, accumulate=len(batches))
+    settings = dataclasses.replace(settings, fold=True, accumulate=len(batches), preference=preference)
     workload = Workload(
         subject=Subject(recipe.model, source=run.model),
         settings=settings,
         device="cpu" if run.device.type == "cpu" else "cuda",
         given=MicroBatches(run.objective.inputs(batch, run.device) for batch in batches),
-        own_loss=run.objective.loss,
+        own_loss=None if run.data.paired else run.objective.loss,
     )
     part = f", {len(batches)} batches a step" if len(batches) > 1 else ""
     plain = f"plain {recipe.optimizer.name}{part}"

@@ -1,8 +1,4 @@
-"""Direct preference optimization: two answers to one prompt, of which the model is to prefer the chosen one.
-
-With r = beta * (log p(answer) - log p_reference(answer)), the loss of a pair is -log sigmoid(r_chosen - r_rejected).
-Log-probabilities come from `linear_log_probs`, which holds neither logits nor the head's gradient in memory.
-"""
+"""A run on preferences: the loss of a batch (`gradfold.head.preference`), its figures, the reference's answers."""
 
 from __future__ import annotations
 
@@ -12,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gradfold.head import linear_log_probs
+from gradfold.head.preference import answer_log_probs, preference_loss
 
 from .data import Data
 from .errors import ModelError
@@ -50,14 +45,9 @@ class Preference:
         else:
             with torch.no_grad():
                 reference = answer_log_probs(self.reference, ids, labels, self.head)
-        chosen, rejected = (self.recipe.beta * (own - reference)).chunk(2)
-        margin = chosen - rejected
+        loss, margin = preference_loss(own, reference, self.recipe.beta, self.recipe.label_smoothing)
         self._margins.append(margin.detach())
-        smoothing = self.recipe.label_smoothing
-        loss = -F.logsigmoid(margin) * (1 - smoothing)
-        if smoothing:
-            loss = loss - F.logsigmoid(-margin) * smoothing
-        return loss.mean()
+        return loss
 
     def figures(self) -> dict[str, float]:
         """`accuracy` (part of the pairs in the right order) and `margin` since the last call, for the metrics."""
@@ -66,19 +56,6 @@ class Preference:
         margins = torch.cat(self._margins).float()
         self._margins.clear()
         return {"accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
-
-
-def answer_log_probs(model: Any, input_ids: Tensor, labels: Tensor, head: str) -> Tensor:
-    """The log-probability of what is learned of each sequence [B]."""
-    if head == "plain":
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        wanted = labels[:, 1:]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -F.cross_entropy(wide.transpose(1, 2), wanted, reduction="none").sum(-1)
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    output = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return linear_log_probs(hidden, output.weight, labels, bias=output.bias, softcap=softcap, shift=True).sum(-1)
 
 
 @torch.no_grad()

@@ -79,6 +79,20 @@ def stream_rows(source: str, columns: Sequence[str], skip: int = 0) -> Iterator[
     yield from _file_rows(source, columns, skip)
 
 
+def holds_preferences(source: str, columns: Sequence[str]) -> bool:
+    """Whether the first row of a source is a preference; False where it cannot be read.
+
+    The rows of a run are of one kind, so that no more need be read.
+    """
+    if source == "pydoc":
+        return False
+    try:
+        first = next(stream_rows(source, columns), None)
+    except DataError:
+        return False
+    return first is not None and bool(first.pair)
+
+
 def _file_rows(source: str, columns: Sequence[str], skip: int | None = None) -> Iterator[DataRow]:
     """Rows of a file; with `skip` streamed, so many of them left out."""
     path = find_file(source)

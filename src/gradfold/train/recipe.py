@@ -155,13 +155,16 @@ class Recipe:
             raise refused(self, "seed", "give a whole number from 0 to 2**32 - 1")
 
     def plan_settings(self) -> Settings:
-        """The recipe as `gradfold.plan` takes it.
+        """The recipe as `gradfold.plan` takes it: on preferences, if the first row of its data is one.
 
         Raises:
             RecipeError: a working set that cannot be.
         """
         from gradfold.planner.settings import Settings
 
+        from .readers import holds_preferences
+
+        paired = not self.text.streaming and holds_preferences(self.data[0], self.columns)
         return Settings(
             tokens=self.sequence_length,
             batch=self.batch_size,
@@ -173,6 +176,7 @@ class Recipe:
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
             packing=self.text.packing,
+            preference=self.preference.reference if paired else None,
             **self.optimizer.storage_options(),
             **self.gradient.gradient_options(),
         )

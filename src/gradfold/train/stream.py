@@ -97,11 +97,11 @@ class StreamedData:
             self._largest = made
         return made
 
-    def largest_batches(self) -> list[Batch]:
-        """The largest step so far."""
+    def largest_steps(self, steps: int | None = None) -> list[list[Batch]]:
+        """The batches of the largest step so far, of which `steps` is not asked."""
         if self._largest:
-            return self._largest
-        return [build_batch(self._tokens, self.train[: self.batch_size], self.pad_id)] * self.accumulate
+            return [self._largest]
+        return [[build_batch(self._tokens, self.train[: self.batch_size], self.pad_id)] * self.accumulate]
 
     def held_out_batches(self) -> list[Batch]:
         """Batches of the held-out sequences, in their order."""
