@@ -314,7 +314,8 @@ def shard_geometry(shape: Iterable[int], mesh: Any, placements: Iterable[Any]) -
     """Return shape and offset (both by dimension) of this rank's part of a DTensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, tuple(placements))
+    with _disable_current_modes():  # torch computes them with tensors, which must not be fake
+        local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, tuple(placements))
     return list(local), list(offset)
 
 
@@ -325,6 +326,13 @@ def completed(tensor: Tensor) -> Tensor:
         return tensor
     pending: Any = tensor
     return pending.wait()
+
+
+def fake_store() -> Any:
+    """Return the store of a process group whose collectives do nothing (backend "fake")."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
 
 
 def store_of(group: Any) -> Any:

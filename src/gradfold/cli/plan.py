@@ -59,6 +59,8 @@ class PlanCommand:
     taken to be full. None: not given."""
     batch: int | None = None
     """Sequences per micro-batch, the same as --batch-size. None: not given."""
+    ranks: int | None = None
+    """How many ranks share the model, as --parallel says; the plan is of what each of them takes. None: one."""
     budget: str | None = None
     """Memory of the card, such as 24GiB: also search for settings that fit it, and print the commands to train.
     None: no search."""
@@ -82,6 +84,7 @@ EXTRA = {
     "from": str | None,
     "tokens": int | None,
     "batch": int | None,
+    "ranks": int | None,
     "budget": str | None,
     "host_budget": str | None,
     "margin": float,
@@ -98,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         print_help(PlanCommand, PlanCommand(DEFAULTS), PLAN_COMMAND)
         return 0
-    options, chosen = _read(words)
+    options, chosen = _of_ranks(*_read(words))
     if options.plot is not None:
         _check_plot(options.plot, options.compare)
     quiet_environment()
@@ -119,6 +122,24 @@ def run(arguments: Sequence[str]) -> int:
     if nothing is not None:
         raise nothing
     return 0
+
+
+def _of_ranks(options: PlanCommand, chosen: Chosen) -> tuple[PlanCommand, Chosen]:
+    """The same command; of many ranks without what only one process can do. Raises RecipeError."""
+    if options.ranks is None:
+        if options.recipe.parallel is not None:
+            raise RecipeError(f"--parallel {options.recipe.parallel}: say how many ranks share the model: --ranks 2")
+        return options, chosen
+    if options.recipe.parallel is None:
+        raise RecipeError(f"--ranks {options.ranks}: say how they share the model: --parallel fsdp, tp or replicas")
+    if options.measure or options.plot is not None:
+        word = "--measure" if options.measure else "--plot"
+        raise RecipeError(f"{word} with --ranks: there is one process, and nothing to compare with; leave it out")
+    return dataclasses.replace(options, compare=False), chosen
+
+
+def _settings_of(options: PlanCommand) -> Any:
+    return dataclasses.replace(options.recipe.plan_settings(), ranks=options.ranks or 1)
 
 
 def _budgets(options: PlanCommand) -> tuple[int | None, int | None]:
@@ -206,7 +227,7 @@ def _work(
     from gradfold.planner.search import search
 
     recipe = chosen.recipe
-    settings, device = recipe.plan_settings(), device_of(recipe, options.measure)
+    settings, device = _settings_of(options), device_of(recipe, options.measure)
     found = measured = nothing = None
     with frozen_objects(collect=False):
         made = plan(subject, settings, device=device, baselines=False, progress=progress)
@@ -277,5 +298,5 @@ def _as_json(plan: Plan, chosen: Chosen, found: SearchResult | None, measured: A
         from .plan_line import recipe_of, train_line
 
         for fit, choice in zip(made["search"]["fits"], found.choices, strict=True):
-            fit["train"] = train_line(recipe_of(chosen.recipe, choice.settings))
+            fit["train"] = train_line(recipe_of(chosen.recipe, choice.settings), choice.settings.ranks)
     return made

@@ -95,7 +95,8 @@ def _print_lines(choices: Sequence[Choice], recipe: Recipe, subject: Subject, co
     for why in dict.fromkeys(choice.why for choice in choices):
         choice = next(choice for choice in choices if choice.why == why)
         console.print(f"[dim]{why}:[/dim]")
-        console.print(train_line(recipe_of(recipe, choice.settings)), markup=False, soft_wrap=True)
+        line = train_line(recipe_of(recipe, choice.settings), choice.settings.ranks)
+        console.print(line, markup=False, soft_wrap=True)
     longest = getattr(subject.config, "max_position_embeddings", None)
     if isinstance(longest, int) and recipe.sequence_length > longest:
         console.print(f"[yellow]this model takes at most {longest} tokens, and `gradfold train` refuses more[/yellow]")

@@ -43,11 +43,13 @@ def recipe_of(recipe: Recipe, settings: Settings) -> Recipe:
     return unflatten(fields, recipe)
 
 
-def train_line(recipe: Recipe) -> str:
-    """The command in one line, for a shell."""
+def train_line(recipe: Recipe, ranks: int = 1) -> str:
+    """The command in one line, for a shell; on many ranks, torchrun's."""
     values, defaults = flatten(recipe), flatten(DEFAULTS)
     values["model"] = _model_to_train(recipe.model)
     words = ["gradfold", "train"]
+    if ranks > 1:
+        words = ["torchrun", "--nproc-per-node", str(ranks), "-m", *words]
     for name in (*ALWAYS, *(name for name in values if name not in ALWAYS)):
         if name in ALWAYS or (values[name] != defaults[name] and name not in NOT_FOR_TRAINING):
             words += _words(name, values[name])

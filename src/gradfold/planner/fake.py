@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -26,12 +26,19 @@ class SkipWrites(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_of_shards(types):
+            return NotImplemented
         index = _written_argument(func)
         if index == _RUN:
             return func(*args, **(kwargs or {}))
         if index == _NO_RESULT:
             return None
         return (kwargs or {})["out"] if index == _OUT else args[index]
+
+
+def is_of_shards(types: Iterable[type]) -> bool:
+    """Whether an operator is given DTensors, which run it on their shards: a mode looks at those operators instead."""
+    return any(kind.__name__ == "DTensor" for kind in types)
 
 
 _RUN, _OUT, _NO_RESULT = -1, -2, -3

@@ -22,6 +22,7 @@ from gradfold._options import (
     FoldOptions,
     GradientFields,
     Head,
+    Parallel,
     StorageFields,
 )
 from gradfold.errors import FoldError
@@ -32,6 +33,7 @@ from .errors import PlanError
 
 PreferenceReference = Literal["precomputed", "frozen"]
 """Where the log-probabilities under a reference model come from."""
+MOST_RANKS = 4096
 MOST_TRACED = 4096
 """Limit of micro-batches in a planned step, each of which is run."""
 
@@ -69,6 +71,11 @@ class Settings(GradientFields, StorageFields):
     """Train on pairs of a chosen and a rejected answer (DPO): a micro-batch of `batch` pairs is twice as many
     sequences, and "frozen" has a copy of the model beside it, "precomputed" none. None: the next token's loss."""
 
+    parallel: Parallel | None = None
+    """How `ranks` ranks share the model: "fsdp", "tp" or "replicas", as `gradfold.spread` takes it."""
+    ranks: int = 1
+    """How many ranks share the model; a plan is of the first. All but "tp" share the sequences of a batch, too."""
+
     def __post_init__(self) -> None:
         for name in ("tokens", "batch"):
             value = getattr(self, name)
@@ -90,6 +97,14 @@ class Settings(GradientFields, StorageFields):
             raise PlanError(f"dtype={self.dtype!r}: one of {', '.join(map(repr, DTYPES))}, or None")
         if self.optimizer not in OPTIMIZERS:
             raise PlanError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
+        if not isinstance(self.ranks, int) or isinstance(self.ranks, bool) or not 1 <= self.ranks <= MOST_RANKS:
+            raise PlanError(f"ranks={self.ranks!r}: give a whole number from 1 to {MOST_RANKS:,}")
+        if self.ranks > 1 and self.parallel is None:
+            raise PlanError(f"ranks={self.ranks}: say how they share the model: parallel='fsdp', 'tp' or 'replicas'")
+        if self.parallel not in (None, *get_args(Parallel)):
+            raise PlanError(f"parallel={self.parallel!r}: one of {', '.join(map(repr, get_args(Parallel)))}, or None")
+        if self.batch % self.shares:
+            raise PlanError(f"batch={self.batch}: {self.ranks} ranks share it; give a multiple of {self.ranks}")
         if not self.fold and (self.working_set is not None or self.clip != "exact"):
             name = "working_set" if self.working_set is not None else "clip"
             raise PlanError(f"{name}={getattr(self, name)!r} with fold=False: only a folded model has one")
@@ -102,6 +117,11 @@ class Settings(GradientFields, StorageFields):
     def sequences(self) -> int:
         """In one micro-batch: of each pair of preferences two."""
         return self.batch if self.preference is None else 2 * self.batch
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts a batch is cut: one for each rank, unless all of them need all of it."""
+        return 1 if self.parallel in (None, "tp") else self.ranks
 
     @property
     def whole(self) -> bool:
@@ -132,6 +152,7 @@ class Settings(GradientFields, StorageFields):
             head=self.head,
             head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
             backend=backend,
+            group="alone" if self.ranks > 1 else None,  # nobody is there to vote
         )
 
     def describe_batches(self) -> str:
@@ -151,6 +172,8 @@ class Settings(GradientFields, StorageFields):
             cut = f"{turns.chunks} chunks" if turns.chunks is not None else "a chunk for each layer"
             where = {None: "on the device", "cpu": "in host memory", "disk": "on disk"}.get(turns.offload, "elsewhere")  # type: ignore[arg-type]
             words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}")
+        if self.ranks > 1:
+            words.append(f"one of {self.ranks} ranks ({self.parallel})")
         if self.preference is not None:
             words.append(f"preferences, {self.preference} reference")
         if self.checkpointing:

@@ -22,6 +22,8 @@ import torch
 
 from gradfold._torch import TorchDispatchMode, is_traceable_wrapper_subclass, sparse_parts, storage_address
 
+from .fake import is_of_shards
+
 CATEGORIES = ("weights", "masters", "states", "staging", "gradients", "tape", "activations", "temporary", "scratch")
 """What a byte is for. Of what nobody labelled, `activations` are what backward finds when it begins, as long as they
 live; all else, also what a checkpoint computes again, is `temporary`. `staging` is on its way between two memories."""
@@ -235,6 +237,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _DEVICE_OF:  # a fake tensor asks for its device this way, more often than for all else together
             return getattr(args[0], "fake_device", None) or func(*args)
+        if is_of_shards(types):
+            return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # Inputs too: in-place and out= results, storages that were swapped or resized outside of any operator, and
@@ -332,7 +336,8 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from _storages(getattr(tensor, name))
+            if isinstance(inner := getattr(tensor, name), torch.Tensor):  # a DTensor also lists its mesh
+                yield from _storages(inner)
     elif tensor.layout is torch.sparse_coo:
         for part in sparse_parts(tensor):
             yield part.untyped_storage()

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from gradfold._torch import DynamicOutputShapeException, FakeTensorMode
 from gradfold.backends import as_accelerator
+from gradfold.dist import spread
 from gradfold.head.preference import answer_log_probs, preference_loss
 
 from .errors import PlanError
 from .fake import SkipWrites, plain_torch
 from .hf_masks import packing_known
 from .models import Subject
+from .ranks import standing_for
 from .repeat_layers import repeated
 from .settings import Settings
-from .step import LossFunction, StepMemory
+from .step import LossFunction, MicroBatches, StepMemory
 from .trace import LiveBytes
 
 _INSTEAD = """; a plan calls model(input_ids=..., labels=...) and reads .loss of the result. \
@@ -54,8 +56,8 @@ class Workload:
         With `packing`, each holds two rows, which do not see each other; preferences are never packed.
         """
         if self.given is not None:
-            return self.given
-        batch, tokens = self.settings.sequences, self.settings.tokens
+            return self._part_of(self.given)
+        batch, tokens = self.settings.sequences // self.settings.shares, self.settings.tokens
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         if self.settings.preference is not None:
             known = (
@@ -67,6 +69,19 @@ class Workload:
         positions = torch.arange(tokens)
         positions[tokens // 2 :] -= tokens // 2
         return {"input_ids": ids, "labels": ids, "position_ids": positions.expand(batch, -1).contiguous()}
+
+    def _part_of(self, batch: Any) -> Any:
+        """The first rank's rows of a batch, or of a step's `MicroBatches`; of preferences, its pairs."""
+        shares = self.settings.shares
+        if shares == 1:
+            return batch
+        if isinstance(batch, MicroBatches):
+            return MicroBatches(self._part_of(one) for one in batch)
+        halves = 1 if self.settings.preference is None else 2
+        return {
+            name: torch.cat([half[: len(half) // shares] for half in tensor.chunk(halves)])
+            for name, tensor in batch.items()
+        }
 
     @contextlib.contextmanager
     def model(self, layers: int | None = None) -> Iterator[nn.Module]:
@@ -81,8 +96,20 @@ class Workload:
             self.add_reference(made, lambda: self.subject.build(dtype, mode, layers))
             if self.settings.checkpointing and not enable_checkpointing(made):
                 raise PlanError(f"checkpointing=True: {type(made).__name__} has none; leave it out")
-            with playing, packing_known(self.batch()), mode, SkipWrites():
+            with contextlib.ExitStack() as held:
+                for context in (playing, packing_known(self.batch()), mode, SkipWrites()):
+                    held.enter_context(context)
+                self._spread(made, held)
                 yield made
+
+    def _spread(self, model: nn.Module, held: contextlib.ExitStack) -> None:
+        """Leave of the model what one rank holds, if several share it."""
+        settings = self.settings
+        if settings.parallel is None or settings.ranks == 1:
+            return
+        if settings.preference is not None and settings.parallel != "replicas":
+            raise PlanError(f"parallel={settings.parallel!r} with preferences: only 'replicas' trains on these")
+        spread(model, held.enter_context(standing_for(settings.ranks)), settings.parallel)
 
     def add_reference(self, model: nn.Module, build: Callable[[], nn.Module]) -> None:
         """Put a frozen copy beside the model, where the settings have one, as `gradfold train` loads it."""

@@ -176,6 +176,7 @@ class Recipe:
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
             packing=self.text.packing,
+            parallel=self.parallel,
             preference=self.preference.reference if paired else None,
             **self.optimizer.storage_options(),
             **self.gradient.gradient_options(),
