@@ -68,6 +68,10 @@ class Ranks(Protocol):
         """Tell the others, which wait for this rank's vote, that there will be none."""
         ...
 
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Return a context that all ranks leave alike: if one raises inside, all do."""
+        ...
+
     def join(self, params: Sequence[Any], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
         ...
