@@ -110,10 +110,9 @@ def refuse_split_blocks(param: Tensor, codecs: Sequence[Codec | None]) -> None:
         return
     kinds = ", ".join(sorted({codec.name.partition(" ")[0] for codec in blocked}))
     raise ValueError(
-        f"a shape of {tuple(param.shape)}, of which a rank holds {here} of {columns} columns ({how_spread(param)}): its "
-        f"{kinds} states share a scale among {blocked[0].block} neighbours of a row, and such a block would be split "
-        "between ranks; cut it along another dimension, or over another number of ranks, or give states='fp32' to its "
-        "param_group"
+        f"{tuple(param.shape)} is cut along {how_spread(param)}, so that a rank holds {here} of {columns} columns; its "
+        f"{kinds} states share a scale among {blocked[0].block} neighbours of a row, and such a block would be split. "
+        "Cut it along another dimension or over another number of ranks, or give states='fp32' to its param_group"
     )
 
 

@@ -77,9 +77,9 @@ def collected(param: Parameter, states: States) -> tuple[States, bool]:
     for key, value in states.items():
         if "[" in key and _has_size(value):
             raise ValueError(
-                f"state {key!r} is of a slice of another rank's part than this one's: the parameter is spread by "
-                f"{how_spread(param) or 'copies'}; a working set that has cut tensors goes on only on the mesh it was "
-                "saved on (with by='layer' on any)"
+                f"state {key!r} is of a slice of what a rank held on another mesh; here the parameter is cut along "
+                f"{how_spread(param) or 'no dimension'}. A working set that slices tensors goes on only on the mesh it "
+                "was saved on, with by='layer' on any"
             )
     whole = {key: value.full_tensor() if is_spread(value) else value for key, value in states.items()}
     _refuse_other_shapes(param, whole)
@@ -103,9 +103,8 @@ def _refuse_other_shapes(param: Parameter, states: States) -> None:
         if not fits:
             kind = "" if is_spread(value) else ", a plain tensor,"
             raise ValueError(
-                f"state {key!r}{kind} has shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)} that "
-                f"is spread over ranks ({how_spread(param) or 'copies'}): give it as a DTensor, as state_dict() returns "
-                "it, or whole"
+                f"state {key!r}{kind} has shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)} cut "
+                f"along {how_spread(param) or 'no dimension'}: give it as a DTensor, as state_dict() does, or whole"
             )
 
 
