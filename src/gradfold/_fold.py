@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import ranks_of
+from .dist import Sharding, ranks_of, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -27,6 +27,7 @@ from .engine import (
     unwatch_clipping,
     watch_clipping,
     watch_zero_grad,
+    way_out_of,
     wrapper_of,
     write_zeros,
 )
@@ -125,6 +126,9 @@ def fold(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
+    if wrapper := wrapper_of(model):
+        raise FoldError(f"{wrapper}: fold the plain model, and {way_out_of(wrapper)}")
+    sharding = sharding_of(model)
     ranks = ranks_of(model, group)
 
     def make() -> Fold:
@@ -139,7 +143,9 @@ def fold(
             timing=timing,
             tape=tape,
         )
-        return _fold(model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes)
+        return _fold(
+            model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes, sharding
+        )
 
     if ranks is None:
         return make()
@@ -167,14 +173,13 @@ def _fold(
     head_keep_bytes: int | None,
     backend: str | Backend,
     scratch_bytes: int,
+    sharding: Sharding | None,
 ) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
     clip = options.clip
     optimizer = accepted(optimizer)
-    if wrapper := wrapper_of(model):
-        raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
     for name, module in model.named_modules():
         if vars(module).get(FOLD_PARAM) is not None:
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
@@ -187,6 +192,8 @@ def _fold(
         if param.requires_grad:
             refuse_owned(name, param)
             refuse_parameter(name, param)
+    if sharding is not None:
+        sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     _check_overlap(named)
     in_model = {id(param) for param in named.values()}
     for index, group in enumerate(optimizer.param_groups):
@@ -206,7 +213,7 @@ def _fold(
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
-    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
+    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

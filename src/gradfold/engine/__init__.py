@@ -17,7 +17,7 @@ from .spread import as_dtensor, how_spread, largest_part, part_here, placed_alik
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
-from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
+from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, way_out_of, wrapper_of
 from .zero_grad import drop, note_zeros, refuse_drop, take_back, watch_zero_grad, write_zeros
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "unwrapped",
     "watch_clipping",
     "watch_zero_grad",
+    "way_out_of",
     "whole_shape",
     "wrapper_of",
     "write_zeros",
