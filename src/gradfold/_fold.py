@@ -144,20 +144,36 @@ def fold(
             tape=tape,
         )
         return _fold(
-            model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes, sharding
+            model,
+            optimizer,
+            options,
+            working_set,
+            joint,
+            head,
+            head_keep_bytes,
+            backend,
+            scratch_bytes,
+            sharding,
+            None if ranks is None else ranks.rank,
         )
 
     if ranks is None:
         return make()
     made: Fold | None = None
+    kept = {param: dict(states) for param, states in getattr(optimizer, "state", {}).items()}
+    place = getattr(optimizer, "_rotation", None)
     try:
         with ranks.together("fold()"):
             made = make()
         state = made._state
-        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), state.options)
+        turns = None if not isinstance(state.turns, Rotation) else state.turns.settings()
+        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), (state.options, turns))
     except BaseException:
         if made is not None:
             made.remove()
+            made._state.optimizer.state.clear()
+            made._state.optimizer.state.update(kept)
+            made._state.optimizer._rotation = place
         raise
     state.ranks = ranks
     return made
@@ -174,6 +190,7 @@ def _fold(
     backend: str | Backend,
     scratch_bytes: int,
     sharding: Sharding | None,
+    rank: int | None,
 ) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
@@ -215,7 +232,7 @@ def _fold(
         survive_group_norms()
     state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    rotation = None if working_set is None else Rotation(working_set, state)
+    rotation = None if working_set is None else Rotation(working_set, state, rank)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
     place = optimizer._rotation
     made = Fold(state, [])

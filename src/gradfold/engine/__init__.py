@@ -13,7 +13,16 @@ from .parameters import refuse_parameter
 from .protocols import Turns
 from .region import Region
 from .shard import Shard, held, is_spread
-from .spread import as_dtensor, how_spread, largest_part, part_here, placed_alike, refuse_split_blocks, whole_shape
+from .spread import (
+    as_dtensor,
+    how_spread,
+    is_cut_alike,
+    largest_part,
+    part_here,
+    placed_alike,
+    refuse_split_blocks,
+    whole_shape,
+)
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
@@ -37,6 +46,7 @@ __all__ = [
     "enlist",
     "held",
     "how_spread",
+    "is_cut_alike",
     "is_spread",
     "largest_part",
     "note_zeros",

@@ -12,7 +12,7 @@ from gradfold import _torch
 from gradfold.codecs import Codec, matrix
 
 from .region import Region
-from .shard import is_spread
+from .shard import held, is_spread
 
 
 def largest_part(param: Tensor) -> tuple[int, ...]:
@@ -75,6 +75,28 @@ def as_dtensor(param: Any, part: Tensor, whole: Sequence[int]) -> Tensor:
     )
 
 
+def is_cut_alike(param: Any, region: Region, codecs: Sequence[Codec | None]) -> bool:
+    """Return whether torch cuts the whole of a region, and all parts of its states, as this rank's part is cut.
+
+    Args:
+        param: a parameter that is spread over ranks.
+        region: elements of each rank's part.
+        codecs: how its weight and its states are stored.
+    """
+    whole, here = whole_shape(param, region), list(held(param).shape)
+    if whole is None:
+        return False
+    start, stop = region.within(here[region.dim])
+    here[region.dim] = stop - start
+    pairs = [(whole, tuple(here))]
+    for codec in filter(None, codecs):
+        theirs = codec.parts(here)
+        pairs += [(part.shape, theirs[name].shape) for name, part in codec.parts(whole).items()]
+    return all(
+        tuple(_torch.shard_geometry(shape, param.device_mesh, param.placements)[0]) == part for shape, part in pairs
+    )
+
+
 def placed_alike(param: Any, value: Any) -> bool:
     """Return whether a DTensor is placed as the parameter is, so that this rank's parts belong together."""
     return value.device_mesh == param.device_mesh and tuple(value.placements) == tuple(param.placements)
@@ -82,16 +104,7 @@ def placed_alike(param: Any, value: Any) -> bool:
 
 def how_spread(param: Any) -> str:
     """Return how a parameter is cut over ranks, in words that do not depend on the rank; empty if it is not."""
-    if not _cuts(param):
-        return ""
-    mesh = param.device_mesh
-    names = mesh.mesh_dim_names or [f"mesh dimension {index}" for index in range(mesh.ndim)]
-    cut = [
-        f"dimension {placement.dim} over {mesh.size(index)} ranks ({names[index]})"
-        for index, placement in enumerate(param.placements)
-        if not placement.is_replicate()
-    ]
-    return ", ".join(cut)
+    return " and ".join(f"dimension {dim} over {ranks} ranks" for dim, ranks in _cuts(param))
 
 
 def refuse_split_blocks(param: Tensor, codecs: Sequence[Codec | None]) -> None:
