@@ -190,9 +190,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         for param in params:
             if is_spread(param) and param not in self._steppers:
                 try:
-                    self._stepper(param).allocate(self.group_of(param))
+                    self.allocate(param)
                 except ValueError as error:
                     raise FoldError(f"parameter {self.stream_of(param)}: {error}") from None
+
+    def allocate(self, param: Parameter) -> None:
+        """Create the missing states of a parameter that steps without a fold.
+
+        Raises:
+            ValueError: its group has options that it cannot have.
+        """
+        self._stepper(param).allocate(self.group_of(param))
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the scratch memory of ordinary steps; a fold has its own."""
@@ -324,8 +332,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             FoldError: in the middle of a step.
         """
-        self._forget_empty()
-        packed = super().state_dict()
+        packed = self._packed()
         if self._turns is not None:
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
@@ -364,8 +371,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             FoldError: in the middle of a step, or slices of a parameter have stepped unequally often.
         """
-        self._forget_empty()
-        packed = super().state_dict()
+        packed = self._packed()
         for index, param in enumerate(self._params):
             if joined := self._plain_states(param, str(index)):
                 packed["state"][index] = joined
@@ -391,11 +397,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         states = self._turns.states(param)
         return [(region, states_of(states, region)) for region in self._turns.regions(param)]
 
-    def _forget_empty(self) -> None:
+    def _packed(self) -> dict[str, Any]:
+        """Return torch's ``state_dict()``, with no entry for a parameter that keeps nothing."""
         if self._fold is not None:
             self._fold.require_closed("state_dict()")
-        for param in [param for param, states in self.state.items() if not states]:
-            del self.state[param]  # torch has no entry for a parameter that keeps nothing
+        else:  # a fold keeps them: torch's checkpoints would step, with gradients of zeros, an optimizer without any
+            for param in [param for param, states in self.state.items() if not states]:
+                del self.state[param]
+        packed = super().state_dict()
+        packed["state"] = {key: states for key, states in packed["state"].items() if states}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of the torch optimizer of the same name.
