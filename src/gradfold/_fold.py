@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._fold_checks import refuse_folded, refuse_head, refuse_parameters, refuse_working_set
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import ranks_of
+from .dist import Sharding, ranks_of, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -21,6 +21,7 @@ from .engine import (
     unwatch_clipping,
     watch_clipping,
     watch_zero_grad,
+    way_out_of,
     wrapper_of,
     write_zeros,
 )
@@ -119,6 +120,9 @@ def fold(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
+    if wrapper := wrapper_of(model):
+        raise FoldError(f"{wrapper}: fold the plain model, and {way_out_of(wrapper)}")
+    sharding = sharding_of(model)
     ranks = ranks_of(model, group)
 
     def make() -> Fold:
@@ -133,19 +137,37 @@ def fold(
             timing=timing,
             tape=tape,
         )
-        return _fold(model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes)
+        return _fold(
+            model,
+            optimizer,
+            options,
+            working_set,
+            joint,
+            head,
+            head_keep_bytes,
+            backend,
+            scratch_bytes,
+            sharding,
+            None if ranks is None else ranks.rank,
+        )
 
     if ranks is None:
         return make()
     made: Fold | None = None
+    kept = {param: dict(states) for param, states in getattr(optimizer, "state", {}).items()}
+    place = getattr(optimizer, "_rotation", None)
     try:
         with ranks.together("fold()"):
             made = make()
         state = made._state
-        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), state.options)
+        turns = None if not isinstance(state.turns, Rotation) else state.turns.settings()
+        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), (state.options, turns))
     except BaseException:
         if made is not None:
             made.remove()
+            made._state.optimizer.state.clear()
+            made._state.optimizer.state.update(kept)
+            made._state.optimizer._rotation = place
         raise
     state.ranks = ranks
     return made
@@ -161,22 +183,24 @@ def _fold(
     head_keep_bytes: int | None,
     backend: str | Backend,
     scratch_bytes: int,
+    sharding: Sharding | None,
+    rank: int | None,
 ) -> Fold:
     refuse_head(head, head_keep_bytes)
     optimizer = accepted(optimizer)
-    if wrapper := wrapper_of(model):
-        raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
     refuse_folded(model)
     named = dict(model.named_parameters())
     in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
     refuse_parameters(named, in_optimizer, optimizer)
+    if sharding is not None:
+        sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip)
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
-    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
+    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    rotation = None if working_set is None else Rotation(working_set, state)
+    rotation = None if working_set is None else Rotation(working_set, state, rank)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
     place = optimizer._rotation
     made = Fold(state, [])

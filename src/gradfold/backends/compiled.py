@@ -52,16 +52,17 @@ class CompiledStep:
         weight = stored[0]
         self._scratch, self._stored, self._parts, self._rule = scratch, stored, parts, rule
         self._seen = seen = matrix(weight.values.shape)
-        self._offset, row_stride = (0, seen.columns) if weight.place is None else weight.place[1:]
-        # slices of other than matrices are contiguous
-        self._row_stride = row_stride if weight.values.dim() == 2 else seen.columns
+        place = weight.place
+        self._offset = 0 if place is None else place.offset
+        self._row_stride = (None if place is None else place.row_stride(weight.values.shape)) or seen.columns
         self._bound: native.Bound | None = None
 
     @classmethod
     def of(cls, scratch: Scratch, stored: Sequence[Stored], rule: Rule) -> CompiledStep | None:
         """Return the compiled step of a parameter with codecs; None where kernels cannot take its memory."""
         weight = stored[0].values
-        if not weight.is_cpu:
+        place = stored[0].place
+        if not weight.is_cpu or (place is not None and place.row_stride(weight.shape) is None):
             return None
         scratch.reserve(weight.device, min(scratch.limit_bytes, LEAST_BYTES))
         if hasattr(weight, "fake_mode"):

@@ -48,7 +48,8 @@ class QuantizedStepper:
         self.backend, self.scratch, self.rule, self.group = backend, scratch, rule, group
         self.stored = [weight, *states]
         self.weight = weight.values
-        self.offset, self.stride = (0, None) if weight.place is None else weight.place[1:]
+        self.place = weight.place
+        self.even = self.place is None or self.place.row_stride(self.weight.shape) is not None
         self._compiled = CompiledStep.of(scratch, self.stored, rule)
         # a finite fp32 gradient is finite in any dtype but fp16
         self._exact = self.weight.dtype != torch.float16
@@ -57,7 +58,7 @@ class QuantizedStepper:
             self.weight.dim() != 2 and self.weight.is_contiguous()
         ):  # its gradient is dense: any row of the codecs will do
             rows, columns = matrix(self.weight.shape).rows, matrix(self.weight.shape).columns
-        self._tile(block_rows(scratch, rows, columns, 1, torch.float32), columns)
+        self._tile(self._block_rows(rows, columns), columns)
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
@@ -69,6 +70,14 @@ class QuantizedStepper:
                 return self._compiled(found, numbers, change)
         return self._step_blocks(terms, numbers, change)
 
+    def _block_rows(self, rows: int, columns: int) -> int:
+        """Return the rows of a block; those of one block are evenly spaced in the parameter."""
+        block = block_rows(self.scratch, rows, columns, 1, torch.float32)
+        if self.even:
+            return block
+        each = rows // self.weight.shape[0]  # rows until the next gap
+        return max((size for size in range(1, min(block, each) + 1) if each % size == 0), default=1)
+
     # by blocks of rows ------------------------------------------------------------------------------------------------
 
     def _tile(self, rows: int, columns: int) -> Tensor:
@@ -79,7 +88,7 @@ class QuantizedStepper:
         shape = rows, columns = block_shape(self.weight, terms)
         terms = [term.reshaped(shape) for term in terms]
         whole = terms[0].whole(torch.float32) if len(terms) == 1 and change.none else None
-        block = block_rows(self.scratch, rows, columns, 1, torch.float32)
+        block = self._block_rows(rows, columns)
         single, squares = block >= rows, 0.0
         if change.guarded and not single and not self.backend.finite(self.weight, terms):
             return math.nan
@@ -89,8 +98,8 @@ class QuantizedStepper:
         tile = self._tile(block, columns) if whole is None else None
         views = Views(self.stored, shape)
         keys = [stored.key(numbers.count) for stored in self.stored]
-        # slices of other than matrices are contiguous, and a block may begin at any of the codecs' rows
-        stride = self.stride if self.stride is not None and self.weight.dim() == 2 else columns
+        place, seen = self.place, matrix(self.weight.shape)
+        row_stride = (None if place is None else place.row_stride(self.weight.shape)) or seen.columns
         for start, stop, (first, *rest) in views.blocks(starts, rows):
             if tile is None:
                 grad = whole[start:stop]  # type: ignore[index]
@@ -103,7 +112,7 @@ class QuantizedStepper:
             squares += norm**2
             change.apply(grad)
             grad = grad.view((stop - start) * views.each, -1)
-            row_stride = stride if self.weight.dim() == 2 else grad.shape[1]
+            row = start * views.each
             step_tile(
                 first,
                 rest,
@@ -111,7 +120,7 @@ class QuantizedStepper:
                 self.rule,
                 self.group,
                 numbers.on_host,
-                self.offset + start * stride,
+                row * row_stride if place is None else place.row_offset(row, self.weight.shape),
                 row_stride,
                 keys,
             )

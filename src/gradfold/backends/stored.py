@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from gradfold.codecs import Codec, Parts, Stream
+from gradfold.codecs import Codec, Parts, Stream, matrix
 
 VALUES = "values"  # the part that is the weight itself, and the only one of a state kept as torch keeps it
 
@@ -17,6 +19,23 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of the whole parameter
     offset: int  # of the slice's first element in the parameter, counted in elements
     stride: int  # elements from one index of the parameter's first dimension to the next
+
+    def row_stride(self, shape: Sequence[int]) -> int | None:
+        """Return how far the rows that codecs see (``codecs.matrix``) in a slice of this shape are apart.
+
+        None: not evenly. A shard ``[8, 512, 4096]`` of ``[8, 1024, 4096]`` has the 512 rows of each index beside each
+        other, and then a gap.
+        """
+        lead, columns = matrix(shape)
+        if len(lead) == 1:
+            return self.stride
+        return columns if self.stride == math.prod(shape[1:]) else None
+
+    def row_offset(self, row: int, shape: Sequence[int]) -> int:
+        """Return the number, in the whole parameter, of the first element of a row that codecs see in the slice."""
+        lead, columns = matrix(shape)
+        each = math.prod(lead[1:])
+        return self.offset + row // each * self.stride + row % each * columns
 
 
 class Stored(NamedTuple):

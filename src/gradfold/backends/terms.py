@@ -301,7 +301,9 @@ class DenseTerm(GradTerm):
 
     def narrowed(self, dim: int, start: int, stop: int) -> DenseTerm:
         """Return the term of ``start`` to ``stop`` along ``dim``, on views."""
-        return DenseTerm(self.grad.narrow(dim, start, stop - start) if self.grad.dim() else self.grad)
+        if not self.grad.dim():
+            return DenseTerm(self.grad)
+        return DenseTerm(self.grad[(slice(None),) * dim + (slice(start, stop),)])  # the end may lie before ``stop``
 
     def reshaped(self, shape: tuple[int, int]) -> DenseTerm:
         """Return the term with the gradient seen as a matrix of ``shape``."""

@@ -13,10 +13,20 @@ from .parameters import refuse_parameter
 from .protocols import Turns
 from .region import Region
 from .shard import Shard, held, is_spread
+from .spread import (
+    as_dtensor,
+    how_spread,
+    is_cut_alike,
+    largest_part,
+    part_here,
+    placed_alike,
+    refuse_split_blocks,
+    whole_shape,
+)
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
-from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
+from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, way_out_of, wrapper_of
 from .zero_grad import drop, note_zeros, refuse_drop, take_back, watch_zero_grad, write_zeros
 
 __all__ = [
@@ -30,20 +40,27 @@ __all__ = [
     "Shard",
     "Turns",
     "allocate",
+    "as_dtensor",
     "clip_norm_at_step",
     "drop",
     "enlist",
     "held",
+    "how_spread",
+    "is_cut_alike",
     "is_spread",
+    "largest_part",
     "note_zeros",
     "outside",
     "param_of",
+    "part_here",
+    "placed_alike",
     "refuse_ddp",
     "refuse_drop",
     "refuse_other_model",
     "refuse_owned",
     "refuse_parameter",
     "refuse_replica",
+    "refuse_split_blocks",
     "refuse_wrappers",
     "scaler_is_looking",
     "survive_group_norms",
@@ -52,6 +69,8 @@ __all__ = [
     "unwrapped",
     "watch_clipping",
     "watch_zero_grad",
+    "way_out_of",
+    "whole_shape",
     "wrapper_of",
     "write_zeros",
 ]

@@ -21,7 +21,7 @@ from gradfold.errors import FoldError
 
 from .backward import Backward
 from .context import FoldContext
-from .gate import Demand, Gate, demand
+from .gate import Demand, Gate, ShardGate, demand
 from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
@@ -41,6 +41,7 @@ class FoldParam:
         name: its name in the model.
         fold: the fold it belongs to.
         shard: what this rank holds of it, where it is spread over ranks; None for a plain tensor.
+        gathered: how it is gathered while it is used, where FSDP2 does so; None: it is not.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         weight: for a bias, the last weight whose kernel could step it as well.
@@ -58,6 +59,7 @@ class FoldParam:
         self.fold = fold
         self.folded = False
         self.shard = Shard(name, param) if is_spread(param) else None
+        self.gathered = None if fold.sharding is None else fold.sharding.of(param)
         self.slices = [self.slice(None)]
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
@@ -105,7 +107,10 @@ class FoldParam:
                 return
         refuse_parameter(self.name, self.param, hooks=False)  # it may have been frozen when it was folded
         self.disarm()
-        self.gate = Gate(self.param, self, FoldParam.join)
+        if self.gathered is None:
+            self.gate = Gate(self.param, self, FoldParam.join)
+        else:
+            self.gate = ShardGate(self.param, self, FoldParam.join, self.gathered)
         ask_again()
         self.allocate()
 

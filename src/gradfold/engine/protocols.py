@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
-from torch.nn import Parameter
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from gradfold.rules import Rule
 
@@ -68,8 +69,45 @@ class Ranks(Protocol):
         """Tell the others, which wait for this rank's vote, that there will be none."""
         ...
 
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Return a context that all ranks leave alike: if one raises inside, all do."""
+        ...
+
     def join(self, params: Sequence[Any], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
+        ...
+
+
+class Gathered(Protocol):
+    """One parameter that is gathered while its module runs, and otherwise is a shard (``gradfold.dist``)."""
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """The gathered parameter, which autograd's graphs hold; None before the first forward."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for a gradient that is still on its way to the host."""
+        ...
+
+
+class Sharding(Protocol):
+    """The part that the engine uses of a model whose parameters are gathered while modules run."""
+
+    def of(self, param: Tensor) -> Gathered | None:
+        """Return what is known of a sharded parameter; None for one that is never gathered."""
+        ...
+
+    def covers(self, model: Module) -> bool:
+        """Return whether the model's modules are sharded as they were when it was folded."""
+        ...
+
+    def sharded(self, members: Sequence[Any]) -> list[Any]:
+        """Return these objects, with sharded parameters in place of gathered ones."""
+        ...
+
+    def pending(self) -> bool:
+        """Return whether gradients of the running backward may still be summed, after autograd's last node."""
         ...
 
 

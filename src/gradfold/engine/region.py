@@ -13,15 +13,24 @@ from gradfold.backends import GradTerm, Place
 
 
 class Region(NamedTuple):
-    """Elements ``start`` to ``stop`` of one dimension of a parameter."""
+    """Elements ``start`` to ``stop`` of one dimension of a parameter.
+
+    Of a parameter that is spread over ranks, it is of each rank's part. Its numbers are those of the largest part, and
+    the same on all ranks: a smaller part has fewer of its elements, or none.
+    """
 
     dim: int
     start: int
     stop: int
 
+    def within(self, size: int) -> tuple[int, int]:
+        """Return start and stop where the dimension has ``size`` elements."""
+        return min(self.start, size), min(self.stop, size)
+
     def of(self, tensor: Tensor) -> Tensor:
         """Return these elements of a tensor that has the parameter's shape, as a view."""
-        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+        start, stop = self.within(tensor.shape[self.dim])
+        return tensor.narrow(self.dim, start, stop - start)
 
     def of_term(self, term: GradTerm) -> GradTerm:
         """Return the term of this region's gradient."""

@@ -59,7 +59,7 @@ class Shard:
         whole = self.place
         if place is None or whole is None:
             return whole if place is None else place
-        row, column = divmod(place.offset, place.stride)
+        row, column = divmod(place.offset, place.stride or 1)  # 0: no columns here
         return Place(whole.shape, whole.offset + row * whole.stride + column, whole.stride)
 
     def gradient(self, grad: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from gradfold.rules import Group, Rule, number, on_device
 from .protocols import Optimizer
 from .region import Region, RegionStates
 from .shard import Shard
+from .spread import refuse_split_blocks
 from .storage import (
     OPTIONS,
     STEP,
@@ -164,6 +165,7 @@ class ParamStepper:
         rule, states, stream, view, place = self.optimizer.rule, self.states, self.stream, self.view, self.place
         if self.shard is not None:
             self._changed = self.param, self.shard.held
+            refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
         storage = allocate(view, states, rule, group, self.lazy, stream, place)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
         stepper = self.backend.prepare(weight, bound, rule, group)

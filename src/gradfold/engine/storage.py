@@ -175,9 +175,13 @@ def allocate_residuals(
                     kind.shape, dtype=kind.dtype, device=param.device
                 )
                 if storage.dithered:
-                    offset, stride = (0, None) if place is None else place[1:]
-                    rows = stride if param.dim() == 2 else None  # of more or fewer dimensions: slices are contiguous
-                    dither(residual, param, stream_key(seed, 0, stream, part, param.device), offset, rows)
+                    key = stream_key(seed, 0, stream, part, param.device)
+                    rows = None if place is None else place.row_stride(param.shape)
+                    if place is None or rows is not None:
+                        dither(residual, param, key, 0 if place is None else place.offset, rows)
+                        continue
+                    for index in range(param.shape[0]):  # a gap lies before the rows of the next
+                        dither(residual[index], param[index], key, place.offset + index * place.stride)
     return made
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -21,11 +22,15 @@ from gradfold.engine import (
     GroupStep,
     ParamStepper,
     Region,
+    Shard,
     Turns,
     drop,
+    held,
+    is_spread,
     note_zeros,
     refuse_drop,
     refuse_parameter,
+    refuse_split_blocks,
     scaler_is_looking,
 )
 from gradfold.engine.storage import OPTIONS, storage_of
@@ -34,6 +39,7 @@ from gradfold.rules import Rule
 
 from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
+from .spread import collected, parts_here, spread
 from .upgrade import refuse_cast, refuse_newer, stamped, unstamped, upgraded
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
@@ -130,6 +136,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             stepping = [param for param in self._params if param.grad is not None]
             if self._fold is None:
                 self._refuse_slices(stepping)
+                self._prepare_shards(stepping)
             shared: dict[int, GroupStep] = {}
             for param in stepping:
                 group = self.group_of(param)
@@ -165,11 +172,35 @@ class RuleOptimizer(torch.optim.Optimizer):
             for one in self._fold.params[id(param)].slices:
                 one.step_gradient(grad.detach(), shared)
             return
+        stepper = self._stepper(param)
+        grad = grad.detach()
+        stepper.step([DenseTerm(grad if stepper.shard is None else stepper.shard.gradient(grad))], shared)
+
+    def _stepper(self, param: Parameter) -> ParamStepper:
+        """Return what steps a parameter without a fold."""
         if self._backend is None:
             self._backend = Reference(Scratch())
         if param not in self._steppers:
-            self._steppers[param] = ParamStepper(param, self, self._backend)
-        self._steppers[param].step([DenseTerm(grad.detach())], shared)
+            shard = Shard(f"parameter {self.stream_of(param)}", param) if is_spread(param) else None
+            self._steppers[param] = ParamStepper(param, self, self._backend, shard=shard)
+        return self._steppers[param]
+
+    def _prepare_shards(self, params: Iterable[Parameter]) -> None:
+        """Refuse what a rank's part cannot have before any of them steps."""
+        for param in params:
+            if is_spread(param) and param not in self._steppers:
+                try:
+                    self.allocate(param)
+                except ValueError as error:
+                    raise FoldError(f"parameter {self.stream_of(param)}: {error}") from None
+
+    def allocate(self, param: Parameter) -> None:
+        """Create the missing states of a parameter that steps without a fold.
+
+        Raises:
+            ValueError: its group has options that it cannot have.
+        """
+        self._stepper(param).allocate(self.group_of(param))
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the scratch memory of ordinary steps; a fold has its own."""
@@ -234,7 +265,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
-                frozen.update(storage_of(param, self.rule, group).frozen)
+                storage = storage_of(param, self.rule, group)
+                frozen.update(storage.frozen)
+                if is_spread(param):
+                    try:
+                        refuse_split_blocks(param, storage.codecs)
+                    except ValueError as error:
+                        raise ValueError(f"{self._named(group, param)}: {error}") from None
         if frozen and group.get("rounding") == "nearest" and group.get("states") is not None:
             warnings.warn(
                 f"rounding='nearest' with states={group['states']!r}: a step changes {', '.join(sorted(frozen))} by "
@@ -244,6 +281,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if not isinstance(seed := group.get("seed", 0), int):
             raise ValueError(f"seed={seed!r}: an integer")
+
+    def _named(self, group: dict[str, Any], param: Parameter) -> str:
+        """Return a parameter's name, for a group that may not be one of this optimizer's yet."""
+        index = next(index for index, one in enumerate(group["params"]) if one is param)
+        return group["param_names"][index] if "param_names" in group else f"a parameter of shape {tuple(param.shape)}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group, as torch's optimizers do; in a fold, its parameters join the fold.
@@ -281,7 +323,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups in torch's own layout: states by parameter index, groups with torch's keys.
 
-        Every state is a plain tensor. A state that is stored in several parts has one entry for each
+        Every state is a plain tensor; of a parameter that is spread over ranks, a DTensor placed as the parameter is
+        (counters stay plain). A state that is stored in several parts has one entry for each
         (``exp_avg.codes``, ``exp_avg.scales``; a master's ``weight.residual``). Torch's optimizers read
         ``torch_state_dict()`` instead. A group that gives options of storage has two more keys: ``format``, which
         says what codes and random bits mean (``gradfold.codecs.formats``), and ``gradfold``, the version.
@@ -289,17 +332,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             FoldError: in the middle of a step.
         """
-        self._forget_empty()
-        packed = super().state_dict()
+        packed = self._packed()
         if self._turns is not None:
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
                     packed["state"][index] = states
             packed["state"] = dict(sorted(packed["state"].items()))
+        self._spread(packed["state"])
         packed["param_groups"] = [stamped(group) for group in packed["param_groups"]]
         if (rotation := self._current_rotation()) is not None:
             packed["working_set"] = rotation
         return packed
+
+    def _spread(self, states: dict[Any, Any]) -> None:
+        """Put DTensors in the place of what this rank holds of states, by a parameter's index."""
+        for index, param in enumerate(self._params):
+            if index in states and is_spread(param):
+                storage = storage_of(param, self.rule, self.group_of(param))
+                states[index] = spread(param, states[index], storage, self.rule)
 
     def _current_rotation(self) -> Any:
         """Return the place in a working set's rotation: the fold's, or one that was loaded and waits for a fold."""
@@ -321,13 +371,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             FoldError: in the middle of a step, or slices of a parameter have stepped unequally often.
         """
-        self._forget_empty()
-        packed = super().state_dict()
+        packed = self._packed()
         for index, param in enumerate(self._params):
             if joined := self._plain_states(param, str(index)):
                 packed["state"][index] = joined
             else:
                 packed["state"].pop(index, None)
+        self._spread(packed["state"])
         ours = {*OPTIONS, "streams"}
         packed["param_groups"] = [{k: v for k, v in g.items() if k not in ours} for g in packed["param_groups"]]
         return packed
@@ -338,7 +388,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         found = []
         for region, states in self.slices_of(param):
             found.append((region, plain_states(view(param, region), states, storage, self.rule)))
-        return join(f"parameter {name}", param, found, self.rule)
+        return join(f"parameter {name}", held(param).detach(), found, self.rule)
 
     def slices_of(self, param: Parameter) -> list[tuple[Region | None, dict[str, Any]]]:
         """Return a parameter's slices, and the states of each by plain name; a whole parameter is one slice (None)."""
@@ -347,11 +397,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         states = self._turns.states(param)
         return [(region, states_of(states, region)) for region in self._turns.regions(param)]
 
-    def _forget_empty(self) -> None:
+    def _packed(self) -> dict[str, Any]:
+        """Return torch's ``state_dict()``, with no entry for a parameter that keeps nothing."""
         if self._fold is not None:
             self._fold.require_closed("state_dict()")
-        for param in [param for param, states in self.state.items() if not states]:
-            del self.state[param]  # torch has no entry for a parameter that keeps nothing
+        else:  # a fold keeps them: torch's checkpoints would step, with gradients of zeros, an optimizer without any
+            for param in [param for param, states in self.state.items() if not states]:
+                del self.state[param]
+        packed = super().state_dict()
+        packed["state"] = {key: states for key, states in packed["state"].items() if states}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of the torch optimizer of the same name.
@@ -365,38 +420,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         The place in a working set's rotation is kept until ``fold(working_set=...)`` goes on from there. States of
         slices can only be loaded into a model that is folded with their working set.
 
+        States of a parameter that is spread over ranks are DTensors of any placement, or whole tensors, such as one
+        process has saved.
+
         Raises:
             ValueError: the groups differ, a state does not fit its parameter, or a group is of a later ``format``
                 (``FormatError``). Nothing is changed then.
-            FoldError: in the middle of a step.
+            FoldError: in the middle of a step; on another rank, one of these was raised.
         """
-        if self._fold is not None:
-            self._fold.require_closed("load_state_dict()")
-        state_dict = dict(state_dict)
-        for hook in _torch.load_pre_hooks(self).values():
-            if (replaced := hook(self, state_dict)) is not None:
-                state_dict = replaced
-        theirs = state_dict["param_groups"]
-        refuse_newer(theirs)
-        groups = self._merged_groups(theirs)
-        saved, said = upgraded(self._saved_states(state_dict), theirs, groups, self.rule)
-        turns = self._turns
-        regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
-        placed: dict[Tensor, dict[str, Any]] = {}
+        with self._on_all_ranks("optimizer.load_state_dict()"):
+            state_dict, groups, saved, placed, rotation = self._read(state_dict)
         owners = {id(param): group for group in groups for param in group["params"]}
-        lost = 0
-        for param in self._params:  # all of them before anything changes
-            refuse_other_cut(saved.get(param, {}), regions[id(param)])
-            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule, owners[id(param)]))
-            for region in regions[id(param)]:
-                states = self._placed(param, owners[id(param)], saved, region)
-                if turns is None and param in saved:
-                    placed[param] = states
-        rotation = deepcopy(state_dict.get("working_set"))
-        if turns is not None:
-            turns.check(rotation)
-        for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
-            warnings.warn(what, stacklevel=users_level())
+        turns = self._turns
         self.state.clear()
         self.state.update(placed)
         self.groups[:] = groups
@@ -415,6 +450,67 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._steppers.clear()
         for hook in _torch.load_post_hooks(self).values():
             hook(self)
+
+    @contextlib.contextmanager
+    def _on_all_ranks(self, what: str) -> Iterator[None]:
+        """A context that raises on all ranks of the fold if it raises on one."""
+        ranks = None if self._fold is None else self._fold.ranks
+        with contextlib.nullcontext() if ranks is None else ranks.together(what):
+            yield
+
+    def _read(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
+        """Check a state_dict and convert its states; nothing of the optimizer changes.
+
+        Returns:
+            The state_dict that hooks have made of it; its groups, with this optimizer's parameters; the saved states by
+            parameter; those in the form their groups ask for, unless a working set asks for them by slice; the place in
+            a rotation.
+        """
+        if self._fold is not None:
+            self._fold.require_closed("load_state_dict()")
+        state_dict = dict(state_dict)
+        for hook in _torch.load_pre_hooks(self).values():
+            if (replaced := hook(self, state_dict)) is not None:
+                state_dict = replaced
+        theirs = state_dict["param_groups"]
+        refuse_newer(theirs)
+        groups = self._merged_groups(theirs)
+        saved, said = self._collected(self._saved_states(state_dict), theirs, groups)
+        turns = self._turns
+        regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
+        placed: dict[Tensor, dict[str, Any]] = {}
+        owners = {id(param): group for group in groups for param in group["params"]}
+        lost = 0
+        for param in self._params:  # all of them before anything changes
+            refuse_other_cut(saved.get(param, {}), regions[id(param)])
+            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule, owners[id(param)]))
+            for region in regions[id(param)]:
+                states = self._placed(param, owners[id(param)], saved, region)
+                if turns is None and param in saved:
+                    placed[param] = states
+        rotation = deepcopy(state_dict.get("working_set"))
+        if turns is not None:
+            turns.check(rotation)
+        for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
+            warnings.warn(what, stacklevel=users_level())
+        return state_dict, groups, saved, placed, rotation
+
+    def _collected(
+        self, saved: dict[Parameter, dict[str, Any]], theirs: list[dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> tuple[dict[Parameter, dict[str, Any]], str | None]:
+        """Return saved states in today's format, as plain tensors of what this rank holds, and a warning to give."""
+        found: dict[Parameter, Any] = {}
+        whole: set[int] = set()
+        for param, states in saved.items():
+            found[param], is_whole = collected(param, states)
+            if is_whole and is_spread(param):
+                whole.add(id(param))
+
+        def shape_of(param: Parameter) -> tuple[int, ...]:
+            return tuple(param.shape if id(param) in whole else held(param).shape)
+
+        found, said = upgraded(found, theirs, groups, self.rule, shape_of)
+        return {p: parts_here(p, states) if id(p) in whole else states for p, states in found.items()}, said
 
     def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = self.groups
@@ -457,7 +553,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         storage = storage_of(param, self.rule, group)
         if region is not None and states and not sliced(states):
-            states = cut(param, place(param, states, storage, self.rule, type(self).__name__), region, storage)
+            here = held(param).detach()
+            states = cut(here, place(here, states, storage, self.rule, type(self).__name__), region, storage)
         else:
             states = states_of(states, region)
         placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
@@ -488,7 +585,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if number is None and {"state", "param_groups"} <= state.keys():  # torch's load_state_dict, or an old pickle
             states, groups = state["state"], state["param_groups"]
             refuse_cast(states.values())
-            found, said = upgraded(states, groups, groups, self.rule)
+            found, said = self._collected(states, groups, groups)
             if said is not None:
                 warnings.warn(said, stacklevel=users_level())
             state["state"] = defaultdict(dict, {**states, **found})

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradfold.codecs import Split, export_master, import_master
-from gradfold.engine import allocate
+from gradfold.engine import held, is_spread
 from gradfold.engine.storage import storage_of
 
 from .base import RuleOptimizer
 from .slices import view
+from .spread import collected, parts_here
 
 RESIDUAL = "weight.residual"
 
@@ -26,7 +27,8 @@ def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tens
         optimizer: Its optimizer.
 
     Returns:
-        fp32 tensors of the parameters' shapes, by the names of ``model.named_parameters()``.
+        fp32 tensors of the parameters' shapes, by the names of ``model.named_parameters()``. Those of parameters that
+        are spread over ranks are DTensors.
 
     Example:
         >>> torch.save(gradfold.export_masters(model, optimizer), "masters.pt")
@@ -50,7 +52,8 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
     Args:
         model: The model.
         optimizer: Its optimizer.
-        masters: One tensor for each name of ``model.named_parameters()``, in the parameter's shape.
+        masters: One tensor for each name of ``model.named_parameters()``, in the parameter's shape: DTensors, or whole
+            tensors.
 
     Raises:
         ValueError: Names or shapes differ from the model's, or the model is folded with a working set. Nothing is
@@ -73,13 +76,21 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
             )
     with torch.no_grad():
         for name, param, split in _splits(model, optimizer):
+            master = _here(param, masters[name]).to(param.device)
             if split is None:
-                param.copy_(masters[name])
+                held(param).copy_(master)
                 continue
             state = optimizer.state[param]
             if RESIDUAL not in state:  # the optimizer is not folded and has not stepped yet
-                allocate(param, state, optimizer.rule, optimizer.group_of(param), {}, optimizer.stream_of(param))
-            import_master(split, masters[name].to(param.device), param, state[RESIDUAL])
+                optimizer.allocate(param)
+            import_master(split, master, held(param).detach(), state[RESIDUAL])
+            torch.autograd.graph.increment_version(param)
+
+
+def _here(param: Parameter, master: Tensor) -> Tensor:
+    """Return what this rank holds of a master that is a DTensor, or whole."""
+    states, whole = collected(param, {RESIDUAL: master})
+    return (parts_here(param, states) if whole and is_spread(param) else states)[RESIDUAL]
 
 
 def _splits(model: nn.Module, optimizer: RuleOptimizer) -> Iterator[tuple[str, Parameter, Split | None]]:

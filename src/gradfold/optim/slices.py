@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradfold.codecs import Plain, matrix
-from gradfold.engine import Region
+from gradfold.engine import Region, held
 from gradfold.engine.storage import Storage, keys_of
 from gradfold.errors import FoldError
 from gradfold.rules import Rule
@@ -26,8 +26,9 @@ def suffix(region: Region | None) -> str:
 
 
 def view(param: Tensor, region: Region | None) -> Tensor:
-    """Return a detached view of the slice, or of the whole parameter for None."""
-    return param.detach() if region is None else region.of(param.detach())
+    """Return a detached view of the slice, or of the whole parameter for None; of what this rank holds of it."""
+    here = held(param).detach()
+    return here if region is None else region.of(here)
 
 
 def sliced(states: Mapping[str, Any]) -> bool:
@@ -64,7 +65,7 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
     """Cut a slice's states out of a whole parameter's states; counters are copied.
 
     Args:
-        param: The whole parameter.
+        param: The whole parameter, as this rank holds it.
         states: Its states by plain name.
         region: The slice.
         storage: How the group stores weight and states.
@@ -76,6 +77,7 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
     if storage.weight is not None:
         codecs["weight"] = storage.weight
     found: dict[str, Any] = {}
+    start, stop = region.within(param.shape[region.dim] if param.dim() else 1)
     for name, codec in codecs.items():
         keys = {part: key for part, key in keys_of(name, codec).items() if key in states}
         if (
@@ -85,7 +87,7 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
             or (region.dim == 0 and param.dim() > 1)
         ):
             found |= {key: region.of(states[key]) for key in keys.values()}
-        elif param.dim() < 2 and (region.start % codec.block or region.stop % codec.block):
+        elif param.dim() < 2 and (start % codec.block or stop % codec.block):
             if keys:  # a vector that is cut inside a block: decode it, and quantize the slice anew
                 values = codec.decode(
                     codec.rows_of({p: states[k] for p, k in keys.items()}, param.shape), param.numel()
@@ -93,7 +95,7 @@ def cut(param: Tensor, states: Mapping[str, Any], region: Region, storage: Stora
                 found[name] = region.of(values.view(param.shape))
         else:
             seen = matrix(param.shape)
-            columns = slice(region.start, region.stop)
+            columns = slice(start, stop)
             parts = {part: states[key] for part, key in keys.items()}
             parts = codec.view(codec.rows_of(parts, param.shape), seen.columns, slice(None), columns)
             found |= {keys[part]: value for part, value in parts.items()}
@@ -108,7 +110,7 @@ def join(
 
     Args:
         name: Name of the parameter, for messages.
-        param: The whole parameter.
+        param: The whole parameter, as this rank holds it.
         slices: Each slice with its states.
         rule: The optimizer's rule.
 

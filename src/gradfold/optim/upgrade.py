@@ -7,7 +7,7 @@ groups do not have these keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from gradfold._version import __version__
 from gradfold.codecs import FORMAT, STATES, WEIGHT, Codec, Parts, Plain, written_by
-from gradfold.engine import Region
+from gradfold.engine import Region, held
 from gradfold.engine.storage import OPTIONS, Storage, storage_of
 from gradfold.errors import FoldError, FormatError
 from gradfold.rules import Group, Rule
@@ -66,8 +66,16 @@ def refuse_cast(states: Iterable[Any]) -> None:
                 )
 
 
+def _shape_here(param: Parameter) -> tuple[int, ...]:
+    return tuple(held(param).shape)
+
+
 def upgraded(
-    saved: Mapping[Any, Mapping[str, Any]], theirs: Sequence[Group], ours: Sequence[Group], rule: Rule
+    saved: Mapping[Any, Mapping[str, Any]],
+    theirs: Sequence[Group],
+    ours: Sequence[Group],
+    rule: Rule,
+    shape_of: Callable[[Parameter], tuple[int, ...]] = _shape_here,
 ) -> tuple[dict[Any, States], str | None]:
     """Convert states of an earlier format, and decode quantized states whose group asks for another form.
 
@@ -76,6 +84,7 @@ def upgraded(
         theirs: The saved param_groups, which ``refuse_newer`` has seen.
         ours: The param_groups that they become.
         rule: The optimizer's rule.
+        shape_of: Returns the shape of the parameter that its states fit; by default, of what this rank holds of it.
 
     Returns:
         The states by parameter, and a warning about what differs from before; None if nothing does. What does not fit
@@ -92,7 +101,7 @@ def upgraded(
             if number < FORMAT or any("." in key for key in saved[param]):
                 storage = storage_of(param, rule, our)
                 random |= number < FORMAT and any(storage.random)
-                found[param], names = _converted(param, found[param], storage, their.get("states"))
+                found[param], names = _converted(shape_of(param), found[param], storage, their.get("states"))
                 converted |= {(id(param), name, kind) for name, kind in names}
     return found, _warning(converted, random)
 
@@ -105,12 +114,14 @@ def _format_of(group: Group, states: Iterable[Mapping[str, Any]]) -> int:
     return 1 if stored else FORMAT
 
 
-def _converted(param: Parameter, saved: States, storage: Storage, states: Any) -> tuple[States, list[tuple[str, str]]]:
+def _converted(
+    whole: tuple[int, ...], saved: States, storage: Storage, states: Any
+) -> tuple[States, list[tuple[str, str]]]:
     """Convert one parameter's states; also return the names of those whose format changes, and their ``states=``."""
     asked = {spec.name: (spec, codec) for spec, codec in zip(storage.specs, storage.codecs, strict=True)}
     made, changed = dict(saved), []
     for name, region, keys in _quantized(saved):
-        if name not in asked or (shape := _shape(param, region)) is None:
+        if name not in asked or (shape := _shape(whole, region)) is None:
             continue
         spec, codec = asked[name]
         parts = {part: saved[key] for part, key in keys.items()}
@@ -160,14 +171,15 @@ def _quantized(saved: States) -> Iterator[tuple[str, str, dict[str, str]]]:
         yield name, region, keys
 
 
-def _shape(param: Tensor, text: str) -> tuple[int, ...] | None:
+def _shape(whole: tuple[int, ...], text: str) -> tuple[int, ...] | None:
     """Return the shape of a slice, by the suffix of its states' names; None if the parameter has no such slice."""
     if not text:
-        return tuple(param.shape)
+        return whole
     region = Region.parse(text)
-    if region is None or region.dim >= param.dim() or not region.start <= region.stop <= param.shape[region.dim]:
+    if region is None or region.dim >= len(whole):
         return None
-    return tuple(region.stop - region.start if dim == region.dim else n for dim, n in enumerate(param.shape))
+    start, stop = region.within(whole[region.dim])
+    return tuple(stop - start if dim == region.dim else n for dim, n in enumerate(whole))
 
 
 def _fits(codec: Codec, parts: Mapping[str, Any], shape: tuple[int, ...]) -> bool:

@@ -29,7 +29,8 @@ class WorkingSet:
         by: How the model is cut. "bytes": weights and states in model order are one stream that is cut into equal
             parts; tensors are sliced where a cut falls. "layer": whole layers. Or a list with one list per chunk, of
             parameter names, module names (for all parameters below), ``(name, slice(0, 512))`` for rows or
-            ``(name, (slice(None), slice(0, 64)))`` for columns.
+            ``(name, (slice(None), slice(0, 64)))`` for columns. Of a parameter that is spread over ranks, what each
+            rank holds is cut, and a slice of the dimension that is spread stands for that fraction of each rank's part.
         axis: With ``by="bytes"``, tensors are sliced by rows, the first dimension ("out": output features of a Linear),
             or matrices by columns ("in").
         order: Order of the chunks. "forward" and "backward" go round; "random" draws a new order each round;
@@ -40,7 +41,7 @@ class WorkingSet:
         offload: Where states of inactive slices are kept: None (on the weights' device), "cpu", "disk", or a
             ``gradfold.workset.Store``.
         folder: Folder for ``offload="disk"``, used by one run only: files of an earlier run are deleted. Checkpoints
-            contain the states themselves.
+            contain the states themselves. On many ranks each has a folder of its own in it.
         prefetch: Number of chunks (0 or 1) whose states are copied to the device before their turn. The copy begins in
             the last backward of a turn, when the memory of the loss head is free again.
         seed: Seed of ``order="random"``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from gradfold import _torch
 from gradfold.codecs import WEIGHTS
-from gradfold.engine import FoldParam, FoldState, Region
+from gradfold.engine import FoldParam, FoldState, Region, how_spread, is_cut_alike, is_spread, largest_part
 from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 
@@ -19,7 +20,11 @@ from .config import WorkingSet
 
 
 class Layout:
-    """The cut of one model's parameters; a tied parameter is known by each of its names."""
+    """The cut of one model's parameters; a tied parameter is known by each of its names.
+
+    Of parameters that are spread over ranks, what each rank holds is cut, on all ranks by the same numbers: those of
+    the largest part.
+    """
 
     def __init__(self, config: WorkingSet, fold: FoldState):
         self.config = config
@@ -33,13 +38,16 @@ class Layout:
         if missing := [name for name in config.always if not any(self._named(member, [name]) for member in trainable)]:
             raise FoldError(f"WorkingSet(always=[{missing[0]!r}]): no trainable parameter's name contains it")
         self.turning = [member for member in trainable if member not in self.always]
+        self._by_name = {member.name: member for member in self.turning}
         self.chunks = self._cut()
         self.slices: dict[FoldParam, list[tuple[int, Region | None]]] = {member: [] for member in self.turning}
-        self._by_name = {member.name: member for member in self.turning}
         for index, chunk in enumerate(self.chunks):
             for slice_ in chunk:
                 member = self._by_name[slice_.name]
-                self.slices[member].append((index, _region(slice_, member.param)))
+                region = _region(slice_, member.param)
+                if region is not None and is_spread(member.param):
+                    _refuse_uneven(member, region)
+                self.slices[member].append((index, region))
 
     def _named(self, member: FoldParam, wanted: Iterable[str]) -> bool:
         names = [name for name, owner in self._aliases.items() if owner == member.name]
@@ -63,10 +71,12 @@ class Layout:
     def _own_name(self, member: Any) -> Any:
         """Return a member of a user's list under the fold's name, if it gives another name of a tied parameter."""
         name, *rest = (member,) if isinstance(member, str) else member
-        known = {member.name for member in self.turning}
+        known = self._by_name.keys()
         if not any(own == name or own.startswith(f"{name}.") for own in known):
             tied = {self._aliases[key] for key in self._aliases if key == name or key.startswith(f"{name}.")} & known
             name = tied.pop() if len(tied) == 1 else name
+        if len(rest) == 1 and name in known:
+            rest = [_in_part(self._by_name[name], rest[0])]
         return (name, *rest) if rest else name
 
     def pieces(self) -> list[Piece]:
@@ -85,7 +95,7 @@ class Layout:
             storage = storage_of(member.param, rule, member.group)
             grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
             size_bytes = weight_and_state_bytes(member)
-            made.append(Piece(member.name, tuple(member.param.shape), size_bytes, mates.get(member.name), grain))
+            made.append(Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain))
         return made
 
     def name_of(self, slice_: Slice) -> str:
@@ -94,24 +104,20 @@ class Layout:
         return name_of_region(member, _region(slice_, member.param))
 
     def chunk_bytes(self, index: int) -> float:
-        """Return the bytes of weights and states of one chunk."""
+        """Return the bytes of weights and states of one chunk, on the rank that holds most."""
         total = 0.0
         for name, dim, start, stop in self.chunks[index]:
-            param = self._by_name[name].param
-            total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / (param.shape or (1,))[dim]
+            extent = (largest_part(self._by_name[name].param) or (1,))[dim]
+            total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / extent
         return total
 
     def trained_per_turn(self) -> list[int]:
-        """Return how many elements each chunk trains, those that always train included."""
-        always = sum(member.param.numel() for member in self.always)
-        return [
-            always
-            + sum(
-                self._by_name[name].param.numel() * (stop - start) // (self._by_name[name].param.shape or (1,))[dim]
-                for name, dim, start, stop in chunk
-            )
-            for chunk in self.chunks
-        ]
+        """Return how many elements each chunk trains on this rank, those that always train included."""
+        trained = [sum(member.held.numel() for member in self.always)] * len(self.chunks)
+        for member, slices in self.slices.items():
+            for index, region in slices:
+                trained[index] += (member.held if region is None else region.of(member.held)).numel()
+        return trained
 
     def chunks_of(self, member: FoldParam) -> str:
         """Return in which chunks a parameter is, for a table."""
@@ -123,18 +129,55 @@ class Layout:
 
 
 def weight_and_state_bytes(member: FoldParam) -> float:
-    """Return the bytes of a parameter and all of its states."""
+    """Return the bytes of a parameter and all of its states, on the rank that holds most of it."""
     param, rule = member.param, member.fold.optimizer.rule
-    storage = storage_of(param, rule, member.group)
+    storage, shape = storage_of(param, rule, member.group), largest_part(param)
     codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
-    each = sum(param.element_size() if codec is None else codec.bytes_per_element(param.shape) for codec in codecs)
-    weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(param.shape)
-    return (each + weight) * param.numel()
+    each = sum(param.element_size() if codec is None else codec.bytes_per_element(shape) for codec in codecs)
+    weight = param.element_size() if storage.weight is None else storage.weight.bytes_per_element(shape)
+    return (each + weight) * math.prod(shape)
 
 
 def _region(slice_: Slice, param: Tensor) -> Region | None:
-    size = param.shape[slice_.dim] if param.dim() else 1
+    size = largest_part(param)[slice_.dim] if param.dim() else 1
     return None if (slice_.start, slice_.stop) == (0, size) else Region(slice_.dim, slice_.start, slice_.stop)
+
+
+def _in_part(member: FoldParam, part: Any) -> Any:
+    """Return a user's slice of a whole parameter as one of what each rank holds of it: the same fraction of each.
+
+    Raises:
+        FoldError: some rank has no such fraction.
+    """
+    shape, here = member.param.shape, largest_part(member.param)
+    cuts = []
+    for dim, cut in enumerate(part if isinstance(part, tuple) else (part,)):
+        if not isinstance(cut, slice) or dim >= len(shape) or shape[dim] == here[dim]:
+            cuts.append(cut)
+            continue
+        start, stop, step = cut.indices(shape[dim])
+        ranks, rest = divmod(shape[dim], here[dim])
+        if (start, stop) == (0, shape[dim]):
+            cuts.append(slice(None, None, cut.step))
+        elif rest or start % ranks or stop % ranks:
+            raise FoldError(
+                f"({member.name!r}, {part!r}): it is cut along {how_spread(member.param)}, and of each rank's part the "
+                f"same fraction takes turns; {start}:{stop} of {shape[dim]} is no whole number of a rank's {here[dim]}"
+            )
+        else:
+            cuts.append(slice(start // ranks, stop // ranks, None if step == 1 else step))
+    return tuple(cuts) if isinstance(part, tuple) else cuts[0]
+
+
+def _refuse_uneven(member: FoldParam, region: Region) -> None:
+    """Raise if the slices that the ranks have of a parameter are no parts of one tensor, as a checkpoint needs them."""
+    storage = storage_of(member.param, member.fold.optimizer.rule, member.group)
+    if not is_cut_alike(member.param, region, (storage.weight, *storage.codecs)):
+        raise FoldError(
+            f"{member.name}: cut along {how_spread(member.param)}, and the working set slices each rank's part at "
+            f"{region}, which no checkpoint could put together (parts of unequal size, or blocks of quantized states "
+            "that are split); name it in always=, or use by='layer'"
+        )
 
 
 def name_of_region(member: FoldParam, region: Region | None) -> str:

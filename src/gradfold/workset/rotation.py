@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from gradfold._io import FolderLock
 from gradfold.codecs import WEIGHT
-from gradfold.engine import FoldParam, FoldState, ParamSlice, Region
+from gradfold.engine import FoldParam, FoldState, ParamSlice, Region, how_spread, largest_part
 from gradfold.errors import FoldError
 
-from .chunks import Chunk
 from .config import WorkingSet
 from .disk import DiskStore
 from .files import sole_user
@@ -48,8 +47,16 @@ class Turn:
 class Rotation(Layout):
     """The working set of one fold."""
 
-    def __init__(self, config: WorkingSet, fold: FoldState):
+    def __init__(self, config: WorkingSet, fold: FoldState, rank: int | None = None):
+        """Cut the model.
+
+        Args:
+            config: the settings.
+            fold: the fold.
+            rank: which of the ranks this is that step together; each keeps files of its own. None: there is only one.
+        """
         super().__init__(config, fold)
+        self._rank = rank
         self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
         self._lock: FolderLock | None = None
         self.store = self._store()
@@ -71,6 +78,12 @@ class Rotation(Layout):
             f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}"
         )
 
+    def settings(self) -> str:
+        """Return what must be equal on all ranks for their chunks to take turns together."""
+        config = self.config
+        kept = f"order={config.order!r}, states={config.states!r}, seed={config.seed}"
+        return f"WorkingSet(chunks={len(self.chunks)}, interval={config.interval}, {kept})"
+
     @property
     def by_norm(self) -> bool:
         """Whether the order of the chunks follows from the norms of their gradients."""
@@ -84,9 +97,12 @@ class Rotation(Layout):
         config = self.config
         if config.offload == "disk":
             assert config.folder is not None
-            lock = self._hold(Path(config.folder))
+            folder = Path(config.folder)
+            if self._rank is not None:
+                folder = folder / f"rank-{self._rank}"
+            lock = self._hold(folder)
             try:
-                store = DiskStore(config.folder, lock)
+                store = DiskStore(folder, lock)
                 store.prune()  # files of an earlier run are of no use: state_dict() holds the states themselves
             except FoldError:
                 self.close()
@@ -215,7 +231,16 @@ class Rotation(Layout):
         """
         if self._owed is None and not self._waking:
             self._owed = power
-        self.catch_up()
+        ranks = self.fold.ranks
+        if ranks is None or not self.schedule.leaves:
+            self.catch_up()
+            return
+        try:
+            self.catch_up()
+        except Exception as error:
+            ranks.fail(error)  # the others would wait for this one in the next forward
+            raise
+        ranks.vote("the working set's next chunk", {}, 2.0, [])
 
     def catch_up(self) -> None:
         """Count the step and change chunks, as far as that has not been done."""
@@ -321,7 +346,23 @@ class Rotation(Layout):
         schedule = copy.deepcopy(self.schedule)
         if self._owed is not None:  # a run that goes on from here changes chunks as it loads
             schedule.stepped(self._owed)
-        return {"cut": _cut_of(self.chunks), "schedule": schedule.state_dict()}
+        return {"cut": self._saved_cut(), "schedule": schedule.state_dict()}
+
+    def _saved_cut(self) -> list[list[list[Any]]]:
+        """Return the cut as lists of [name, dim, start, stop].
+
+        A slice of what a rank holds of a parameter has a fifth entry, which says how the parameter is spread: the cut
+        is another one on another mesh. A whole parameter is the same on any.
+        """
+        return [[self._saved_slice(*slice_) for slice_ in chunk] for chunk in self.chunks]
+
+    def _saved_slice(self, name: str, dim: int, start: int, stop: int) -> list[Any]:
+        param = self._by_name[name].param
+        if not (how := how_spread(param)):
+            return [name, dim, start, stop]
+        if (start, stop) == (0, largest_part(param)[dim]):
+            return [name, 0, 0, param.shape[0]]
+        return [name, dim, start, stop, how]
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
         """Raise ValueError if this ``state_dict()`` is of another cut or order."""
@@ -330,12 +371,12 @@ class Rotation(Layout):
         if not isinstance(saved, Mapping) or not {"cut", "schedule"} <= saved.keys():
             found = sorted(saved) if isinstance(saved, Mapping) else saved
             raise ValueError(f"state_dict['working_set'] has {found!r}, not the cut and the schedule")
-        if saved["cut"] != _cut_of(self.chunks):
+        if saved["cut"] != self._saved_cut():
             raise ValueError(
                 f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
                 f"working_set={self._difference(saved['cut'])}; fold with the one it was saved with (the cut depends "
-                "on chunks=, by=, axis=, always= and on how states are stored), or load it without its 'working_set' "
-                "to begin a new rotation"
+                "on chunks=, by=, axis=, always=, on how states are stored, and, where tensors are sliced, on how they "
+                "are spread over ranks), or load it without its 'working_set' to begin a new rotation"
             )
         trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
         try:
@@ -345,7 +386,7 @@ class Rotation(Layout):
 
     def _difference(self, saved: list[Any]) -> str:
         """Return the first slice that is not the same in a saved cut, in words."""
-        for index, (there, here) in enumerate(itertools.zip_longest(saved, _cut_of(self.chunks), fillvalue=[])):
+        for index, (there, here) in enumerate(itertools.zip_longest(saved, self._saved_cut(), fillvalue=[])):
             for one, other in itertools.zip_longest(there, here):
                 if one != other:
                     return f" (chunk {index} has {_in_words(one)} there, {_in_words(other)} here)"
@@ -386,13 +427,11 @@ class Rotation(Layout):
         self._wake()
 
 
-def _cut_of(chunks: list[Chunk]) -> list[list[list[Any]]]:
-    return [[list(slice_) for slice_ in chunk] for chunk in chunks]
-
-
 def _in_words(slice_: Any) -> str:
     """Return a slice of a cut as ``name[start:stop]``, or whatever a damaged cut has in its place."""
     match slice_:
         case [name, dim, start, stop]:
             return f"{name}{Region(dim, start, stop)}"
+        case [name, dim, start, stop, how]:
+            return f"{name}{Region(dim, start, stop)} of each rank's part, along {how}"
     return "nothing" if slice_ is None else repr(slice_)

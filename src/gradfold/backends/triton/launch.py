@@ -90,7 +90,10 @@ def narrowed_tensors(tensors: Tensors, start: int, stop: int) -> Tensors:
 
 
 def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
-    """Return the tensors of a weight and its states; None if no kernel takes them (empty, strided, unknown codec)."""
+    """Return the tensors of a weight and its states; None if no kernel takes them.
+
+    That is: empty ones, strided ones, an unknown codec, rows with gaps.
+    """
     weight = stored[0].values
     if not weight.numel():
         return None
@@ -118,9 +121,10 @@ def tensors_of(stored: Sequence[Stored]) -> Tensors | None:
         seconds.append(second)
         strides.append((first.stride(0), second.stride(0)))
     place = stored[0].place
-    offset, row_stride = (0, columns) if place is None else place[1:]
-    if weight.dim() != 2:  # slices of vectors and 3-D weights are contiguous
-        row_stride = columns
+    offset = 0 if place is None else place.offset
+    row_stride = columns if place is None else place.row_stride(weight.shape)
+    if row_stride is None:
+        return None
     numel = weight.numel() if place is None else torch.Size(place.shape).numel()
     element_bytes = sum(first.element_size() * first.numel() for first in firsts) / weight.numel()
     streams = [one.stream for one in stored]
