@@ -92,7 +92,7 @@ class Report:
 def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     """Return the report of a fold as it is now."""
     unfolded = _unfolded(fold)
-    rows = tuple(_row(fold, name, param, unfolded) for name, param in fold.model.named_parameters())
+    rows = tuple(_row(fold, name, param, unfolded) for name, param in fold.named_parameters().items())
     scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
     made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
     turns = fold.turns

@@ -78,7 +78,7 @@ class Sharding:
             group.reshard()
 
     def refuse_unmanaged(self, named: Mapping[str, Tensor]) -> None:
-        """Raise if a parameter that trains is in no group of FSDP2, so that nothing sums its gradient over the ranks."""
+        """Raise if one of these parameters, which train, is in no group of FSDP2, so that nothing sums its gradient."""
         if all(group.mesh_info.mesh.size() == 1 for group in self._groups):
             return
         for name, param in named.items():
@@ -109,5 +109,3 @@ def fsdp_modules(model: nn.Module) -> Iterable[nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
-
-

@@ -22,7 +22,7 @@ from gradfold._options import FoldOptions
 from gradfold.backends import Backend
 from gradfold.errors import FoldError
 
-from .audit import Auditor, unhooked_gradients
+from .audit import Auditor, named_parameters, unhooked_gradients
 from .backward import Backward
 from .context import FoldContext
 from .finish_step import agree, coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
@@ -81,6 +81,10 @@ class FoldState(FoldContext):
         if self._storages is None:
             self._storages = frozenset(_torch.storage_key(param.held) for param in self.params.values())
         return self._storages
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """Return the model's parameters by name, with sharded ones in place of those that are gathered now."""
+        return named_parameters(self.model, self.sharding)
 
     def slices(self) -> list[ParamSlice]:
         """Return everything that may step now."""

@@ -92,6 +92,9 @@ def _folded(tensors: Iterable[Tensor], call: str) -> dict[FoldState, list[FoldPa
     found: dict[FoldState, list[FoldParam]] = {}
     others: list[Tensor] = []
     folds = [fold for fold in live_folds() if isinstance(fold, FoldState) and not fold.paused]
+    for fold in folds:
+        if fold.sharding is not None:  # after an evaluation, FSDP2 may show gathered parameters
+            tensors = fold.sharding.sharded(list(tensors))
     for tensor in tensors:
         fold = next((fold for fold in folds if id(tensor) in fold.params), None)
         if fold is not None and (tensor.requires_grad or fold.turns is not None):

@@ -32,6 +32,10 @@ def zero_gradients(params: Iterable[Tensor], set_to_none: bool, call: str) -> No
     folds = [fold for fold in live_folds() if not fold.paused]
     if not folds:
         return
+    params = list(params)
+    for fold in folds:
+        if fold.sharding is not None:  # after an evaluation, FSDP2 may show gathered parameters
+            params = fold.sharding.sharded(params)
     ids = {id(param) for param in params}
     chosen = [(fold, [one for key, one in fold.params.items() if key in ids]) for fold in folds]
     chosen = [(fold, members) for fold, members in chosen if members]

@@ -306,7 +306,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _join_fold(self, added: list[Parameter]) -> None:
         if self._fold is None:
             return
-        names = {id(param): name for name, param in self._fold.model.named_parameters()}
+        names = {id(param): name for name, param in self._fold.named_parameters().items()}
         added = [param for param in added if id(param) not in self._fold.params]  # others only change groups
         for param in added:
             if id(param) not in names:
