@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import ranks_of
+from .dist import Ranks, ranks_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -127,7 +128,7 @@ def fold(
     """
     ranks = ranks_of(model, group)
 
-    def make() -> Fold:
+    def make() -> tuple[Fold, Callable[[], None]]:
         options = FoldOptions(
             accumulate=accumulate,
             clip_norm=clip_norm,
@@ -142,19 +143,38 @@ def fold(
         return _fold(model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes)
 
     if ranks is None:
-        return make()
-    made: Fold | None = None
+        return make()[0]
+    return _fold_together(ranks, make, {"working_set": _cut_of(working_set), "joint": joint, "head": head})
+
+
+def _fold_together(ranks: Ranks, make: Callable[[], tuple[Fold, Callable[[], None]]], words: Mapping[str, Any]) -> Fold:
+    """Fold the model on all ranks, or on none of them.
+
+    Args:
+        ranks: those that step together.
+        make: folds this rank's; ``_fold`` says what it returns.
+        words: arguments of ``fold()`` that must be equal on all ranks, beside its ``FoldOptions``.
+    """
+    undo: Callable[[], None] | None = None
     try:
         with ranks.together("fold()"):
-            made = make()
+            made, undo = make()
         state = made._state
-        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), state.options)
+        options = {**dataclasses.asdict(state.options), **words, "optimizer": type(state.optimizer).__name__}
+        ranks.enroll(list(state.params.values()), len(state.optimizer.groups), options)
     except BaseException:
-        if made is not None:
-            made.remove()
+        if undo is not None:
+            undo()
         raise
     state.ranks = ranks
     return made
+
+
+def _cut_of(working_set: WorkingSet | None) -> Any:
+    """Return the settings of a working set that must be equal on all ranks: where states are kept is not."""
+    if not isinstance(working_set, WorkingSet):
+        return working_set
+    return dataclasses.replace(working_set, offload=None, folder=None)
 
 
 def _fold(
@@ -167,7 +187,8 @@ def _fold(
     head_keep_bytes: int | None,
     backend: str | Backend,
     scratch_bytes: int,
-) -> Fold:
+) -> tuple[Fold, Callable[[], None]]:
+    """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
@@ -212,6 +233,16 @@ def _fold(
     kept = {param: dict(states) for param, states in optimizer.state.items()}
     place = optimizer._rotation
     made = Fold(state, [])
+
+    def undo() -> None:
+        with contextlib.suppress(FoldError):  # of a store that has already failed
+            made.remove()
+        if rotation is not None:
+            rotation.close()
+        optimizer.state.clear()
+        optimizer.state.update(kept)
+        optimizer._rotation = place
+
     try:
         made._modules = swap(model, params)
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
@@ -226,17 +257,11 @@ def _fold(
         watch_clipping(state)
         watch_zero_grad()
     except BaseException as error:  # out of memory, too: what is half folded would step without being seen
-        with contextlib.suppress(FoldError):  # of a store that has already failed
-            made.remove()
-        if rotation is not None:
-            rotation.close()
-        optimizer.state.clear()
-        optimizer.state.update(kept)
-        optimizer._rotation = place
+        undo()
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise
-    return made
+    return made, undo
 
 
 def _check_keep_bytes(keep_bytes: object, head: str) -> None:

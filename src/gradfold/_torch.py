@@ -7,6 +7,7 @@ Torch does not promise to keep them. If a release changes one, only this file ha
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import operator
 import sys
@@ -330,6 +331,12 @@ def completed(tensor: Tensor) -> Tensor:
 def store_of(group: Any) -> Any:
     """Return the key-value store through which a process group's ranks found each other."""
     return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
+def timeout_of(group: Any) -> datetime.timedelta:
+    """Return how long a process group lets its collectives wait."""
+    found = [group._get_backend(device).options._timeout for device in group._device_types]
+    return min(found)
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

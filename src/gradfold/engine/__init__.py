@@ -2,6 +2,7 @@
 
 from .audit import outside, refuse_other_model
 from .clip_calls import clip_norm_at_step
+from .clipping import norm_from
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .group_norm import survive_group_norms
@@ -35,6 +36,7 @@ __all__ = [
     "enlist",
     "held",
     "is_spread",
+    "norm_from",
     "note_zeros",
     "outside",
     "param_of",

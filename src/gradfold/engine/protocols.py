@@ -51,7 +51,13 @@ class Ranks(Protocol):
         ...
 
     def vote(
-        self, what: str, powers: Mapping[int, float], order: float, nonfinite: Sequence[str]
+        self,
+        what: str,
+        powers: Mapping[int, float],
+        order: float,
+        nonfinite: Sequence[str],
+        copies: Mapping[str, float] | None = None,
+        moved: bool = False,
     ) -> tuple[dict[int, float], list[str]]:
         """Return the sums of powers over all ranks, by pool, and the names of all gradients that are not finite."""
         ...
@@ -66,6 +72,14 @@ class Ranks(Protocol):
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, which wait for this rank's vote, that there will be none."""
+        ...
+
+    def next_step(self) -> None:
+        """Count a step that is over, or dropped: votes on different steps are told apart."""
+        ...
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Return a context that all ranks leave alike: if one raises inside, all do."""
         ...
 
     def join(self, params: Sequence[Any], groups: int) -> None:

@@ -263,6 +263,13 @@ class FoldState(FoldContext):
         Raises:
             FoldError: entered in the middle of a step, or the gradient is not finite. Nothing has moved then.
         """
+        if self.ranks is None:
+            yield from self._first_pass()
+            return
+        with self.ranks.guard():
+            yield from self._first_pass()
+
+    def _first_pass(self) -> Iterator[None]:
         self.require_closed("fold.backward()")
         self.step.measuring = True
         slices, sums = self.slices(), {}
@@ -356,8 +363,16 @@ class FoldState(FoldContext):
         if self.ranks is None:
             self._close()
             return
-        with self.ranks.guard():
-            self._close()
+        step = self.step
+        try:
+            with self.ranks.guard():
+                self._close()
+        except Exception:
+            if self.step is step:  # the other ranks have dropped theirs
+                self.new_step()
+            raise
+        finally:
+            self.ranks.next_step()
 
     def _close(self) -> None:
         step = self.step
