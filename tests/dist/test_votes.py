@@ -343,7 +343,7 @@ def test_what_fold_refuses(two):
         assert "fold() has clip_norm=1.0 on rank 0, and clip_norm=2.0 on rank 1" in found["options"]
         assert "fold() has joint=False on rank 0, and joint=True on rank 1" in found["words"]
         assert "its param_group has lr=0.01 on rank 0, and lr=1.01 on rank 1" in found["optimizer options"]
-        assert "a.weight: called '0' in the optimizer of rank 0 and 'a.weight'" in found["names"]
+        assert "scale: called '0' in the optimizer of rank 0 and 'scale' in that of rank 1" in found["names"]
         assert ("scale" in found["one rank"]) and ("fold() on rank 1" in found["one rank"]) == (rank == 0), other
         assert found["unfolded"] is True
         assert found["alone"] is True
