@@ -13,7 +13,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .protocols import Turns
 from .region import Region
-from .shard import Shard, held, is_spread
+from .shard import Shard, held, is_spread, part_of
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
@@ -40,6 +40,7 @@ __all__ = [
     "note_zeros",
     "outside",
     "param_of",
+    "part_of",
     "refuse_ddp",
     "refuse_drop",
     "refuse_other_model",

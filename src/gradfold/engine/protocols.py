@@ -46,6 +46,9 @@ class Optimizer(Protocol):
 class Ranks(Protocol):
     """The part that the engine uses of the ranks that step together (``gradfold.dist``)."""
 
+    rank: int
+    size: int
+
     def counts(self, param: Any) -> bool:
         """Return whether this rank counts for the norm: of copies, only those of one rank do."""
         ...

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold._options import FoldOptions
-from gradfold.backends import Backend
+from gradfold.backends import Backend, DenseTerm
 from gradfold.errors import FoldError
 
 from .audit import Auditor, unhooked_gradients
@@ -35,6 +35,7 @@ from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
+from .shard import sum_together
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 from .zero_grad import add_zeros, changed_since, changed_weights
@@ -225,6 +226,7 @@ class FoldState(FoldContext):
         backward.running = False
         step, parent = self.step, backward.parent
         if parent is None:
+            self._sum_rest(backward)
             self._flush(backward)
             step_rest(self)
             step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
@@ -234,6 +236,14 @@ class FoldState(FoldContext):
         if parent.once or not parent.watched:
             parent.done = True
         self._flush_due(backward, parent)
+
+    def _sum_rest(self, backward: Backward) -> None:
+        """Sum over the ranks what their parts of small gradients have waited for: with one collective for all."""
+        if not backward.unsummed:
+            return
+        summed = sum_together([part for _, part in backward.unsummed])
+        for (param, _), grad in zip(backward.unsummed, summed, strict=True):
+            param.fire(backward, [DenseTerm(grad)])
 
     def segment_ended(self, segment: Segment) -> None:
         """Step what has waited for a segment that has run now."""
