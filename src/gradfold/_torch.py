@@ -319,6 +319,17 @@ def shard_geometry(shape: Iterable[int], mesh: Any, placements: Iterable[Any]) -
     return list(local), list(offset)
 
 
+@functools.cache
+def unwatch_redistribution() -> None:
+    """Let ``watch_nodes`` leave out the Functions of DTensors, of which every layer has many; none calls a backward."""
+    from torch.distributed.tensor import _api, _redistribute
+
+    for module, names in ((_api, ("_ToTorchTensor", "_FromTorchTensor")), (_redistribute, ("Redistribute",))):
+        for name in (*names, "NestedRedistribute"):
+            if (function := getattr(module, name, None)) is not None:
+                unwatched(function)
+
+
 def completed(tensor: Tensor) -> Tensor:
     """Return a collective's result once it is there; any other tensor as it is."""
     functional: Any = sys.modules.get("torch.distributed._functional_collectives")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Routed, native
-from .engine import FoldParam, FoldState, part_of
+from .engine import FoldParam, FoldState, held, part_of
 from .engine.storage import storage_of
 from .head import HeadRow
 from .modules import FOLD_PARAM, why_not_foldable

@@ -64,13 +64,15 @@ class Case(NamedTuple):
     frozen: tuple[str, ...] = ()  # names of parameters, or parts of them
     model: dict = {}  # noqa: RUF012
     folded: int = 16  # how many parameters modules hand terms of
+    limit: float = 1e-11  # of the weights' distance from one process
 
 
+TIED = {"folded": 15, "limit": 1e-10}  # torch's own tensor parallelism is 2e-11 away: sums in another order
 FROZEN = ("embed", "attention.k", "norm1", "0.inner.down")
 CASES = {
     "tp": Case(),
     "sp": Case(sequence=True, accumulate=2, clip=0.05),
-    "sp, tied, checkpoints": Case(sequence=True, folded=15, model={"tied": True, "checkpoint": False}),
+    "sp, tied, checkpoints": Case(sequence=True, model={"tied": True, "checkpoint": False}, **TIED),
     "tp, frozen, no bias, reentrant": Case(
         frozen=FROZEN, clip=0.05, folded=12, model={"bias": False, "checkpoint": True}
     ),
@@ -86,9 +88,9 @@ MORE = {
         "checkpoints": Case(model={"checkpoint": False}, accumulate=2),
         "reentrant": Case(model={"checkpoint": True}, accumulate=2),
         "reentrant, clip": Case(model={"checkpoint": True}, clip=0.05),
-        "tied": Case(model={"tied": True}, folded=15),
+        "tied": Case(model={"tied": True}, **TIED),
         "tied, reentrant, sum of 2, clip": Case(
-            model={"tied": True, "checkpoint": True}, folded=15, accumulate=2, clip=0.05
+            model={"tied": True, "checkpoint": True}, accumulate=2, clip=0.05, **TIED
         ),
         "no bias": Case(model={"bias": False}),
         "frozen": Case(frozen=FROZEN, folded=12, accumulate=2),
@@ -137,7 +139,7 @@ def train(cases):
 def check(found, cases):
     for name, case in cases.items():
         weights, norms, folded, left = found[name]
-        assert weights <= 1e-11, name
+        assert weights <= case.limit, name
         assert norms <= 1e-12, name
         assert folded == case.folded, name
         assert not left, name
@@ -222,11 +224,13 @@ def test_folding_sends_nothing_more(two, sequence):
         folded_forward, folded_backward, folded_whole = found[True]
         assert folded_forward == forward
         assert len(backward) > 4
-        norms = [(5 * WIDTH,)] if sequence else []  # of five norms, in one all-reduce at the end of backward
         extra = list(folded_backward)
         for one in backward:
             extra.remove(one)
-        assert [shape for _, shapes in extra for shape in shapes[:1]] == norms
+        # the gradients of five norms, which torch leaves unsummed until its optimizer steps
+        norms = [[(5 * WIDTH,)]] if sequence else []
+        assert [shapes for name, shapes in extra if "all_reduce" in name] == norms
+        assert len(extra) == 2 * len(norms)  # torch notes what wraps the result, too
         assert whole
         assert not folded_whole
 
@@ -308,7 +312,7 @@ def autocast():
     mesh, models, start = mesh_of_all(), [], None
     for folded in (False, True):
         model = parallel(tiny(torch.float32), mesh, True)
-        start = [p.to_local().clone() if hasattr(p, "to_local") else p.clone() for p in model.parameters()]
+        start = [p.to_local().detach().clone() for p in model.parameters()]
         kind = gradfold.SGD if folded else torch.optim.SGD
         optimizer = kind(model.parameters(), lr=0.1)
         fold = gradfold.fold(model, optimizer, head="plain") if folded else None
@@ -324,10 +328,8 @@ def autocast():
             assert sum(row.route == "folded" for row in fold.report().rows) == 16
             fold.remove()
         models.append([p.to_local().detach().clone() for p in model.parameters()])
-    return max(
-        float((a - b).abs().max() / (a - old.detach()).abs().max())
-        for a, b, old in zip(*models, start, strict=True)
-    )
+    plain, ours, before = (torch.cat([part.flatten() for part in parts]) for parts in (*models, start))
+    return float((ours - plain).norm() / (plain - before).norm())
 
 
 def test_autocast(two):

@@ -85,6 +85,7 @@ class Shard:
         if any(placement.is_partial() for placement in self.placements):
             raise FoldError(f"{name}: a DTensor with {self.placements}, a sum that is not summed yet; redistribute it")
         self.place = _place(name, param, self.mesh, self.placements)
+        _torch.unwatch_redistribution()
 
     @property
     def held(self) -> Tensor:
