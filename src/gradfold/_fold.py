@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ._fold_checks import refuse_folded, refuse_head, refuse_parameters, refuse_working_set
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import Sharding, ranks_of, sharding_of
+from .dist import Ranks, Sharding, ranks_of, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -125,7 +126,7 @@ def fold(
     sharding = sharding_of(model)
     ranks = ranks_of(model, group)
 
-    def make() -> Fold:
+    def make() -> tuple[Fold, Callable[[], None]]:
         options = FoldOptions(
             accumulate=accumulate,
             clip_norm=clip_norm,
@@ -152,22 +153,30 @@ def fold(
         )
 
     if ranks is None:
-        return make()
-    made: Fold | None = None
-    kept = {param: dict(states) for param, states in getattr(optimizer, "state", {}).items()}
-    place = getattr(optimizer, "_rotation", None)
+        return make()[0]
+    return _fold_together(ranks, make, {"joint": joint, "head": head})
+
+
+def _fold_together(ranks: Ranks, make: Callable[[], tuple[Fold, Callable[[], None]]], words: Mapping[str, Any]) -> Fold:
+    """Fold the model on all ranks, or on none of them.
+
+    Args:
+        ranks: those that step together.
+        make: folds this rank's; ``_fold`` says what it returns.
+        words: arguments of ``fold()`` that must be equal on all ranks, beside its ``FoldOptions``.
+    """
+    undo: Callable[[], None] | None = None
     try:
         with ranks.together("fold()"):
-            made = make()
+            made, undo = make()
         state = made._state
         turns = None if not isinstance(state.turns, Rotation) else state.turns.settings()
-        ranks.enroll(list(state.params.values()), len(optimizer.param_groups), (state.options, turns))
+        options = {**dataclasses.asdict(state.options), **words, "working_set": turns}
+        options["optimizer"] = type(state.optimizer).__name__
+        ranks.enroll(list(state.params.values()), len(state.optimizer.groups), options)
     except BaseException:
-        if made is not None:
-            made.remove()
-            made._state.optimizer.state.clear()
-            made._state.optimizer.state.update(kept)
-            made._state.optimizer._rotation = place
+        if undo is not None:
+            undo()
         raise
     state.ranks = ranks
     return made
@@ -185,7 +194,8 @@ def _fold(
     scratch_bytes: int,
     sharding: Sharding | None,
     rank: int | None,
-) -> Fold:
+) -> tuple[Fold, Callable[[], None]]:
+    """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     refuse_head(head, head_keep_bytes)
     optimizer = accepted(optimizer)
     refuse_folded(model)
@@ -204,6 +214,16 @@ def _fold(
     kept = {param: dict(states) for param, states in optimizer.state.items()}
     place = optimizer._rotation
     made = Fold(state, [])
+
+    def undo() -> None:
+        with contextlib.suppress(FoldError):  # of a store that has already failed
+            made.remove()
+        if rotation is not None:
+            rotation.close()
+        optimizer.state.clear()
+        optimizer.state.update(kept)
+        optimizer._rotation = place
+
     try:
         made._modules = swap(model, params)
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
@@ -218,17 +238,11 @@ def _fold(
         watch_clipping(state)
         watch_zero_grad()
     except BaseException as error:  # out of memory, too: what is half folded would step without being seen
-        with contextlib.suppress(FoldError):  # of a store that has already failed
-            made.remove()
-        if rotation is not None:
-            rotation.close()
-        optimizer.state.clear()
-        optimizer.state.update(kept)
-        optimizer._rotation = place
+        undo()
         if isinstance(error, ValueError):
             raise FoldError(f"working_set=: {error}") from None
         raise
-    return made
+    return made, undo
 
 
 class Fold:

@@ -7,6 +7,7 @@ Torch does not promise to keep them. If a release changes one, only this file ha
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import operator
 import sys
@@ -319,6 +320,17 @@ def shard_geometry(shape: Iterable[int], mesh: Any, placements: Iterable[Any]) -
     return list(local), list(offset)
 
 
+@functools.cache
+def unwatch_redistribution() -> None:
+    """Let ``watch_nodes`` leave out the Functions of DTensors, of which every layer has many; none calls a backward."""
+    from torch.distributed.tensor import _api, _redistribute
+
+    for module, names in ((_api, ("_ToTorchTensor", "_FromTorchTensor")), (_redistribute, ("Redistribute",))):
+        for name in (*names, "NestedRedistribute"):
+            if (function := getattr(module, name, None)) is not None:
+                unwatched(function)
+
+
 def completed(tensor: Tensor) -> Tensor:
     """Return a collective's result once it is there; any other tensor as it is."""
     functional: Any = sys.modules.get("torch.distributed._functional_collectives")
@@ -394,6 +406,10 @@ def unwatch_parallel() -> None:
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
                 unwatched(kind)
+def timeout_of(group: Any) -> datetime.timedelta:
+    """Return how long a process group lets its collectives wait."""
+    found = [group._get_backend(device).options._timeout for device in group._device_types]
+    return min(found)
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

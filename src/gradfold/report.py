@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Routed, native
-from .engine import FoldParam, FoldState
+from .engine import FoldParam, FoldState, held, part_of
 from .engine.storage import storage_of
 from .head import HeadRow
-from .modules import FOLD_PARAM
+from .modules import FOLD_PARAM, why_not_foldable
 from .optim import RuleOptimizer
 from .workset import Rotation
 
@@ -27,14 +27,15 @@ class Row:
     dtype: torch.dtype
     route: str  # folded, hooked (a dense gradient is written), frozen; or asleep: not in the working set's active chunk
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
-    weight_bytes: int
+    weight_bytes: int  # of a parameter that is spread over ranks: of this rank's part, as all bytes here
     state_bytes: int  # on the device, in host memory or on disk
     tape: str = ""  # waits for optimizer.step(): "uses" for gradient terms, "gradient" for their sum
     tape_bytes: int = 0  # of these; a tensor that several parameters hold is counted for one of them
     chunks: str = ""  # of the working set: "3", "3-5" if it is cut, "always"
     handed: int = 0  # backwards that brought it gradient terms
     dense: int = 0  # backwards that brought it a dense gradient
-    why: str = ""  # it is hooked, though a module of it was folded
+    why: str = ""  # it is hooked, though a module of it was folded or is of a kind that can be
+    part: str = ""  # which part of it this rank holds: "Shard(dim=0)"; empty for all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,17 @@ class Report:
     host_bytes: int = 0  # of inactive states
     disk_bytes: int = 0
     heads: tuple[HeadRow, ...] = ()  # one for each of transformers' causal models in the model
+    rank: int | None = None  # on many ranks, this one
+    ranks: int = 1  # how many step together
 
     def __repr__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
         text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
+        if self.rank is not None:
+            text.append(
+                f"rank {self.rank} of {self.ranks}: shapes are of whole parameters, bytes of this rank's part of those "
+                f"that are spread ({sum(bool(row.part) for row in self.rows)} of {len(self.rows)})"
+            )
         text += [f"{row.name}: {row.route}, since {row.why}" for row in self.rows if row.why]
         text += map(str, self.heads)
         if self.chunks:
@@ -79,7 +87,8 @@ class Report:
         lines = []
         for row in self.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            words = (row.name, shape, str(row.dtype).removeprefix("torch."), row.route, row.states)
+            route = f"{row.route}, {row.part}" if row.part else row.route
+            words = (row.name, shape, str(row.dtype).removeprefix("torch."), route, row.states)
             chunks = (row.chunks,) if self.chunks else ()
             lines.append((*words, *chunks, _mib(row.weight_bytes), _mib(row.state_bytes)))
         total = _mib(sum(row.weight_bytes for row in self.rows)), _mib(sum(row.state_bytes for row in self.rows))
@@ -91,10 +100,12 @@ class Report:
 
 def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     """Return the report of a fold as it is now."""
-    unfolded = _unfolded(fold)
-    rows = tuple(_row(fold, name, param, unfolded) for name, param in fold.named_parameters().items())
+    reasons = _unfolded(fold), _replaced(fold)
+    rows = tuple(_row(fold, name, param, *reasons) for name, param in fold.named_parameters().items())
     scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
     made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
+    if fold.ranks is not None:
+        made = dataclasses.replace(made, rank=fold.ranks.rank, ranks=fold.ranks.size)
     turns = fold.turns
     if not isinstance(turns, Rotation):
         return made
@@ -149,10 +160,20 @@ def _unfolded(fold: FoldState) -> dict[int, str]:
     return found
 
 
-def _route(param: FoldParam, unfolded: Mapping[int, str]) -> tuple[str, str]:
+def _replaced(fold: FoldState) -> dict[int, str]:
+    """Return why modules of foldable kinds are not folded, where their forward was replaced, by the weight's id."""
+    found = {}
+    for name, module in fold.model.named_modules():
+        why = why_not_foldable(module)
+        if why and (weight := getattr(module, "weight", None)) is not None:
+            found[id(weight)] = f"{name or 'the model'}: {why}"
+    return found
+
+
+def _route(param: FoldParam, unfolded: Mapping[int, str], replaced: Mapping[int, str]) -> tuple[str, str]:
     """Return a trainable parameter's route, and why it is not what its module was folded for."""
     if not param.folded:
-        return "hooked", ""
+        return "hooked", replaced.get(id(param.param), "")
     if param.dense:
         times = "once" if param.dense == 1 else f"{param.dense} times"
         return "hooked", f"a dense gradient of it was made {times}: code that is not folded used it"
@@ -160,9 +181,11 @@ def _route(param: FoldParam, unfolded: Mapping[int, str]) -> tuple[str, str]:
     return "hooked" if why else "folded", why
 
 
-def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int, str]) -> Row:
+def _row(
+    fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int, str], replaced: Mapping[int, str]
+) -> Row:
     member = fold.params.get(id(param))
-    held: list[Tensor] = []
+    kept_states: list[Tensor] = []
     stored, chunks = "", ""
     if member is not None:
         assert isinstance(fold.optimizer, RuleOptimizer)
@@ -170,7 +193,7 @@ def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int,
         for region, states in fold.optimizer.slices_of(param):
             both = {**states, **lazy.get(region, {})}
             found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
-            held += found.values()
+            kept_states += found.values()
             if found and not stored:
                 stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
         if isinstance(fold.turns, Rotation):
@@ -180,21 +203,23 @@ def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int,
     frozen = member is None or not (asleep or param.requires_grad)
     route, why = "frozen" if frozen else "asleep", ""
     if member is not None and not (frozen or asleep):
-        route, why = _route(member, unfolded)
+        route, why = _route(member, unfolded, replaced)
+    here = held(param)
     return Row(
         name=name,
         shape=tuple(param.shape),
         dtype=param.dtype,
         route=route,
         states=stored,
-        weight_bytes=param.numel() * param.element_size(),
-        state_bytes=sum(state.numel() * state.element_size() for state in held),
+        weight_bytes=here.numel() * here.element_size(),
+        state_bytes=sum(state.numel() * state.element_size() for state in kept_states),
         tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
         tape_bytes=sum(tape.cost_bytes for tape in tapes),
         chunks=chunks,
         handed=0 if member is None else member.handed,
         dense=0 if member is None else member.dense,
         why=why,
+        part=part_of(param),
     )
 
 

@@ -28,14 +28,14 @@ class RankError(AssertionError):
 class World:
     """``size`` processes, started with the first case."""
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, size, method="spawn"):
+        self.size, self.method = size, method  # "fork" starts at once, and is for worlds that are to die
         self.workers, self.pipes = [], []
 
     def start(self):
         if self.workers:
             return
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(self.method)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -1,44 +1,29 @@
-"""The ranks that take a step together: one vote per step on the gradient's norm and on what went wrong.
-
-A vote is one gather of a few numbers, of which every rank computes the same result in the same order. It runs in a
-process group of its own (gloo, on the host), so that it cannot be mistaken for a collective of the model.
-"""
+"""The ranks that take a step together: one vote per step on the gradient's norm and on what went wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gradfold import _torch
-from gradfold.engine import FoldParam, is_spread
+from gradfold.engine import FoldParam, is_spread, norm_from
 from gradfold.errors import FoldError
 
-LOOKS_EVERY = 0.2  # seconds between looks at whether another rank has given up
-GRACE = 2.0  # seconds that ranks have to say that they are there, after a vote has broken down
-_HEAD = 4  # what is voted on, whether the rank has failed, how many gradients are not finite, the first of them
+from .copied import CopiedParams
+from .exchange import Exchange
+from .roll import Entry, member_of, owners_of, refuse_differences
 
-_numbers = itertools.count()
-
-
-class Member(NamedTuple):
-    """One parameter as the other ranks see it."""
-
-    name: str
-    stream: str  # its name in the streams of random bits
-    shape: tuple[int, ...]  # of the whole parameter
-    at: tuple[int, ...]  # what this rank holds: place in the whole, and number of elements
-    spread: bool  # whether it is a DTensor
+_HEAD = 3  # how many gradients are not finite, the first of them, the pool -1
 
 
 class Ranks:
     """The ranks whose folds make one optimizer step together.
+
+    A vote is one gather of a few numbers, of which every rank computes the same result in the same order.
 
     Attributes:
         group: the process group.
@@ -48,15 +33,14 @@ class Ranks:
 
     def __init__(self, group: Any):
         self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._votes: Any = None  # the process group of the votes; made by the first ``enroll``
-        self._store = _torch.store_of(group)
-        self._prefix = f"gradfold/{next(_numbers)}"
-        self._serial = 0  # of votes; the same on all ranks
-        self._names: list[str] = []  # of this rank's parameters, by the number that a vote gives them
-        self._all_names: list[list[str]] = []  # those of all ranks
+        self._exchange = Exchange(group)
+        self.rank, self.size = self._exchange.rank, self._exchange.size
+        self._names: list[list[str]] = []  # of each rank's parameters, by the number that a vote gives them
+        self._numbers: dict[str, int] = {}  # of this rank's parameters
         self._owned: set[str] = set()
-        self._width = 0
+        self._pools = 0  # how many param_groups may be clipped by a norm of their own
+        self._copies = CopiedParams()
+        self._steps = 0
 
     # once, as the model is folded -------------------------------------------------------------------------------------
 
@@ -73,19 +57,14 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._tell(f"{type(error).__name__}: {error}")
+            self._exchange.objects(f"{type(error).__name__}: {error}")
             raise
-        for rank, said in enumerate(self._tell(None)):
+        for rank, said in enumerate(self._exchange.objects(None)):
             if said is not None:
                 raise FoldError(f"{what} on rank {rank}: {said}")
 
-    def _tell(self, said: str | None) -> list[str | None]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, said, group=self.group)
-        return found
-
-    def enroll(self, params: Sequence[FoldParam], groups: int, options: Any) -> None:
-        """Learn what the other ranks hold, as the model is folded and when parameters join.
+    def enroll(self, params: Sequence[FoldParam], groups: int, options: Mapping[str, Any]) -> None:
+        """Learn what the other ranks hold, as the model is folded.
 
         Args:
             params: all parameters of this rank's fold.
@@ -94,58 +73,23 @@ class Ranks:
 
         Raises:
             FoldError: the ranks were asked for different things, or hold parameters that nothing keeps alike. Raised on
-                all of them.
+                all of them; nothing is learned then.
         """
-        mine = [_member(param) for param in params]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (repr(options), groups, mine), group=self.group)
-        for rank, (theirs, _, _) in enumerate(found):
-            if theirs != found[0][0]:
-                raise FoldError(f"fold() was called with {found[0][0]} on rank 0, and with {theirs} on rank {rank}")
-        self._refuse_same_names([members for _, _, members in found])
-        owners: dict[tuple[str, tuple[int, ...]], int] = {}
-        for rank, (_, _, members) in enumerate(found):
-            for member in members:
-                owners.setdefault((member.name, member.at), rank)
-        self._owned = {member.name for member in mine if owners[member.name, member.at] == self.rank}
-        self._all_names = [[member.name for member in members] for _, _, members in found]
-        self._width = _HEAD + 1 + max(groups for _, groups, _ in found)
-        if self._votes is None:
-            ranks = dist.get_process_group_ranks(self.group)
-            self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-
-    def _refuse_same_names(self, members: Sequence[Sequence[Member]]) -> None:
-        """Raise if one name stands for two parameters, or for copies that nothing keeps alike."""
-        first: dict[str, tuple[int, Member]] = {}
-        streams: dict[str, tuple[int, Member]] = {}
-        for rank, theirs in enumerate(members):
-            alike = all(not member.spread for member in theirs)
-            for member in theirs:
-                where, known = first.setdefault(member.name, (rank, member))
-                if known.shape != member.shape:
-                    raise FoldError(
-                        f"{member.name}: of shape {known.shape} on rank {where} and {member.shape} on rank {rank}; "
-                        "if these are stages of a pipeline, fold them with gradfold.fold_stage, which gives each "
-                        "parameter its name in the whole model"
-                    )
-                if where != rank and alike:
-                    raise FoldError(
-                        f"{member.name}: ranks {where} and {rank} both hold it whole, and nothing sums its gradient "
-                        "over them, so that they would drift apart; for copies of one model call gradfold.replicate, "
-                        "for stages of a pipeline gradfold.fold_stage, and for models that train apart give "
-                        "fold(group='alone')"
-                    )
-                where, other = streams.setdefault(member.stream, (rank, member))
-                if other.name != member.name:
-                    raise FoldError(
-                        f"{other.name} on rank {where} and {member.name} on rank {rank} would be rounded by the same "
-                        f"random bits, as both are called {member.stream!r} in their optimizers; make these of "
-                        "named_parameters() with names of the whole model"
-                    )
+        said = {key: value if isinstance(value, str) else repr(value) for key, value in options.items()}
+        mine = Entry(said, groups, [member_of(param) for param in params])
+        entries: list[Entry] = self._exchange.objects(mine)
+        refuse_differences(entries)
+        owners = owners_of(entries)
+        self._owned = {member.name for member in mine.members if owners[member.name, member.at][0] == self.rank}
+        self._names = [[member.name for member in entry.members] for entry in entries]
+        self._numbers = {name: number for number, name in enumerate(self._names[self.rank])}
+        self._pools = max(entry.groups for entry in entries)
+        self._copies = CopiedParams(entries, self.rank)
+        self._exchange.width = _HEAD + self._pools + len(self._copies)
 
     def join(self, params: Sequence[FoldParam], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
-        self.enroll(params, groups, None)
+        self.enroll(params, groups, {})
 
     def counts(self, param: FoldParam) -> bool:
         """Return whether this rank counts for the norm: of copies, only those of the first rank do."""
@@ -154,7 +98,13 @@ class Ranks:
     # once per step ----------------------------------------------------------------------------------------------------
 
     def vote(
-        self, what: str, powers: Mapping[int, float], order: float, nonfinite: Sequence[str]
+        self,
+        what: str,
+        powers: Mapping[int, float],
+        order: float,
+        nonfinite: Sequence[str],
+        copies: Mapping[str, float] | None = None,
+        moved: bool = False,
     ) -> tuple[dict[int, float], list[str]]:
         """Add the ranks' sums of powers, and learn whose gradients are not finite.
 
@@ -162,141 +112,70 @@ class Ranks:
             what: what is being decided; must be the same on all ranks.
             powers: for each pool of gradients, the sum of powers of those that this rank counts.
             order: the order of the norm; infinity takes the largest in place of the sum.
-            nonfinite: names of this rank's parameters whose gradient is not finite.
+            nonfinite: names of this rank's parameters (or slices) whose gradient is not finite.
+            copies: the sums of powers of this rank's parameters, by name: copies of them are compared. None on all
+                ranks: they are not.
+            moved: whether weights have stepped inside backward.
 
         Returns:
             The pools' sums over all ranks, and the names of all parameters whose gradient is not finite.
 
         Raises:
-            FoldError: another rank has failed, is gone, or votes on something else.
+            FoldError: another rank has failed, is gone, or votes on something else; copies have got different
+                gradients.
         """
-        mine = [0.0] * self._width
-        mine[0] = float(_code(what))
-        mine[2] = float(len(nonfinite))
-        names = self._all_names[self.rank]
-        first = nonfinite[0] if nonfinite else ""
-        mine[3] = float(next((i for i, name in enumerate(names) if first.startswith(name)), -1)) if nonfinite else -1.0
+        first = self._number(nonfinite[0]) if nonfinite else -1
+        mine = [float(len(nonfinite)), float(first), *[0.0] * (1 + self._pools)]
         for pool, power in powers.items():
-            mine[_HEAD + 1 + pool] = power
-        found = self._gather(mine, what)
-        summed: dict[int, float] = {}
-        for pool in range(-1, self._width - _HEAD - 1):
-            column = [row[_HEAD + 1 + pool] for row in found]
-            if order == math.inf:
-                summed[pool] = math.nan if any(map(math.isnan, column)) else max(column)
-            else:
-                summed[pool] = math.fsum(column) if all(map(math.isfinite, column)) else sum(column)
+            mine[_HEAD + pool] = power
+        found = self._exchange.numbers(mine + self._copies.row(copies or {}), f"{what} of step {self._steps}")
+        columns = found[:, _HEAD - 1 : _HEAD + self._pools].t().tolist()
+        summed = {index - 1: _summed(column, order) for index, column in enumerate(columns)}
         bad = list(nonfinite)
-        for rank, row in enumerate(found):
-            if row[2] and rank != self.rank:
-                name = f"{self._all_names[rank][int(row[3])]} on rank {rank}" if row[3] >= 0 else f"rank {rank}"
-                if name.partition(" on rank ")[0] not in bad:
-                    bad.append(name)
+        for rank, (count, number) in enumerate(found[:, :2].tolist()):
+            if count and rank != self.rank:
+                name = self._names[rank][int(number)] if number >= 0 else "a parameter"
+                if name not in bad:
+                    bad.append(f"{name} on rank {rank}")
+        if len(self._copies) and copies is not None and (moved or not bad):
+            total = norm_from(_summed(list(summed.values()), order), order)
+            self._copies.refuse_drift(found[:, _HEAD + self._pools :], order, total, moved)
         return summed, bad
+
+    def _number(self, name: str) -> int:
+        """Return the number of a parameter, given its name or that of a slice of it."""
+        return self._numbers.get(name, self._numbers.get(name.partition("[")[0], -1))
 
     def all(self, what: str, yes: bool) -> bool:
         """Return whether it is so on all ranks."""
-        _, bad = self.vote(what, {}, 2.0, [] if yes else self._all_names[self.rank][:1] or ["a parameter"])
+        _, bad = self.vote(what, {}, 2.0, [] if yes else [what])
         return not bad
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """A context that tells the other ranks if it raises before this one has voted."""
-        before = self._serial
+        before = self._exchange.round
         try:
             yield
         except Exception as error:
-            if self._serial == before:
+            if self._exchange.round == before:
                 self.fail(error)
             raise
 
+    def next_step(self) -> None:
+        """Count a step that is over, or dropped: votes on different steps are told apart."""
+        self._steps += 1
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, which wait for this one's vote, that there will be none; return when they know."""
-        self._store.set(f"{self._prefix}/{self._serial}/{self.rank}", f"{type(error).__name__}: {error}")
-        with contextlib.suppress(Exception):  # the error itself is about to be raised
-            self._gather([0.0, 1.0, *[0.0] * (self._width - 2)], "")
-
-    def _gather(self, mine: list[float], what: str) -> list[list[float]]:
-        """Return what all ranks have brought to this vote, by rank."""
-        serial, self._serial = self._serial, self._serial + 1
-        given = torch.tensor(mine, dtype=torch.float64)
-        rows = [torch.empty_like(given) for _ in range(self.size)]
-        try:
-            work = dist.all_gather(rows, given, group=self._votes, async_op=True)
-            assert work is not None
-            self._await(work, serial)
-            work.wait()
-        except FoldError:
-            raise
-        except RuntimeError as error:
-            raise FoldError(f"{what}: {self._missing(serial)} ({str(error).splitlines()[0]})") from None
-        found = [row.tolist() for row in rows]
-        if failed := [rank for rank, row in enumerate(found) if row[1]]:
-            if failed != [self.rank]:
-                raise FoldError(self._failure(serial) or f"rank {failed[0]} has failed in this step")
-        elif any(row[0] != mine[0] for row in found):
-            other = next(rank for rank, row in enumerate(found) if row[0] != mine[0])
-            raise FoldError(
-                f"{what} on rank {self.rank}, while rank {other} is at another call of its fold; all ranks must make "
-                "the same calls in the same order"
-            )
-        return found
-
-    def _await(self, work: Any, serial: int) -> None:
-        """Wait for the others, but no longer than until one of them says that it has failed.
-
-        Raises:
-            FoldError: one of them does, and is not going to vote.
-        """
-        begun = looked = time.monotonic()
-        while not work.is_completed():
-            now = time.monotonic()
-            time.sleep(0 if now - begun < 1e-3 else 1e-4 if now - begun < 0.1 else 5e-3)
-            if now - looked > LOOKS_EVERY:
-                looked = now
-                if (said := self._failure(serial)) is not None and now - begun > GRACE:
-                    raise FoldError(said)
-
-    def _failure(self, serial: int) -> str | None:
-        """Return what another rank has said about its failure in this step, if any has."""
-        for rank in range(self.size):
-            key = f"{self._prefix}/{serial}/{rank}"
-            if rank != self.rank and self._store.check([key]):
-                said = self._store.get(key).decode()
-                return f"rank {rank} has failed in this step, so that it is not taken here either: {said}"
-        return None
-
-    def _missing(self, serial: int) -> str:
-        """Return who is not there any more, in words."""
-        try:
-            self._store.set(f"{self._prefix}/{serial}/here/{self.rank}", "yes")
-            time.sleep(GRACE)
-            gone = [
-                rank for rank in range(self.size) if not self._store.check([f"{self._prefix}/{serial}/here/{rank}"])
-            ]
-        except Exception:  # the store lies with rank 0
-            gone = [0]
-        if not gone:
-            return "the ranks have lost their connection"
-        return f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} has left"
+        self._exchange.fail(error)
 
 
-def _member(param: FoldParam) -> Member:
-    shard, held = param.shard, param.held
-    place = None if shard is None else shard.place
-    at = (-1 if place is None else place.offset, held.numel())
-    return Member(
-        param.name,
-        param.fold.optimizer.stream_of(param.param),
-        tuple(param.param.shape),
-        at,
-        shard is not None,
-    )
-
-
-def _code(what: str) -> int:
-    """Return a number that stands for a text, the same in every process."""
-    return sum((index + 1) * byte for index, byte in enumerate(what.encode())) % (1 << 40)
+def _summed(powers: Sequence[float], order: float) -> float:
+    """Return the sum of sums of powers, in the same order on all ranks; of order infinity, the largest."""
+    if order == math.inf:
+        return math.nan if any(map(math.isnan, powers)) else max(powers)
+    return math.fsum(powers) if all(map(math.isfinite, powers)) else sum(powers)
 
 
 # who is told what -----------------------------------------------------------------------------------------------------
@@ -312,19 +191,23 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
         group: a process group; "alone"; None: all processes, if the model has DTensors.
 
     Raises:
-        FoldError: there are other processes, and nothing says whether they train this model, too.
+        FoldError: there are other processes, and nothing says whether they train this model, too; or parameters are
+            spread over ranks that are not in the group.
     """
-    if isinstance(group, str) and group != ALONE:
-        raise FoldError(f"group={group!r}: a process group, 'alone', or None")
-    if group == ALONE or not dist.is_available() or not dist.is_initialized():
+    if group is not None and group != ALONE and not _is_group(group):
+        raise FoldError(f"group={group!r}: a process group of torch.distributed, 'alone', or None")
+    if not dist.is_available() or not dist.is_initialized():
         if group is not None and group != ALONE:
             raise FoldError(f"group={group!r}, and torch.distributed is not initialized: call init_process_group first")
         return None
-    spread = [name for name, param in model.named_parameters() if is_spread(param)]
+    meshes = _meshes(model)
+    if group == ALONE:
+        _refuse_outside(meshes, {dist.get_rank()}, "group='alone'")
+        return None
     if group is None:
-        if dist.get_world_size() == 1 and not spread:
+        if dist.get_world_size() == 1 and not meshes:
             return None
-        if not spread:
+        if not meshes:
             raise FoldError(
                 f"this is one of {dist.get_world_size()} processes, and nothing says what the others train: give "
                 "fold(group=torch.distributed.group.WORLD) if they hold other parts of this model, 'alone' if each "
@@ -332,5 +215,34 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
             )
         group = dist.group.WORLD
     if dist.get_rank(group) < 0:
-        raise FoldError(f"group={group!r}: this process is not in it")
+        raise FoldError(f"group={group!r}: this process, rank {dist.get_rank()} of all, is not in it")
+    ranks = set(dist.get_process_group_ranks(group))
+    _refuse_outside(meshes, ranks, f"group= of ranks {sorted(ranks)}")
     return Ranks(group)
+
+
+def _is_group(group: Any) -> bool:
+    if not dist.is_available():
+        return False
+    return isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _meshes(model: torch.nn.Module) -> dict[str, set[int]]:
+    """Return over which ranks parameters are spread, by the name of the first that is."""
+    found: dict[str, set[int]] = {}
+    for name, param in model.named_parameters():
+        if is_spread(param):
+            spread: Any = param
+            ranks = set(spread.device_mesh.mesh.flatten().tolist())
+            if ranks not in found.values():
+                found[name] = ranks
+    return found
+
+
+def _refuse_outside(meshes: Mapping[str, set[int]], ranks: set[int], given: str) -> None:
+    for name, mesh in meshes.items():
+        if not mesh <= ranks:
+            raise FoldError(
+                f"{given}: {name} is spread over ranks {sorted(mesh)}, which step it together; give a group that has "
+                "all of them, or leave group= out for all processes"
+            )

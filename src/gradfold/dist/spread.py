@@ -94,7 +94,7 @@ def _tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     if head is not None:
         plan[names[id(head)]] = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, plan)
-    if head is not None and tied:
+    if embedding is not None and head is not None and tied:
         head.weight = embedding.weight
     return model
 

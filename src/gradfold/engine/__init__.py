@@ -2,6 +2,7 @@
 
 from .audit import outside, refuse_other_model
 from .clip_calls import clip_norm_at_step
+from .clipping import norm_from
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .group_norm import survive_group_norms
@@ -12,7 +13,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .protocols import Turns
 from .region import Region
-from .shard import Shard, held, is_spread
+from .shard import Shard, held, is_spread, part_of
 from .spread import (
     as_dtensor,
     how_spread,
@@ -49,10 +50,12 @@ __all__ = [
     "is_cut_alike",
     "is_spread",
     "largest_part",
+    "norm_from",
     "note_zeros",
     "outside",
     "param_of",
     "part_here",
+    "part_of",
     "placed_alike",
     "refuse_ddp",
     "refuse_drop",

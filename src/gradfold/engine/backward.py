@@ -8,6 +8,7 @@ from typing import Any
 from gradfold.backends import BiasTerm, GradTerm
 
 from .segments import Segment
+from .shard import Partials
 
 
 class Backward:
@@ -21,9 +22,10 @@ class Backward:
         thread: the id of the thread that it runs on.
         running: whether it has not ended yet.
         terms: the gradient terms of parameters whose gate has not run yet.
+        unsummed: parameters whose gradient is summed over ranks as it ends, together, and this rank's part of it.
     """
 
-    __slots__ = ("adds", "claimed", "parent", "root", "running", "terms", "thread")
+    __slots__ = ("adds", "claimed", "parent", "root", "running", "terms", "thread", "unsummed")
 
     def __init__(self, parent: Segment | None, root: Segment | None, adds: bool, claimed: bool):
         self.parent = parent
@@ -33,6 +35,7 @@ class Backward:
         self.thread = threading.get_ident()
         self.running = True
         self.terms: dict[Any, list[GradTerm | BiasTerm]] = {}
+        self.unsummed: list[tuple[Any, Partials]] = []
 
     def add(self, param: Any, term: GradTerm | BiasTerm) -> None:
         """Keep a term until the parameter's gate opens."""

@@ -6,9 +6,11 @@ fold (``torch_clipping.py``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,18 @@ from .stepper import plainly
 READ = "read fold.grad_norm after optimizer.step()"
 
 
+def _told(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let the other ranks know where a call raises on this one before they have voted."""
+
+    @functools.wraps(function)
+    def guarded(fold: FoldState, *args: Any, **kwargs: Any) -> Tensor:
+        with contextlib.nullcontext() if fold.ranks is None else fold.ranks.guard():
+            return function(fold, *args, **kwargs)
+
+    return guarded
+
+
+@_told
 def clip_norm_at_step(fold: FoldState, max_norm: float, norm_type: float, error_if_nonfinite: bool = False) -> Tensor:
     """Measure all gradients that wait, and let ``optimizer.step()`` clip their norm to ``max_norm``.
 
@@ -68,6 +82,7 @@ def clip_norm_at_step(fold: FoldState, max_norm: float, norm_type: float, error_
     return _as_tensor(norm, params)
 
 
+@_told
 def answer_norm(
     fold: FoldState,
     params: Sequence[FoldParam],

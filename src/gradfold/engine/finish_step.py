@@ -144,13 +144,18 @@ def coefficients(fold: FoldContext, slices: Sequence[ParamSlice]) -> dict[int, f
         limit, norm = limit_of(members[0].group.group, options), _norm(fold, members, pool)
         if isinstance(norm, Tensor) and options.error_if_nonfinite:
             raise FoldError("error_if_nonfinite=True: a captured CUDA graph cannot raise; capture with False")
-        if limit is not None and options.error_if_nonfinite and not math.isfinite(norm):
-            raise FoldError(
-                f"the gradient's norm of order {step.power_type:g} is {norm}, and error_if_nonfinite=True; nothing "
-                "has moved"
-            )
+        if limit is not None and options.error_if_nonfinite:
+            _refuse_norm(fold, norm)
         found[pool] = coefficient(limit, norm)
     return found
+
+
+def _refuse_norm(fold: FoldContext, norm: float | Tensor) -> None:
+    if not math.isfinite(norm):
+        raise FoldError(
+            f"the gradient's norm of order {fold.step.power_type:g} is {norm}, and error_if_nonfinite=True; nothing "
+            "has moved"
+        )
 
 
 def agree(fold: FoldContext, slices: Sequence[ParamSlice], what: str) -> None:
@@ -159,11 +164,20 @@ def agree(fold: FoldContext, slices: Sequence[ParamSlice], what: str) -> None:
     assert ranks is not None
     settle(fold, slices)
     powers: dict[int, float] = {}
+    by_name: dict[str, float] = {}
+    order = step.power_type
     for one in slices:
-        if one in step.power_sums and ranks.counts(one.owner):
-            pool, power = step.pool(one.group.group), float(step.power_sums[one])
-            powers[pool] = add_power(powers.get(pool, 0.0), power, step.power_type)
-    step.agreed, step.nonfinite = ranks.vote(what, powers, step.power_type, step.nonfinite)
+        if one not in step.power_sums:
+            continue
+        power, name = float(step.power_sums[one]), one.owner.name
+        by_name[name] = add_power(by_name.get(name, 0.0), power, order)
+        if ranks.counts(one.owner):
+            pool = step.pool(one.group.group)
+            powers[pool] = add_power(powers.get(pool, 0.0), power, order)
+    step.agreed, step.nonfinite = ranks.vote(what, powers, order, step.nonfinite, by_name, step.moved)
+    if step.clips and fold.options.error_if_nonfinite and not step.nonfinite:
+        for pool in step.agreed:  # also those of which this rank holds nothing: all ranks raise together
+            _refuse_norm(fold, _norm(fold, slices, pool))
 
 
 def _norm(fold: FoldContext, slices: Iterable[ParamSlice], pool: int | None = None) -> float | Tensor:

@@ -27,7 +27,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .region import Region
 from .segments import Segment, ask_again, node_in_forward, running_node
-from .shard import Shard, is_spread
+from .shard import Partials, Shard, is_spread, sum_together
 from .step import Step
 
 _PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # by id of the Parameter
@@ -44,6 +44,7 @@ class FoldParam:
         gathered: how it is gathered while it is used, where FSDP2 does so; None: it is not.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
+        summed_over: a mesh of ranks that each have a term of its gradient, although it is no DTensor; else None.
         weight: for a bias, the last weight whose kernel could step it as well.
         read_unseen: whether code that is not folded may read it inside a reentrant checkpoint.
         handed: how often its gate has run with terms of folded modules.
@@ -61,6 +62,7 @@ class FoldParam:
         self.shard = Shard(name, param) if is_spread(param) else None
         self.gathered = None if fold.sharding is None else fold.sharding.of(param)
         self.slices = [self.slice(None)]
+        self.summed_over: Any = None
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
         self._fired: Step | None = None  # the step its last terms were for
@@ -236,6 +238,8 @@ class FoldParam:
         """Run the gate: every use of the parameter in this backward is done."""
         fold = self.fold
         if fold.paused:
+            if self.summed_over is not None and self.param.grad is not None:
+                self.param.grad = self._summed(self.param.grad)
             return
         task = _torch.current_graph_task()
         backward = fold.step.backwards.get(task)
@@ -250,9 +254,16 @@ class FoldParam:
             raise FoldError(create_graph(self.name))
         if backward is None:
             backward = fold.enter(task)
+        alone = backward.parent is None and not fold.step.segments  # no reentrant checkpoints: nothing more can come
+        if (self.shard is not None or self.summed_over is not None) and grad is not None and alone and not terms:
+            if (part := self._partial(grad)) is not None:
+                if self.done:
+                    raise FoldError(second_backward(self, self.stepped))
+                backward.unsummed.append((self, part))
+                return
         if grad is not None:
             terms.append(DenseTerm(self._checked(grad)))
-        if backward.parent is None and not fold.step.segments:  # no reentrant checkpoints: nothing more can come
+        if alone:
             step = fold.step
             if terms:
                 if self._fired is step or (step.deferred and self.done):
@@ -364,9 +375,20 @@ class FoldParam:
         step.biases[weight.param] = (one, sums)
         return True
 
+    def _partial(self, grad: Tensor) -> Partials | None:
+        """Return this rank's part of a gradient that only has to be summed over ranks; None for any other."""
+        if self.summed_over is not None:
+            return Partials.over(self.summed_over, grad)
+        return None if self.shard is None else self.shard.partial(grad)
+
+    def _summed(self, grad: Tensor) -> Tensor:
+        return sum_together([Partials.over(self.summed_over, grad)])[0]
+
     def _checked(self, grad: Tensor) -> Tensor:
         if self.shard is not None:
             return self.shard.gradient(grad)
+        if self.summed_over is not None:
+            return self._summed(grad)
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad

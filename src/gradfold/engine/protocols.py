@@ -47,12 +47,21 @@ class Optimizer(Protocol):
 class Ranks(Protocol):
     """The part that the engine uses of the ranks that step together (``gradfold.dist``)."""
 
+    rank: int
+    size: int
+
     def counts(self, param: Any) -> bool:
         """Return whether this rank counts for the norm: of copies, only those of one rank do."""
         ...
 
     def vote(
-        self, what: str, powers: Mapping[int, float], order: float, nonfinite: Sequence[str]
+        self,
+        what: str,
+        powers: Mapping[int, float],
+        order: float,
+        nonfinite: Sequence[str],
+        copies: Mapping[str, float] | None = None,
+        moved: bool = False,
     ) -> tuple[dict[int, float], list[str]]:
         """Return the sums of powers over all ranks, by pool, and the names of all gradients that are not finite."""
         ...
@@ -67,6 +76,10 @@ class Ranks(Protocol):
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, which wait for this rank's vote, that there will be none."""
+        ...
+
+    def next_step(self) -> None:
+        """Count a step that is over, or dropped: votes on different steps are told apart."""
         ...
 
     def together(self, what: str) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,47 @@ def held(tensor: Tensor) -> Tensor:
     return _torch.completed(_torch.local_tensor(tensor) if is_spread(tensor) else tensor)
 
 
+def part_of(tensor: Tensor) -> str:
+    """Return which part of a parameter this rank holds, as torch calls it; empty for all of it."""
+    if not is_spread(tensor):
+        return ""
+    spread: Any = tensor
+    return "" if all(one.is_replicate() for one in spread.placements) else ", ".join(map(repr, spread.placements))
+
+
+class Partials(NamedTuple):
+    """This rank's part of a gradient that is the sum over the ranks of some mesh dimensions."""
+
+    part: Tensor
+    mesh: Any
+    placements: tuple[Any, ...]  # by mesh dimension: Partial where it is to be summed, Replicate elsewhere
+
+    @classmethod
+    def over(cls, mesh: Any, part: Tensor) -> Partials:
+        """Return a part that is to be summed over a whole mesh."""
+        from torch.distributed.tensor import Partial
+
+        return cls(part, mesh, (Partial(),) * mesh.ndim)
+
+
+def sum_together(parts: Sequence[Partials]) -> list[Tensor]:
+    """Return the sums of gradients over ranks: one collective for all of one mesh, placement and dtype."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    buckets: dict[Any, list[int]] = {}
+    for index, one in enumerate(parts):
+        buckets.setdefault((one.mesh, one.placements, one.part.dtype), []).append(index)
+    found: list[Tensor] = [one.part for one in parts]
+    for (mesh, placements, _), members in buckets.items():
+        flat = torch.cat([parts[index].part.reshape(-1) for index in members])
+        spread: Any = DTensor.from_local(flat, mesh, placements, run_check=False)
+        summed = held(_placed(spread, [Replicate()] * mesh.ndim))
+        sizes = [parts[index].part.numel() for index in members]
+        for index, part in zip(members, summed.split(sizes), strict=True):
+            found[index] = part.view(parts[index].part.shape)
+    return found
+
+
 class Shard:
     """The part of one parameter that this rank holds; other ranks hold the rest, or copies.
 
@@ -44,6 +85,7 @@ class Shard:
         if any(placement.is_partial() for placement in self.placements):
             raise FoldError(f"{name}: a DTensor with {self.placements}, a sum that is not summed yet; redistribute it")
         self.place = _place(name, param, self.mesh, self.placements)
+        _torch.unwatch_redistribution()
 
     @property
     def held(self) -> Tensor:
@@ -61,6 +103,19 @@ class Shard:
             return whole if place is None else place
         row, column = divmod(place.offset, place.stride or 1)  # 0: no columns here
         return Place(whole.shape, whole.offset + row * whole.stride + column, whole.stride)
+
+    def partial(self, grad: Tensor) -> Partials | None:
+        """Return this rank's part of a gradient that only has to be summed over ranks; None for any other."""
+        from torch.distributed.tensor import Replicate
+
+        if not is_spread(grad):
+            return None
+        theirs: Any = grad
+        pairs = list(zip(theirs.placements, self.placements, strict=True))
+        summed = [a.is_partial() and b.is_replicate() for a, b in pairs]
+        if not any(summed) or any(a != b and not only for (a, b), only in zip(pairs, summed, strict=True)):
+            return None
+        return Partials(held(grad), self.mesh, tuple(a if a.is_partial() else Replicate() for a, _ in pairs))
 
     def gradient(self, grad: Tensor) -> Tensor:
         """Return this rank's part of a gradient that autograd has brought, summed over the ranks that hold terms."""
@@ -160,8 +215,19 @@ def _place(name: str, param: Tensor, mesh: Any, placements: Sequence[Any]) -> Pl
     """Return where this rank's part lies in the whole, counted in elements; None where it is the whole.
 
     Raises:
-        FoldError: it is cut along a dimension after which others follow, so that its rows are in several pieces.
+        FoldError: it is in several pieces: cut along a dimension after which others follow, or of
+            several weights that are packed in one.
     """
+    for index, placement in enumerate(placements):
+        pieces = getattr(placement, "split_factor", 1)  # of a _StridedShard: later dimensions of the mesh join them
+        for later, other in enumerate(placements):
+            if later > index and getattr(other, "dim", None) == placement.dim:
+                pieces //= mesh.size(later)
+        if pieces > 1:
+            raise FoldError(
+                f"{name}: {pieces} weights packed in one, of each of which this rank holds a part ({placement}); "
+                "gradfold trains shards in one piece, so split the weight, or freeze it"
+            )
     shape, offset = _torch.shard_geometry(param.shape, mesh, placements)
     whole = tuple(param.shape)
     if tuple(shape) == whole:

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold._options import FoldOptions
-from gradfold.backends import Backend
+from gradfold.backends import Backend, DenseTerm
 from gradfold.errors import FoldError
 
 from .audit import Auditor, named_parameters, unhooked_gradients
@@ -35,6 +35,7 @@ from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer, Sharding
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
+from .shard import sum_together
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 from .zero_grad import add_zeros, changed_since, changed_weights
@@ -239,6 +240,7 @@ class FoldState(FoldContext):
         backward.running = False
         step, parent = self.step, backward.parent
         if parent is None:
+            self._sum_rest(backward)
             self._flush(backward)
             step_rest(self)
             step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
@@ -248,6 +250,14 @@ class FoldState(FoldContext):
         if parent.once or not parent.watched:
             parent.done = True
         self._flush_due(backward, parent)
+
+    def _sum_rest(self, backward: Backward) -> None:
+        """Sum over the ranks what their parts of small gradients have waited for: with one collective for all."""
+        if not backward.unsummed:
+            return
+        summed = sum_together([part for _, part in backward.unsummed])
+        for (param, _), grad in zip(backward.unsummed, summed, strict=True):
+            param.fire(backward, [DenseTerm(grad)])
 
     def segment_ended(self, segment: Segment) -> None:
         """Step what has waited for a segment that has run now."""
@@ -277,6 +287,13 @@ class FoldState(FoldContext):
         Raises:
             FoldError: entered in the middle of a step, or the gradient is not finite. Nothing has moved then.
         """
+        if self.ranks is None:
+            yield from self._first_pass()
+            return
+        with self.ranks.guard():
+            yield from self._first_pass()
+
+    def _first_pass(self) -> Iterator[None]:
         self.require_closed("fold.backward()")
         self.step.measuring = True
         slices, sums = self.slices(), {}
@@ -370,8 +387,16 @@ class FoldState(FoldContext):
         if self.ranks is None:
             self._close()
             return
-        with self.ranks.guard():
-            self._close()
+        step = self.step
+        try:
+            with self.ranks.guard():
+                self._close()
+        except Exception:
+            if self.step is step:  # the other ranks have dropped theirs
+                self.new_step()
+            raise
+        finally:
+            self.ranks.next_step()
 
     def _close(self) -> None:
         step = self.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -118,8 +119,13 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
                     if (kept := step.deferred.pop(one, None)) is not None:
                         kept.take()
             return
-    if fold.ranks is not None and step.running:
-        fold.ranks.fail(FoldError("its backward raised, and zero_grad() has dropped the step"))
+    if fold.ranks is not None and (step.running or step.open):
+        # the others wait for its vote in optimizer.step(), unless they drop the step, too
+        why = "its backward raised, and" if step.running else "its gradients waited for optimizer.step(), and"
+        error = FoldError(f"{why} zero_grad() has dropped the step")
+        error.__context__ = sys.exception()
+        fold.ranks.fail(error)
+        fold.ranks.next_step()
     fold.new_step()
 
 

@@ -1,6 +1,6 @@
 """Foldable modules: each hands its (dY, X) to its weight's place in the fold instead of writing a gradient."""
 
 from .routing import FOLD_PARAM
-from .swap import foldable, restore, swap
+from .swap import foldable, restore, swap, why_not_foldable
 
-__all__ = ["FOLD_PARAM", "foldable", "restore", "swap"]
+__all__ = ["FOLD_PARAM", "foldable", "restore", "swap", "why_not_foldable"]

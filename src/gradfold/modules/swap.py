@@ -20,6 +20,7 @@ from gradfold.errors import FoldError
 from .embedding import FoldedEmbedding
 from .linear import FoldedConv1D, FoldedLinear
 from .routing import FOLD_PARAM, PLAIN_FORWARD, Folded
+from .tp_plan import give_back, inner_forward, redirect, take_sums
 
 
 def foldable(module: nn.Module) -> type[Folded] | None:
@@ -28,7 +29,7 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     Raises:
         FoldError: an Embedding that rewrites its weight in forward (``max_norm``) or has sparse gradients.
     """
-    if "forward" in vars(module):  # replaced on the instance: its own business
+    if "forward" in vars(module) and inner_forward(module) is None:  # replaced on the instance: its own business
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight directly
         return None
@@ -49,6 +50,16 @@ def foldable(module: nn.Module) -> type[Folded] | None:
         if module.scale_grad_by_freq:
             return None
     return folded
+
+
+def why_not_foldable(module: nn.Module) -> str:
+    """Return why a module whose class is foldable is not folded, where something else has set its forward; else ""."""
+    forward = vars(module).get("forward")
+    if forward is None or inner_forward(module) is not None or not isinstance(module, tuple(_table())):
+        return ""
+    inner = getattr(forward, "func", forward)  # of a partial
+    named = getattr(inner, "__qualname__", type(inner).__name__)
+    return f"{named} of {getattr(inner, '__module__', '?')} was set as its forward, and calls that of its class unseen"
 
 
 def reaches(kind: type, plain: type) -> bool:
@@ -120,9 +131,12 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
         FoldError: a module is folded already, or cannot be routed; no module has been changed then.
     """
     chosen: list[tuple[nn.Module, type[Folded], FoldParam]] = []
+    summing: list[nn.Module] = []
     for name, module in model.named_modules():
         if "plain_class" in vars(type(module)):  # left by a fold that was removed while another class lay over ours
             module.__class__ = vars(type(module))["plain_class"]
+        if "forward" in vars(module) and take_sums(module, params):
+            summing.append(module)
         weight = _torch.own_parameters(module).get("weight")
         param = params.get(id(weight)) if isinstance(weight, Parameter) else None
         if param is None:
@@ -137,11 +151,14 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
             chosen.append((module, folding, param))
     for module, folding, param in chosen:
         module.__dict__[FOLD_PARAM] = param
+        cell = inner_forward(module)
         module.__class__ = _folded_class(type(module), folding)
+        if cell is not None:
+            redirect(module, cell)
         param.folded = param.gathered is None  # else forward uses what FSDP2 has gathered
         if in_own_forward(module):
             param.read_unseen = True  # it may also read the weight itself
-    return [module for module, _, _ in chosen]
+    return [*(module for module, _, _ in chosen), *summing]
 
 
 def restore(modules: list[nn.Module]) -> None:
@@ -154,3 +171,5 @@ def restore(modules: list[nn.Module]) -> None:
             module.__dict__["forward"] = forward
         if "plain_class" in vars(type(module)):  # else a class injected over ours stays, on the plain path
             module.__class__ = vars(type(module))["plain_class"]
+        if "forward" in vars(module):
+            give_back(module)

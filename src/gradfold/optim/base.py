@@ -294,14 +294,31 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: a hyper-parameter is out of range.
             FoldError: a parameter is not in the folded model, or cannot be folded. The group is not added then.
         """
-        super().add_param_group(param_group)
-        self._groups.clear()
+        fold = self._fold
+        ranks = None if fold is None else fold.ranks
+        before = len(self.groups)
         try:
-            self._check(self.groups[-1])
-            self._join_fold(self.groups[-1]["params"])
+            with contextlib.nullcontext() if ranks is None else ranks.together("add_param_group()"):
+                super().add_param_group(param_group)
+                self._groups.clear()
+                self._check(self.groups[-1])
+                self._join_fold(self.groups[-1]["params"])
+            if fold is not None and ranks is not None:
+                ranks.join(list(fold.params.values()), len(self.groups))
         except (ValueError, FoldError):
-            self.groups.pop()
+            if len(self.groups) > before:
+                self._drop_group()
             raise
+
+    def _drop_group(self) -> None:
+        """Undo ``add_param_group``."""
+        added = self.groups.pop()["params"]
+        self._groups.clear()
+        joined = {} if self._fold is None else self._fold.params
+        for param in added:
+            if id(param) in joined:
+                joined.pop(id(param)).disarm()
+                self.state.pop(param, None)
 
     def _join_fold(self, added: list[Parameter]) -> None:
         if self._fold is None:
@@ -315,8 +332,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 refuse_parameter(names[id(param)], param)
         for param in added:
             self._fold.claim(names[id(param)], param).arm()
-        if self._fold.ranks is not None:
-            self._fold.ranks.join(list(self._fold.params.values()), len(self.groups))
 
     # state_dict -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,116 @@
+"""Who holds what: the parameters of all ranks that step together, compared once, as the model is folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gradfold.engine import FoldParam
+from gradfold.errors import FoldError
+
+_NAMES = ("params", "param_names", "streams")  # keys of param_groups that are no options
+
+
+class Member(NamedTuple):
+    """One parameter as the other ranks see it."""
+
+    name: str
+    stream: str  # its name in the streams of random bits
+    shape: tuple[int, ...]  # of the whole parameter
+    at: tuple[int, int]  # what this rank holds: place of the first element in the whole, and how many there are
+    spread: bool  # whether it is a DTensor
+    dtype: torch.dtype
+    options: Mapping[str, str]  # of its param_group, as text
+
+
+class Entry(NamedTuple):
+    """What one rank brings as its model is folded."""
+
+    options: Mapping[str, Any]  # what fold() was asked for, as text; empty where parameters join later
+    groups: int  # how many param_groups its optimizer has
+    members: Sequence[Member]
+
+
+def member_of(param: FoldParam) -> Member:
+    """Return a parameter as the other ranks shall see it."""
+    shard = param.shard
+    place = None if shard is None else shard.place
+    return Member(
+        param.name,
+        param.fold.optimizer.stream_of(param.param),
+        tuple(param.param.shape),
+        (0 if place is None else place.offset, param.held.numel()),
+        shard is not None,
+        param.param.dtype,
+        {key: _text(value) for key, value in param.group.items() if key not in _NAMES},
+    )
+
+
+def _text(value: Any) -> str:
+    return repr(float(value)) if isinstance(value, torch.Tensor) and value.numel() == 1 else repr(value)
+
+
+def owners_of(entries: Sequence[Entry]) -> dict[tuple[str, tuple[int, int]], list[int]]:
+    """Return which ranks hold each part of each parameter, by its name and place."""
+    found: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    for rank, entry in enumerate(entries):
+        for member in entry.members:
+            found.setdefault((member.name, member.at), []).append(rank)
+    return found
+
+
+def refuse_differences(entries: Sequence[Entry]) -> None:
+    """Raise if the ranks were asked for different things, or hold parameters that nothing keeps alike."""
+    for rank, entry in enumerate(entries):
+        _refuse_options("fold()", entries[0].options, entry.options, rank)
+    first: dict[str, tuple[int, Member]] = {}
+    streams: dict[str, tuple[int, Member]] = {}
+    for rank, entry in enumerate(entries):
+        alone = not any(member.spread for member in entry.members)
+        for member in entry.members:
+            where, known = first.setdefault(member.name, (rank, member))
+            _refuse_two(where, known, rank, member)
+            if where != rank and alone:
+                raise FoldError(
+                    f"{member.name}: ranks {where} and {rank} both hold it whole, and nothing sums its gradient over "
+                    "them, so that they would drift apart; for copies of one model call gradfold.replicate, for stages "
+                    "of a pipeline gradfold.fold_stage, and for models that train apart give fold(group='alone')"
+                )
+            where, other = streams.setdefault(member.stream, (rank, member))
+            if other.name != member.name:
+                raise FoldError(
+                    f"{other.name} on rank {where} and {member.name} on rank {rank} would be rounded by the same "
+                    f"random bits, as both are called {member.stream!r} in their optimizers; make these of "
+                    "named_parameters() with names of the whole model"
+                )
+
+
+def _refuse_two(where: int, known: Member, rank: int, member: Member) -> None:
+    """Raise if two ranks mean different things by one name."""
+    if known.shape != member.shape:
+        raise FoldError(
+            f"{member.name}: of shape {known.shape} on rank {where} and {member.shape} on rank {rank}; if these are "
+            "stages of a pipeline, fold them with gradfold.fold_stage, which gives each parameter its name in the "
+            "whole model"
+        )
+    if known.dtype != member.dtype:
+        raise FoldError(f"{member.name}: {known.dtype} on rank {where}, {member.dtype} on rank {rank}")
+    if known.stream != member.stream:
+        raise FoldError(
+            f"{member.name}: called {known.stream!r} in the optimizer of rank {where} and {member.stream!r} in that of "
+            f"rank {rank}, and so rounded by different random bits; make both in the same way, of named_parameters()"
+        )
+    _refuse_options(f"{member.name}: its param_group", known.options, member.options, rank, where)
+
+
+def _refuse_options(
+    what: str, known: Mapping[str, Any], given: Mapping[str, Any], rank: int, where: int = 0
+) -> None:
+    for key in sorted({*known, *given}):
+        if known.get(key) != given.get(key):
+            raise FoldError(
+                f"{what} has {key}={known.get(key, 'nothing')} on rank {where}, and {key}={given.get(key, 'nothing')} "
+                f"on rank {rank}; give all ranks the same"
+            )

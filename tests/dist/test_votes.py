@@ -1,0 +1,350 @@
+"""All ranks raise, skip or step together: gradients that are not finite, ranks that fail, die or never come."""
+
+import datetime
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import gradfold
+from tests.dist.parts import alone, folded, furthest, held, inputs, moved, poisoned, said
+from tests.dist.tiny import HYPER
+from tests.dist.world import RankError, World
+
+LIMIT_S = 4.0  # of a process group whose ranks do not come
+
+
+def backward(model, fold, step, last=True):
+    fold.backward(model(inputs(step))) if last else model(inputs(step)).backward()
+
+
+def take(model, optimizer, fold, step):
+    backward(model, fold, step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# gradients that are not finite ----------------------------------------------------------------------------------------
+
+NONFINITE = {
+    "raise": {},
+    "skip": {"on_nonfinite": "skip"},
+    "deferred": {"timing": "deferred"},
+    "deferred-skip": {"timing": "deferred", "on_nonfinite": "skip"},
+    "clip": {"clip_norm": 0.5},
+    "delayed": {"clip_norm": 0.5, "clip": "delayed"},
+    "two_pass": {"clip_norm": 0.5, "clip": "two_pass"},
+    "two_pass-skip": {"clip_norm": 0.5, "clip": "two_pass", "on_nonfinite": "skip"},
+}
+
+
+def nonfinite():
+    found = {}
+    for name, options in NONFINITE.items():
+        model, optimizer, fold = folded(**options)
+        take(model, optimizer, fold, 0)
+        before = held(model)
+        hook = poisoned(model.b, lambda grad: grad * (float("nan") if dist.get_rank() == 1 else 1.0))
+
+        def step(model=model, fold=fold, optimizer=optimizer):
+            backward(model, fold, 1)
+            optimizer.step()
+
+        raised = said(step)
+        hook.remove()
+        optimizer.zero_grad()
+        changed = moved(model, before)
+        take(model, optimizer, fold, 2)
+        clip = {} if "clip_norm" not in options else {"clip": options["clip_norm"]}
+        # "delayed" begins with an unclipped step and goes on with other factors than torch: only the others are exact
+        away = None if options.get("clip") == "delayed" else furthest(model, alone((0, 2), **clip)[0])
+        fold.remove()
+        found[name] = raised, changed, away
+    return found
+
+
+def test_nonfinite_gradient_of_one_rank(two):
+    all_found = two.run(nonfinite)
+    for name, options in NONFINITE.items():
+        waits = options.get("timing") == "deferred" or options.get("clip", "exact" if "clip_norm" in options else "")
+        waits = waits in (True, "exact", "two_pass")
+        for rank, found in enumerate(all_found):
+            raised, changed, away = found[name]
+            where = (name, rank, raised)
+            if options.get("on_nonfinite") == "skip":
+                assert not raised, where
+            else:
+                assert raised.startswith("NonFiniteError: b.weight" + ("" if rank == 1 else " on rank 1")), where
+            if waits:
+                assert not changed, where
+                assert away <= 1e-11, where
+            else:  # what has stepped in backward has; the shard that is not finite has stayed
+                others = ["a.bias", "a.weight", "scale"]
+                assert changed == (others if rank == 1 else sorted([*others, "b.weight"])), where
+
+
+# ranks that fail ------------------------------------------------------------------------------------------------------
+
+
+def fails(grad):
+    if dist.get_rank() == 1:
+        raise ValueError("no such batch")
+    return grad
+
+
+def failing(timing, leave, group=None):
+    """Rank 1 raises in its backward and goes on with ``leave``; then all train on."""
+    options = {"timing": "deferred"} if timing == "deferred" else {"clip_norm": 1e9, "clip": "two_pass"}
+    model, optimizer, fold = folded(group=group, **options)
+    take(model, optimizer, fold, 0)
+    before = held(model)
+    hook = poisoned(model.a, fails)
+    try:
+        backward(model, fold, 1)
+        broken = ""
+    except ValueError as error:
+        broken = str(error)
+        again = said(optimizer.step if leave == "step" else optimizer.zero_grad)
+    if not broken:
+        again = said(optimizer.step)
+    hook.remove()
+    optimizer.zero_grad()
+    changed = moved(model, before)
+    take(model, optimizer, fold, 2)
+    found = broken, again, changed, furthest(model, alone((0, 2), 1e9 if "clip" in options else torch.inf)[0])
+    fold.remove()
+    return found
+
+
+def failing_ranks():
+    return {(timing, leave): failing(timing, leave) for timing in ("deferred",) for leave in ("step", "zero_grad")}
+
+
+def test_rank_that_raises_in_backward(two):
+    first, second = two.run(failing_ranks)
+    for (timing, leave), (broken, again, changed, away) in first.items():
+        assert not broken and not changed and away <= 1e-11, (timing, leave)
+        assert again.startswith("FoldError: rank 1 has failed in this step"), again
+        assert "ValueError: no such batch" in again, again
+    for (timing, leave), (broken, again, changed, away) in second.items():
+        assert broken == "no such batch" and not changed and away <= 1e-11, (timing, leave)
+        assert again.startswith("FoldError: optimizer.step() after a backward that raised") == (leave == "step"), again
+
+
+def first_pass_fails():
+    model, optimizer, fold = folded(clip="two_pass", clip_norm=1e9)
+    take(model, optimizer, fold, 0)
+    before = held(model)
+    hook = poisoned(model.a, fails)
+    raised = said(lambda: backward(model, fold, 1))
+    hook.remove()
+    changed = moved(model, before)
+    optimizer.zero_grad()
+    take(model, optimizer, fold, 2)
+    away = furthest(model, alone((0, 2), 1e9)[0])
+    fold.remove()
+    return raised, changed, away
+
+
+def test_rank_that_raises_in_the_first_pass(two):
+    (first, *_), (second, *_) = found = two.run(first_pass_fails)
+    assert first.startswith("FoldError: rank 1 has failed in this step: ValueError: no such batch"), first
+    assert second == "ValueError: no such batch"
+    for _, changed, away in found:
+        assert not changed
+        assert away <= 1e-11
+
+
+def audit_fails():
+    """On rank 1 something is wrong before the vote: its optimizer.step() raises, and so must all."""
+    model, optimizer, fold = folded()
+    take(model, optimizer, fold, 0)
+    backward(model, fold, 1)
+    if dist.get_rank() == 1:
+        model.scale.grad = torch.zeros_like(model.scale)
+    raised = said(optimizer.step)
+    model.scale.grad = None
+    optimizer.zero_grad()  # not refused, although weights have stepped in backward: the step is over
+    take(model, optimizer, fold, 2)
+    away = furthest(model, alone((0, 1, 2))[0])  # all weights had stepped in backward
+    fold.remove()
+    return raised, away
+
+
+def test_rank_whose_step_raises(two):
+    (first, away), (second, same) = two.run(audit_fails)
+    assert first.startswith("FoldError: rank 1 has failed in this step: FoldError: scale: a .grad is left over"), first
+    assert second.startswith("FoldError: scale: a .grad is left over"), second
+    assert max(away, same) <= 1e-11
+
+
+def dropping():
+    """All ranks drop a deferred step by zero_grad(); then only rank 1 does."""
+    model, optimizer, fold = folded(timing="deferred")
+    take(model, optimizer, fold, 0)
+    backward(model, fold, 1)
+    optimizer.zero_grad()
+    take(model, optimizer, fold, 2)
+    backward(model, fold, 3)
+    raised = said(optimizer.zero_grad if dist.get_rank() == 1 else optimizer.step)
+    take(model, optimizer, fold, 4)
+    away = furthest(model, alone((0, 2, 4))[0])
+    fold.remove()
+    return raised, away
+
+
+def test_dropped_steps(two):
+    (first, away), (second, same) = two.run(dropping)
+    assert "its gradients waited for optimizer.step(), and zero_grad() has dropped the step" in first
+    assert second == ""
+    assert max(away, same) <= 1e-11
+
+
+def never_comes():
+    group = dist.new_group(timeout=datetime.timedelta(seconds=LIMIT_S))
+    model, optimizer, fold = folded(group=group)
+    take(model, optimizer, fold, 0)
+    backward(model, fold, 1)
+    begun = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(LIMIT_S + 4)
+    return said(optimizer.step), time.monotonic() - begun
+
+
+def test_rank_that_never_comes(two):
+    (first, waited), (second, _) = two.run(never_comes)
+    assert first == f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s"
+    assert LIMIT_S <= waited < LIMIT_S + 4
+    assert second  # it is too late for it, too
+
+
+def dies():
+    torch.set_num_threads(1)
+    model, optimizer, fold = folded()
+    take(model, optimizer, fold, 0)
+    backward(model, fold, 1)
+    if dist.get_rank() == 1:
+        os._exit(3)
+    begun = time.monotonic()
+    raised = said(optimizer.step)
+    raise AssertionError(f"after {time.monotonic() - begun:.0f} s: {raised}")
+
+
+def test_rank_that_dies():
+    world = World(2, method="fork")
+    with pytest.raises(RankError, match=r"after [0-6] s: FoldError: optimizer.step\(\) of step 1: rank 1 has left"):
+        world.run(dies)
+
+
+# fold() ---------------------------------------------------------------------------------------------------------------
+
+
+def other_calls():
+    """Ranks at different calls of their folds."""
+    model, optimizer, fold = folded(timing="deferred")
+    backward(model, fold, 0)
+    raised = said(lambda: fold.clip_grad_norm_(1.0) if dist.get_rank() else optimizer.step())
+    optimizer.zero_grad()
+    fold.remove()
+    return raised
+
+
+def test_other_calls(two):
+    first, second = two.run(other_calls)
+    assert first.startswith("FoldError: optimizer.step() of step 0 on rank 0, while rank 1 is at another call"), first
+    assert second.startswith("FoldError: fold.clip_grad_norm_(1) of step 0 on rank 1, while rank 0 is at another call")
+
+
+class Parted(nn.Module):
+    """Plain on all ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4).double()
+        self.rest = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return self.rest(self.first(x)).sum()
+
+
+def plain_fold(group=None, model=None, **options):
+    model = Parted() if model is None else model
+    optimizer = gradfold.AdamW(model.named_parameters(), **HYPER)
+    return gradfold.fold(model, optimizer, group=group, **options)
+
+
+def refused():
+    """What fold() says of groups and options; every model is unfolded afterwards."""
+    found, rank = {}, dist.get_rank()
+    world = dist.group.WORLD
+    one = [dist.new_group([r]) for r in range(2)]
+    found["no group"] = said(plain_fold)
+    found["copies"] = said(lambda: plain_fold(world))
+    found["text"] = said(lambda: plain_fold("all"))
+    found["number"] = said(lambda: plain_fold(2))
+    found["not in it"] = said(lambda: plain_fold(one[1 - rank]))
+    found["alone, spread"] = said(lambda: folded(group="alone"))
+    found["group too small"] = said(lambda: folded(group=one[rank]))
+    found["options"] = said(lambda: folded(clip_norm=1.0 + rank))
+    found["words"] = said(lambda: folded(joint=bool(rank)))
+    found["optimizer options"] = said(lambda: folded(hyper={**HYPER, "lr": 1e-2 + rank}))
+    found["names"] = said(other_names)
+
+    model, optimizer, kept = unfoldable()
+    found["one rank"] = said(lambda: gradfold.fold(model, optimizer))
+    plain = all(type(module) is kind for module, kind in zip(model.modules(), kept, strict=True))
+    found["unfolded"] = plain and optimizer._fold is None and not optimizer.state
+
+    fold = plain_fold("alone")
+    fold.model(torch.ones(2, 4, dtype=torch.float64)).backward()
+    fold._state.optimizer.step()
+    fold.remove()
+    found["alone"] = fold._state.ranks is None
+    fold = plain_fold(one[rank])  # a group of its own; nothing is shared
+    found["subgroup"] = fold._state.ranks.size
+    fold.remove()
+    return found
+
+
+def other_names():
+    from tests.dist.parts import spread
+
+    model = spread()
+    params = model.named_parameters() if dist.get_rank() else model.parameters()
+    gradfold.fold(model, gradfold.AdamW(params, **HYPER))
+
+
+def unfoldable():
+    """Rank 1 has a hook in the way."""
+    from tests.dist.parts import spread
+
+    model = spread()
+    kept = list(map(type, model.modules()))
+    if dist.get_rank() == 1:
+        model.scale.register_hook(lambda grad: grad)
+    return model, gradfold.AdamW(model.named_parameters(), **HYPER), kept
+
+
+def test_what_fold_refuses(two):
+    for rank, found in enumerate(two.run(refused)):
+        other = 1 - rank
+        assert "nothing says what the others train" in found["no group"]
+        assert "fold(group=torch.distributed.group.WORLD)" in found["no group"]
+        assert "'alone'" in found["no group"] and "gradfold.replicate" in found["no group"]
+        assert "first.weight: ranks 0 and 1 both hold it whole" in found["copies"]
+        assert found["text"].startswith("FoldError: group='all': a process group")
+        assert found["number"].startswith("FoldError: group=2: a process group")
+        assert "this process" in found["not in it"] or "a process group" in found["not in it"]
+        assert "group='alone': a.weight is spread over ranks [0, 1]" in found["alone, spread"]
+        assert f"group= of ranks [{rank}]: a.weight is spread over ranks [0, 1]" in found["group too small"]
+        assert "fold() has clip_norm=1.0 on rank 0, and clip_norm=2.0 on rank 1" in found["options"]
+        assert "fold() has joint=False on rank 0, and joint=True on rank 1" in found["words"]
+        assert "its param_group has lr=0.01 on rank 0, and lr=1.01 on rank 1" in found["optimizer options"]
+        assert "scale: called '0' in the optimizer of rank 0 and 'scale' in that of rank 1" in found["names"]
+        assert ("scale" in found["one rank"]) and ("fold() on rank 1" in found["one rank"]) == (rank == 0), other
+        assert found["unfolded"] is True
+        assert found["alone"] is True
+        assert found["subgroup"] == 1
