@@ -220,6 +220,8 @@ def _place(name: str, param: Tensor, mesh: Any, placements: Sequence[Any]) -> Pl
     """
     for index, placement in enumerate(placements):
         pieces = getattr(placement, "split_factor", 1)  # of a _StridedShard: later dimensions of the mesh join them
+        if pieces == 1:
+            continue
         for later, other in enumerate(placements):
             if later > index and getattr(other, "dim", None) == placement.dim:
                 pieces //= mesh.size(later)
