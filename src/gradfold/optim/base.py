@@ -474,9 +474,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 state_dict = replaced
         theirs = state_dict["param_groups"]
         refuse_newer(theirs)
+        turns, rotation = self._turns, deepcopy(state_dict.get("working_set"))
+        if turns is not None:
+            turns.check(rotation)
         groups = self._merged_groups(theirs)
         saved, said = self._collected(self._saved_states(state_dict), theirs, groups)
-        turns = self._turns
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
         placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
@@ -488,9 +490,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
                     placed[param] = states
-        rotation = deepcopy(state_dict.get("working_set"))
-        if turns is not None:
-            turns.check(rotation)
         for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
             warnings.warn(what, stacklevel=users_level())
         return state_dict, groups, saved, placed, rotation
