@@ -171,9 +171,10 @@ def fold(
     except BaseException:
         if made is not None:
             made.remove()
-            made._state.optimizer.state.clear()
-            made._state.optimizer.state.update(kept)
-            made._state.optimizer._rotation = place
+            theirs: Any = made._state.optimizer
+            theirs.state.clear()
+            theirs.state.update(kept)
+            theirs._rotation = place
         raise
     state.ranks = ranks
     return made

@@ -260,6 +260,38 @@ def goes_on(kind, how, folder, storage, stop, steps):
     return found
 
 
+def through_dcp(kind, how, folder, stop, steps):
+    """Return what differs after a run that a distributed checkpoint has saved and loaded, from one that went on."""
+    import torch.distributed.checkpoint as dcp
+
+    from tests.dist.states import differing, everything
+
+    model, optimizer, fold, run = folded(kind, how)
+    run(range(stop))
+    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    run(range(stop, steps))
+    want, turn = everything(model, optimizer), fold.working_set
+    fold.remove()
+    model, optimizer, fold, run = folded(kind, how)
+    target = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.load(target, checkpoint_id=folder)
+    model.load_state_dict(target["model"])
+    optimizer.load_state_dict(target["optimizer"])
+    run(range(stop, steps))
+    found = differing(everything(model, optimizer), want), fold.working_set == turn
+    states = {0: target["optimizer"]["state"][0]}
+    lost = said(lambda: optimizer.load_state_dict({**target["optimizer"], "state": states}))
+    fold.remove()
+    return *found, lost
+
+
+def test_goes_on_from_a_distributed_checkpoint(two, tmp_path):
+    for differs, same, lost in two.run(through_dcp, "fsdp", {"chunks": 5, "order": "importance"}, str(tmp_path), 5, 10):
+        assert not differs
+        assert same
+        assert "no states of chunk" in lost
+
+
 CODED = {"states": "int8", "rounding": "stochastic", "small_size": 4096}
 
 

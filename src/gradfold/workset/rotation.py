@@ -400,6 +400,42 @@ class Rotation(Layout):
         except FoldError as error:
             raise ValueError(f"state_dict: {error}") from None
 
+    def refuse_lost(
+        self, saved: Mapping[str, Any] | None, there: Callable[[nn.Parameter, Region | None], bool]
+    ) -> None:
+        """Raise ValueError if a chunk has had its turn, and its states are not there: it would silently begin anew.
+
+        Args:
+            saved: what ``state_dict()`` returned.
+            there: tells whether there are states of a slice.
+        """
+        optimizer = self.fold.optimizer
+        if saved is None or self.config.states != "keep":
+            return
+        for index, last in enumerate(saved["schedule"]["last"]):
+            slices = [
+                (member, region)
+                for member, regions in self.slices.items()
+                for chunk, region in regions
+                if chunk == index and any(not spec.lazy for spec in optimizer.rule.states(member.group))
+            ]
+            if last >= 0 and slices and not any(there(member.param, region) for member, region in slices):
+                raise ValueError(
+                    f"state_dict has no states of chunk {index} ({slices[0][0].name} ...), which has had its turn; a "
+                    "distributed checkpoint must be loaded into optimizer.state_dict() of the folded model, and given "
+                    "to optimizer.load_state_dict() (torch's set_optimizer_state_dict drops what sleeps)"
+                )
+
+    def unborn(self, param: nn.Parameter) -> list[ParamSlice]:
+        """Return the slices of a parameter that have no states yet, and will get some when they wake."""
+        member = self.fold.params.get(id(param))
+        if member not in self.slices or member in self.frozen:
+            return []
+        known = self.states(param)
+        asleep = [region for index, region in self.slices[member] if index != self.schedule.index]
+        slices = [member.slice(region) for region in asleep]
+        return [one for one in slices if not any(one.key(key.partition("[")[0]) == key for key in known)]
+
     def _difference(self, saved: list[Any]) -> str:
         """Return the first slice that is not the same in a saved cut, in words."""
         for index, (there, here) in enumerate(itertools.zip_longest(saved, self._saved_cut(), fillvalue=[])):
