@@ -55,6 +55,32 @@ class Params(nn.Module):
         return sum(whole((param * grads[name]).sum().float()) for name, param in self.named_parameters())
 
 
+class Uneven(nn.Module):
+    """Matrices of these numbers of rows, cut along them; gradients as of ``Params``."""
+
+    def __init__(self, sizes, mesh=None):
+        super().__init__()
+        self.mesh = mesh
+        for index, size in enumerate(sizes):
+            self.register_parameter(f"w{index}", nn.Parameter(self.cut(self.values(index, size, 0))))
+
+    def values(self, index, size, seed):
+        return torch.randn(size, 192, generator=torch.Generator().manual_seed(100 * seed + index))
+
+    def cut(self, value):
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        return value if self.mesh is None else distribute_tensor(value, self.mesh, [Shard(0)])
+
+    def forward(self, step):
+        terms = [
+            whole((param * self.cut(self.values(index, param.shape[0], step + 1))).sum())
+            for index, param in enumerate(self.parameters())
+            if param.requires_grad
+        ]
+        return sum(terms)
+
+
 def train(model, optimizer, steps):
     for step in steps:
         model(step).backward()

@@ -264,6 +264,9 @@ def test_other_placements_and_masters(two):
 # torch's own first step -----------------------------------------------------------------------------------------------
 
 
+CODED = {"states": "int8", "rounding": "stochastic", "small_size": 0}
+
+
 def first_steps():
     """Return what torch's ``get_optimizer_state_dict`` moves where the optimizer has no states yet, or never any."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -274,17 +277,30 @@ def first_steps():
         before = {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
         get_optimizer_state_dict(model, optimizer_of(model, kind))
         found[kind] = differing(before, {name: whole(param.detach()) for name, param in model.named_parameters()})
-    for folded in (False, True):
+    for folded, momentum in ((False, 0), (True, 0), (True, 0.9)):
         model = Params("fp32", mesh_of())
-        optimizer = gradfold.SGD(model.named_parameters(), lr=0.1, weight_decay=0.1)
+        optimizer = gradfold.SGD(model.named_parameters(), lr=0.1, momentum=momentum, weight_decay=0.1)
         if folded:
             gradfold.fold(model, optimizer)
         before = {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
         optimizer.state_dict()
-        get_optimizer_state_dict(model, optimizer)
+        states = get_optimizer_state_dict(model, optimizer)["state"]
         left = [name for name, param in model.named_parameters() if param.grad is not None]
         after = {name: whole(param.detach()) for name, param in model.named_parameters()}
-        found[f"SGD {folded}"] = differing(before, after) + left
+        if folded and momentum:  # stochastic rounding counts steps, so that torch takes the states for complete
+            coded = Params("int8", mesh_of())
+            counted = gradfold.SGD(coded.named_parameters(), lr=0.1, momentum=0.9, dampening=0.5, **CODED)
+            gradfold.fold(coded, counted)
+            brought = get_optimizer_state_dict(coded, counted)["state"]
+            found["lazy, there"] = [name for name in SHAPES if "momentum_buffer.codes" not in brought[name]]
+            counted.load_state_dict(counted.state_dict())
+            train(coded, counted, [0])
+            plain = Params("int8")
+            its = gradfold.SGD(plain.named_parameters(), lr=0.1, momentum=0.9, dampening=0.5, **CODED)
+            train(plain, its, [0])
+            found["lazy, begun"] = differing(everything(coded, counted), everything(plain, its))
+        missing = [name for name in SHAPES if momentum and "momentum_buffer" not in states[name]]
+        found[f"SGD {folded} {momentum}"] = differing(before, after) + left + missing
     return found
 
 

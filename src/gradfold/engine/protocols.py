@@ -168,6 +168,14 @@ class Turns(Protocol):
         """Raise ValueError if this ``state_dict()`` is of another cut or order."""
         ...
 
+    def refuse_lost(self, saved: Mapping[str, Any] | None, there: Callable[[Parameter, Region | None], bool]) -> None:
+        """Raise ValueError if a chunk has had its turn, and its states are not ``there``."""
+        ...
+
+    def unborn(self, param: Parameter) -> list[Any]:
+        """Return the slices (``ParamSlice``) of a parameter that have no states yet, and will get some."""
+        ...
+
     def load(
         self,
         saved: Mapping[str, Any] | None,

@@ -21,6 +21,7 @@ from gradfold import _torch
 from gradfold._options import FoldOptions
 from gradfold.backends import Backend, DenseTerm
 from gradfold.errors import FoldError
+from gradfold.rules import number
 
 from .audit import Auditor, named_parameters, unhooked_gradients
 from .backward import Backward
@@ -35,7 +36,7 @@ from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .protocols import Optimizer, Sharding
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
-from .shard import sum_together
+from .shard import held, sum_together
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
 from .zero_grad import add_zeros, changed_since, changed_weights
@@ -384,6 +385,8 @@ class FoldState(FoldContext):
                 round; a parameter was replaced or moved; a gradient was left over. On many ranks also if another one
                 has failed.
         """
+        if self._is_first_of_torch():
+            return
         if self.ranks is None:
             self._close()
             return
@@ -397,6 +400,29 @@ class FoldState(FoldContext):
             raise
         finally:
             self.ranks.next_step()
+
+    def _is_first_of_torch(self) -> bool:
+        """Create the states that come with the first step, if this call is the one that asks for them; return that.
+
+        torch's distributed checkpoints call ``step()`` of an optimizer that has no states, with gradients of zeros and
+        a learning rate of zero, so that it has all that a checkpoint may bring.
+        """
+        if self.step.open or self.step.backwards or self.optimizer.state:
+            return False
+        trained = [param.param for param in self.params.values() if param.param.requires_grad]
+        if not trained or any(param.grad is None for param in trained):
+            return False
+        if any(number(group["lr"]) for group in self.optimizer.groups) or any(
+            bool(held(param.grad).any()) for param in trained if param.grad is not None
+        ):
+            return False
+        for param in trained:
+            param.grad = None
+        for one in self.slices():
+            if one.lazy:
+                one.states.update(one.lazy)
+                one.lazy.clear()
+        return True
 
     def _close(self) -> None:
         step = self.step

@@ -175,9 +175,11 @@ class ParamStepper:
             keys += keys_of(spec.name, codec).values()
         addressed = not hasattr(view, "fake_mode")
         found = [(self.key(key), states[key]) for key in keys if key in states]
+        if not self.optimizer.state[self.param]:
+            del self.optimizer.state[self.param]  # torch has no entry for a parameter that keeps nothing
         return _Bound(
             settings,
-            self.optimizer.state[self.param],
+            self.optimizer.state.get(self.param),
             [(key, tensor, tensor.data_ptr() if addressed else 0) for key, tensor in found],
             self.held.data_ptr() if addressed else 0,
             addressed,

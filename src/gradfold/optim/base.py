@@ -39,8 +39,8 @@ from gradfold.rules import Rule
 
 from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
-from .spread import collected, parts_here, spread
-from .upgrade import refuse_cast, refuse_newer, stamped, unstamped, upgraded
+from .spread import begins_lazily, initial_states, read_states, spread
+from .upgrade import refuse_cast, refuse_newer, stamped, unstamped
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so
 # that a state_dict loads into the torch optimizer of the same name.
@@ -352,7 +352,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
                     packed["state"][index] = states
-            packed["state"] = dict(sorted(packed["state"].items()))
+        if self._fold is not None and self._fold.ranks is not None:
+            for index, param in enumerate(self._params):
+                if states := initial_states(self._fold, param):
+                    packed["state"][index] = {**states, **packed["state"].get(index, {})}
+        packed["state"] = dict(sorted(packed["state"].items()))
         self._spread(packed["state"])
         packed["param_groups"] = [stamped(group) for group in packed["param_groups"]]
         if (rotation := self._current_rotation()) is not None:
@@ -416,12 +420,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return torch's ``state_dict()``, with no entry for a parameter that keeps nothing."""
         if self._fold is not None:
             self._fold.require_closed("state_dict()")
-        else:  # a fold keeps them: torch's checkpoints would step, with gradients of zeros, an optimizer without any
-            for param in [param for param, states in self.state.items() if not states]:
-                del self.state[param]
-        packed = super().state_dict()
-        packed["state"] = {key: states for key, states in packed["state"].items() if states}
-        return packed
+        for param in [param for param, states in self.state.items() if not states]:
+            del self.state[param]
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of the torch optimizer of the same name.
@@ -489,9 +490,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 state_dict = replaced
         theirs = state_dict["param_groups"]
         refuse_newer(theirs)
+        turns, rotation = self._turns, deepcopy(state_dict.get("working_set"))
+        if turns is not None:
+            turns.check(rotation)
         groups = self._merged_groups(theirs)
-        saved, said = self._collected(self._saved_states(state_dict), theirs, groups)
-        turns = self._turns
+        saved, said = read_states(self._saved_states(state_dict), theirs, groups, self.rule)
+        if turns is not None and any(saved.values()):
+            turns.refuse_lost(rotation, lambda param, region: bool(states_of(saved.get(param, {}), region)))
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
         placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
@@ -503,29 +508,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
                     placed[param] = states
-        rotation = deepcopy(state_dict.get("working_set"))
-        if turns is not None:
-            turns.check(rotation)
         for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
             warnings.warn(what, stacklevel=users_level())
         return state_dict, groups, saved, placed, rotation
-
-    def _collected(
-        self, saved: dict[Parameter, dict[str, Any]], theirs: list[dict[str, Any]], groups: list[dict[str, Any]]
-    ) -> tuple[dict[Parameter, dict[str, Any]], str | None]:
-        """Return saved states in today's format, as plain tensors of what this rank holds, and a warning to give."""
-        found: dict[Parameter, Any] = {}
-        whole: set[int] = set()
-        for param, states in saved.items():
-            found[param], is_whole = collected(param, states)
-            if is_whole and is_spread(param):
-                whole.add(id(param))
-
-        def shape_of(param: Parameter) -> tuple[int, ...]:
-            return tuple(param.shape if id(param) in whole else held(param).shape)
-
-        found, said = upgraded(found, theirs, groups, self.rule, shape_of)
-        return {p: parts_here(p, states) if id(p) in whole else states for p, states in found.items()}, said
 
     def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = self.groups
@@ -573,6 +558,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         else:
             states = states_of(states, region)
         placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
+        placed = begins_lazily(placed, storage, self.rule)
         if group.get("capturable"):  # counted where a CUDA graph counts
             placed |= {name: placed[name].to(param.device) for name in storage.counters(self.rule) if name in placed}
         return named(placed, region)
@@ -600,7 +586,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if number is None and {"state", "param_groups"} <= state.keys():  # torch's load_state_dict, or an old pickle
             states, groups = state["state"], state["param_groups"]
             refuse_cast(states.values())
-            found, said = self._collected(states, groups, groups)
+            found, said = read_states(states, groups, groups, self.rule)
             if said is not None:
                 warnings.warn(said, stacklevel=users_level())
             state["state"] = defaultdict(dict, {**states, **found})

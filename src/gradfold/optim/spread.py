@@ -7,17 +7,31 @@ they are parts. So ``state_dict()`` shows every state but the counters as a DTen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from gradfold.codecs import WEIGHT, Codec, matrix
-from gradfold.engine import Region, as_dtensor, how_spread, is_spread, part_here, placed_alike, whole_shape
-from gradfold.engine.storage import Storage, stored_otherwise
+from gradfold.engine import (
+    FoldState,
+    Region,
+    allocate,
+    as_dtensor,
+    held,
+    how_spread,
+    is_spread,
+    part_here,
+    placed_alike,
+    whole_shape,
+)
+from gradfold.engine.storage import STEP, Storage, stored_otherwise
 from gradfold.errors import FoldError
-from gradfold.rules import Rule
+from gradfold.rules import Group, Rule
+
+from .slices import named
+from .upgrade import upgraded
 
 States = Mapping[str, Any]
 
@@ -106,6 +120,62 @@ def _refuse_other_shapes(param: Parameter, states: States) -> None:
                 f"state {key!r}{kind} has shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)} cut "
                 f"along {how_spread(param) or 'no dimension'}: give it as a DTensor, as state_dict() does, or whole"
             )
+
+
+def read_states(
+    saved: Mapping[Parameter, States], theirs: Sequence[Group], groups: Sequence[Group], rule: Rule
+) -> tuple[dict[Parameter, Any], str | None]:
+    """Return saved states in today's format, as plain tensors of what this rank holds, and a warning to give.
+
+    Args:
+        saved: Saved states by parameter; they are not changed.
+        theirs: The saved param_groups.
+        groups: The param_groups that they become.
+        rule: The optimizer's rule.
+
+    Raises:
+        ValueError: Of a parameter that is spread over ranks, as ``collected`` raises it.
+    """
+    found: dict[Parameter, Any] = {}
+    whole: set[int] = set()
+    for param, states in saved.items():
+        found[param], is_whole = collected(param, states)
+        if is_whole and is_spread(param):
+            whole.add(id(param))
+
+    def shape_of(param: Parameter) -> tuple[int, ...]:
+        return tuple(param.shape if id(param) in whole else held(param).shape)
+
+    found, said = upgraded(found, theirs, groups, rule, shape_of)
+    return {p: parts_here(p, states) if id(p) in whole else states for p, states in found.items()}, said
+
+
+def initial_states(fold: FoldState, param: Parameter) -> dict[str, Any]:
+    """Return the states that a parameter does not have yet, as they will begin, on many ranks.
+
+    A distributed checkpoint loads no more than its target has, which may be the state_dict of a fold that has not
+    stepped. So that nothing is lost then, all state_dicts of a fold have the same keys.
+    """
+    found: dict[str, Any] = {}
+    member = fold.params[id(param)]
+    for one in member.slices:
+        if STEP in one.states:  # where it is 0, it tells that the others have not begun
+            found |= {one.key(key): value for key, value in one.lazy.items()}
+    optimizer: Any = fold.optimizer
+    for one in () if fold.turns is None else fold.turns.unborn(param):  # slices that have not been awake
+        states: dict[str, Any] = {}
+        lazy: dict[str, Tensor] = {}
+        allocate(one.view, states, optimizer.rule, member.group, lazy, one.stream, one.place)
+        found |= named({**states, **lazy} if STEP in states else states, one.region)
+    return found
+
+
+def begins_lazily(states: dict[str, Any], storage: Storage, rule: Rule) -> dict[str, Any]:
+    """Return the states without those that begin with the first step, if they are as ``initial_states`` shows them."""
+    lazy = {spec.name for spec in storage.specs if spec.lazy}
+    if not lazy or STEP in rule.counters or STEP not in states or float(states[STEP]):
+        return states
+    return {key: value for key, value in states.items() if key.partition(".")[0] not in lazy}
 
 
 def parts_here(param: Parameter, states: States) -> dict[str, Any]:

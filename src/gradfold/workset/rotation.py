@@ -7,6 +7,7 @@ any other value means that the user has frozen or unfrozen the parameter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -227,22 +228,24 @@ class Rotation(Layout):
 
         Raises:
             FoldError: a store cannot take a chunk's states, or give them. Nothing is lost: ``state_dict()`` has them
-                all, and the next ``optimizer.step()``, or the next forward, does what is left to do, and no more.
+                all, and the next ``optimizer.step()``, or the next forward, does what is left to do, and no more. On
+                many ranks it is raised on all of them, and only ``optimizer.step()`` tries again.
         """
         if self._owed is None and not self._waking:
             self._owed = power
-        ranks = self.fold.ranks
-        if ranks is None or not self.schedule.leaves:
-            self.catch_up()
-            return
-        try:
-            self.catch_up()
-        except Exception as error:
-            ranks.fail(error)  # the others would wait for this one in the next forward
-            raise
-        ranks.vote("the working set's next chunk", {}, 2.0, [])
+        self._catch_up()
 
     def catch_up(self) -> None:
+        """Do what an earlier ``stepped`` that raised has left undone."""
+        if self.fold.ranks is None or self._loading:
+            self._catch_up()
+        elif self._waking:  # the ranks do it together, and this may be the forward of one of them only
+            raise FoldError(
+                "the working set's next chunk could not be woken, on this rank or another; call optimizer.step() to "
+                "try again"
+            )
+
+    def _catch_up(self) -> None:
         """Count the step and change chunks, as far as that has not been done."""
         if self._loading:
             raise FoldError(
@@ -261,12 +264,13 @@ class Rotation(Layout):
         """Give the parameters of the active chunk their slices and states; if it raises, it can be called again."""
         state = self.fold.optimizer.state
         slices: dict[FoldParam, list[ParamSlice]] = {}
-        for member in self.turning:
-            regions = [region for index, region in self.slices[member] if index == self.schedule.index]
-            slices[member] = [member.slice(region, self._draw) for region in regions]
-            for one in slices[member]:
-                if tensors := self.store.take(one.name, member.param.device):
-                    state[member.param].update(tensors)
+        with self._on_all_ranks("waking a chunk"):
+            for member in self.turning:
+                regions = [region for index, region in self.slices[member] if index == self.schedule.index]
+                slices[member] = [member.slice(region, self._draw) for region in regions]
+                for one in slices[member]:
+                    if tensors := self.store.take(one.name, member.param.device):
+                        state[member.param].update(tensors)
         for member in self.turning:  # now that all of them have their states: none may begin anew for want of a file
             member.slices = slices[member]
             self._set(member, bool(member.slices) and member not in self.frozen)
@@ -290,10 +294,11 @@ class Rotation(Layout):
         active = [one for member in self.turning for one in member.slices]
         put: list[str] = []
         try:
-            for one in active:
-                if tensors := self._kept(one):
-                    put.append(one.name)
-                    self.store.put(one.name, tensors)
+            with self._on_all_ranks("putting a chunk to sleep"):
+                for one in active:
+                    if tensors := self._kept(one):
+                        put.append(one.name)
+                        self.store.put(one.name, tensors)
         except BaseException:
             for name in put:
                 self.store.drop(name)  # they are with the optimizer, and may step again there
@@ -304,6 +309,17 @@ class Rotation(Layout):
         for member in self.turning:
             member.slices = []
             member.disarm()
+
+    @contextlib.contextmanager
+    def _on_all_ranks(self, what: str) -> Iterator[None]:
+        """A context that raises on all ranks if it raises on one."""
+        ranks = self.fold.ranks
+        if ranks is None:
+            yield
+            return
+        with ranks.guard():
+            yield
+            ranks.vote(what, {}, 2.0, [])
 
     def _set(self, member: FoldParam, requires_grad: bool) -> None:
         self.awake[member] = requires_grad
@@ -384,6 +400,42 @@ class Rotation(Layout):
         except FoldError as error:
             raise ValueError(f"state_dict: {error}") from None
 
+    def refuse_lost(
+        self, saved: Mapping[str, Any] | None, there: Callable[[nn.Parameter, Region | None], bool]
+    ) -> None:
+        """Raise ValueError if a chunk has had its turn, and its states are not there: it would silently begin anew.
+
+        Args:
+            saved: what ``state_dict()`` returned.
+            there: tells whether there are states of a slice.
+        """
+        optimizer = self.fold.optimizer
+        if saved is None or self.config.states != "keep":
+            return
+        for index, last in enumerate(saved["schedule"]["last"]):
+            slices = [
+                (member, region)
+                for member, regions in self.slices.items()
+                for chunk, region in regions
+                if chunk == index and any(not spec.lazy for spec in optimizer.rule.states(member.group))
+            ]
+            if last >= 0 and slices and not any(there(member.param, region) for member, region in slices):
+                raise ValueError(
+                    f"state_dict has no states of chunk {index} ({slices[0][0].name} ...), which has had its turn; a "
+                    "distributed checkpoint must be loaded into optimizer.state_dict() of the folded model, and given "
+                    "to optimizer.load_state_dict() (torch's set_optimizer_state_dict drops what sleeps)"
+                )
+
+    def unborn(self, param: nn.Parameter) -> list[ParamSlice]:
+        """Return the slices of a parameter that have no states yet, and will get some when they wake."""
+        member = self.fold.params.get(id(param))
+        if member not in self.slices or member in self.frozen:
+            return []
+        known = self.states(param)
+        asleep = [region for index, region in self.slices[member] if index != self.schedule.index]
+        slices = [member.slice(region) for region in asleep]
+        return [one for one in slices if not any(one.key(key.partition("[")[0]) == key for key in known)]
+
     def _difference(self, saved: list[Any]) -> str:
         """Return the first slice that is not the same in a saved cut, in words."""
         for index, (there, here) in enumerate(itertools.zip_longest(saved, self._saved_cut(), fillvalue=[])):
@@ -416,13 +468,14 @@ class Rotation(Layout):
             self.schedule.load_state_dict(saved["schedule"])
         self._fetching, self._owed = False, None
         optimizer = self.fold.optimizer
-        for member in self.fold.params.values():
-            for index, region in self.slices.get(member, [(self.schedule.index, None)]):
-                if found := states(member.param, region):
-                    if index == self.schedule.index:
-                        optimizer.state[member.param].update(found)
-                    else:
-                        self.store.put(name_of_region(member, region), found)
+        with self._on_all_ranks("loading a working set's states"):
+            for member in self.fold.params.values():
+                for index, region in self.slices.get(member, [(self.schedule.index, None)]):
+                    if found := states(member.param, region):
+                        if index == self.schedule.index:
+                            optimizer.state[member.param].update(found)
+                        else:
+                            self.store.put(name_of_region(member, region), found)
         self._loading = False
         self._wake()
 
