@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Routed, native
-from .engine import FoldParam, FoldState
+from .engine import FoldParam, FoldState, held
 from .engine.storage import storage_of
 from .head import HeadRow
 from .modules import FOLD_PARAM
@@ -27,7 +27,7 @@ class Row:
     dtype: torch.dtype
     route: str  # folded, hooked (a dense gradient is written), frozen; or asleep: not in the working set's active chunk
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
-    weight_bytes: int
+    weight_bytes: int  # on this rank
     state_bytes: int  # on the device, in host memory or on disk
     tape: str = ""  # waits for optimizer.step(): "uses" for gradient terms, "gradient" for their sum
     tape_bytes: int = 0  # of these; a tensor that several parameters hold is counted for one of them
@@ -162,7 +162,7 @@ def _route(param: FoldParam, unfolded: Mapping[int, str]) -> tuple[str, str]:
 
 def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int, str]) -> Row:
     member = fold.params.get(id(param))
-    held: list[Tensor] = []
+    kept: list[Tensor] = []
     stored, chunks = "", ""
     if member is not None:
         assert isinstance(fold.optimizer, RuleOptimizer)
@@ -170,14 +170,15 @@ def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int,
         for region, states in fold.optimizer.slices_of(param):
             both = {**states, **lazy.get(region, {})}
             found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
-            held += found.values()
+            kept += found.values()
             if found and not stored:
                 stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
         if isinstance(fold.turns, Rotation):
             chunks = fold.turns.chunks_of(member)
-    tapes = [] if member is None else [kept for one in member.slices if (kept := one.deferred)]
+    tapes = [] if member is None else [tape for one in member.slices if (tape := one.deferred)]
     asleep = member is not None and not member.slices
     frozen = member is None or not (asleep or param.requires_grad)
+    here = held(param)
     route, why = "frozen" if frozen else "asleep", ""
     if member is not None and not (frozen or asleep):
         route, why = _route(member, unfolded)
@@ -187,8 +188,8 @@ def _row(fold: FoldState, name: str, param: nn.Parameter, unfolded: Mapping[int,
         dtype=param.dtype,
         route=route,
         states=stored,
-        weight_bytes=param.numel() * param.element_size(),
-        state_bytes=sum(state.numel() * state.element_size() for state in held),
+        weight_bytes=here.numel() * here.element_size(),
+        state_bytes=sum(state.numel() * state.element_size() for state in kept),
         tape=" + ".join(dict.fromkeys("uses" if t.collapsed is None else "gradient" for t in tapes)),
         tape_bytes=sum(tape.cost_bytes for tape in tapes),
         chunks=chunks,
