@@ -93,7 +93,7 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# a model that takes torch's tensor and sequence parallelism ------------------------------------------------------------
+# a model that takes torch's tensor and sequence parallelism -----------------------------------------------------------
 
 
 class Attention(nn.Module):
