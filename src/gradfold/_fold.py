@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._fold_checks import refuse_folded, refuse_head, refuse_parameters, refuse_working_set
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
-from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
+from .backends import DEFAULT_SCRATCH_BYTES, Backend, Reference, choose
 from .dist import Ranks, Sharding, ranks_of, sharding_of
 from .engine import (
     FoldState,
@@ -208,7 +208,10 @@ def _fold(
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
-    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
+    chosen = choose(backend, scratch_bytes, devices)
+    if sharding is not None and isinstance(chosen, Reference):
+        chosen.ahead = False  # FSDP2 brings gradients that are there
+    state = FoldState(model, optimizer, chosen, options, joint, sharding)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state, rank)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

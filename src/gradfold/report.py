@@ -198,7 +198,7 @@ def _row(
                 stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
         if isinstance(fold.turns, Rotation):
             chunks = fold.turns.chunks_of(member)
-    tapes = [] if member is None else [kept for one in member.slices if (kept := one.deferred)]
+    tapes = [] if member is None else [tape for one in member.slices if (tape := one.deferred)]
     asleep = member is not None and not member.slices
     frozen = member is None or not (asleep or param.requires_grad)
     route, why = "frozen" if frozen else "asleep", ""

@@ -202,7 +202,7 @@ SEVERAL = {
     sharded: "Accelerate is set up for FSDP with 1 process: .*CUDA_VISIBLE_DEVICES=0",
     gpus: "2 GPUs are visible, over which Trainer puts DataParallel.*CUDA_VISIBLE_DEVICES=0",
     deepspeed: "DeepSpeed: a folded model trains on one device",
-    fsdp: "FSDP: a folded model trains on one device",
+    fsdp: "FSDP: fold_trainer trains on one device.*gradfold.hf.prepare",
     two_devices: "the model lies on cpu, meta .device_map=.*one device",
     shards: "lm_head.weight is a shard .Parameter on mesh of 2.",
     mesh: "Accelerate has a parallelism_config",

@@ -41,6 +41,7 @@ class Reference(Backend):
 
     def __init__(self, scratch: Scratch):
         self.scratch = scratch
+        self.ahead = True  # reserve scratch memory for gradients that have to be computed, as parameters are prepared
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the scratch memory held now."""
@@ -129,8 +130,9 @@ class PlainStepper:
         self.cut = cut = self._cut(group)
         self._safe = safe_magnitude((), self.weight.dtype)
         self._tile = cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device
-        self.scratch.tiles(*self._tile)
-        self._compiled = self._as_compiled(group)
+        if backend.ahead or not cut.fused:
+            self.scratch.tiles(*self._tile)
+        self._compiled = self._as_compiled(group) if backend.ahead else None
 
     def _as_compiled(self, group: Group) -> CompiledStep | None:
         """Return a compiled step with the results of torch's fused kernel, bit for bit; None where there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any, get_args
 from torch import nn
 
 from gradfold import Fold, fold
-from gradfold._options import Clip, StorageOptions
+from gradfold._options import Clip, FoldOptions, StorageOptions
 from gradfold.errors import FoldError
 from gradfold.optim import RuleOptimizer
 
@@ -64,6 +65,12 @@ def split_options(
         {name: value for name, value in options.items() if name in STORAGE},
         {name: value for name, value in options.items() if name in FOLD},
     )
+
+
+def check_options(**options: Any) -> None:
+    """Raise if an option of ``gradfold.fold`` is out of range, before there is a model to fold."""
+    known = {field.name for field in dataclasses.fields(FoldOptions)}
+    FoldOptions(**{name: value for name, value in options.items() if name in known})
 
 
 def refuse_clip(fold_options: Mapping[str, Any], accumulate: int, limit: float | None, clip_argument: str) -> None:
@@ -131,15 +138,30 @@ def refuse_several(count: int, what: str) -> None:
         )
 
 
-def refuse_accelerator(accelerator: Any) -> None:
+def refuse_accelerator(accelerator: Any, fsdp2: bool = False) -> None:
     """Raise if an Accelerator has several processes, or shards the model. Nothing has moved then.
+
+    Args:
+        accelerator: the Accelerator.
+        fsdp2: the caller folds what FSDP2 shards.
 
     Raises:
         FoldError: names what it is set up for.
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     count = int(accelerator.num_processes)
-    if kind != "NO" or count > 1:
+    if fsdp2 and kind == "FSDP":
+        if not accelerator.is_fsdp2:
+            raise FoldError(
+                "Accelerate is set up for FSDP1, whose flat parameters cannot be folded: set fsdp_version=2 "
+                "(FullyShardedDataParallelPlugin(fsdp_version=2), or FSDP_VERSION=2)"
+            )
+        if accelerator.scaler is not None:
+            raise FoldError(
+                "mixed_precision='fp16' under FSDP2: its loss scale has not been tried with folded shards; use 'bf16', "
+                "which needs none"
+            )
+    elif kind != "NO" or count > 1:
         refuse_several(max(count, 2), f"Accelerate is set up for {kind} with {count} process{'es' * (count > 1)}")
     mesh = getattr(accelerator, "parallelism_config", None)
     if mesh is not None:

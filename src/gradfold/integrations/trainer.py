@@ -231,7 +231,11 @@ def refuse_trainer(trainer: Any) -> None:
     if getattr(trainer, "is_deepspeed_enabled", False) or getattr(args, "deepspeed", None):
         refuse_several(2, "DeepSpeed")
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(args, "fsdp", None):
-        refuse_several(2, "FSDP")
+        raise FoldError(
+            "FSDP: fold_trainer trains on one device, since a Trainer shards its model after the optimizer is made; "
+            "write the loop with Accelerate and gradfold.hf.prepare(accelerator, model, optimizer, ...), which takes "
+            "FSDP2 over, or train without folding"
+        )
     refuse_accelerator(trainer.accelerator)
     refuse_several(args.world_size, f"Trainer has {args.world_size} processes")
     refuse_several(args.n_gpu, f"{args.n_gpu} GPUs are visible, over which Trainer puts DataParallel")

@@ -202,6 +202,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         self._stepper(param).allocate(self.group_of(param))
 
+    def forget_params(self) -> None:
+        """Forget what was found out about parameters: others were put into the groups, as Accelerate does for FSDP2."""
+        self._groups.clear()
+        self._streams.clear()
+        self._steppers.clear()
+
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the scratch memory of ordinary steps; a fold has its own."""
         return () if self._backend is None else self._backend.scratch_tensors()

@@ -146,6 +146,7 @@ class LiveBytes(TorchDispatchMode):
         self._touched_bytes = 0
         self._moments: list[Moment] = []
         self._op = ""
+        self._resizing: list[Any] = []  # what ``resize_`` was before, for each time that this mode was entered
         me = weakref.ref(self)
 
         def on_free(ref: _StorageRef) -> None:
@@ -231,6 +232,31 @@ class LiveBytes(TorchDispatchMode):
             moments=tuple(self._moments),
             end_touched_bytes=self._touched_bytes,
         )
+
+    # ---- resizing ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> LiveBytes:
+        """Also count storages anew that are resized outside of any operator, as FSDP2 frees what it has gathered."""
+        plain = torch.UntypedStorage.resize_
+        self._resizing.append(vars(torch.UntypedStorage).get("resize_"))
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            done = plain(storage, size)
+            with self._lock:
+                if storage_address(storage) in self._blocks:
+                    self._see_storage(storage, _TEMPORARY)
+            return done
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave ``resize_`` as it was."""
+        if (before := self._resizing.pop()) is None:
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = before
+        super().__exit__(*error)
 
     # ---- dispatch -----------------------------------------------------------------------------------------------
 
