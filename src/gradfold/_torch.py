@@ -346,8 +346,9 @@ def store_of(group: Any) -> Any:
 
 def timeout_of(group: Any) -> datetime.timedelta:
     """Return how long a process group lets its collectives wait."""
-    found = [group._get_backend(device).options._timeout for device in group._device_types]
-    return min(found)
+    backends = [group._get_backend(device) for device in group._device_types]
+    found = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    return min(found, default=datetime.timedelta(minutes=30))
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,13 @@ class Exchange:
     def objects(self, mine: Any) -> list[Any]:
         """Return what each rank has given, by rank; any object that can be pickled. For the time of ``fold()``."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self.group)
+        try:
+            dist.all_gather_object(found, mine, group=self.group)
+        except RuntimeError as error:
+            raise FoldError(
+                f"not all {self.size} ranks have come to the same call (fold(), or add_param_group): "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         return found
 
     def numbers(self, mine: Sequence[float], what: str) -> Tensor:
