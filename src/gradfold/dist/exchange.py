@@ -148,7 +148,7 @@ class Exchange:
         try:
             if not self._store.check([f"{number}/failed"]):
                 return None
-            return f"{self._store.get(f'{number}/failed').decode()}; the step is not taken on this rank either"
+            return self._store.get(f"{number}/failed").decode()
         except RuntimeError:  # the store lies with one of the ranks
             return None
 
