@@ -383,3 +383,43 @@ def test_what_fsdp2_keeps(one_rank):
     assert states == [False, True] and not _torch.fsdp_is_to_end(inner)
     group.reshard()
     assert model[0].weight is weight.sharded_param
+
+
+def test_many_ranks():
+    import datetime
+
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+    limit = datetime.timedelta(seconds=7)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    try:
+        group = dist.group.WORLD
+        assert _torch.timeout_of(group) == limit
+        _torch.store_of(group).set("key", "value")
+        assert _torch.store_of(group).get("key") == b"value"
+
+        mesh = init_device_mesh("cpu", (1,))
+        part = torch.arange(6.0).view(2, 3)
+        spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+        assert _torch.local_tensor(spread).data_ptr() == part.data_ptr()
+        assert _torch.shard_geometry((2, 3), mesh, [Shard(0)]) == ([2, 3], [0, 0])
+
+        waiting = spread.redistribute(placements=[Replicate()]).to_local()
+        assert torch.equal(_torch.completed(waiting), part)
+        assert _torch.completed(part) is part
+
+        _torch.unwatch_redistribution()
+        noted = []
+        before = _torch.BackwardNode.__init__
+        _torch.watch_nodes(lambda node: noted.append(_torch.function_of(node).__name__))
+        try:
+            leaf = part.clone().requires_grad_(True)
+            there = DTensor.from_local(leaf, mesh, [Shard(0)], run_check=False)
+            back = there.redistribute(placements=[Replicate()]).to_local()
+            assert type(back.grad_fn).__name__ == "_ToTorchTensorBackward"
+        finally:
+            _torch.BackwardNode.__init__ = before
+        assert noted == []
+    finally:
+        dist.destroy_process_group()

@@ -406,10 +406,13 @@ def unwatch_parallel() -> None:
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
                 unwatched(kind)
+
+
 def timeout_of(group: Any) -> datetime.timedelta:
     """Return how long a process group lets its collectives wait."""
-    found = [group._get_backend(device).options._timeout for device in group._device_types]
-    return min(found)
+    backends = [group._get_backend(device) for device in group._device_types]
+    found = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    return min(found, default=datetime.timedelta(minutes=30))
 
 
 # kernels --------------------------------------------------------------------------------------------------------------

@@ -170,3 +170,92 @@ def test_shards_in_several_pieces(two):
     for conv, packed in two.run(refused):
         assert "weight: of shape (4, 3, 6, 6), cut along dimension 2" in conv
         assert "weight: 2 weights packed in one" in packed
+
+
+# tokens that are spread, shards of unequal size -----------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """Word vectors and a Linear, with sizes that two and four ranks cut unequally, or not at all."""
+
+    def __init__(self, words=7, outputs=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(words, 6, padding_idx=2)
+        self.scale = nn.Parameter(torch.rand(6) + 0.5)
+        self.head = nn.Linear(6, outputs)
+        self.double()
+
+    def forward(self, ids):
+        return self.head(self.embed(ids) * self.scale)
+
+
+def words(kind, outputs=5):
+    """Return the distance from one process, and the routes of the weights.
+
+    Args:
+        kind: "tokens": parameters are whole on all ranks, and each rank has some of the batch, as DTensors. "rows":
+            the Linear and the vocabulary are cut. "columns": word vectors are cut.
+        outputs: of the Linear; fewer than ranks leave some with nothing.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = mesh_of_all()
+    whole, model = Words(outputs=outputs), Words(outputs=outputs)
+    if kind == "tokens":
+        distribute_module(model, mesh)
+    else:
+        embed = RowwiseParallel if kind == "rows" else ColwiseParallel
+        plan = {
+            "embed": embed(input_layouts=Replicate(), output_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+        }
+        parallelize_module(model, mesh, plan)
+    plain = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+    optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2)
+    fold = gradfold.fold(model, optimizer, clip_norm=0.5)
+    apart = []
+    for step in range(3):
+        ids = torch.randint(0, 7, (8, 3), generator=torch.Generator().manual_seed(step))
+        whole(ids).pow(2).sum().backward()
+        norm = float(nn.utils.clip_grad_norm_(whole.parameters(), 0.5))
+        plain.step()
+        plain.zero_grad()
+        if kind == "tokens":
+            ids = distribute_tensor(ids, mesh, [Shard(0)])
+        loss = model(ids).pow(2).sum()
+        (loss.full_tensor() if isinstance(loss, DTensor) else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        apart.append(abs(fold.grad_norm - norm) / norm)
+    routes = {row.name: row.route for row in fold.report().rows}
+    fold.remove()
+    theirs = dict(whole.named_parameters())
+    away = max(
+        float(((p.full_tensor() if isinstance(p, DTensor) else p).detach() - theirs[name].detach()).abs().max())
+        for name, p in model.named_parameters()
+    )
+    return away, max(apart), routes["embed.weight"], routes["head.weight"]
+
+
+def all_words():
+    return {(kind, outputs): words(kind, outputs) for kind in ("tokens", "rows", "columns") for outputs in (5, 1)}
+
+
+def check_words(found):
+    for case, (away, norms, *routes) in found.items():
+        assert away <= 1e-11, case
+        assert norms <= 1e-12, case
+        assert routes == ["folded", "folded"], case
+
+
+def test_tokens_and_unequal_shards(two):
+    for found in two.run(all_words):
+        check_words(found)
+
+
+@pytest.mark.slow
+def test_unequal_shards_on_four_ranks(four):
+    for found in four.run(all_words):
+        check_words(found)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import gradfold
-from tests.dist.parts import alone, folded, furthest, held, inputs, moved, poisoned, said
+from tests.dist.parts import Parts, Poison, alone, folded, furthest, held, inputs, moved, poisoned, said
 from tests.dist.tiny import HYPER
 from tests.dist.world import RankError, World
 
@@ -95,10 +95,9 @@ def fails(grad):
     return grad
 
 
-def failing(timing, leave, group=None):
+def failing(leave):
     """Rank 1 raises in its backward and goes on with ``leave``; then all train on."""
-    options = {"timing": "deferred"} if timing == "deferred" else {"clip_norm": 1e9, "clip": "two_pass"}
-    model, optimizer, fold = folded(group=group, **options)
+    model, optimizer, fold = folded(timing="deferred")
     take(model, optimizer, fold, 0)
     before = held(model)
     hook = poisoned(model.a, fails)
@@ -114,24 +113,53 @@ def failing(timing, leave, group=None):
     optimizer.zero_grad()
     changed = moved(model, before)
     take(model, optimizer, fold, 2)
-    found = broken, again, changed, furthest(model, alone((0, 2), 1e9 if "clip" in options else torch.inf)[0])
+    found = broken, again, changed, furthest(model, alone((0, 2))[0])
     fold.remove()
     return found
 
 
 def failing_ranks():
-    return {(timing, leave): failing(timing, leave) for timing in ("deferred",) for leave in ("step", "zero_grad")}
+    return {leave: failing(leave) for leave in ("step", "zero_grad")}
 
 
 def test_rank_that_raises_in_backward(two):
     first, second = two.run(failing_ranks)
-    for (timing, leave), (broken, again, changed, away) in first.items():
-        assert not broken and not changed and away <= 1e-11, (timing, leave)
+    for leave, (broken, again, changed, away) in first.items():
+        assert not broken and not changed and away <= 1e-11, leave
         assert again.startswith("FoldError: rank 1 has failed in this step"), again
-        assert "ValueError: no such batch" in again, again
-    for (timing, leave), (broken, again, changed, away) in second.items():
-        assert broken == "no such batch" and not changed and away <= 1e-11, (timing, leave)
+        assert "ValueError: no such batch" in again and again.endswith("; no weight has moved in this step"), again
+    for leave, (broken, again, changed, away) in second.items():
+        assert broken == "no such batch" and not changed and away <= 1e-11, leave
         assert again.startswith("FoldError: optimizer.step() after a backward that raised") == (leave == "step"), again
+
+
+def half_stepped():
+    """Rank 1 raises in a backward in which weights step: copies have moved on one rank only, and are found to differ."""
+    model, optimizer, fold = folded()
+    kept = held(model)
+    hook = model.register_forward_hook(lambda module, args, loss: Poison.apply(loss, fails))
+    raised = said(lambda: backward(model, fold, 0))
+    first = said(optimizer.zero_grad if raised else optimizer.step)
+    hook.remove()
+    optimizer.zero_grad()
+    said_now = [said(lambda step=step: take(model, optimizer, fold, step)) for step in (1, 2)]
+    optimizer.zero_grad()
+    with torch.no_grad():  # the last checkpoint
+        for name, param in model.named_parameters():
+            getattr(param, "_local_tensor", param).copy_(kept[name])
+    said_now.append(said(lambda: take(model, optimizer, fold, 3)))
+    fold.remove()
+    return raised, first, said_now
+
+
+def test_copies_after_a_step_that_failed(two):
+    (_, first, said_by_first), (raised, _, said_by_second) = two.run(half_stepped)
+    assert raised == "ValueError: no such batch"
+    assert "weights have stepped inside backward, and may not have on all ranks" in first
+    for *differ, after in (said_by_first, said_by_second):
+        for one in differ:
+            assert one.startswith("FoldError: scale: its copies on ranks 0, 1 have been different since a step"), one
+        assert after == ""
 
 
 def first_pass_fails():
@@ -177,6 +205,7 @@ def audit_fails():
 def test_rank_whose_step_raises(two):
     (first, away), (second, same) = two.run(audit_fails)
     assert first.startswith("FoldError: rank 1 has failed in this step: FoldError: scale: a .grad is left over"), first
+    assert "weights have stepped inside backward, and may not have on all ranks" in first
     assert second.startswith("FoldError: scale: a .grad is left over"), second
     assert max(away, same) <= 1e-11
 
@@ -216,7 +245,7 @@ def never_comes():
 
 def test_rank_that_never_comes(two):
     (first, waited), (second, _) = two.run(never_comes)
-    assert first == f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s"
+    assert first.startswith(f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s; weights ")
     assert LIMIT_S <= waited < LIMIT_S + 4
     assert second  # it is too late for it, too
 
@@ -348,3 +377,41 @@ def test_what_fold_refuses(two):
         assert found["unfolded"] is True
         assert found["alone"] is True
         assert found["subgroup"] == 1
+
+
+def pairs():
+    """Two pairs of ranks train models of their own; what is wrong in one pair does not touch the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "tp"))
+    pair, within = mesh.get_local_rank("pair"), mesh["tp"]
+    plan = {"a": ColwiseParallel(), "b": ColwiseParallel()}
+    model, optimizer, fold = folded(
+        parallelize_module(Parts(), within, plan), group=within.get_group(), timing="deferred"
+    )
+    size = fold._state.ranks.size
+    take(model, optimizer, fold, pair)
+    hook = poisoned(model.b, lambda grad: grad * (float("nan") if dist.get_rank() == 3 else 1.0))
+    backward(model, fold, 2)
+    raised = said(optimizer.step)
+    hook.remove()
+    optimizer.zero_grad()
+    away = furthest(model, alone((pair, 2) if pair == 0 else (pair,))[0])
+    fold.remove()
+
+    everyone, optimizer, fold = folded(parallelize_module(Parts(), within, plan), timing="deferred")
+    backward(everyone, fold, pair)  # in no group, they train one model, of which nothing sums the copies' gradients
+    together = said(optimizer.step)
+    optimizer.zero_grad()
+    fold.remove()
+    return size, raised, away, together
+
+
+@pytest.mark.slow
+def test_groups_of_ranks(four):
+    for rank, (size, raised, away, together) in enumerate(four.run(pairs, log=False)):
+        assert size == 2
+        assert raised.startswith("NonFiniteError: b.weight") == (rank > 1), raised
+        assert away <= 1e-11
+        assert "its copies have got different gradients" in together

@@ -80,6 +80,25 @@ class CopiedParams:
             _refuse(self.copies[column], powers[:, column].tolist(), order, total, moved)
 
 
+    def refuse_apart(self, values: Tensor) -> None:
+        """Raise if copies of a parameter have other values, as after a step that some ranks took and others did not.
+
+        Args:
+            values: norms of the parameters on each rank, ``[size, copies]``.
+
+        Raises:
+            FoldError: on all ranks.
+        """
+        same = (values == values[self._first, torch.arange(len(self.copies), device="cpu")]) | ~self._held
+        for column in (~same.all(0)).nonzero().flatten().tolist():
+            copied = self.copies[column]
+            ranks = ", ".join(map(str, copied.ranks))
+            raise FoldError(
+                f"{copied.name}: its copies on ranks {ranks} have been different since a step that failed on some of "
+                "them; load the last checkpoint on all ranks (with timing='deferred' a step that fails moves nothing)"
+            )
+
+
 def _refuse(copied: Copied, powers: Sequence[float], order: float, total: float, moved: bool) -> None:
     norms = [norm_from(max(powers[rank], 0.0), order) for rank in copied.ranks]  # no gradient counts as 0
     finite = list(map(math.isfinite, norms))

@@ -57,7 +57,13 @@ class Exchange:
     def objects(self, mine: Any) -> list[Any]:
         """Return what each rank has given, by rank; any object that can be pickled. For the time of ``fold()``."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self.group)
+        try:
+            dist.all_gather_object(found, mine, group=self.group)
+        except RuntimeError as error:
+            raise FoldError(
+                f"not all {self.size} ranks have come to the same call (fold(), or add_param_group): "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         return found
 
     def numbers(self, mine: Sequence[float], what: str) -> Tensor:
@@ -142,7 +148,7 @@ class Exchange:
         try:
             if not self._store.check([f"{number}/failed"]):
                 return None
-            return f"{self._store.get(f'{number}/failed').decode()}; the step is not taken on this rank either"
+            return self._store.get(f"{number}/failed").decode()
         except RuntimeError:  # the store lies with one of the ranks
             return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from .copied import CopiedParams
 from .exchange import Exchange
 from .roll import Entry, member_of, owners_of, refuse_differences
 
+_HALF_STEPPED = (
+    "weights have stepped inside backward, and may not have on all ranks: load the last checkpoint (with "
+    "timing='deferred' a step that fails moves nothing)"
+)
 _HEAD = 3  # how many gradients are not finite, the first of them, the pool -1
 
 
@@ -41,6 +45,7 @@ class Ranks:
         self._pools = 0  # how many param_groups may be clipped by a norm of their own
         self._copies = CopiedParams()
         self._steps = 0
+        self._suspect = False  # whether a step has failed, so that copies may differ
 
     # once, as the model is folded -------------------------------------------------------------------------------------
 
@@ -105,6 +110,7 @@ class Ranks:
         nonfinite: Sequence[str],
         copies: Mapping[str, float] | None = None,
         moved: bool = False,
+        values: Callable[[], Mapping[str, float]] | None = None,
     ) -> tuple[dict[int, float], list[str]]:
         """Add the ranks' sums of powers, and learn whose gradients are not finite.
 
@@ -116,19 +122,24 @@ class Ranks:
             copies: the sums of powers of this rank's parameters, by name: copies of them are compared. None on all
                 ranks: they are not.
             moved: whether weights have stepped inside backward.
+            values: returns the norms of this rank's parameters themselves, which are compared after a step that failed.
 
         Returns:
             The pools' sums over all ranks, and the names of all parameters whose gradient is not finite.
 
         Raises:
             FoldError: another rank has failed, is gone, or votes on something else; copies have got different
-                gradients.
+                gradients, or other values in a step that failed.
         """
         first = self._number(nonfinite[0]) if nonfinite else -1
         mine = [float(len(nonfinite)), float(first), *[0.0] * (1 + self._pools)]
         for pool, power in powers.items():
             mine[_HEAD + pool] = power
-        found = self._exchange.numbers(mine + self._copies.row(copies or {}), f"{what} of step {self._steps}")
+        try:
+            found = self._exchange.numbers(mine + self._copies.row(copies or {}), f"{what} of step {self._steps}")
+        except FoldError as error:
+            self._suspect = True
+            raise FoldError(f"{error}; {_HALF_STEPPED if moved else 'no weight has moved in this step'}") from None
         columns = found[:, _HEAD - 1 : _HEAD + self._pools].t().tolist()
         summed = {index - 1: _summed(column, order) for index, column in enumerate(columns)}
         bad = list(nonfinite)
@@ -140,6 +151,10 @@ class Ranks:
         if len(self._copies) and copies is not None and (moved or not bad):
             total = norm_from(_summed(list(summed.values()), order), order)
             self._copies.refuse_drift(found[:, _HEAD + self._pools :], order, total, moved)
+        if self._suspect and values is not None:
+            mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
+            self._copies.refuse_apart(self._exchange.numbers(mine, f"{what}: copies")[:, _HEAD + self._pools :])
+            self._suspect = False
         return summed, bad
 
     def _number(self, name: str) -> int:
@@ -168,6 +183,7 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, which wait for this one's vote, that there will be none; return when they know."""
+        self._suspect = True
         self._exchange.fail(error)
 
 

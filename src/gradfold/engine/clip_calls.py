@@ -182,7 +182,7 @@ def _norm(
             owned += powers[before:]
     if fold.ranks is not None:
         mine = functools.reduce(lambda a, b: add_power(a, b, norm_type), resolve(owned), 0.0)
-        powers = [fold.ranks.vote(call, {-1: mine}, norm_type, [])[0][-1]]
+        powers = [fold.ranks.vote(call, {-1: mine}, norm_type, [], None, step.moved)[0][-1]]
     norm = fold.loss_scale_inverse() * step.clipped * norm_of(powers, norm_type)
     if error_if_nonfinite and not math.isfinite(norm):
         raise FoldError(f"{call}: the norm of order {norm_type:g} is {float(norm)}, and error_if_nonfinite=True")

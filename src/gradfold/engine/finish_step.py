@@ -174,10 +174,19 @@ def agree(fold: FoldContext, slices: Sequence[ParamSlice], what: str) -> None:
         if ranks.counts(one.owner):
             pool = step.pool(one.group.group)
             powers[pool] = add_power(powers.get(pool, 0.0), power, order)
-    step.agreed, step.nonfinite = ranks.vote(what, powers, order, step.nonfinite, by_name, step.moved)
+    step.agreed, step.nonfinite = ranks.vote(
+        what, powers, order, step.nonfinite, by_name, step.moved, lambda: _norms_of_values(slices)
+    )
     if step.clips and fold.options.error_if_nonfinite and not step.nonfinite:
         for pool in step.agreed:  # also those of which this rank holds nothing: all ranks raise together
             _refuse_norm(fold, _norm(fold, slices, pool))
+
+
+def _norms_of_values(slices: Sequence[ParamSlice]) -> dict[str, float]:
+    """Return the norms of parameters themselves, by name."""
+    params = {id(one.owner): one.owner for one in slices}.values()
+    norm = torch.linalg.vector_norm
+    return {param.name: float(norm(param.held.detach(), dtype=torch.float64)) for param in params}
 
 
 def _norm(fold: FoldContext, slices: Iterable[ParamSlice], pool: int | None = None) -> float | Tensor:

@@ -62,6 +62,7 @@ class Ranks(Protocol):
         nonfinite: Sequence[str],
         copies: Mapping[str, float] | None = None,
         moved: bool = False,
+        values: Callable[[], Mapping[str, float]] | None = None,
     ) -> tuple[dict[int, float], list[str]]:
         """Return the sums of powers over all ranks, by pool, and the names of all gradients that are not finite."""
         ...

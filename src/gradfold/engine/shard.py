@@ -194,7 +194,9 @@ class Shard:
 
         here = self.held
         grad = torch.empty(here.shape, dtype=accumulation_dtype(here.dtype), device=here.device)
-        term.write(grad, 0, len(grad))
+        if len(grad):
+            term.prepare([0], len(grad))
+            term.write(grad, 0, len(grad))
         partial = [Partial() if index in unsummed else one for index, one in enumerate(self.placements)]
         return DenseTerm(self.gradient(DTensor.from_local(grad, self.mesh, partial, run_check=False)))
 

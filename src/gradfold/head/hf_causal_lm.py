@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradfold import _torch
 from gradfold.backends import rows
+from gradfold.engine import is_spread
 from gradfold.modules.linear import FoldedLinear
 from gradfold.modules.routing import FOLD_PARAM, PLAIN_FORWARD, Folded, is_plain, transformed
 from gradfold.modules.swap import foldable
@@ -226,6 +227,8 @@ def _why_plain(model: Any, head: Any) -> str:
         return "its model's forward was replaced"
     if not _calls_loss_function(type(model)):
         return f"{type(model).__name__} computes its loss without loss_function"
+    if is_spread(getattr(head, "weight", None)):
+        return "its weight is spread over ranks"
     if (loss := model.loss_function) is not _loss():
         return f"its loss is {getattr(loss, '__name__', loss)}, not transformers' ForCausalLMLoss"
     if not isinstance(head, nn.Linear) or not (isinstance(head, FoldedLinear) or foldable(head) is FoldedLinear):
