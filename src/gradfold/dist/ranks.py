@@ -35,6 +35,7 @@ class Member(NamedTuple):
     shape: tuple[int, ...]  # of the whole parameter
     at: tuple[int, ...]  # what this rank holds: place in the whole, and number of elements
     spread: bool  # whether it is a DTensor
+    stages: tuple[int, ...]  # of a pipeline that use it; empty where there is none
 
 
 class Ranks:
@@ -44,6 +45,8 @@ class Ranks:
         group: the process group.
         rank: this rank in it.
         size: how many ranks there are.
+        stages: the stages of a pipeline that use a parameter, by id of the Parameter.
+        tied: the names of parameters of which several stages hold copies, over which their gradients are summed.
     """
 
     def __init__(self, group: Any):
@@ -57,6 +60,10 @@ class Ranks:
         self._all_names: list[list[str]] = []  # those of all ranks
         self._owned: set[str] = set()
         self._width = 0
+        self.stages: dict[int, tuple[int, ...]] = {}
+        self.tied: frozenset[str] = frozenset()
+        self.also = ""  # what else all ranks must have been asked for
+        self._holders: dict[str, Any] = {}  # of the copies of each tied parameter that this rank has: a process group
 
     # once, as the model is folded -------------------------------------------------------------------------------------
 
@@ -96,39 +103,53 @@ class Ranks:
             FoldError: the ranks were asked for different things, or hold parameters that nothing keeps alike. Raised on
                 all of them.
         """
-        mine = [_member(param) for param in params]
+        mine = [_member(param, self.stages.get(id(param.param), ())) for param in params]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (repr(options), groups, mine), group=self.group)
-        for rank, (theirs, _, _) in enumerate(found):
+        dist.all_gather_object(found, (repr(options) + self.also, groups, mine, _own_limits(params)), group=self.group)
+        for rank, (theirs, _, _, limits) in enumerate(found):
+            if limits != found[0][3]:
+                raise FoldError(
+                    f"param_groups with a clip_norm of their own: {found[0][3] or 'none'} on rank 0, and {limits or 'none'} on "
+                    f"rank {rank}; each is the norm of that group on all ranks, so give the same groups on all"
+                )
             if theirs != found[0][0]:
                 raise FoldError(f"fold() was called with {found[0][0]} on rank 0, and with {theirs} on rank {rank}")
-        self._refuse_same_names([members for _, _, members in found])
+        self._refuse_same_names([members for _, _, members, _ in found])
         owners: dict[tuple[str, tuple[int, ...]], int] = {}
-        for rank, (_, _, members) in enumerate(found):
+        for rank, (_, _, members, _) in enumerate(found):
             for member in members:
                 owners.setdefault((member.name, member.at), rank)
         self._owned = {member.name for member in mine if owners[member.name, member.at] == self.rank}
-        self._all_names = [[member.name for member in members] for _, _, members in found]
-        self._width = _HEAD + 1 + max(groups for _, groups, _ in found)
+        self._all_names = [[member.name for member in members] for _, _, members, _ in found]
+        self._width = _HEAD + 1 + max(groups for _, groups, _, _ in found)
+        self._join_copies(params)
         if self._votes is None:
             ranks = dist.get_process_group_ranks(self.group)
             self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def _refuse_same_names(self, members: Sequence[Sequence[Member]]) -> None:
         """Raise if one name stands for two parameters, or for copies that nothing keeps alike."""
+        self._refuse_odd_ties(members)
         first: dict[str, tuple[int, Member]] = {}
         streams: dict[str, tuple[int, Member]] = {}
         for rank, theirs in enumerate(members):
             alike = all(not member.spread for member in theirs)
             for member in theirs:
                 where, known = first.setdefault(member.name, (rank, member))
+                tied = member.name in self.tied
+                if known.stages != member.stages and not tied:
+                    raise FoldError(
+                        f"{member.name}: stages {_listed(known.stages)} (rank {where}) and {_listed(member.stages)} (rank "
+                        f"{rank}) each have a parameter of this name; give fold_stage prefix= or offset=, so that each "
+                        "has its name in the whole model, or, if these are copies of one tied weight, tied="
+                    )
                 if known.shape != member.shape:
                     raise FoldError(
                         f"{member.name}: of shape {known.shape} on rank {where} and {member.shape} on rank {rank}; "
                         "if these are stages of a pipeline, fold them with gradfold.fold_stage, which gives each "
                         "parameter its name in the whole model"
                     )
-                if where != rank and alike:
+                if where != rank and alike and not tied:
                     raise FoldError(
                         f"{member.name}: ranks {where} and {rank} both hold it whole, and nothing sums its gradient "
                         "over them, so that they would drift apart; for copies of one model call gradfold.replicate, "
@@ -143,9 +164,56 @@ class Ranks:
                         "named_parameters() with names of the whole model"
                     )
 
+    def _refuse_odd_ties(self, members: Sequence[Sequence[Member]]) -> None:
+        """Raise for tied parameters that are not held by one rank of each of several stages."""
+        for name in sorted(self.tied):
+            stages = [stage for theirs in members for one in theirs if one.name == name for stage in one.stages]
+            if len(set(stages)) < 2:
+                where = f"only stage {stages[0]} has it" if stages else "no stage has it"
+                raise FoldError(f"tied: {name}, and {where} under this name; give the names in the whole model")
+            if len(stages) > len(set(stages)):
+                raise FoldError(
+                    f"tied: {name}, of which several ranks of one stage hold parts or copies; train it untied, or "
+                    "without tensor parallelism"
+                )
+
     def join(self, params: Sequence[FoldParam], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
         self.enroll(params, groups, None)
+
+    def _join_copies(self, params: Sequence[FoldParam]) -> None:
+        """Make a process group for each tied parameter that several ranks hold, and compare their copies.
+
+        Raises:
+            FoldError: the copies differ. Raised on all ranks.
+        """
+        mine = {param.name: param for param in params if param.name in self.tied}
+        values = {name: _sums(param.held) for name, param in mine.items()}
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, values, group=self.group)
+        for name in sorted(self.tied):
+            ranks = [rank for rank, theirs in enumerate(found) if name in theirs]
+            if any(found[rank][name] != found[ranks[0]][name] for rank in ranks):
+                raise FoldError(
+                    f"{name}: tied, and its copies on ranks {_listed(ranks)} differ; give them the same values before "
+                    "fold_stage (torch.distributed.broadcast, or load one checkpoint)"
+                )
+            if self.rank in ranks and len(ranks) > 1:
+                chosen = [dist.get_process_group_ranks(self.group)[rank] for rank in ranks]
+                self._holders[name] = dist.new_group(chosen, use_local_synchronization=True)
+
+    @property
+    def copies(self) -> bool:
+        """Whether some ranks hold copies of one parameter, over which its gradient is summed."""
+        return bool(self.tied)
+
+    def sums(self, param: FoldParam) -> bool:
+        """Return whether other ranks hold copies of this parameter, over which its gradient is summed."""
+        return param.name in self._holders
+
+    def sum(self, param: FoldParam, tensor: torch.Tensor) -> None:
+        """Add a tensor, in place, over the ranks that hold copies of a parameter."""
+        dist.all_reduce(tensor, group=self._holders[param.name])
 
     def counts(self, param: FoldParam) -> bool:
         """Return whether this rank counts for the norm: of copies, only those of the first rank do."""
@@ -281,7 +349,23 @@ class Ranks:
         return f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} has left"
 
 
-def _member(param: FoldParam) -> Member:
+def _own_limits(params: Sequence[FoldParam]) -> dict[int, Any]:
+    """Return the limits of param_groups that are clipped by their own norm, by the group's number."""
+    groups = params[0].fold.optimizer.groups if params else []
+    return {index: group["clip_norm"] for index, group in enumerate(groups) if "clip_norm" in group}
+
+
+def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+    """Return two numbers that tell most tensors apart."""
+    with torch.no_grad():
+        return float(tensor.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _member(param: FoldParam, stages: tuple[int, ...]) -> Member:
     shard, held = param.shard, param.held
     place = None if shard is None else shard.place
     at = (-1 if place is None else place.offset, held.numel())
@@ -291,6 +375,7 @@ def _member(param: FoldParam) -> Member:
         tuple(param.param.shape),
         at,
         shard is not None,
+        stages,
     )
 
 
@@ -314,6 +399,8 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
     Raises:
         FoldError: there are other processes, and nothing says whether they train this model, too.
     """
+    if isinstance(group, Ranks):
+        return group
     if isinstance(group, str) and group != ALONE:
         raise FoldError(f"group={group!r}: a process group, 'alone', or None")
     if group == ALONE or not dist.is_available() or not dist.is_initialized():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from gradfold.rules import Rule
@@ -58,6 +59,19 @@ class Ranks(Protocol):
 
     def all(self, what: str, yes: bool) -> bool:
         """Return whether it is so on all ranks."""
+        ...
+
+    @property
+    def copies(self) -> bool:
+        """Whether some ranks hold copies of one parameter, over which its gradient is summed."""
+        ...
+
+    def sums(self, param: Any) -> bool:
+        """Return whether other ranks hold copies of this parameter, over which its gradient is summed."""
+        ...
+
+    def sum(self, param: Any, tensor: Tensor) -> None:
+        """Add a tensor, in place, over the ranks that hold copies of a parameter."""
         ...
 
     def guard(self) -> AbstractContextManager[None]:
