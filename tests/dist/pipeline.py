@@ -30,15 +30,16 @@ def numbers_of(kind, rank, size, count):
     return list(range(rank, count, size))
 
 
-def pipeline(kind, count, scale_grads=True, micro=MICRO, **options):
+def pipeline(kind, count, scale_grads=True, micro=MICRO, group=None, **options):
     """Return the modules of this rank's stages by number, and their schedule."""
     from torch.distributed import pipelining
     from torch.distributed.pipelining import schedules
 
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     mine = numbers_of(kind, rank, size, count)
     modules = {number: stage_module(tiny(layers=max(LAYERS, count), **options), number, count) for number in mine}
-    stages = [pipelining.PipelineStage(module, n, count, torch.device("cpu")) for n, module in modules.items()]
+    device = torch.device("cpu")
+    stages = [pipelining.PipelineStage(module, n, count, device, group=group) for n, module in modules.items()]
     made = getattr(schedules, kind)
     several = issubclass(made, schedules.PipelineScheduleMulti)
     divisor = 1 if scale_grads else micro
@@ -70,12 +71,12 @@ def furthest_of(modules, reference):
     return max(furthest(module, reference) for module in modules.values())
 
 
-def train(kind, count, scale_grads, clip, micro=MICRO, steps=3, **options):
-    """Return differences of weights and norms from one process, leftovers, and how often a product was computed."""
+def train(kind, count, scale_grads, clip, micro=MICRO, steps=2):
+    """Return the differences of weights and norms from one process, and which gradients are left over."""
     reference, norms = alone(steps, micro, clip, layers=max(LAYERS, count))
     modules, schedule = pipeline(kind, count, scale_grads, micro)
     optimizer = optimizer_of(modules)
-    fold = gradfold.fold_stage(schedule, optimizer, clip_norm=clip, **options)
+    fold = gradfold.fold_stage(schedule, optimizer, clip_norm=clip)
     worst = 0.0
     for step in range(steps):
         run_step(schedule, modules, step, micro)
@@ -85,3 +86,210 @@ def train(kind, count, scale_grads, clip, micro=MICRO, steps=3, **options):
     left = [name for module in modules.values() for name, param in module.named_parameters() if param.grad is not None]
     fold.remove()
     return furthest_of(modules, reference), worst, left
+
+
+# what is refused, and what is not finite ------------------------------------------------------------------------------
+
+
+def said(function, *args, **options):
+    """Return the message of the FoldError that a call ends in, wherever torch has wrapped it; empty without one."""
+    try:
+        function(*args, **options)
+    except Exception as error:
+        found = error
+        while found is not None:
+            if isinstance(found, gradfold.FoldError):
+                return str(found)
+            found = found.__cause__
+        raise
+    return ""
+
+
+def weights_of(modules):
+    return [param.detach().clone() for module in modules.values() for param in module.parameters()]
+
+
+def moved(modules, before):
+    return sum(not torch.equal(a, b) for a, b in zip(weights_of(modules), before, strict=True))
+
+
+def fold_with(**options):
+    return lambda modules, schedule: gradfold.fold_stage(schedule, optimizer_of(modules), **options)
+
+
+def refusals():
+    """Return what each wrong call says, and how many weights have moved by then."""
+    found = {}
+
+    def refused(name, call, kind="Schedule1F1B", count=2, prepare=None, **options):
+        modules, schedule = pipeline(kind, count, **options)
+        before = weights_of(modules)
+        if prepare is not None:
+            prepare(modules)
+        found[name] = said(call, modules, schedule), moved(modules, before)
+
+    refused("no group", lambda modules, schedule: gradfold.fold(modules[dist.get_rank()], optimizer_of(modules)))
+    refused("accumulate", fold_with(accumulate=2))
+    refused("two_pass", fold_with(clip="two_pass", clip_norm=1.0))
+    refused("working_set", fold_with(working_set=gradfold.WorkingSet(chunks=2)))
+    refused("joint", fold_with(joint=True))
+    refused("alone", fold_with(group="alone"))
+    refused("no schedule", lambda modules, schedule: gradfold.fold_stage(modules, optimizer_of(modules)))
+    refused("prefix", fold_with(prefix=3))
+    refused("a tie that is not there", fold_with(tied={"head.wieght": "embed.wieght"}))
+    refused("a tie of different weights", fold_with(tied={"head.weight": "embed.weight"}))
+    refused("a tie in host memory", fold_with(tied={"head.weight": "embed.weight"}, tape="host"))
+    refused("tied on one rank only", fold_with(tied={"head.weight": "embed.weight"} if dist.get_rank() else None))
+    two = "ScheduleInterleaved1F1B", 4
+    refused("one stage only", lambda m, s: gradfold.fold_stage(s, optimizer_of(dict(list(m.items())[:1]))), *two)
+    refused("an optimizer for each", lambda m, s: gradfold.fold_stage(s, [optimizer_of(m)] * 2), *two)
+
+    def rename(modules):
+        for module in modules.values():
+            module.layers = torch.nn.ModuleDict({"0": layer for layer in module.layers.values()})
+
+    refused("names on two ranks", fold_with(), prepare=rename)
+    refused("names on one rank", fold_with(), *two, prepare=rename)
+    return found
+
+
+def late_refusals():
+    """Return the same for what is only seen as the schedule runs, of pipelines that each rank has of its own."""
+    found, own = {}, dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    def refused(name, call, kind="ScheduleGPipe", count=1, **options):
+        modules, schedule = pipeline(kind, count, group=own, **options)
+        before = weights_of(modules)
+        call(modules, schedule)
+        found[name] = said(run_step, schedule, modules, 0), moved(modules, before)
+
+    def plainly(accumulate):
+        return lambda modules, _: gradfold.fold(modules[0], optimizer_of(modules), accumulate=accumulate, group="alone")
+
+    refused("scale_grads", plainly(MICRO))
+    refused("micro-batches", plainly(2), scale_grads=False)
+
+    def change(modules, schedule):
+        gradfold.fold_stage(schedule, optimizer_of(modules), group=own)
+        schedule.scale_grads = False
+
+    def drop(modules, schedule):
+        gradfold.fold_stage(schedule, optimizer_of(modules), group=own)
+        for stage in schedule._stages:
+            stage.dw_builder = None
+
+    def several(modules, _):
+        gradfold.fold(torch.nn.ModuleDict({str(n): m for n, m in modules.items()}), optimizer_of(modules), group="alone")
+
+    refused("changed later", change)
+    refused("dw_builder", drop, "ScheduleInterleavedZeroBubble", 2)
+    refused("several stages", several, "ScheduleInterleaved1F1B", 2)
+    modules, schedule = pipeline("ScheduleGPipe", 1, group=own, scale_grads=False)
+    plainly(MICRO)(modules, schedule)
+    run_step(schedule, modules, 0)  # needs nothing of fold_stage
+    return found
+
+
+class Poison(torch.autograd.Function):
+    """The same numbers, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+def not_finite(options):
+    """Step with one gradient of the last stage that is not finite; return what the ranks say, and how many moved."""
+    modules, schedule = pipeline("Schedule1F1B", 2)
+    optimizer = optimizer_of(modules)
+    fold = gradfold.fold_stage(schedule, optimizer, **options)
+    before = weights_of(modules)
+    if 1 in modules:
+        norm = modules[1].norm
+        norm.forward = lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * Poison.apply(norm.weight)
+    run_step(schedule, modules, 0)
+    message = said(optimizer.step)
+    return message, moved(modules, before), len(before), fold.grad_norm
+
+
+# names, ties, and products --------------------------------------------------------------------------------------------
+
+
+def sequential(offset, prefix, names):
+    """Train two slices of one nn.Sequential in bf16 with random bits; return the largest difference from one process."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    def make():
+        torch.manual_seed(0)
+        sizes = (8, 16, 16, 16, 8)
+        return torch.nn.Sequential(*(torch.nn.Linear(m, n) for m, n in zip(sizes, sizes[1:]))).bfloat16()
+
+    def optimizer_for(params):
+        return gradfold.AdamW(params, lr=1e-2, states="int8", small_size=0, rounding="stochastic", master=None)
+
+    random = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(8, 8, generator=random).bfloat16() for _ in range(2))
+    whole = make()
+    optimizer = optimizer_for(whole.named_parameters())
+    gradfold.fold(whole, optimizer, group="alone")
+    for _ in range(2):
+        (whole(x) - y).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rank = dist.get_rank()
+    part = torch.nn.Sequential(*make()[2 * rank : 2 * rank + 2])  # a slice alone would keep its names
+    schedule = ScheduleGPipe(
+        PipelineStage(part, rank, 2, torch.device("cpu")), 1, loss_fn=lambda out, y: (out - y).square().sum()
+    )
+    optimizer = optimizer_for(part.named_parameters() if names else part.parameters())
+    fold = gradfold.fold_stage(schedule, optimizer, offset=offset, prefix=prefix)
+    for _ in range(2):
+        schedule.step(*([x] if rank == 0 else []), **({"target": y} if rank == 1 else {}))
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs = dict(torch.nn.Sequential(*whole[2 * rank : 2 * rank + 2]).named_parameters())
+    same = all(torch.equal(param, theirs[name]) for name, param in part.named_parameters())
+    return same, [name for name, _ in fold.model.named_parameters()], optimizer.stream_of(part[0].weight)
+
+
+def tie(kind, clip, timing="auto", steps=2):
+    """Train a model whose head is its embedding; return differences from one process, and digests of the copies."""
+    count = dist.get_world_size() * (1 if kind == "Schedule1F1B" else 2)
+    reference, norms = alone(steps, MICRO, clip, layers=max(LAYERS, count), tied=True)
+    modules, schedule = pipeline(kind, count, tied=True)
+    first, last = 0 in modules, count - 1 in modules
+    if first and last:
+        modules[count - 1].head.weight = modules[0].embed.weight
+    ties = None if kind in V_SHAPED else {"head.weight": "embed.weight"}
+    params = dict.fromkeys(param for module in modules.values() for param in module.parameters())
+    optimizer = gradfold.AdamW(params, **HYPER)
+    fold = gradfold.fold_stage(schedule, optimizer, tied=ties, clip_norm=clip, timing=timing)
+    worst = 0.0
+    for step in range(steps):
+        run_step(schedule, modules, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        worst = max(worst, abs(fold.grad_norm - norms[step]))
+    theirs = dict(reference.named_parameters())
+    weights = max(
+        float((param - theirs["embed.weight" if name == "head.weight" else name]).detach().abs().max())
+        for module in modules.values()
+        for name, param in module.named_parameters()
+    )
+    copy = modules[0].embed.weight if first else modules[count - 1].head.weight if last else None
+    return weights, worst, None if copy is None else copy.detach().numpy().tobytes()
+
+
+def backwards_of_weights(kind, stages):
+    """Return how often the weights of Linears were reached in one step, with terms and with dense gradients."""
+    modules, schedule = pipeline(kind, dist.get_world_size() * stages)
+    optimizer = optimizer_of(modules)
+    fold = gradfold.fold_stage(schedule, optimizer)
+    run_step(schedule, modules, 0)
+    optimizer.step()
+    weights = [param for param in fold._state.params.values() if param.folded and param.param.dim() == 2]
+    return {param.handed for param in weights}, {param.dense for param in weights}

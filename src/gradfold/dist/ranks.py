@@ -415,7 +415,8 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
             raise FoldError(
                 f"this is one of {dist.get_world_size()} processes, and nothing says what the others train: give "
                 "fold(group=torch.distributed.group.WORLD) if they hold other parts of this model, 'alone' if each "
-                "trains a model of its own; for copies of one model call gradfold.replicate"
+                "trains a model of its own; for copies of one model call gradfold.replicate, for stages of a pipeline "
+                "gradfold.fold_stage"
             )
         group = dist.group.WORLD
     if dist.get_rank(group) < 0:
