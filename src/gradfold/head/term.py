@@ -49,12 +49,14 @@ class HeadTerm(GradTerm):
         bias: Tensor | None,
         options: LossOptions,
         kept: Kept | None = None,
+        vocabulary: int | None = None,
     ):
         self.x = gemm_ready(x)  # [T, H]
         self.labels = labels  # [T]
         self.lse = lse  # [T]
         self.scale = scale  # [T]: the gradient by each token's loss, 0 if ignored
-        self.weight = weight  # [V, H], the parameter itself
+        self.weight = weight  # [V, H], the parameter itself; of a head spread over ranks, what this one has
+        self.vocabulary = weight.shape[0] if vocabulary is None else vocabulary  # words on all ranks
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.options = options
         self.kept = kept
@@ -177,7 +179,7 @@ class HeadTerm(GradTerm):
     def _logit_gradient(self, start: int, stop: int) -> Tensor:
         """Return the logits' gradient p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
         first, last = self.first + start, self.first + stop
-        smoothing, vocabulary = self.options.label_smoothing, self.weight.shape[0]
+        smoothing, vocabulary = self.options.label_smoothing, self.vocabulary
         grown = self.scale * (1 + 2 * self.options.z_loss * self.lse)  # [T]
         here, at = within(self.labels, first, last)
         slope = None
