@@ -34,8 +34,8 @@ def fold_stage(
     that are not finite are those of the whole model. Afterwards train as usual: ``schedule.step(...)``,
     ``optimizer.step()``, ``optimizer.zero_grad()``.
 
-    What the schedule does to ``.grad`` is done here instead: ``scale_grads=True``, torch's default, divides gradients by
-    the number of micro-batches. Schedules that split backwards (zero-bubble) get a ``dw_builder``, with which they run
+    What the schedule does to ``.grad`` is done here instead: ``scale_grads=True``, torch's default, divides gradients
+    by the number of micro-batches. Schedules that split backwards (zero-bubble) get a ``dw_builder``, with which they run
     each backward as a whole: a folded backward computes no gradient of a weight before its step.
 
     Args:
@@ -156,8 +156,8 @@ def _refuse_options(
         raise FoldError("clip='two_pass' runs each backward twice, and a schedule runs it once: use clip='exact'")
     if options.get("working_set") is not None:
         raise FoldError(
-            "working_set= with a pipeline: a schedule learns in its first step which gradients its stages exchange, and "
-            "layers that sleep change that; train each stage as a whole"
+            "working_set= with a pipeline: a schedule learns in its first step which gradients its stages exchange, "
+            "and layers that sleep change that; train each stage as a whole"
         )
     if options.get("joint"):
         raise FoldError("joint=True with a pipeline: a backward of a stage reaches that stage only; leave it out")

@@ -142,7 +142,7 @@ def refusals():
     refused("tied on one rank only", fold_with(tied={"head.weight": "embed.weight"} if dist.get_rank() else None))
     two = "ScheduleInterleaved1F1B", 4
     refused("one stage only", lambda m, s: gradfold.fold_stage(s, optimizer_of(dict(list(m.items())[:1]))), *two)
-    refused("an optimizer for each", lambda m, s: gradfold.fold_stage(s, [optimizer_of(m)] * 2), *two)
+    refused("an optimizer for each", lambda m, s: gradfold.fold_stage(s, [optimizer_of(m)] * 2)  # pyright: ignore, *two)
 
     def rename(modules):
         for module in modules.values():
@@ -241,19 +241,23 @@ def sequential(offset, prefix, names):
         optimizer.step()
         optimizer.zero_grad()
     rank = dist.get_rank()
-    part = torch.nn.Sequential(*make()[2 * rank : 2 * rank + 2])  # a slice alone would keep its names
+    here = slice(2 * rank, 2 * rank + 2)
+    part = torch.nn.Sequential(*list(make())[here])  # a slice of the model would keep its names
     schedule = ScheduleGPipe(
         PipelineStage(part, rank, 2, torch.device("cpu")), 1, loss_fn=lambda out, y: (out - y).square().sum()
     )
     optimizer = optimizer_for(part.named_parameters() if names else part.parameters())
     fold = gradfold.fold_stage(schedule, optimizer, offset=offset, prefix=prefix)
     for _ in range(2):
-        schedule.step(*([x] if rank == 0 else []), **({"target": y} if rank == 1 else {}))
+        if rank == 0:
+            schedule.step(x)
+        else:
+            schedule.step(target=y)
         optimizer.step()
         optimizer.zero_grad()
-    theirs = dict(torch.nn.Sequential(*whole[2 * rank : 2 * rank + 2]).named_parameters())
+    theirs = dict(torch.nn.Sequential(*list(whole)[here]).named_parameters())
     same = all(torch.equal(param, theirs[name]) for name, param in part.named_parameters())
-    return same, [name for name, _ in fold.model.named_parameters()], optimizer.stream_of(part[0].weight)
+    return same, [name for name, _ in fold.model.named_parameters()], optimizer.stream_of(next(part.parameters()))
 
 
 def tie(kind, clip, timing="auto", steps=2):

@@ -74,7 +74,7 @@ def differences(words, with_bias, how):
         got = [mine.grad, *(param.grad for param in spread)]
         assert all(isinstance(grad, DTensor) == (how != "plain" or index > 0) for index, grad in enumerate(got))
         pairs = zip([loss, *(g.full_tensor() if isinstance(g, DTensor) else g for g in got)], [expected, *(t.grad for t in leaves)])
-        found[name] = max(float((a - b).detach().abs().max()) for a, b in pairs)
+        found[name] = max(float(torch.dist(a.detach(), b.detach(), torch.inf)) for a, b in pairs)
     return found
 
 
@@ -146,8 +146,11 @@ def train(sequence, accumulate, clip, tied, keep_bytes):
     ],
 )
 def test_training(two, sequence, accumulate, clip, tied, keep_bytes):
+    # some gradients of tied weights are so small that AdamW divides what fp64 rounds by eps; with torch's own parallel
+    # loss in place of this one the weights differ as much
+    allowed = 1e-10 if tied else 1e-11
     for weights, norms, handed, dense in two.run(train, sequence, accumulate, clip, tied, keep_bytes):
-        assert weights <= 1e-11
+        assert weights <= allowed
         assert norms <= 1e-12
         assert (handed, dense) == (2 * accumulate, 0)
 

@@ -371,10 +371,10 @@ class FoldParam:
         return grad
 
 
-def param_of(tensor: Tensor) -> FoldParam | None:
-    """Return the ``FoldParam`` of a tensor that is the weight of a folded module; None for others."""
+def param_of(tensor: Tensor, folded: bool = True) -> FoldParam | None:
+    """Return the ``FoldParam`` of a tensor; None for others, and unless ``folded`` is False for weights not folded."""
     found = _PARAMS.get(id(tensor))
-    return found if found is not None and found.param is tensor and found.folded else None
+    return found if found is not None and found.param is tensor and (found.folded or not folded) else None
 
 
 def create_graph(name: str) -> str:

@@ -57,8 +57,8 @@ def _refuse_changed(fold: FoldContext, schedule: Any, count: int, scales: bool) 
         )
     if (wanted := 1.0 / count if scales else 1.0) != fold.scale:
         raise FoldError(
-            f"{name}: scale_grads={schedule.scale_grads} and {count} micro-batches multiply gradients by {wanted:g}, and "
-            f"it was folded with {fold.scale:g}; call remove() on that fold, and gradfold.fold_stage again"
+            f"{name}: scale_grads={schedule.scale_grads} and {count} micro-batches multiply gradients by {wanted:g}, "
+            f"and it was folded with {fold.scale:g}; call remove() on that fold, and gradfold.fold_stage again"
         )
     for stage in _torch.stages_of(schedule):
         if stage.dw_builder is None:

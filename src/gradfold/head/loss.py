@@ -218,8 +218,7 @@ class FoldedHead(torch.autograd.Function):
                     term.write_out(dW, db)
                 if demand is Demand.STEP and param is not None:
                     param.hand(term, ctx)
-            db = None if db is None else as_weight(db, bias)
-            dW = None if dW is None else as_weight(dW, weight)
+            db, dW = as_weight(db, bias), as_weight(dW, weight)
         return dX, db, dW, *(None,) * 7
 
 

@@ -128,9 +128,9 @@ def whole_labels(labels: Tensor, words: Words) -> Tensor:
     return held(spread.redistribute(placements=[Replicate()]))
 
 
-def as_weight(local: Tensor | None, weight: Tensor) -> Tensor | None:
+def as_weight(local: Tensor | None, weight: Tensor | None) -> Tensor | None:
     """Return a gradient of this rank's part as autograd wants it for a weight that is a DTensor."""
-    if local is None or not is_spread(weight):
+    if local is None or weight is None or not is_spread(weight):
         return local
     from torch.distributed.tensor import DTensor
 
