@@ -56,6 +56,7 @@ _PACKAGES = (
     "planner",
     "report",
     "rules",
+    "torchtitan",
     "workset",
 )
 

@@ -35,8 +35,8 @@ def fold_stage(
     ``optimizer.step()``, ``optimizer.zero_grad()``.
 
     What the schedule does to ``.grad`` is done here instead: ``scale_grads=True``, torch's default, divides gradients
-    by the number of micro-batches. Schedules that split backwards (zero-bubble) get a ``dw_builder``, with which they run
-    each backward as a whole: a folded backward computes no gradient of a weight before its step.
+    by the number of micro-batches. Schedules that split backwards (zero-bubble) get a ``dw_builder``, with which they
+    run each backward as a whole: a folded backward computes no gradient of a weight before its step.
 
     Args:
         schedule: A schedule of ``torch.distributed.pipelining`` with ``loss_fn=``. Make its stages and the optimizer

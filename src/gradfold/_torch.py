@@ -336,7 +336,7 @@ def store_of(group: Any) -> Any:
 
 
 def pipeline_schedules() -> tuple[type, ...]:
-    """Return the base classes of ``torch.distributed.pipelining``'s schedules, one and several stages; () if not loaded."""
+    """Return the bases of ``torch.distributed.pipelining``'s schedules, of one and several stages; () if not loaded."""
     module: Any = sys.modules.get("torch.distributed.pipelining.schedules")
     return () if module is None else (module.PipelineScheduleSingle, module.PipelineScheduleMulti)
 

@@ -1,5 +1,7 @@
 """Stages of a Tiny, their schedules, and what one training on them gives."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -142,7 +144,8 @@ def refusals():
     refused("tied on one rank only", fold_with(tied={"head.weight": "embed.weight"} if dist.get_rank() else None))
     two = "ScheduleInterleaved1F1B", 4
     refused("one stage only", lambda m, s: gradfold.fold_stage(s, optimizer_of(dict(list(m.items())[:1]))), *two)
-    refused("an optimizer for each", lambda m, s: gradfold.fold_stage(s, [optimizer_of(m)] * 2)  # pyright: ignore, *two)
+    several: Any = [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])]
+    refused("an optimizer for each", lambda modules, schedule: gradfold.fold_stage(schedule, several), *two)
 
     def rename(modules):
         for module in modules.values():
