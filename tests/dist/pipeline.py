@@ -32,7 +32,7 @@ def numbers_of(kind, rank, size, count):
     return list(range(rank, count, size))
 
 
-def pipeline(kind, count, scale_grads=True, micro=MICRO, group=None, **options):
+def pipeline(kind, count, scale_grads=True, micro=MICRO, group=None, divisor=None, **options):
     """Return the modules of this rank's stages by number, and their schedule."""
     from torch.distributed import pipelining
     from torch.distributed.pipelining import schedules
@@ -44,7 +44,7 @@ def pipeline(kind, count, scale_grads=True, micro=MICRO, group=None, **options):
     stages = [pipelining.PipelineStage(module, n, count, device, group=group) for n, module in modules.items()]
     made = getattr(schedules, kind)
     several = issubclass(made, schedules.PipelineScheduleMulti)
-    divisor = 1 if scale_grads else micro
+    divisor = divisor or (1 if scale_grads else micro)
     schedule = made(
         stages if several else stages[0],
         micro,
@@ -54,13 +54,13 @@ def pipeline(kind, count, scale_grads=True, micro=MICRO, group=None, **options):
     return modules, schedule
 
 
-def run_step(schedule, modules, step, micro=MICRO):
-    """Run one step's micro-batches."""
-    parts = [batch(step, index) for index in range(micro)]
+def run_step(schedule, modules, step, micro=MICRO, first=0, run=None):
+    """Run a step's micro-batches, or those from ``first`` on."""
+    parts = [batch(step, index) for index in range(first, first + micro)]
     ids, labels = (torch.cat(side) for side in zip(*parts))
-    first = [ids] if any(module.embed is not None for module in modules.values()) else []
+    inputs = [ids] if any(module.embed is not None for module in modules.values()) else []
     last = {"target": labels, "losses": []} if any(module.head is not None for module in modules.values()) else {}
-    schedule.step(*first, **last)
+    (run or schedule.step)(*inputs, **last)
     return last.get("losses", [])
 
 
@@ -300,3 +300,75 @@ def backwards_of_weights(kind, stages):
     optimizer.step()
     weights = [param for param in fold._state.params.values() if param.folded and param.param.dim() == 2]
     return {param.handed for param in weights}, {param.dense for param in weights}
+
+
+# beside other things --------------------------------------------------------------------------------------------------
+
+
+def checkpointed(kind, count, reentrant):
+    """Train stages whose layers are checkpointed."""
+    reference, _ = alone(2, MICRO, None, layers=max(LAYERS, count))
+    modules, schedule = pipeline(kind, count, checkpoint=reentrant)
+    optimizer = optimizer_of(modules)
+    gradfold.fold_stage(schedule, optimizer)
+    for step in range(2):
+        run_step(schedule, modules, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return furthest_of(modules, reference)
+
+
+def accumulated(kind, count):
+    """Sum two runs of a schedule in each step, with an evaluation between steps."""
+    reference, _ = alone(2, 2 * MICRO, None, layers=max(LAYERS, count))
+    modules, schedule = pipeline(kind, count, scale_grads=False, divisor=2 * MICRO)
+    optimizer = optimizer_of(modules)
+    fold = gradfold.fold_stage(schedule, optimizer, accumulate=2)
+    for step in range(2):
+        for half in range(2):
+            run_step(schedule, modules, step, first=half * MICRO)
+        optimizer.step()
+        optimizer.zero_grad()
+        run_step(schedule, modules, step, run=schedule.eval)
+    return furthest_of(modules, reference), fold.options.accumulate
+
+
+def beside_tensor_parallelism(clip):
+    """Train two stages, each on two ranks by tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    number = mesh.get_local_rank("pp")
+    module = stage_module(tiny(), number, 2)
+    columns, rows = ColwiseParallel, RowwiseParallel
+    plan = {f"attention.{name}": columns() for name in "qkv"} | {"inner.gate": columns(), "inner.up": columns()}
+    for layer in module.layers.values():
+        parallelize_module(layer, mesh["tp"], {**plan, "attention.o": rows(), "inner.down": rows()})
+    stage = PipelineStage(module, number, 2, torch.device("cpu"), group=mesh.get_group("pp"))
+    schedule = Schedule1F1B(stage, MICRO, loss_fn=loss_of)
+    reference, norms = alone(2, MICRO, clip)
+    optimizer = optimizer_of({number: module})
+    fold = gradfold.fold_stage(schedule, optimizer, clip_norm=clip)
+    worst = 0.0
+    for step in range(2):
+        run_step(schedule, {number: module}, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        worst = max(worst, abs(fold.grad_norm - norms[step]))
+    return furthest(module, reference), worst
+
+
+def names_beside_tensor_parallelism():
+    """Return what two stages of the same names say where each is on two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    number = mesh.get_local_rank("pp")
+    module = parallelize_module(torch.nn.Linear(4, 4), mesh["tp"], ColwiseParallel())
+    stage = PipelineStage(module, number, 2, torch.device("cpu"), group=mesh.get_group("pp"))
+    schedule = Schedule1F1B(stage, MICRO, loss_fn=loss_of)
+    return said(gradfold.fold_stage, schedule, gradfold.AdamW(module.named_parameters()))

@@ -151,3 +151,33 @@ def test_tied_weights_on_four(four):
         assert weights <= 1e-11
         assert norms <= 1e-12
     assert found[0][2] == found[3][2] is not None
+
+
+@slow
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble"])
+def test_checkpointed_layers(two, kind, reentrant):
+    for weights in two.run(pipeline.checkpointed, kind, 2 * STAGES[kind], reentrant):
+        assert weights <= 1e-11
+
+
+@slow
+@pytest.mark.parametrize("kind", ["Schedule1F1B", "ScheduleInterleavedZeroBubble"])
+def test_several_runs_of_a_schedule_in_a_step(two, kind):
+    for weights, summed in two.run(pipeline.accumulated, kind, 2 * STAGES[kind]):
+        assert weights <= 1e-11
+        assert summed == 2 * pipeline.MICRO
+
+
+@slow
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_beside_tensor_parallelism(four, clip):
+    for weights, norms in four.run(pipeline.beside_tensor_parallelism, clip):
+        assert weights <= 1e-11
+        assert norms <= 1e-12
+
+
+@slow
+def test_equal_names_beside_tensor_parallelism(four):
+    for message in four.run(pipeline.names_beside_tensor_parallelism):
+        assert "weight: stages 0 (rank 0) and 1 (rank 2) each have a parameter of this name" in message

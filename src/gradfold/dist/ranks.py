@@ -122,10 +122,12 @@ class Ranks:
         self._owned = {member.name for member in mine if owners[member.name, member.at] == self.rank}
         self._all_names = [[member.name for member in members] for _, _, members, _ in found]
         self._width = _HEAD + 1 + max(groups for _, groups, _, _ in found)
-        self._join_copies(params)
         if self._votes is None:
             ranks = dist.get_process_group_ranks(self.group)
-            self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            # groups that only their members make are named by how many groups a member has, which may differ
+            some = len(ranks) < dist.get_world_size()
+            self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=some)
+        self._join_copies(params)
 
     def _refuse_same_names(self, members: Sequence[Sequence[Member]]) -> None:
         """Raise if one name stands for two parameters, or for copies that nothing keeps alike."""
@@ -187,8 +189,9 @@ class Ranks:
         Raises:
             FoldError: the copies differ. Raised on all ranks.
         """
-        mine = {param.name: param for param in params if param.name in self.tied}
-        values = {name: _sums(param.held) for name, param in mine.items()}
+        if not self.tied:
+            return
+        values = {param.name: _sums(param.held) for param in params if param.name in self.tied}
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, values, group=self.group)
         for name in sorted(self.tied):
@@ -198,9 +201,13 @@ class Ranks:
                     f"{name}: tied, and its copies on ranks {_listed(ranks)} differ; give them the same values before "
                     "fold_stage (torch.distributed.broadcast, or load one checkpoint)"
                 )
-            if self.rank in ranks and len(ranks) > 1:
-                chosen = [dist.get_process_group_ranks(self.group)[rank] for rank in ranks]
-                self._holders[name] = dist.new_group(chosen, use_local_synchronization=True)
+            if name in self._holders or len(ranks) < 2:
+                continue
+            numbers = dist.get_process_group_ranks(self.group)
+            chosen = [numbers[rank] for rank in (ranks if self.rank in ranks else [self.rank])]
+            made = dist.new_group(chosen, use_local_synchronization=True)  # one on each rank: see ``enroll``
+            if self.rank in ranks:
+                self._holders[name] = made
 
     @property
     def copies(self) -> bool:
