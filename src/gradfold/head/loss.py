@@ -209,7 +209,8 @@ class FoldedHead(torch.autograd.Function):
                 copied = None if bias is None else held(bias).detach().clone()  # it may step before its weight does
                 leaf: Tensor = held(weight) if param is None else param.held
                 kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
-                term = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept, ctx.vocabulary)
+                term = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept)
+                term.vocabulary = ctx.vocabulary
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
                 if wants_bias and copied is not None:

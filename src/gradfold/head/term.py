@@ -49,14 +49,13 @@ class HeadTerm(GradTerm):
         bias: Tensor | None,
         options: LossOptions,
         kept: Kept | None = None,
-        vocabulary: int | None = None,
     ):
         self.x = gemm_ready(x)  # [T, H]
         self.labels = labels  # [T]
         self.lse = lse  # [T]
         self.scale = scale  # [T]: the gradient by each token's loss, 0 if ignored
         self.weight = weight  # [V, H], the parameter itself; of a head spread over ranks, what this one has
-        self.vocabulary = weight.shape[0] if vocabulary is None else vocabulary  # words on all ranks
+        self.vocabulary = weight.shape[0]  # words on all ranks, where the head is spread over them
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.options = options
         self.kept = kept
