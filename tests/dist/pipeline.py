@@ -305,10 +305,10 @@ def backwards_of_weights(kind, stages):
 # beside other things --------------------------------------------------------------------------------------------------
 
 
-def checkpointed(kind, count, reentrant):
+def checkpointed(kind, count):
     """Train stages whose layers are checkpointed."""
     reference, _ = alone(2, MICRO, None, layers=max(LAYERS, count))
-    modules, schedule = pipeline(kind, count, checkpoint=reentrant)
+    modules, schedule = pipeline(kind, count, checkpoint=False)
     optimizer = optimizer_of(modules)
     gradfold.fold_stage(schedule, optimizer)
     for step in range(2):

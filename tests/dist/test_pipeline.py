@@ -154,10 +154,10 @@ def test_tied_weights_on_four(four):
 
 
 @slow
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble"])
-def test_checkpointed_layers(two, kind, reentrant):
-    for weights in two.run(pipeline.checkpointed, kind, 2 * STAGES[kind], reentrant):
+def test_checkpointed_layers(two, kind):
+    """Not reentrant ones: a schedule's first step calls ``autograd.grad``, which these do not take, folded or not."""
+    for weights in two.run(pipeline.checkpointed, kind, 2 * STAGES[kind]):
         assert weights <= 1e-11
 
 

@@ -52,10 +52,13 @@ def linear_cross_entropy(
     """Compute the cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
 
     Args:
-        x: Hidden states ``[*, H]``.
+        x: Hidden states ``[*, H]``. Where the head is spread over ranks, a DTensor says which tokens each rank has, and
+            a plain tensor is the same on all.
         weight: Weight of the head ``[V, H]``. If it is the weight of a folded module, it steps in backward and no
-            gradient of it is stored; otherwise its gradient is an ordinary dense one.
-        labels: Integers ``[*]``: words below V, or ``ignore_index``.
+            gradient of it is stored; otherwise its gradient is an ordinary dense one. Of a DTensor that is cut by
+            words (``Shard(0)``) each rank computes its words' share: three numbers per token and the gradient of ``x``
+            are sent, and all ranks return the same loss.
+        labels: Integers ``[*]``: words below V, or ``ignore_index``; those of all tokens, or a DTensor.
         bias: ``[V]``, or None.
         ignore_index: Tokens with this label count neither in the loss nor in the mean.
         label_smoothing: As in ``torch.nn.functional.cross_entropy``.
@@ -77,6 +80,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: Shapes, dtypes or options that do not go together.
         IndexError: A label is no word of the vocabulary. On an accelerator its loss is NaN instead.
+        FoldError: The head is spread over ranks otherwise than by words, or ranks have other labels (on an accelerator
+            the loss is NaN instead).
 
     Example:
         >>> hidden = model.model(input_ids).last_hidden_state  # [B, S, H]
