@@ -22,7 +22,7 @@ PRIVATE = re.compile(
     | \bfrom\ torch(\.\w+)*\._\w+                   # from torch._x
     | \._(cdata|version|is_view|backward_hooks|backward_pre_hooks|forward_hooks|post_accumulate_grad_hooks
          |execution_engine|current_level|make_wrapper_subclass|active_ddp_module
-         |unscale_grads_|optimizer_load_state_dict_\w+|schema|indices)\b
+         |unscale_grads_|optimizer_load_state_dict_\w+|schema|indices|n_microbatches|has_backward)\b
     | \b(module|one|me|model|layer|child)\._(parameters|modules|buffers)\b""",
     re.VERBOSE,
 )
@@ -423,3 +423,29 @@ def test_many_ranks():
         assert noted == []
     finally:
         dist.destroy_process_group()
+
+
+def test_schedules_of_pipelines(tmp_path):
+    """One process is a whole pipeline, of one stage and of two."""
+    from torch.distributed import pipelining
+    from torch.distributed.pipelining import schedules
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        device = torch.device("cpu")
+        one = pipelining.PipelineStage(nn.Linear(2, 2), 0, 1, device)
+        two = [pipelining.PipelineStage(nn.Linear(2, 2), number, 2, device) for number in range(2)]
+        loss = nn.functional.mse_loss
+        single = pipelining.ScheduleGPipe(one, 3, loss_fn=loss)
+        multi = schedules.ScheduleInterleaved1F1B(two, 4, loss_fn=loss)
+        kinds = _torch.pipeline_schedules()
+        assert [isinstance(schedule, kinds) for schedule in (single, multi)] == [True, True]
+        assert isinstance(single, kinds[0]) and not isinstance(multi, kinds[0])
+        assert all(inspect.isfunction(kind.step) for kind in kinds)
+        assert _torch.stages_of(single) == [one]
+        assert _torch.stages_of(multi) == two
+        assert (_torch.micro_batches(single), _torch.micro_batches(multi)) == (3, 4)
+        assert _torch.runs_backward(single) and not _torch.runs_backward(pipelining.ScheduleGPipe(one, 3))
+        assert one.dw_builder is None and single.scale_grads  # public, and read by fold_stage
+    finally:
+        torch.distributed.destroy_process_group()

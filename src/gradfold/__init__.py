@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ._fold import Fold, fold
+    from ._fold_stage import fold_stage
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
@@ -33,6 +34,7 @@ __all__ = [
     "WorkingSet",
     "export_masters",
     "fold",
+    "fold_stage",
     "import_masters",
     "linear_cross_entropy",
     "linear_log_probs",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 _PLANNER = ("Plan", "PlanError", "plan")
-_HOMES = ("._fold", ".errors", ".head", ".optim", ".workset")
+_HOMES = ("._fold", "._fold_stage", ".errors", ".head", ".optim", ".workset")
 _PACKAGES = (
     "backends",
     "codecs",
@@ -54,6 +56,7 @@ _PACKAGES = (
     "planner",
     "report",
     "rules",
+    "torchtitan",
     "workset",
 )
 

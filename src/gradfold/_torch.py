@@ -415,6 +415,27 @@ def timeout_of(group: Any) -> datetime.timedelta:
     return min(found, default=datetime.timedelta(minutes=30))
 
 
+# pipelines ------------------------------------------------------------------------------------------------------------
+
+
+def pipeline_schedules() -> tuple[type, ...]:
+    """Return the bases of ``torch.distributed.pipelining``'s schedules, of one and several stages; () if not loaded."""
+    module: Any = sys.modules.get("torch.distributed.pipelining.schedules")
+    return () if module is None else (module.PipelineScheduleSingle, module.PipelineScheduleMulti)
+
+
+def stages_of(schedule: Any) -> list[Any]:
+    """Return the stages that a pipeline's schedule runs on this rank."""
+    return list(schedule._stages) if hasattr(schedule, "_stages") else [schedule._stage]
+
+
+micro_batches: Callable[[Any], int] = operator.attrgetter("_n_microbatches")
+"""Into how many micro-batches a pipeline's schedule cuts a batch."""
+
+runs_backward: Callable[[Any], bool] = operator.attrgetter("_has_backward")
+"""Whether a pipeline's schedule runs backwards; not in its ``eval``."""
+
+
 # kernels --------------------------------------------------------------------------------------------------------------
 
 fused_adam: Callable[..., None] = torch._fused_adam_

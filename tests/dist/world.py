@@ -129,7 +129,7 @@ def collectives():
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             space, _, name = str(function).partition(".")
-            if space in ("c10d", "_c10d_functional") and "wait_tensor" not in name and "send" not in name:
+            if space in ("c10d", "_c10d_functional") and "wait_tensor" not in name and "send" not in name and "recv" not in name:
                 tensors = [t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)]
                 if name.startswith(("scatter", "gather")):
                     tensors = tensors[:1]  # only one rank has the others

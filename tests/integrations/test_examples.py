@@ -33,5 +33,6 @@ def test_it_runs(name, tmp_path, monkeypatch, capfd):
 
 def test_they_are_short_and_all_of_them_are_run():
     scripts = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in EXAMPLES.glob("*.py")}
+    del scripts["megatron_wgrad"]  # an adapter, which tests/dist/test_megatron.py runs
     assert {name: len(lines) for name, lines in scripts.items() if len(lines) >= 40} == {}
     assert set(scripts) == {*SCRIPTS, "tiny"}

@@ -3,5 +3,6 @@
 from .fsdp import Sharding, sharding_of
 from .ranks import ALONE, Ranks, ranks_of
 from .spread import spread
+from .stages import Stages
 
-__all__ = ["ALONE", "Ranks", "Sharding", "ranks_of", "sharding_of", "spread"]
+__all__ = ["ALONE", "Ranks", "Sharding", "Stages", "ranks_of", "sharding_of", "spread"]

@@ -15,7 +15,7 @@ from gradfold.errors import FoldError
 
 from .copied import CopiedParams
 from .exchange import Exchange
-from .roll import Entry, member_of, owners_of, refuse_differences
+from .roll import Entry, listed, member_of, own_limits, owners_of, refuse_differences
 
 _HALF_STEPPED = (
     "weights have stepped inside backward, and may not have on all ranks: load the last checkpoint (with "
@@ -33,6 +33,8 @@ class Ranks:
         group: the process group.
         rank: this rank in it.
         size: how many ranks there are.
+        stages: the stages of a pipeline that use a parameter, by id of the Parameter.
+        tied: the names of parameters of which several stages hold copies, over which their gradients are summed.
     """
 
     def __init__(self, group: Any):
@@ -46,6 +48,10 @@ class Ranks:
         self._copies = CopiedParams()
         self._steps = 0
         self._suspect = False  # whether a step has failed, so that copies may differ
+        self.stages: dict[int, tuple[int, ...]] = {}
+        self.tied: frozenset[str] = frozenset()
+        self.also = ""  # what else all ranks must have been asked for
+        self._holders: dict[str, Any] = {}  # of the copies of each tied parameter that this rank has: a process group
 
     # once, as the model is folded -------------------------------------------------------------------------------------
 
@@ -81,9 +87,12 @@ class Ranks:
                 all of them; nothing is learned then.
         """
         said = {key: value if isinstance(value, str) else repr(value) for key, value in options.items()}
-        mine = Entry(said, groups, [member_of(param) for param in params])
+        if self.also:
+            said["schedule"] = self.also
+        members = [member_of(param, self.stages.get(id(param.param), ())) for param in params]
+        mine = Entry(said, groups, members, own_limits(params))
         entries: list[Entry] = self._exchange.objects(mine)
-        refuse_differences(entries)
+        refuse_differences(entries, self.tied)
         owners = owners_of(entries)
         self._owned = {member.name for member in mine.members if owners[member.name, member.at][0] == self.rank}
         self._names = [[member.name for member in entry.members] for entry in entries]
@@ -91,10 +100,48 @@ class Ranks:
         self._pools = max(entry.groups for entry in entries)
         self._copies = CopiedParams(entries, self.rank)
         self._exchange.width = _HEAD + self._pools + len(self._copies)
+        self._join_copies(params)
 
     def join(self, params: Sequence[FoldParam], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
         self.enroll(params, groups, {})
+    def _join_copies(self, params: Sequence[FoldParam]) -> None:
+        """Make a process group for each tied parameter that several ranks hold, and compare their copies.
+
+        Raises:
+            FoldError: the copies differ. Raised on all ranks.
+        """
+        if not self.tied:
+            return
+        found = self._exchange.objects({param.name: _sums(param.held) for param in params if param.name in self.tied})
+        for name in sorted(self.tied):
+            ranks = [rank for rank, theirs in enumerate(found) if name in theirs]
+            if any(found[rank][name] != found[ranks[0]][name] for rank in ranks):
+                raise FoldError(
+                    f"{name}: tied, and its copies on ranks {listed(ranks)} differ; give them the same values before "
+                    "fold_stage (torch.distributed.broadcast, or load one checkpoint)"
+                )
+            if name in self._holders or len(ranks) < 2:
+                continue
+            numbers = dist.get_process_group_ranks(self.group)
+            chosen = [numbers[rank] for rank in (ranks if self.rank in ranks else [self.rank])]
+            # one on each rank: groups that only their members make are named by how many groups a member has
+            made = dist.new_group(chosen, use_local_synchronization=True)
+            if self.rank in ranks:
+                self._holders[name] = made
+
+    @property
+    def copies(self) -> bool:
+        """Whether some ranks hold copies of one parameter, over which its gradient is summed."""
+        return bool(self.tied)
+
+    def sums(self, param: FoldParam) -> bool:
+        """Return whether other ranks hold copies of this parameter, over which its gradient is summed."""
+        return param.name in self._holders
+
+    def sum(self, param: FoldParam, tensor: torch.Tensor) -> None:
+        """Add a tensor, in place, over the ranks that hold copies of a parameter."""
+        dist.all_reduce(tensor, group=self._holders[param.name])
 
     def counts(self, param: FoldParam) -> bool:
         """Return whether this rank counts for the norm: of copies, only those of the first rank do."""
@@ -194,6 +241,12 @@ def _summed(powers: Sequence[float], order: float) -> float:
     return math.fsum(powers) if all(map(math.isfinite, powers)) else sum(powers)
 
 
+def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+    """Return two numbers that tell most tensors apart."""
+    with torch.no_grad():
+        return float(tensor.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
 # who is told what -----------------------------------------------------------------------------------------------------
 
 ALONE = "alone"
@@ -210,6 +263,8 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
         FoldError: there are other processes, and nothing says whether they train this model, too; or parameters are
             spread over ranks that are not in the group.
     """
+    if isinstance(group, Ranks):
+        return group
     if group is not None and group != ALONE and not _is_group(group):
         raise FoldError(f"group={group!r}: a process group of torch.distributed, 'alone', or None")
     if not dist.is_available() or not dist.is_initialized():
@@ -227,7 +282,8 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
             raise FoldError(
                 f"this is one of {dist.get_world_size()} processes, and nothing says what the others train: give "
                 "fold(group=torch.distributed.group.WORLD) if they hold other parts of this model, 'alone' if each "
-                "trains a model of its own; for copies of one model call gradfold.replicate"
+                "trains a model of its own; for copies of one model call gradfold.replicate, for stages of a pipeline "
+                "gradfold.fold_stage"
             )
         group = dist.group.WORLD
     if dist.get_rank(group) < 0:

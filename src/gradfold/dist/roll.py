@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ class Member(NamedTuple):
     spread: bool  # whether it is a DTensor
     dtype: torch.dtype
     options: Mapping[str, str]  # of its param_group, as text
+    stages: tuple[int, ...]  # of a pipeline that use it; empty where there is none
 
 
 class Entry(NamedTuple):
@@ -31,9 +32,10 @@ class Entry(NamedTuple):
     options: Mapping[str, Any]  # what fold() was asked for, as text; empty where parameters join later
     groups: int  # how many param_groups its optimizer has
     members: Sequence[Member]
+    limits: Mapping[int, Any]  # of the param_groups that are clipped by their own norm, by number
 
 
-def member_of(param: FoldParam) -> Member:
+def member_of(param: FoldParam, stages: tuple[int, ...] = ()) -> Member:
     """Return a parameter as the other ranks shall see it."""
     shard = param.shard
     place = None if shard is None else shard.place
@@ -45,7 +47,19 @@ def member_of(param: FoldParam) -> Member:
         shard is not None,
         param.param.dtype,
         {key: _text(value) for key, value in param.group.items() if key not in _NAMES},
+        stages,
     )
+
+
+def own_limits(params: Sequence[FoldParam]) -> dict[int, Any]:
+    """Return the limits of param_groups that are clipped by their own norm, by the group's number."""
+    groups = params[0].fold.optimizer.groups if params else []
+    return {index: group["clip_norm"] for index, group in enumerate(groups) if "clip_norm" in group}
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Return some numbers in words."""
+    return " and ".join(map(str, numbers))
 
 
 def _text(value: Any) -> str:
@@ -61,18 +75,36 @@ def owners_of(entries: Sequence[Entry]) -> dict[tuple[str, tuple[int, int]], lis
     return found
 
 
-def refuse_differences(entries: Sequence[Entry]) -> None:
-    """Raise if the ranks were asked for different things, or hold parameters that nothing keeps alike."""
+def refuse_differences(entries: Sequence[Entry], tied: Collection[str] = ()) -> None:
+    """Raise if the ranks were asked for different things, or hold parameters that nothing keeps alike.
+
+    Args:
+        entries: of all ranks.
+        tied: names of parameters of which several stages of a pipeline hold copies.
+    """
     for rank, entry in enumerate(entries):
         _refuse_options("fold()", entries[0].options, entry.options, rank)
+        if entry.limits != entries[0].limits:
+            raise FoldError(
+                f"param_groups with a clip_norm of their own: {entries[0].limits or 'none'} on rank 0, and "
+                f"{entry.limits or 'none'} on rank {rank}; each is the norm of that group on all ranks, so give the same "
+                "groups on all"
+            )
+    _refuse_odd_ties(entries, tied)
     first: dict[str, tuple[int, Member]] = {}
     streams: dict[str, tuple[int, Member]] = {}
     for rank, entry in enumerate(entries):
         alone = not any(member.spread for member in entry.members)
         for member in entry.members:
             where, known = first.setdefault(member.name, (rank, member))
+            if known.stages != member.stages and member.name not in tied:
+                raise FoldError(
+                    f"{member.name}: stages {listed(known.stages)} (rank {where}) and {listed(member.stages)} (rank "
+                    f"{rank}) each have a parameter of this name; give fold_stage prefix= or offset=, so that each has "
+                    "its name in the whole model, or, if these are copies of one tied weight, tied="
+                )
             _refuse_two(where, known, rank, member)
-            if where != rank and alone:
+            if where != rank and alone and member.name not in tied:
                 raise FoldError(
                     f"{member.name}: ranks {where} and {rank} both hold it whole, and nothing sums its gradient over "
                     "them, so that they would drift apart; for copies of one model call gradfold.replicate, for stages "
@@ -85,6 +117,20 @@ def refuse_differences(entries: Sequence[Entry]) -> None:
                     f"random bits, as both are called {member.stream!r} in their optimizers; make these of "
                     "named_parameters() with names of the whole model"
                 )
+
+
+def _refuse_odd_ties(entries: Sequence[Entry], tied: Collection[str]) -> None:
+    """Raise for tied parameters that are not held by one rank of each of several stages."""
+    for name in sorted(tied):
+        stages = [stage for entry in entries for one in entry.members if one.name == name for stage in one.stages]
+        if len(set(stages)) < 2:
+            where = f"only stage {stages[0]} has it" if stages else "no stage has it"
+            raise FoldError(f"tied: {name}, and {where} under this name; give the names in the whole model")
+        if len(stages) > len(set(stages)):
+            raise FoldError(
+                f"tied: {name}, of which several ranks of one stage hold parts or copies; train it untied, or without "
+                "tensor parallelism"
+            )
 
 
 def _refuse_two(where: int, known: Member, rank: int, member: Member) -> None:

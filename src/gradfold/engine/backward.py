@@ -22,16 +22,18 @@ class Backward:
         thread: the id of the thread that it runs on.
         running: whether it has not ended yet.
         terms: the gradient terms of parameters whose gate has not run yet.
+        part: which part of the model it is of (``Step.counts``).
         unsummed: parameters whose gradient is summed over ranks as it ends, together, and this rank's part of it.
     """
 
-    __slots__ = ("adds", "claimed", "parent", "root", "running", "terms", "thread", "unsummed")
+    __slots__ = ("adds", "claimed", "parent", "part", "root", "running", "terms", "thread", "unsummed")
 
-    def __init__(self, parent: Segment | None, root: Segment | None, adds: bool, claimed: bool):
+    def __init__(self, parent: Segment | None, root: Segment | None, adds: bool, claimed: bool, part: int = 0):
         self.parent = parent
         self.root = root
         self.adds = adds
         self.claimed = claimed
+        self.part = part
         self.thread = threading.get_ident()
         self.running = True
         self.terms: dict[Any, list[GradTerm | BiasTerm]] = {}

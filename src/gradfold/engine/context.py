@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class FoldContext(ABC):
         turns: the working set, if there is one.
         ranks: the ranks that step together, if there is more than this one.
         sharding: how parameters are gathered while modules run, if FSDP2 does so.
+        parts: how many parts of the model have backwards of their own: the stages of a pipeline on this rank.
+        scale: what gradients are multiplied by before anything else: 1 / micro-batches, where a pipeline's schedule
+            would divide ``.grad``.
+        schedule: the pipeline's schedule that runs the model, if one does.
+        late: the parameters that always wait for ``optimizer.step()`` (``FoldParam.late``).
         paused: depth of nested ``fold.paused()`` contexts.
         contexts: depth of nested ``fold.accumulating()`` contexts.
         accumulate_while: tells whether a backward is not the last of its step; None: only these contexts do.
@@ -55,6 +60,10 @@ class FoldContext(ABC):
         self.turns: Turns | None = None
         self.ranks: Ranks | None = None
         self.sharding: Sharding | None = None
+        self.parts = 1
+        self.scale = 1.0
+        self.schedule: Any = None
+        self.late: tuple[Any, ...] = ()
         self.paused = 0
         self.contexts = 0
         self.accumulate_while: Callable[[], bool] | None = None
@@ -77,10 +86,13 @@ class FoldContext(ABC):
         """Whether a backward only adds to the gradient now, so that a later one is the last of its step."""
         return self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while())
 
-    @property
-    def full(self) -> bool:
-        """Whether all backwards that the open step sums are done."""
-        return self.step.summed >= self.options.accumulate and not self.accumulating
+    def full(self, parts: Iterable[int]) -> bool:
+        """Return whether all backwards of these parts of the model are done that the open step sums."""
+        counts, wanted = self.step.counts, self.options.accumulate
+        for part in parts:
+            if counts[part] < wanted:
+                return False
+        return not self.accumulating
 
     # answered by the whole fold -----------------------------------------------------------------------------------
 
@@ -97,8 +109,13 @@ class FoldContext(ABC):
         """Step what has waited for a segment that has run now."""
 
     @abstractmethod
-    def enter(self, task: int) -> Backward:
-        """Return the backward of a graph task; one that reaches the fold for the first time is examined."""
+    def enter(self, task: int, param: Any = None) -> Backward:
+        """Return the backward of a graph task; one that reaches the fold for the first time is examined.
+
+        Args:
+            task: the graph task.
+            param: the parameter that it has reached, if that is known.
+        """
 
     @abstractmethod
     def new_step(self) -> None:

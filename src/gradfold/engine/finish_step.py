@@ -24,6 +24,8 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
             those that the message names have not moved.
     """
     step, options = fold.step, fold.options
+    if fold.ranks is not None and fold.ranks.copies:
+        sum_copies(fold)
     deferred = [one for one in slices if one.deferred] if step.deferred else []
     if deferred:
         step.refresh()
@@ -58,6 +60,19 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     if step.nonfinite and options.on_nonfinite == "raise":
         named = set(step.nonfinite)
         raise not_finite(step.nonfinite, moved=any(one.stepped and one.name not in named for one in slices))
+
+
+def sum_copies(fold: FoldContext) -> None:
+    """Sum the gradients of parameters of which several ranks hold copies, as the tied embeddings of a pipeline."""
+    ranks = fold.ranks
+    assert ranks is not None
+    ranks.vote("the gradients of tied parameters", {}, 2.0, [])  # nobody has failed: all of them will take part
+    for param in sorted((param for param in fold.late if ranks.sums(param)), key=lambda param: param.name):
+        (one,) = param.slices
+        brought = torch.tensor(float(bool(one.deferred)), device=param.held.device)
+        ranks.sum(param, brought)
+        if float(brought) > 0:
+            ranks.sum(param, one.collapsed_gradient())
 
 
 def step_rest(fold: FoldContext) -> None:

@@ -167,18 +167,19 @@ def running_loop(fold: FoldContext, everywhere: bool = False) -> Loop | None:
     if not (codes := _codes()):
         return None
     frames: Iterable[FrameType] = sys._current_frames().values() if everywhere else (sys._getframe(1),)
-    for frame in _outwards(frames):
+    for frame in outwards(frames):
         if (found := codes.get(frame.f_code)) is None:
             continue
         read, attribute = found
         trainer = frame.f_locals.get(frame.f_code.co_varnames[0])
         model = getattr(trainer, attribute, None)
-        if isinstance(model, nn.Module) and _trains(model, fold):
+        if isinstance(model, nn.Module) and trains(model, fold):
             return read(trainer)
     return None
 
 
-def _outwards(frames: Iterable[FrameType]) -> Iterator[FrameType]:
+def outwards(frames: Iterable[FrameType]) -> Iterator[FrameType]:
+    """Yield these frames, each followed by its callers."""
     for innermost in frames:
         frame: FrameType | None = innermost
         while frame is not None:
@@ -186,7 +187,7 @@ def _outwards(frames: Iterable[FrameType]) -> Iterator[FrameType]:
             frame = frame.f_back
 
 
-def _trains(model: nn.Module, fold: FoldContext) -> bool:
+def trains(model: nn.Module, fold: FoldContext) -> bool:
     """Return whether a loop's model has parameters of the fold."""
     if model is fold.model:
         return True

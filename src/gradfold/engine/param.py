@@ -50,6 +50,8 @@ class FoldParam:
         handed: how often its gate has run with terms of folded modules.
         dense: how often it has run with a dense gradient.
         gate: the hook; None while the parameter is frozen, and after ``remove()``.
+        parts: the parts of the model that use it (``FoldContext.parts``).
+        late: whether it always waits for ``optimizer.step()``: several stages of a pipeline use it.
         placement: shape, dtype and device when it was folded.
         device_type: "cpu" or "cuda".
     """
@@ -69,6 +71,8 @@ class FoldParam:
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
         self.read_unseen = False
         self.handed = self.dense = 0
+        self.parts: tuple[int, ...] = (0,)
+        self.late = False
         self.placement = param.shape, param.dtype, param.device
         self._on_cpu = param.is_cpu
         self.device_type = param.device.type
@@ -163,7 +167,7 @@ class FoldParam:
         fold, step = self.fold, self.fold.step
         if self._fired is step:
             return True
-        return bool(step.deferred) and fold.full and self.defers
+        return bool(step.deferred) and self.defers and fold.full(self.parts)
 
     @property
     def waits(self) -> bool:
@@ -195,7 +199,7 @@ class FoldParam:
         if wanted is Demand.STEP:
             task = _torch.current_graph_task()
             if task not in fold.step.backwards:
-                fold.enter(task)
+                fold.enter(task, self)
             step = fold.step
             if self._fired is step or (step.deferred and self.done):
                 raise FoldError(second_backward(self, self.stepped))
@@ -210,7 +214,7 @@ class FoldParam:
         """
         fold = self.fold
         term.detach_from(fold.weight_storages)  # a parameter may itself be the input of a module
-        if fold.step.defers and node is not None and (x := term.input) is not None:
+        if (fold.step.defers or self.late) and node is not None and (x := term.input) is not None:
             term.lent = is_lent(node, x)
         if not self._on_cpu:
             term.record(self.param.device)
@@ -230,7 +234,7 @@ class FoldParam:
             return False
         total = BiasTerm(term.left)
         total.made_on = term.made_on
-        self.fold.enter(_torch.current_graph_task()).add(self, total)
+        self.fold.enter(_torch.current_graph_task(), self).add(self, total)
         self.weight = weight
         return True
 
@@ -253,7 +257,7 @@ class FoldParam:
         if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
-            backward = fold.enter(task)
+            backward = fold.enter(task, self)
         alone = backward.parent is None and not fold.step.segments  # no reentrant checkpoints: nothing more can come
         if (self.shard is not None or self.summed_over is not None) and grad is not None and alone and not terms:
             if (part := self._partial(grad)) is not None:
@@ -355,7 +359,7 @@ class FoldParam:
             if sum(one.region is not None and one.region.dim == 1 for one in self.slices) > 1:
                 # bands of columns share their rows, which are no longer the old ones once the first band has stepped
                 terms = [term.written_out() for term in terms]
-        if not (step.defers or step.measuring):
+        if not (step.defers or step.measuring or self.late):
             self._fired = step
         for one in self.slices:
             one.fire(terms)
@@ -365,7 +369,7 @@ class FoldParam:
         step, (one, *more) = self.fold.step, self.slices
         weight = self.weight
         assert weight is not None
-        if step.measuring or step.defers or more or one.region is not None or one in step.deferred:
+        if step.measuring or step.defers or self.late or more or one.region is not None or one in step.deferred:
             return False
         sums = [term for term in arrived if isinstance(term, BiasTerm)]
         if len(sums) < len(arrived) or not backward.terms.get(weight) or weight.param in step.biases:
@@ -394,10 +398,10 @@ class FoldParam:
         return grad
 
 
-def param_of(tensor: Tensor) -> FoldParam | None:
-    """Return the ``FoldParam`` of a tensor that is the weight of a folded module; None for others."""
+def param_of(tensor: Tensor, folded: bool = True) -> FoldParam | None:
+    """Return the ``FoldParam`` of a tensor; None for others, and unless ``folded`` is False for weights not folded."""
     found = _PARAMS.get(id(tensor))
-    return found if found is not None and found.param is tensor and found.folded else None
+    return found if found is not None and found.param is tensor and (found.folded or not folded) else None
 
 
 def create_graph(name: str) -> str:
@@ -414,7 +418,8 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth".split()
 def second_backward(param: FoldParam, stepped: bool) -> str:
     """Return the message about a backward more than ``optimizer.step()`` sums."""
     fold = param.fold
-    summed, number = fold.options.accumulate, max(fold.step.summed, 1)  # of them have been
+    summed = fold.options.accumulate
+    number = max(1, *(fold.step.counts[part] for part in param.parts))  # of them have been
     has = "has already stepped" if stepped else "waits for that call with all it sums"
     which = ORDINALS[number] if number < len(ORDINALS) else f"{number + 1}th"
     if summed == 1:

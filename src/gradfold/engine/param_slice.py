@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradfold.backends import Backend, BiasTerm, Change, DenseTerm, GradTerm, MatmulTerm, PowerSum
+from gradfold.backends import (
+    Backend,
+    BiasTerm,
+    Change,
+    DenseTerm,
+    GradTerm,
+    MatmulTerm,
+    PowerSum,
+    accumulation_dtype,
+)
 from gradfold.errors import FoldError
 
 from .context import FoldContext
@@ -80,7 +89,7 @@ class ParamSlice(ParamStepper):
             terms = [self.region.of_term(term) for term in terms]
         if step.measuring:
             self._measure(terms)
-        elif step.defers:
+        elif step.defers or self.owner.late:
             self._defer(terms)
         else:
             if step.deferred and (kept := step.deferred.pop(self, None)) is not None:
@@ -95,6 +104,16 @@ class ParamSlice(ParamStepper):
                 self.name, self.held, self.region, fold.backend, step.holders, step.copies, fold.host
             )
         kept.add(terms)
+
+    def collapsed_gradient(self) -> Tensor:
+        """Return the gradient that waits for ``optimizer.step()``, summed: the memory that is stepped with."""
+        if not self.deferred:
+            self._defer([DenseTerm(torch.zeros_like(self.held))])
+        kept = self.fold.step.deferred[self]
+        kept.collapse()
+        assert kept.collapsed is not None
+        kept.collapsed = kept.collapsed.to(accumulation_dtype(self.param.dtype)).contiguous()
+        return kept.collapsed
 
     def add_late(self, grad: Tensor) -> None:
         """Keep a gradient of the whole parameter that autograd wrote before the gate was there."""

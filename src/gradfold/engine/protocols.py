@@ -71,6 +71,19 @@ class Ranks(Protocol):
         """Return whether it is so on all ranks."""
         ...
 
+    @property
+    def copies(self) -> bool:
+        """Whether some ranks hold copies of one parameter, over which its gradient is summed."""
+        ...
+
+    def sums(self, param: Any) -> bool:
+        """Return whether other ranks hold copies of this parameter, over which its gradient is summed."""
+        ...
+
+    def sum(self, param: Any, tensor: Tensor) -> None:
+        """Add a tensor, in place, over the ranks that hold copies of a parameter."""
+        ...
+
     def guard(self) -> AbstractContextManager[None]:
         """Return a context that tells the other ranks if it raises before this one has voted."""
         ...

@@ -34,6 +34,7 @@ from .loops import refuse_loop, refuse_micro_batch
 from .owned import given_gradients
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
+from .pipelines import refuse_schedule
 from .protocols import Optimizer, Sharding
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .shard import held, sum_together
@@ -101,6 +102,7 @@ class FoldState(FoldContext):
         self._auditor.refuse_wrappers()
         if not self.paused:
             self.step.loop, self.step.loop_looked = refuse_loop(self), True
+            refuse_schedule(self)
         there = self._auditor.refuse_moved(self.params)
         if self.turns is not None:
             self.turns.catch_up()
@@ -135,7 +137,7 @@ class FoldState(FoldContext):
         """Raise if the loss, which requires no grad, should have: a working set's segment has lost its gradient."""
         refuse_lost(self.params.values(), self._unreached, lambda _: Demand.NOTHING)
 
-    def enter(self, task: int) -> Backward:
+    def enter(self, task: int, param: FoldParam | None = None) -> Backward:
         """Return the backward of a graph task; one that reaches the fold for the first time is examined.
 
         A second backward through a stepped weight is refused here, before it moves anything.
@@ -145,10 +147,12 @@ class FoldState(FoldContext):
             return found
         if not self.step.loop_looked:  # no folded module was called; the caller may be on another thread
             self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
+            refuse_schedule(self, everywhere=True)
         refuse_micro_batch(self.step.loop, self)
         nodes = nodes_around_backward()
         refuse_several(self, nested=bool(nodes))
-        made = self._enter_inner(nodes) if nodes else self._begin()
+        part = 0 if self.parts == 1 else self._part_of(param)
+        made = self._enter_inner(nodes, part) if nodes else self._begin(part)
         self.step.backwards[task] = made
         _torch.at_task_end(lambda: self._leave(made) if self.sharding is None else self._leave_last(made))
         return made
@@ -161,7 +165,15 @@ class FoldState(FoldContext):
         else:
             self._leave(backward)
 
-    def _enter_inner(self, nodes: list[Any]) -> Backward:
+    def _part_of(self, param: FoldParam | None) -> int:
+        """Return the part of the model whose backward is running; ``param`` is one that it has reached."""
+        if param is not None and len(param.parts) == 1:
+            return param.parts[0]
+        others = (other for other in self.params.values() if len(other.parts) == 1)
+        found = next((other for other in others if other.demand() is Demand.STEP), param)
+        return self.step.part if found is None else found.parts[0]
+
+    def _enter_inner(self, nodes: list[Any], part: int) -> Backward:
         """Return a backward that a segment has called; ``nodes`` are those around it, the innermost first."""
         step, parent, root = self.step, self.segment(nodes[0]), self.segment(nodes[-1])
         if step.surveyed is not None and root.made > step.surveyed:
@@ -175,16 +187,18 @@ class FoldState(FoldContext):
         claimed = step.surveyed is not None
         if claimed and root not in step.segments:
             step.segments.append(root)
-        return Backward(parent, root, self.accumulating, claimed)
+        return Backward(parent, root, self.accumulating, claimed, part)
 
-    def _begin(self) -> Backward:
+    def _begin(self, part: int) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
         refuse_capture(self)
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
         survey(self)
-        refuse_second(self, self.params.values())
+        step.part = part
+        mine = [param for param in self.params.values() if part in param.parts] if self.parts > 1 else None
+        refuse_second(self, self.params.values() if mine is None else mine)
         step.forget_norms()
         if self.turns is not None:
             before, self._unreached = self._unreached, unreached()
@@ -203,16 +217,16 @@ class FoldState(FoldContext):
                 )
         step.refresh()
         self._plan()
-        if step.defers:
+        if step.defers or self.late:
             step.copies.given = given_gradients()
         if step.segments:
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
-        return Backward(None, None, self.accumulating, True)
+        return Backward(None, None, self.accumulating, True, part)
 
     def _plan(self) -> None:
         """Decide whether parameters step in the backward that now begins, or wait for ``optimizer.step()``."""
         step = self.step
-        step.last = not self.accumulating and step.summed >= self.options.accumulate - 1
+        step.last = not self.accumulating and step.counts[step.part] >= self.options.accumulate - 1
         step.defers = not step.last or step.waits
         if self.options.clip == "delayed":
             step.coefficients = self.following
@@ -221,7 +235,8 @@ class FoldState(FoldContext):
     @property
     def deferring(self) -> bool:
         """Whether the terms of a backward that began now would wait for ``optimizer.step()``."""
-        last = not self.accumulating and self.step.summed >= self.options.accumulate - 1
+        # which of several parts asks is not known in its forward
+        last = not self.accumulating and min(self.step.counts) >= self.options.accumulate - 1
         return not last or self.step.waits
 
     def _forget_failed(self) -> None:
@@ -244,7 +259,7 @@ class FoldState(FoldContext):
             self._sum_rest(backward)
             self._flush(backward)
             step_rest(self)
-            step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
+            step.counts[backward.part] += not self.accumulating  # backwards inside it come on top of ``accumulate``
             if step.moved:
                 step.stamps = self._auditor.stamps(self.params)
             return
@@ -347,8 +362,8 @@ class FoldState(FoldContext):
         return self._marker.show(finite, next(iter(self.params.values())).param.device)
 
     def loss_scale_inverse(self) -> float:
-        """Return what a GradScaler has unscaled the step's gradients by; 1 if none has."""
-        return self._marker.peek()
+        """Return what the step's gradients are multiplied by: the fold's own scale, and what a GradScaler has."""
+        return self.scale * self._marker.peek()
 
     def bring_in(self, call: str) -> None:
         """Let all gradients arrive that the step's backwards have brought, as ``optimizer.step()`` does.
@@ -372,6 +387,8 @@ class FoldState(FoldContext):
         for param in list(unhooked_gradients(self.params.values())):
             # unfrozen after the forward began: autograd wrote its gradient before the gate was there
             grad, param.param.grad = param.param.grad, None
+            if self.scale != 1.0:  # a pipeline's schedule has scaled it already
+                grad = grad / self.scale  # type: ignore[operator]
             for one in param.slices:
                 one.add_late(grad.detach())  # type: ignore[union-attr]
 
@@ -444,7 +461,7 @@ class FoldState(FoldContext):
         if self.turns is not None:
             self.turns.look()
         self._arm(there=True)
-        step.unscale = self._marker.take()
+        step.unscale = self.scale * self._marker.take()
         try:
             if changed:
                 raise FoldError(changed_since(changed))
@@ -461,7 +478,7 @@ class FoldState(FoldContext):
         self._marker.take()
         if self.segments:
             self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
-        self.step = Step(self.optimizer, self.options)
+        self.step = Step(self.optimizer, self.options, self.parts, self.scale)
 
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""

@@ -28,7 +28,9 @@ class Step:
         optimizer: the folded optimizer.
         options: what ``fold()`` was asked for.
         backwards: the backwards that have reached the fold, inner ones too, by autograd's graph task.
-        summed: how many outermost backwards have completed, outside of ``accumulating()``.
+        counts: how many outermost backwards have completed, outside of ``accumulating()``, for each part of the model
+            that has backwards of its own: the stages of a pipeline on this rank.
+        part: the part whose backward was the last to begin.
         looked: whether the model was examined as the step's first forward began.
         surveyed: when autograd was asked which segments and weights the outermost backward will reach, as
             ``segments.now`` tells it; None while none is known to run.
@@ -43,7 +45,8 @@ class Step:
         power_sums: the sum of squares of each slice's gradient (with another ``norm_type``, of powers).
         nonfinite: names of parameters whose gradient was not finite.
         coefficients: what clipping multiplies gradients by, for each pool (``pool``).
-        unscale: the inverse of the loss scale, where a GradScaler has looked.
+        unscale: what gradients are multiplied by before clipping: the fold's own scale, and the inverse of the loss
+            scale where a GradScaler has looked.
         guarded: whether gradients that are not finite must stay out of weights and states.
         together: small parameters that step together when backward ends.
         biases: biases that may step along with their weight, by that weight.
@@ -63,11 +66,12 @@ class Step:
         bounded: whether the caller takes the elements of gradients for clipped.
     """
 
-    def __init__(self, optimizer: Optimizer, options: FoldOptions):
+    def __init__(self, optimizer: Optimizer, options: FoldOptions, parts: int = 1, scale: float = 1.0):
         self.optimizer = optimizer
         self.options = options
         self.backwards: dict[int, Backward] = {}
-        self.summed = 0
+        self.counts = [0] * parts
+        self.part = 0
         self.looked = False
         self.surveyed: int | None = None
         self.segments: list[Segment] = []
@@ -81,7 +85,7 @@ class Step:
         self.agreed: dict[int, float] | None = None
         self.nonfinite: list[str] = []
         self.coefficients: dict[int, float | Tensor] = {}
-        self.unscale = 1.0
+        self.unscale = scale
         self.guarded = options.on_nonfinite != "ignore"
         self.together: list[tuple[Any, list[GradTerm], Change]] = []
         self.biases: dict[Any, tuple[Any, list[BiasTerm]]] = {}

@@ -32,9 +32,10 @@ def survey(fold: FoldContext) -> None:
     # the others ran in a backward that has reached nothing of the fold but through its segments
     others = [backward for backward in first if backward.root not in step.segments and not backward.adds]
     if others and step.waiting:
-        if step.summed + 1 >= fold.options.accumulate:
+        part = others[0].part
+        if step.counts[part] + 1 >= fold.options.accumulate:
             refuse_waiting(fold)
-        step.summed += 1
+        step.counts[part] += 1
     for backward in first:
         backward.claimed = True
 

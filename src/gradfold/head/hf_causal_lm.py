@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from gradfold import _torch
 from gradfold.backends import rows
-from gradfold.engine import is_spread
+from gradfold.engine import is_spread, param_of
 from gradfold.modules.linear import FoldedLinear
 from gradfold.modules.routing import FOLD_PARAM, PLAIN_FORWARD, Folded, is_plain, transformed
 from gradfold.modules.swap import foldable
 
+from .hf_tensor_parallel import parallel_style, why_not_spread
 from .lazy_logits import LazyLogits, real
 from .loss import linear_cross_entropy
 from .trl_head import is_trls, why_not, with_our_function
@@ -108,11 +109,12 @@ class LazyHead(FoldedLinear):
 
     def forward(self, input: Tensor) -> Any:
         """Return lazy logits where the model's loss will ask for them, else the head's own output."""
+        plain = self.__dict__.get(PLAIN_FORWARD) or super().forward  # of a tp_plan, or the folded one
         if not torch.is_grad_enabled() or transformed():
-            return super().forward(input)
+            return plain(input)
         if not self._may_wait(input):
             self.head_use.logits += 1
-            return super().forward(input)
+            return plain(input)
         return LazyLogits(self, input)
 
     def _may_wait(self, input: Tensor) -> bool:
@@ -196,6 +198,10 @@ def fold_heads(
             made.use.forwards = _forwards(one, head)
             changed.append(one)
             continue
+        if parallel_style(head) is not None:  # its forward runs only where logits are asked for
+            head.__dict__[PLAIN_FORWARD] = head.__dict__.pop("forward")
+            if (param := param_of(head.weight, folded=False)) is not None:
+                head.__dict__[FOLD_PARAM], param.folded = param, True
         kind = type(head).plain_class if isinstance(head, FoldedLinear) else type(head)
         head.__class__ = _class(kind, LazyHead, {"keep_bytes": keep_bytes, "head_use": made.use})
         if (forward := vars(one).get("forward")) is not None:
@@ -227,10 +233,12 @@ def _why_plain(model: Any, head: Any) -> str:
         return "its model's forward was replaced"
     if not _calls_loss_function(type(model)):
         return f"{type(model).__name__} computes its loss without loss_function"
-    if is_spread(getattr(head, "weight", None)):
-        return "its weight is spread over ranks"
     if (loss := model.loss_function) is not _loss():
         return f"its loss is {getattr(loss, '__name__', loss)}, not transformers' ForCausalLMLoss"
+    if isinstance(head, nn.Linear) and (style := parallel_style(head)) is not None:
+        return why_not_spread(head, style)
+    if is_spread(getattr(head, "weight", None)):
+        return "its weight is spread over ranks"
     if not isinstance(head, nn.Linear) or not (isinstance(head, FoldedLinear) or foldable(head) is FoldedLinear):
         return "its head's forward was replaced" if type(head) is nn.Linear else f"its head is {type(head).__name__}"
     if type(head).forward not in (FoldedLinear.forward, nn.Linear.forward):  # it may scale them

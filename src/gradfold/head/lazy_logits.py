@@ -16,6 +16,7 @@ from torch import Tensor
 from gradfold import _torch
 from gradfold.errors import FoldError
 from gradfold.modules.linear import FoldedLinear
+from gradfold.modules.routing import PLAIN_FORWARD
 
 KNOWN = frozenset(
     "shape size dtype device ndim dim numel nelement requires_grad layout is_floating_point is_cuda is_cpu get_device "
@@ -66,6 +67,8 @@ class LazyLogits(Tensor):
             if folded:
                 self._head.head_use.logits += 1
             forward = FoldedLinear.forward if folded else type(self._head).forward
+            if (spread := vars(self._head).get(PLAIN_FORWARD if folded else "forward")) is not None:
+                forward = lambda _, x: spread(x)  # noqa: E731  of a tp_plan
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._x.device.type, *self._autocast):
                 logits = forward(self._head, self._x)
                 for what, number in self._done:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from gradfold import _torch
 from gradfold.backends import rows
-from gradfold.engine import Demand, FoldParam, param_of, refuse_ddp
+from gradfold.engine import Demand, FoldParam, held, param_of, refuse_ddp
 from gradfold.errors import FoldError
 from gradfold.modules.routing import transformed, usable
 
 from .logits import LossOptions
 from .online_softmax import Swept, sweep, token_blocks
 from .term import HeadTerm, Kept
+from .vocabulary import Words, as_weight, whole_labels, whole_tokens, words_of
 
 KEEP_BYTES = 512 * 2**20  # the most of a softmax ``[T, V]`` that is kept: 2,048 tokens of 128 Ki words in bf16
 
@@ -60,10 +61,13 @@ def linear_cross_entropy(
     """Compute the cross-entropy of ``x @ weight.T + bias`` with ``labels``, without the logits in memory.
 
     Args:
-        x: Hidden states ``[*, H]``.
+        x: Hidden states ``[*, H]``. Where the head is spread over ranks, a DTensor says which tokens each rank has, and
+            a plain tensor is the same on all.
         weight: Weight of the head ``[V, H]``. If it is the weight of a folded module, it steps in backward and no
-            gradient of it is stored; otherwise its gradient is an ordinary dense one.
-        labels: Integers ``[*]``: words below V, or ``ignore_index``.
+            gradient of it is stored; otherwise its gradient is an ordinary dense one. Of a DTensor that is cut by
+            words (``Shard(0)``) each rank computes its words' share: three numbers per token and the gradient of ``x``
+            are sent, and all ranks return the same loss.
+        labels: Integers ``[*]``: words below V, or ``ignore_index``; those of all tokens, or a DTensor.
         bias: ``[V]``, or None.
         ignore_index: Tokens with this label count neither in the loss nor in the mean.
         label_smoothing: As in ``torch.nn.functional.cross_entropy``.
@@ -85,6 +89,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: Shapes, dtypes or options that do not go together.
         IndexError: A label is no word of the vocabulary. On an accelerator its loss is NaN instead.
+        FoldError: The head is spread over ranks otherwise than by words, or ranks have other labels (on an accelerator
+            the loss is NaN instead).
 
     Example:
         >>> hidden = model.model(input_ids).last_hidden_state  # [B, S, H]
@@ -93,11 +99,14 @@ def linear_cross_entropy(
     """
     options = LossOptions(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     _check(x, weight, labels, bias, options, num_items, reduction)
+    words = words_of(weight, bias)
+    if words is not None:
+        x, labels = whole_tokens(x, words), whole_labels(labels, words)
     labels = labels.to(x.device, torch.int64)
     if shift:
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     flat = labels.reshape(-1)  # [T]
-    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, options, keep_bytes)
+    losses = _token_losses(rows(x), weight, bias, flat, ignore_index, options, keep_bytes, words)
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
@@ -160,6 +169,7 @@ class FoldedHead(torch.autograd.Function):
         param: FoldParam | None,
         differentiable: bool,
         keep_bytes: int,
+        words: Words | None,
     ) -> Tensor:
         """Compute the losses ``[T]`` of x ``[T, H]``, and the gradient by ``x`` along with them."""
         # x: [T, H], labels: [T] -> [T]
@@ -167,18 +177,23 @@ class FoldedHead(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            cast = x.to(dtype)
+            cast, vocabulary = x.to(dtype), weight.shape[0]
+            here = labels if words is None else words.here(labels)
             by_x, by_bias, by_weight = (differentiable and needed for needed in ctx.needs_input_grad[:3])
-            swept = sweep(cast, weight, bias, labels, options, by_x, keep_bytes if by_bias or by_weight else 0)
+            keep_bytes = keep_bytes if by_bias or by_weight else 0
+            part, part_bias = held(weight), None if bias is None else held(bias)
+            swept = sweep(cast, part, part_bias, here, options, by_x, keep_bytes, words)
             counts = labels != ignore_index
-            losses = _losses(swept, weight.shape[0], options)
+            losses = _losses(swept, vocabulary, options)
             losses = torch.where(counts, losses, torch.zeros_like(losses))
-            strange = counts & ((labels < 0) | (labels >= weight.shape[0]))
+            strange = counts & ((labels < 0) | (labels >= vocabulary))
+            if swept.same is not None:
+                strange = strange | ~_refused_others(swept.same)
             losses = torch.where(strange, torch.full_like(losses, torch.nan), losses)
         if differentiable:
-            ctx.param, ctx.options, ctx.dtype = param, options, x.dtype
+            ctx.param, ctx.options, ctx.dtype, ctx.vocabulary = param, options, x.dtype, vocabulary
             ctx.block = swept.kept.block if swept.kept else 0
-            again = (cast, labels, weight, bias) if by_bias or by_weight else (None,) * 4
+            again = (cast, here, weight, bias) if by_bias or by_weight else (None,) * 4
             ctx.save_for_backward(counts, swept.lse, swept.dx, *again, *(swept.kept[:3] if swept.kept else ()))
         ctx.set_materialize_grads(False)
         return losses
@@ -188,7 +203,7 @@ class FoldedHead(torch.autograd.Function):
         """Return the gradients of input and bias; hand the weight's gradient term to its ``FoldParam``."""
         (grad,) = grads  # [T]
         if grad is None:  # no gradient, which is not a gradient of zeros
-            return (None,) * 9
+            return (None,) * 10
         demand, param = Demand.NOTHING, ctx.param
         if ctx.needs_input_grad[2]:
             demand = Demand.CAPTURE if param is None else param.admit()
@@ -205,10 +220,11 @@ class FoldedHead(torch.autograd.Function):
                 dX = _scaled(dx, scale, ctx.dtype)
             wants_bias = bias is not None and ctx.needs_input_grad[1]
             if demand is not Demand.NOTHING or wants_bias:
-                copied = None if bias is None else bias.detach().clone()  # it may step before its weight does
-                leaf: Tensor = weight if param is None else param.param
+                copied = None if bias is None else held(bias).detach().clone()  # it may step before its weight does
+                leaf: Tensor = held(weight) if param is None else param.held
                 kept = Kept(rest[0], rest[1], rest[2], ctx.block) if rest else None
                 term = HeadTerm(x, labels, lse, scale, leaf, copied, ctx.options, kept)
+                term.vocabulary = ctx.vocabulary
                 if demand is Demand.CAPTURE:
                     dW = torch.empty_like(leaf, memory_format=torch.contiguous_format)
                 if wants_bias and copied is not None:
@@ -217,7 +233,8 @@ class FoldedHead(torch.autograd.Function):
                     term.write_out(dW, db)
                 if demand is Demand.STEP and param is not None:
                     param.hand(term, ctx)
-        return dX, db, dW, None, None, None, None, None, None
+            db, dW = as_weight(db, bias), as_weight(dW, weight)
+        return dX, db, dW, *(None,) * 7
 
 
 def _losses(swept: Swept, vocabulary: int, options: LossOptions) -> Tensor:
@@ -225,6 +242,16 @@ def _losses(swept: Swept, vocabulary: int, options: LossOptions) -> Tensor:
     if swept.mean is not None:
         losses = losses + options.label_smoothing * (swept.label - swept.mean)
     return losses + options.z_loss * swept.lse**2 if options.z_loss else losses
+
+
+def _refused_others(same: Tensor) -> Tensor:
+    """Raise where ranks that share a head have other labels; not on an accelerator: there the loss becomes NaN."""
+    if same.device.type == "cpu" and not same:
+        raise FoldError(
+            "linear_cross_entropy of a weight that is spread over ranks: these have other labels than each other; give "
+            "all of them the labels and hidden states of all tokens, or DTensors that say which tokens each rank has"
+        )
+    return same
 
 
 def _scaled(dx: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,9 +270,15 @@ def _token_losses(
     ignore_index: int,
     options: LossOptions,
     keep_bytes: int | None = None,
+    words: Words | None = None,
 ) -> Tensor:
     """Return the loss of each token ``[T]``, 0 where ignored; traced or transformed code takes the plain way."""
     if transformed():
+        if words is not None:
+            raise FoldError(
+                "linear_cross_entropy of a weight that is spread over ranks, in code that is compiled, exported or "
+                "transformed: call it outside (torch.compiler.disable), or compute the loss from logits"
+            )
         return _plain(x, weight, bias, labels, ignore_index, options)
     _refuse_strange_words(labels, ignore_index, weight.shape[0])
     param = param_of(weight)
@@ -254,7 +287,8 @@ def _token_losses(
         param = usable(param)
     if keep_bytes is None:  # with a deferred term it would stay until the end of the step
         keep_bytes = 0 if param is not None and param.fold.deferring else default_keep_bytes(weight.numel())
-    return FoldedHead.apply(x, bias, weight, labels, ignore_index, options, param, torch.is_grad_enabled(), keep_bytes)
+    differentiable = torch.is_grad_enabled()
+    return FoldedHead.apply(x, bias, weight, labels, ignore_index, options, param, differentiable, keep_bytes, words)
 
 
 def _plain(

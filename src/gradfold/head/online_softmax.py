@@ -16,6 +16,7 @@ from gradfold.backends import on_accelerator, visited
 
 from .logits import LossOptions, logits_of, operand, product, within
 from .term import Kept, rows_at_a_time
+from .vocabulary import Words
 
 TILE_BYTES = 8 * 2**20  # the most bytes of logits at a time, and of widened weight
 CUDA_TILE_BYTES = 64 * 2**20  # more on GPUs, where rescaling the sums costs more than a wider block
@@ -28,8 +29,9 @@ class Swept(NamedTuple):
     lse: Tensor  # [T]: log-sum-exp of its logits
     label: Tensor  # [T]: its label's logit; 0 where it has none
     mean: Tensor | None  # [T]: mean logit, where labels are smoothed
-    dx: Tensor | None  # [T, H]: gradient of its loss
+    dx: Tensor | None  # [T, H]: gradient of its loss; of a head spread over ranks, this rank's share of it
     kept: Kept | None
+    same: Tensor | None  # 0-d: whether all ranks have the same labels, where the head is spread over them
 
 
 def sweep(
@@ -40,17 +42,19 @@ def sweep(
     options: LossOptions,
     differentiable: bool,
     keep_bytes: int,
+    words_here: Words | None = None,
 ) -> Swept:
     """Pass over the vocabulary once.
 
     Args:
         x: ``[T, H]``, the head's input.
-        weight: ``[V, H]``.
+        weight: ``[V, H]``; of a head spread over ranks, what this one has.
         bias: ``[V]``, or None.
-        labels: ``[T]``.
+        labels: ``[T]``; counted from this rank's first word.
         options: of the loss.
         differentiable: also compute the gradient of each token's loss by ``x``.
         keep_bytes: so many bytes of the softmax are kept, for the first words of the vocabulary.
+        words_here: which words of the whole vocabulary these are; None: all.
     """
     tokens, vocabulary, smoothing = x.shape[0], weight.shape[0], options.label_smoothing
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
@@ -106,14 +110,24 @@ def sweep(
                 evenly += w.sum(0, dtype=dtype)
             else:
                 _add_product(evenly, slope.to(x.dtype), w)
+    same = None
+    if words_here is not None:
+        vocabulary, local = words_here.whole, top
+        top, same = words_here.largest(top, words_here.elsewhere(labels))
+        finite = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+        rescale = torch.exp(local - finite)
+        total, label, *others = words_here.sums([total * rescale, label, *([] if mean is None else [mean])])
+        mean = others[0] if others else None
+        if summed is not None:
+            summed.mul_(rescale.unsqueeze(1))
     lse = top + total.log()
     if mean is not None:
         mean /= vocabulary
     own = _by_label(lse, label, options)
     if summed is not None:
-        _finish(summed, evenly, weight, labels, lse, own, total, options)
+        _finish(summed, evenly, weight, labels, lse, own, total, options, vocabulary)
     kept = None if values is None else Kept(values, bases, own, block)
-    return Swept(lse, label, mean, summed, kept)
+    return Swept(lse, label, mean, summed, kept, same)
 
 
 def _by_label(lse: Tensor, label: Tensor, options: LossOptions) -> Tensor:
@@ -132,15 +146,16 @@ def _finish(
     own: Tensor,
     total: Tensor,
     options: LossOptions,
+    vocabulary: int,
 ) -> None:
     """Turn the sum of all words but the label into the gradient of the loss, in place."""
     others = (1 + 2 * options.z_loss * lse) / total
-    vocabulary = weight.shape[0]
-    ids = labels.clamp(0, vocabulary - 1)  # any word for ignored tokens
+    ids = labels.clamp(0, max(weight.shape[0] - 1, 0))  # any word for ignored tokens, and for words of other ranks
     own = torch.where(ids == labels, own, torch.zeros_like(own))
     for start, stop in token_blocks(summed):
         part = summed[start:stop].mul_(others[start:stop, None])
-        part.addcmul_(weight.detach()[ids[start:stop]].to(part.dtype), own[start:stop, None])
+        if len(weight):  # the last ranks may have no words
+            part.addcmul_(weight.detach()[ids[start:stop]].to(part.dtype), own[start:stop, None])
         if evenly is not None:
             even = evenly if options.softcap is None else evenly[start:stop]
             part.sub_(even, alpha=options.label_smoothing / vocabulary)

@@ -55,7 +55,8 @@ class HeadTerm(GradTerm):
         self.labels = labels  # [T]
         self.lse = lse  # [T]
         self.scale = scale  # [T]: the gradient by each token's loss, 0 if ignored
-        self.weight = weight  # [V, H], the parameter itself
+        self.weight = weight  # [V, H], the parameter itself; of a head spread over ranks, what this one has
+        self.vocabulary = weight.shape[0]  # words on all ranks, where the head is spread over them
         self.bias = bias  # [V], a copy: the parameter may have stepped
         self.options = options
         self.kept = kept
@@ -178,7 +179,7 @@ class HeadTerm(GradTerm):
     def _logit_gradient(self, start: int, stop: int) -> Tensor:
         """Return the logits' gradient p ``[T, stop - start]`` of these rows, in fp32 or fp64."""
         first, last = self.first + start, self.first + stop
-        smoothing, vocabulary = self.options.label_smoothing, self.weight.shape[0]
+        smoothing, vocabulary = self.options.label_smoothing, self.vocabulary
         grown = self.scale * (1 + 2 * self.options.z_loss * self.lse)  # [T]
         here, at = within(self.labels, first, last)
         slope = None
