@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ._fold import Fold, fold
+    from .dist import replicate
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
@@ -37,13 +38,15 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "plan",
+    "replicate",
 ]
 
 _PLANNER = ("Plan", "PlanError", "plan")
-_HOMES = ("._fold", ".errors", ".head", ".optim", ".workset")
+_HOMES = ("._fold", ".dist", ".errors", ".head", ".optim", ".workset")
 _PACKAGES = (
     "backends",
     "codecs",
+    "dist",
     "engine",
     "errors",
     "head",

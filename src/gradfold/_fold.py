@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import ranks_of
+from .dist import Ranks, Replicas, ranks_of, replicas_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -125,7 +125,8 @@ def fold(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
-    ranks = ranks_of(model, group)
+    replicas = replicas_of(model)
+    ranks = ranks_of(model, group) if replicas is None else replicas.ranks(group)
 
     def make() -> Fold:
         options = FoldOptions(
@@ -139,7 +140,9 @@ def fold(
             timing=timing,
             tape=tape,
         )
-        return _fold(model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes)
+        return _fold(
+            model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes, replicas, ranks
+        )
 
     if ranks is None:
         return make()
@@ -167,6 +170,8 @@ def _fold(
     head_keep_bytes: int | None,
     backend: str | Backend,
     scratch_bytes: int,
+    replicas: Replicas | None,
+    ranks: Ranks | None,
 ) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
@@ -207,6 +212,8 @@ def _fold(
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
     state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
+    if replicas is not None and ranks is not None:
+        state.reducer = replicas.reducer(state, ranks)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

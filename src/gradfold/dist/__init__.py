@@ -1,5 +1,6 @@
 """Training on many ranks, on torch's own DTensor, FSDP2, pipelines and process groups."""
 
 from .ranks import ALONE, Ranks, ranks_of
+from .replicas import Replicas, replicas_of, replicate
 
-__all__ = ["ALONE", "Ranks", "ranks_of"]
+__all__ = ["ALONE", "Ranks", "Replicas", "ranks_of", "replicas_of", "replicate"]

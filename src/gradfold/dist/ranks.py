@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gradfold import _torch
 from gradfold.engine import FoldParam, is_spread
@@ -34,7 +35,8 @@ class Member(NamedTuple):
     stream: str  # its name in the streams of random bits
     shape: tuple[int, ...]  # of the whole parameter
     at: tuple[int, ...]  # what this rank holds: place in the whole, and number of elements
-    spread: bool  # whether it is a DTensor
+    spread: bool  # whether other ranks hold other parts of it
+    content: int  # of copies, a sum over their bits: equal on all ranks
 
 
 class Ranks:
@@ -44,10 +46,12 @@ class Ranks:
         group: the process group.
         rank: this rank in it.
         size: how many ranks there are.
+        copies: whether each rank holds the whole model, and something averages the gradients.
     """
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, copies: bool = False):
         self.group = group
+        self.copies = copies
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._votes: Any = None  # the process group of the votes; made by the first ``enroll``
         self._store = _torch.store_of(group)
@@ -57,6 +61,8 @@ class Ranks:
         self._all_names: list[list[str]] = []  # those of all ranks
         self._owned: set[str] = set()
         self._width = 0
+        self._voted = 0  # how many votes there have been
+        self._broken = False  # whether the last one has raised here, as on the other ranks
 
     # once, as the model is folded -------------------------------------------------------------------------------------
 
@@ -96,20 +102,24 @@ class Ranks:
             FoldError: the ranks were asked for different things, or hold parameters that nothing keeps alike. Raised on
                 all of them.
         """
-        mine = [_member(param) for param in params]
+        mine = [_member(param, self.copies) for param in params]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (repr(options), groups, mine), group=self.group)
         for rank, (theirs, _, _) in enumerate(found):
             if theirs != found[0][0]:
                 raise FoldError(f"fold() was called with {found[0][0]} on rank 0, and with {theirs} on rank {rank}")
-        self._refuse_same_names([members for _, _, members in found])
+        members = [members for _, _, members in found]
+        self._refuse_same_names(members)
+        if self.copies:
+            _refuse_unequal(members)
         owners: dict[tuple[str, tuple[int, ...]], int] = {}
         for rank, (_, _, members) in enumerate(found):
             for member in members:
                 owners.setdefault((member.name, member.at), rank)
         self._owned = {member.name for member in mine if owners[member.name, member.at] == self.rank}
         self._all_names = [[member.name for member in members] for _, _, members in found]
-        self._width = _HEAD + 1 + max(groups for _, groups, _ in found)
+        # a vote on norms, or, of copies, an exchange of two numbers per parameter
+        self._width = _HEAD + 1 + max(*[groups for _, groups, _ in found], 2 * len(mine) if self.copies else 0)
         if self._votes is None:
             ranks = dist.get_process_group_ranks(self.group)
             self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
@@ -119,7 +129,7 @@ class Ranks:
         first: dict[str, tuple[int, Member]] = {}
         streams: dict[str, tuple[int, Member]] = {}
         for rank, theirs in enumerate(members):
-            alike = all(not member.spread for member in theirs)
+            alike = not self.copies and all(not member.spread for member in theirs)
             for member in theirs:
                 where, known = first.setdefault(member.name, (rank, member))
                 if known.shape != member.shape:
@@ -178,6 +188,7 @@ class Ranks:
         mine[3] = float(next((i for i, name in enumerate(names) if first.startswith(name)), -1)) if nonfinite else -1.0
         for pool, power in powers.items():
             mine[_HEAD + 1 + pool] = power
+        self._voted += 1
         found = self._gather(mine, what)
         summed: dict[int, float] = {}
         for pool in range(-1, self._width - _HEAD - 1):
@@ -202,22 +213,47 @@ class Ranks:
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """A context that tells the other ranks if it raises before this one has voted."""
-        before = self._serial
+        before, self._broken = self._voted, False
         try:
             yield
         except Exception as error:
-            if self._serial == before:
+            if self._voted == before and not self._broken:
                 self.fail(error)
             raise
 
+    def exchange(self, what: str, numbers: Sequence[float]) -> list[list[float]]:
+        """Return what each rank has brought, by rank: as many numbers of each, at most two per parameter and one more.
+
+        Raises:
+            FoldError: another rank has failed, is gone, or is at something else.
+        """
+        mine = [float(_code(what)), 0.0, 0.0, 0.0, *numbers]
+        mine += [0.0] * (self._width - len(mine))
+        return [row[_HEAD : _HEAD + len(numbers)] for row in self._gather(mine, what)]
+
+    def announce(self, error: BaseException) -> None:
+        """Say that this rank has failed in this step, where the others look when they wait for too long."""
+        self._store.set(f"{self._prefix}/{self._serial}/{self.rank}", f"{type(error).__name__}: {error}")
+
+    def why_failed(self) -> str:
+        """Return what another rank has announced in this step, in words."""
+        return self._failure(self._serial) or "another rank has failed in this step"
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, which wait for this one's vote, that there will be none; return when they know."""
-        self._store.set(f"{self._prefix}/{self._serial}/{self.rank}", f"{type(error).__name__}: {error}")
+        self.announce(error)
         with contextlib.suppress(Exception):  # the error itself is about to be raised
             self._gather([0.0, 1.0, *[0.0] * (self._width - 2)], "")
 
     def _gather(self, mine: list[float], what: str) -> list[list[float]]:
         """Return what all ranks have brought to this vote, by rank."""
+        try:
+            return self._gathered(mine, what)
+        except FoldError:
+            self._broken = True
+            raise
+
+    def _gathered(self, mine: list[float], what: str) -> list[list[float]]:
         serial, self._serial = self._serial, self._serial + 1
         given = torch.tensor(mine, dtype=torch.float64)
         rows = [torch.empty_like(given) for _ in range(self.size)]
@@ -266,6 +302,10 @@ class Ranks:
                 return f"rank {rank} has failed in this step, so that it is not taken here either: {said}"
         return None
 
+    def who_left(self) -> str:
+        """Return who is not there any more, in words."""
+        return self._missing(self._serial)
+
     def _missing(self, serial: int) -> str:
         """Return who is not there any more, in words."""
         try:
@@ -281,7 +321,31 @@ class Ranks:
         return f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} has left"
 
 
-def _member(param: FoldParam) -> Member:
+def _refuse_unequal(members: Sequence[Sequence[Member]]) -> None:
+    """Raise if the ranks hold something else than copies of one model."""
+    first = {member.name: member for member in members[0]}
+    for rank, theirs in enumerate(members):
+        names = {member.name for member in theirs}
+        for name in [*(set(first) - names), *(names - set(first))]:
+            has, lacks = (0, rank) if name in first else (rank, 0)
+            raise FoldError(
+                f"{name}: in the fold of rank {has} and not of rank {lacks}; replicas are the same model on all ranks"
+            )
+        for member in theirs:
+            if member.content != first[member.name].content or member.shape != first[member.name].shape:
+                raise FoldError(
+                    f"{member.name}: its values differ between ranks 0 and {rank}; call gradfold.replicate once the "
+                    "model has its weights (after loading, adding adapters, resizing), and before gradfold.fold"
+                )
+
+
+def content_of(values: Tensor) -> int:
+    """Return a sum over the bits of a tensor, the same in any order of its elements' addition."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    return int(values.detach().contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def _member(param: FoldParam, copies: bool) -> Member:
     shard, held = param.shard, param.held
     place = None if shard is None else shard.place
     at = (-1 if place is None else place.offset, held.numel())
@@ -291,6 +355,7 @@ def _member(param: FoldParam) -> Member:
         tuple(param.param.shape),
         at,
         shard is not None,
+        content_of(param.param) if copies else 0,
     )
 
 
@@ -316,6 +381,8 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
     """
     if isinstance(group, str) and group != ALONE:
         raise FoldError(f"group={group!r}: a process group, 'alone', or None")
+    if (replicas := replicas_of(model)) is not None:
+        return replicas.ranks(group)
     if group == ALONE or not dist.is_available() or not dist.is_initialized():
         if group is not None and group != ALONE:
             raise FoldError(f"group={group!r}, and torch.distributed is not initialized: call init_process_group first")

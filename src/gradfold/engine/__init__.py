@@ -5,12 +5,13 @@ from .clip_calls import clip_norm_at_step
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .group_norm import survive_group_norms
+from .finish_step import step_rest
 from .live import enlist, refuse_owned
 from .loops import unwrapped
 from .param import FoldParam, param_of
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
-from .protocols import Turns
+from .protocols import HeldPart, Reducer, Turns
 from .region import Region
 from .shard import Shard, held, is_spread
 from .state import FoldState
@@ -24,8 +25,10 @@ __all__ = [
     "FoldParam",
     "FoldState",
     "GroupStep",
+    "HeldPart",
     "ParamSlice",
     "ParamStepper",
+    "Reducer",
     "Region",
     "Shard",
     "Turns",
@@ -46,6 +49,7 @@ __all__ = [
     "refuse_replica",
     "refuse_wrappers",
     "scaler_is_looking",
+    "step_rest",
     "survive_group_norms",
     "take_back",
     "unwatch_clipping",

@@ -25,6 +25,7 @@ from .gate import Demand, Gate, demand
 from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
+from .protocols import HeldPart, Reducer
 from .region import Region
 from .segments import Segment, ask_again, node_in_forward, running_node
 from .shard import Shard, is_spread
@@ -40,7 +41,9 @@ class FoldParam:
         param: the parameter.
         name: its name in the model.
         fold: the fold it belongs to.
-        shard: what this rank holds of it, where it is spread over ranks; None for a plain tensor.
+        shard: what this rank holds of it, or steps of it, where others have the rest; None for a plain tensor.
+        spread: the same, where modules compute with the shard; None for a plain tensor.
+        reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         weight: for a bias, the last weight whose kernel could step it as well.
@@ -57,7 +60,11 @@ class FoldParam:
         self.name = name
         self.fold = fold
         self.folded = False
-        self.shard = Shard(name, param) if is_spread(param) else None
+        self.shard: HeldPart | None = None
+        self.spread: Shard | None = None
+        self.reducer: Reducer | None = None
+        if is_spread(param):
+            self.shard = self.spread = Shard(name, param)
         self.slices = [self.slice(None)]
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
@@ -80,6 +87,11 @@ class FoldParam:
     def held(self) -> Tensor:
         """What this rank holds of the parameter: all of it, or its shard."""
         return self.param if self.shard is None else self.shard.held
+
+    @property
+    def whole(self) -> Tensor:
+        """That of which its terms are the gradient: what this rank holds, unless others hold parts of a sum."""
+        return self.held if self.reducer is None else self.reducer.whole(self)
 
     # states and gate --------------------------------------------------------------------------------------------------
 
@@ -253,6 +265,8 @@ class FoldParam:
                 if self._fired is step or (step.deferred and self.done):
                     raise FoldError(second_backward(self, self.stepped))
                 self.fire(backward, terms)
+            elif self.reducer is not None:  # other ranks may have some, and wait for this one
+                self.reducer.arrive(self, terms)
             return
         self._join_segments(backward, terms)
 
@@ -341,6 +355,9 @@ class FoldParam:
                 terms = [term.written_out() for term in terms]
         if not (step.defers or step.measuring):
             self._fired = step
+        if self.reducer is not None and step.last:
+            self.reducer.arrive(self, terms)
+            return
         for one in self.slices:
             one.fire(terms)
 
@@ -360,8 +377,8 @@ class FoldParam:
         return True
 
     def _checked(self, grad: Tensor) -> Tensor:
-        if self.shard is not None:
-            return self.shard.gradient(grad)
+        if self.spread is not None:
+            return self.spread.gradient(grad)
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad

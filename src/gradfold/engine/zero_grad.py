@@ -115,7 +115,10 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
                         kept.take()
             return
     if fold.ranks is not None and step.running:
-        fold.ranks.fail(FoldError("its backward raised, and zero_grad() has dropped the step"))
+        error = FoldError("its backward raised, and zero_grad() has dropped the step")
+        if fold.reducer is not None:
+            fold.reducer.abort(error)
+        fold.ranks.fail(error)
     fold.new_step()
 
 
@@ -143,7 +146,7 @@ def add_zeros(fold: FoldContext) -> None:
         sleeps = fold.turns is not None and not member.param.requires_grad
         if not (sleeps or member.stepped or member.defers):
             for one in member.slices:
-                one.add_late(torch.zeros_like(member.held))
+                one.add_late(torch.zeros_like(member.whole))
 
 
 def write_zeros(fold: FoldContext) -> list[tuple[FoldParam, Tensor, int]]:

@@ -127,6 +127,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is None or self._fold.paused:
             if self._fold is not None:
                 self._fold.require_closed("optimizer.step() inside fold.paused()")
+                if self._fold.reducer is not None:
+                    self._fold.reducer.refuse_paused_step()
             stepping = [param for param in self._params if param.grad is not None]
             if self._fold is None:
                 self._refuse_slices(stepping)
