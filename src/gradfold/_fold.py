@@ -18,6 +18,7 @@ from .engine import (
     clip_norm_at_step,
     enlist,
     held,
+    instead_of,
     outside,
     refuse_other_model,
     refuse_owned,
@@ -141,7 +142,17 @@ def fold(
             tape=tape,
         )
         return _fold(
-            model, optimizer, options, working_set, joint, head, head_keep_bytes, backend, scratch_bytes, replicas, ranks
+            model,
+            optimizer,
+            options,
+            working_set,
+            joint,
+            head,
+            head_keep_bytes,
+            backend,
+            scratch_bytes,
+            replicas,
+            ranks,
         )
 
     if ranks is None:
@@ -179,7 +190,7 @@ def _fold(
     clip = options.clip
     optimizer = accepted(optimizer)
     if wrapper := wrapper_of(model):
-        raise FoldError(f"{wrapper}: fold the plain model; gradfold does not train under {wrapper} yet")
+        raise FoldError(f"{wrapper}: fold the plain model; {instead_of(wrapper)}")
     for name, module in model.named_modules():
         if vars(module).get(FOLD_PARAM) is not None:
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
@@ -207,6 +218,11 @@ def _fold(
         raise FoldError(
             "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
             "'two_pass'"
+        )
+    if working_set is not None and replicas is not None and replicas.own_states:
+        raise FoldError(
+            "working_set= with gradfold.replicate(own_states=True): slices are cut from whole weights, of which each "
+            "rank steps its own rows here; leave out one of them"
         )
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):

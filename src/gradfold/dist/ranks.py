@@ -381,8 +381,6 @@ def ranks_of(model: torch.nn.Module, group: Any) -> Ranks | None:
     """
     if isinstance(group, str) and group != ALONE:
         raise FoldError(f"group={group!r}: a process group, 'alone', or None")
-    if (replicas := replicas_of(model)) is not None:
-        return replicas.ranks(group)
     if group == ALONE or not dist.is_available() or not dist.is_initialized():
         if group is not None and group != ALONE:
             raise FoldError(f"group={group!r}, and torch.distributed is not initialized: call init_process_group first")

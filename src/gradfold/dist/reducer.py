@@ -169,7 +169,12 @@ class Reducer:
         known = dict.fromkeys(param for param in self._order if param in index)
         self._order = [*known, *(param for param in reversed(params) if param not in known)]
         has = [self._has(param, kind, arrived) for param in params]
-        found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order)])
+        try:
+            found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order)])
+        except FoldError:  # on all ranks
+            self._clear()
+            self.fold.step.told = True
+            raise
         if self.fold.step.measuring and any(row[0] == STEP for row in found):
             raise FoldError(OTHER_CALLS)
         return found

@@ -122,6 +122,12 @@ class ReplicaReducer(Reducer):
         """Average the gradient of this parameter; see ``gradfold.engine.Reducer``."""
         param.reducer = self
         if self._replicas.own_states and not self.small(param):
+            states = self.fold.optimizer.state.get(param.param, {}).values()
+            if any(isinstance(one, Tensor) and one.dim() > 1 and len(one) == len(param.param) for one in states):
+                raise FoldError(
+                    f"{param.name}: the optimizer has states of all its rows, and own_states=True keeps this rank's "
+                    "only; fold first, and load the states then"
+                )
             param.shard = RowShare(param.param, self._shares, self._replicas)
             param.slices = [param.slice(None)]
 

@@ -2,10 +2,10 @@
 
 from .audit import outside, refuse_other_model
 from .clip_calls import clip_norm_at_step
+from .finish_step import step_rest
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .group_norm import survive_group_norms
-from .finish_step import step_rest
 from .live import enlist, refuse_owned
 from .loops import unwrapped
 from .param import FoldParam, param_of
@@ -17,7 +17,7 @@ from .shard import Shard, held, is_spread
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
-from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
+from .wrappers import instead_of, refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
 from .zero_grad import drop, note_zeros, refuse_drop, take_back, watch_zero_grad, write_zeros
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "drop",
     "enlist",
     "held",
+    "instead_of",
     "is_spread",
     "note_zeros",
     "outside",

@@ -231,7 +231,9 @@ class FoldState(FoldContext):
         if parent is None:
             self._flush(backward)
             if self.reducer is not None:
+                backward.running = True  # until all ranks have what it brings
                 self.reducer.finish()
+                backward.running = False
             step_rest(self)
             step.summed += not self.accumulating  # backwards inside it come on top of ``accumulate``
             if step.moved:

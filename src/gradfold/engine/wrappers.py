@@ -41,8 +41,15 @@ def refuse_replica(module: nn.Module) -> None:
 def _around(wrapper: str) -> str:
     return (
         f"{wrapper} is around the folded model and would reduce gradients that are never written, so that replicas "
-        "drift apart; train the folded model on one device, or use the wrapper with an optimizer that is not folded"
+        f"drift apart; {instead_of(wrapper)}, or use the wrapper with an optimizer that is not folded"
     )
+
+
+def instead_of(wrapper: str) -> str:
+    """Return what to do in place of wrapping the model, in words."""
+    if "FSDP" in wrapper or "Sharded" in wrapper:
+        return "train the folded model on one device"
+    return "give each rank the plain model, and call gradfold.replicate(model) before gradfold.fold, which averages"
 
 
 def wrapper_of(model: nn.Module) -> str | None:

@@ -114,7 +114,7 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
                     if (kept := step.deferred.pop(one, None)) is not None:
                         kept.take()
             return
-    if fold.ranks is not None and step.running:
+    if fold.ranks is not None and step.running and not step.told:
         error = FoldError("its backward raised, and zero_grad() has dropped the step")
         if fold.reducer is not None:
             fold.reducer.abort(error)
