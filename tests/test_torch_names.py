@@ -347,3 +347,39 @@ def test_what_lies_behind_torchs_wrapper_is_what_runs(function):
         assert function(1, b=2) == ((1,), {"b": 2}, False)
     finally:
         cell.cell_contents = plain
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fsdp2_keeps(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    _torch.unwatch_parallel()
+    model, mesh = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(model, mesh=mesh)
+    outer, inner = _torch.fsdp_states(model)
+    (group,) = _torch.fsdp_groups(inner)
+    weight = group.fsdp_params[0]
+    assert group.mesh_info.mesh is mesh and weight.sharded_param is model[0].weight
+    assert _torch.gathered_param(weight) is None and _torch.shown_params(weight) == []
+    states = [_torch.fsdp_is_to_end(inner)]
+    idle = []
+    model[1].register_forward_hook(lambda *_: idle.append(_torch.fsdp_is_idle(_torch.fsdp_groups(outer)[0])))
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: states.append(_torch.fsdp_is_to_end(inner)))
+    loss = model(torch.ones(1, 2)).sum()
+    assert _torch.shown_params(weight) == [_torch.gathered_param(weight)]
+    assert idle == [False] and _torch.fsdp_is_idle(group)
+    assert model[1].weight is _torch.gathered_param(_torch.fsdp_groups(outer)[0].fsdp_params[0])
+    loss.backward()
+    _torch.wait_for_offload(weight)
+    assert states == [False, True] and not _torch.fsdp_is_to_end(inner)
+    group.reshard()
+    assert model[0].weight is weight.sharded_param

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from . import _torch
 from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import Ranks, Replicas, ranks_of, replicas_of
+from .dist import Ranks, Replicas, Sharding, ranks_of, replicas_of, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
     enlist,
     held,
-    instead_of,
     outside,
     refuse_other_model,
     refuse_owned,
@@ -28,6 +27,7 @@ from .engine import (
     unwatch_clipping,
     watch_clipping,
     watch_zero_grad,
+    way_out_of,
     wrapper_of,
     write_zeros,
 )
@@ -126,6 +126,9 @@ def fold(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
+    if wrapper := wrapper_of(model):
+        raise FoldError(f"{wrapper}: fold the plain model, and {way_out_of(wrapper)}")
+    sharding = sharding_of(model)
     replicas = replicas_of(model)
     ranks = ranks_of(model, group) if replicas is None else replicas.ranks(group)
 
@@ -151,8 +154,8 @@ def fold(
             head_keep_bytes,
             backend,
             scratch_bytes,
-            replicas,
-            ranks,
+            sharding,
+            None if ranks is None or replicas is None else (replicas, ranks),
         )
 
     if ranks is None:
@@ -181,16 +184,14 @@ def _fold(
     head_keep_bytes: int | None,
     backend: str | Backend,
     scratch_bytes: int,
-    replicas: Replicas | None,
-    ranks: Ranks | None,
+    sharding: Sharding | None,
+    copied: tuple[Replicas, Ranks] | None,
 ) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
     _check_keep_bytes(head_keep_bytes, head)
     clip = options.clip
     optimizer = accepted(optimizer)
-    if wrapper := wrapper_of(model):
-        raise FoldError(f"{wrapper}: fold the plain model; {instead_of(wrapper)}")
     for name, module in model.named_modules():
         if vars(module).get(FOLD_PARAM) is not None:
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
@@ -203,6 +204,8 @@ def _fold(
         if param.requires_grad:
             refuse_owned(name, param)
             refuse_parameter(name, param)
+    if sharding is not None:
+        sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     _check_overlap(named)
     in_model = {id(param) for param in named.values()}
     for index, group in enumerate(optimizer.param_groups):
@@ -219,7 +222,7 @@ def _fold(
             "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
             "'two_pass'"
         )
-    if working_set is not None and replicas is not None and replicas.own_states:
+    if working_set is not None and copied is not None and copied[0].own_states:
         raise FoldError(
             "working_set= with gradfold.replicate(own_states=True): slices are cut from whole weights, of which each "
             "rank steps its own rows here; leave out one of them"
@@ -227,9 +230,9 @@ def _fold(
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
-    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint)
-    if replicas is not None and ranks is not None:
-        state.reducer = replicas.reducer(state, ranks)
+    state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
+    if copied is not None:
+        state.reducer = copied[0].reducer(state, copied[1])
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

@@ -332,6 +332,62 @@ def store_of(group: Any) -> Any:
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
+def fsdp_states(model: nn.Module) -> list[Any]:
+    """Return what FSDP2 keeps of each module that was given to ``fully_shard``, or of several given together."""
+    fsdp: Any = sys.modules["torch.distributed.fsdp"]
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    found = [module._get_fsdp_state() for module in modules]
+    return list({id(state): state for state in found}.values())
+
+
+def fsdp_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters that FSDP2 gathers together: of a module one, in newer versions also several."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        one = state._fsdp_param_group
+        groups = [] if one is None else [one]
+    return list(groups)
+
+
+def fsdp_is_idle(group: Any) -> bool:
+    """Return whether none of the group's modules is in the middle of a forward or backward."""
+    return group._training_state.name == "IDLE"
+
+
+def fsdp_is_to_end(state: Any) -> bool:
+    """Return whether FSDP2 has queued what it does when the running backward is over, and has not done it."""
+    return state._state_ctx.post_backward_final_callback_queued
+
+
+def gathered_param(managed: Any) -> Tensor | None:
+    """Return the parameter that modules see while FSDP2 has gathered it; None before it first has."""
+    return getattr(managed, "_unsharded_param", None)
+
+
+def shown_params(managed: Any) -> list[Tensor]:
+    """Return the parameters that FSDP2 may show in place of the sharded one."""
+    found = getattr(managed, "_unsharded_param", None), getattr(managed, "_sharded_post_forward_param", None)
+    return [one for one in found if one is not None]
+
+
+def wait_for_offload(managed: Any) -> None:
+    """Wait for a gradient that FSDP2 copies to the host."""
+    if (event := managed.grad_offload_event) is not None:
+        event.synchronize()
+
+
+@functools.cache
+def unwatch_parallel() -> None:
+    """Let ``watch_nodes`` leave out the Functions of FSDP2 and DTensor, none of which runs a backward."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+    from torch.distributed.tensor import _api, _redistribute
+
+    for module in (_fsdp_param_group, _fsdp_state, _api, _redistribute):
+        for kind in vars(module).values():
+            if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
+                unwatched(kind)
+
+
 # kernels --------------------------------------------------------------------------------------------------------------
 
 fused_adam: Callable[..., None] = torch._fused_adam_

@@ -33,11 +33,23 @@ class Ours(nn.parallel.DistributedDataParallel):
     """Somebody's subclass."""
 
 
+def fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
 WRAPPERS = {
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "DataParallel": nn.DataParallel,
-    "FSDPModule": fully_shard,
+    "FullyShardedDataParallel": fsdp1,
     "subclass": Ours,
+}
+WAYS_OUT = {
+    "DistributedDataParallel": r"gradfold\.replicate\(model, mesh\)",
+    "DataParallel": r"on one device, or one process for each, with gradfold\.replicate",
+    "FullyShardedDataParallel": r"FSDP2 \(torch\.distributed\.fsdp\.fully_shard\) before folding",
+    "subclass": r"gradfold\.replicate\(model, mesh\)",
 }
 each_wrapper = pytest.mark.parametrize("name", WRAPPERS)
 
@@ -53,10 +65,11 @@ def test_around_a_folded_model(name):
     wrapped = WRAPPERS[name](model)
     for _ in range(2):  # and again when the cell of the notebook is run again
         with pytest.raises(
-            gradfold.FoldError, match="is around the folded model.*drift apart.*an optimizer that is not"
+            gradfold.FoldError,
+            match=f"is around the folded model.*drift apart.*{WAYS_OUT[name]}.*an optimizer that is not",
         ):
             wrapped(X)
-    if name != "FSDPModule":
+    if name != "FullyShardedDataParallel":
         assert distance(model, start) == 0
 
 
@@ -64,8 +77,33 @@ def test_around_a_folded_model(name):
 def test_around_the_model_before_folding(name):
     _, model = twins(mlp)
     wrapped = WRAPPERS[name](model)
-    with pytest.raises(gradfold.FoldError, match="fold the plain model"):
+    with pytest.raises(gradfold.FoldError, match=f"fold the plain model.*{WAYS_OUT[name]}"):
         gradfold.fold(wrapped, ours(wrapped))
+
+
+def test_fully_shard_after_folding():
+    _, model = twins(mlp)
+    optimizer = ours(model)
+    fold = gradfold.fold(model, optimizer)
+    fully_shard(model)
+    for _ in range(2):
+        with pytest.raises(gradfold.FoldError, match=r"fold\.remove\(\), fully_shard, then make the opt.* and fold"):
+            model(X)
+    fold.remove()
+
+
+def test_a_forward_under_fully_shard_is_refused_after_one_that_raised():
+    """FSDP2 itself does not go on after a forward that raised, unless it is told to forget it."""
+    _, model = twins(mlp)
+    fully_shard(model)
+    with pytest.raises(RuntimeError):
+        model(X[:, :3])
+    with pytest.raises(gradfold.FoldError, match=r"after one that raised \(then call reset_iter_state\(\)"):
+        gradfold.fold(model, ours(model))
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+        gradfold.fold(model, ours(model))
+        model(X).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["DistributedDataParallel", "DataParallel"])

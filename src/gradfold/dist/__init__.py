@@ -1,6 +1,7 @@
 """Training on many ranks, on torch's own DTensor, FSDP2, pipelines and process groups."""
 
+from .fsdp import Sharding, sharding_of
 from .ranks import ALONE, Ranks, ranks_of
 from .replicas import Replicas, replicas_of, replicate
 
-__all__ = ["ALONE", "Ranks", "Replicas", "ranks_of", "replicas_of", "replicate"]
+__all__ = ["ALONE", "Ranks", "Replicas", "Sharding", "ranks_of", "replicas_of", "replicate", "sharding_of"]

@@ -17,7 +17,7 @@ from .shard import Shard, held, is_spread
 from .state import FoldState
 from .stepper import GroupStep, ParamStepper, allocate
 from .torch_clipping import unwatch_clipping, watch_clipping
-from .wrappers import instead_of, refuse_ddp, refuse_replica, refuse_wrappers, wrapper_of
+from .wrappers import refuse_ddp, refuse_replica, refuse_wrappers, way_out_of, wrapper_of
 from .zero_grad import drop, note_zeros, refuse_drop, take_back, watch_zero_grad, write_zeros
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "drop",
     "enlist",
     "held",
-    "instead_of",
     "is_spread",
     "note_zeros",
     "outside",
@@ -57,6 +56,7 @@ __all__ = [
     "unwrapped",
     "watch_clipping",
     "watch_zero_grad",
+    "way_out_of",
     "wrapper_of",
     "write_zeros",
 ]

@@ -13,14 +13,16 @@ from gradfold import _torch
 from gradfold.errors import FoldError
 
 from .param import FoldParam
+from .protocols import Sharding
 from .wrappers import refuse_wrappers
 
 
 class Auditor:
     """Compares a model with the fold's parameters in every step; cheap where nothing has changed."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, sharding: Sharding | None = None):
         self._model = model
+        self._sharding = sharding
         self._modules: list[nn.Module] = []
         self._types: list[type] = []
         self._members: list[Any] = []  # of all modules: submodules, then parameters
@@ -42,7 +44,7 @@ class Auditor:
     def refuse_wrappers(self) -> None:
         """Raise if a data-parallel wrapper is around the model, or on the stack above what is running now."""
         known = bool(self._modules) and all(map(is_, map(type, self._modules), self._types))
-        refuse_wrappers(None if known else self._model)
+        refuse_wrappers(None if known else self._model, self._sharding)
 
     def refuse_moved(self, params: Mapping[int, FoldParam]) -> bool:
         """Raise if a parameter has changed its shape, dtype or device since it was folded.
@@ -83,20 +85,25 @@ class Auditor:
                 if param.requires_grad and id(param) not in params:
                     raise FoldError(outside(name))
             return
-        refuse_wrappers(self._model)
+        refuse_wrappers(self._model, self._sharding)
         self._modules = []
-        self._outside = refuse_strangers(self._model, params)
+        self._outside = refuse_strangers(named_parameters(self._model, self._sharding), params)
         self._modules = list(self._model.modules())
         self._types = list(map(type, self._modules))
-        self._members = _members(self._modules)
+        self._members = self._members_of(self._modules)
 
     def _unchanged(self) -> bool:
         """Return whether the model has the modules and parameters it had at the last whole audit."""
         modules = self._modules
         if not modules or not all(map(is_, map(type, modules), self._types)):
             return False
-        members = _members(modules)
+        members = self._members_of(modules)
         return len(members) == len(self._members) and all(map(is_, members, self._members))
+
+    def _members_of(self, modules: list[nn.Module]) -> list[Any]:
+        dicts: Any = (*map(_torch.own_modules, modules), *map(_torch.own_parameters, modules))
+        members = list(chain.from_iterable(map(dict.values, dicts)))
+        return members if self._sharding is None else self._sharding.sharded(members)
 
 
 def addresses(params: list[Tensor]) -> list[int]:
@@ -104,18 +111,24 @@ def addresses(params: list[Tensor]) -> list[int]:
     return [*map(_torch.data_ptr, params), *map(_torch.implementation, params)]
 
 
-def _members(modules: list[nn.Module]) -> list[Any]:
-    dicts: Any = (*map(_torch.own_modules, modules), *map(_torch.own_parameters, modules))
-    return list(chain.from_iterable(map(dict.values, dicts)))
+def named_parameters(model: nn.Module, sharding: Sharding | None) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by name, with sharded ones in place of those that are gathered now."""
+    named = dict(model.named_parameters())
+    return named if sharding is None else dict(zip(named, sharding.sharded(list(named.values())), strict=True))
 
 
-def refuse_strangers(model: nn.Module, params: Mapping[int, FoldParam]) -> list[tuple[str, nn.Parameter]]:
+def refuse_strangers(
+    present: Mapping[str, nn.Parameter], params: Mapping[int, FoldParam]
+) -> list[tuple[str, nn.Parameter]]:
     """Raise if a folded parameter is not in the model any more, or a trainable one of the model is not in the fold.
+
+    Args:
+        present: the parameters of the model, by name.
+        params: the fold's, by id of the Parameter.
 
     Returns:
         The parameters of the model that are not in the fold, by name.
     """
-    present = dict(model.named_parameters())
     ids = {id(param) for param in present.values()}
     for param in params.values():
         if id(param.param) not in ids:

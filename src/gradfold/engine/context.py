@@ -14,7 +14,7 @@ from gradfold.backends import Backend
 
 from .backward import Backward
 from .offload import Host
-from .protocols import Optimizer, Ranks, Reducer, Turns
+from .protocols import Optimizer, Ranks, Reducer, Sharding, Turns
 from .segments import Segment
 from .step import Step
 
@@ -33,6 +33,7 @@ class FoldContext(ABC):
         turns: the working set, if there is one.
         ranks: the ranks that step together, if there is more than this one.
         reducer: averages gradients over ranks that have other tokens, if there are any.
+        sharding: how parameters are gathered while modules run, if FSDP2 does so.
         paused: depth of nested ``fold.paused()`` contexts.
         contexts: depth of nested ``fold.accumulating()`` contexts.
         accumulate_while: tells whether a backward is not the last of its step; None: only these contexts do.
@@ -55,6 +56,7 @@ class FoldContext(ABC):
         self.turns: Turns | None = None
         self.ranks: Ranks | None = None
         self.reducer: Reducer | None = None
+        self.sharding: Sharding | None = None
         self.paused = 0
         self.contexts = 0
         self.accumulate_while: Callable[[], bool] | None = None

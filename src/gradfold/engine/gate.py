@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gradfold import _torch
 
+from .protocols import Gathered
+
 
 class Demand(enum.Enum):
     """What the running backward wants of a parameter."""
@@ -49,7 +51,7 @@ def hook_fires_without_gradient() -> bool:
 class Gate:
     """Calls a method each time a leaf's last use in a backward is done, without keeping the method's object alive."""
 
-    def __init__(self, param: Tensor, owner: Any, method: Callable[[Any], None]):
+    def __init__(self, param: Tensor, owner: Any, method: Callable[[Any], None], on_param: bool = False):
         self._param = param
         alive = weakref.ref(owner)
 
@@ -59,7 +61,7 @@ class Gate:
 
         self._node = node_of(param)
         self._implementation = _torch.implementation(param)
-        self._on_param = hook_fires_without_gradient()
+        self._on_param = on_param or hook_fires_without_gradient()
         if self._on_param:
             self._handle = param.register_post_accumulate_grad_hook(fire)
         else:  # the node's own hook runs too, as long as the node is kept alive
@@ -99,6 +101,26 @@ class Gate:
     def remove(self) -> None:
         """Take the hook off the leaf."""
         self._handle.remove()
+
+
+class ShardGate(Gate):
+    """The gate of a shard whose parameter is gathered while it is used: it opens when the gradient has been summed.
+
+    FSDP2 calls the hooks of the sharded parameter, which is in no graph; autograd knows the gathered one.
+    """
+
+    def __init__(self, param: Tensor, owner: Any, method: Callable[[Any], None], gathered: Gathered):
+        def wait_first(owner: Any) -> None:
+            gathered.wait()
+            method(owner)
+
+        super().__init__(param, owner, wait_first, on_param=True)
+        self._gathered = gathered
+
+    def demand(self) -> Demand:
+        """Ask the running backward what it wants of the gathered parameter."""
+        leaf = self._gathered.leaf
+        return Demand.NOTHING if leaf is None else demand(leaf)
 
 
 def demand(param: Tensor) -> Demand:

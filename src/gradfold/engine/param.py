@@ -21,7 +21,7 @@ from gradfold.errors import FoldError
 
 from .backward import Backward
 from .context import FoldContext
-from .gate import Demand, Gate, demand
+from .gate import Demand, Gate, ShardGate, demand
 from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
@@ -43,6 +43,7 @@ class FoldParam:
         fold: the fold it belongs to.
         shard: what this rank holds of it, or steps of it, where others have the rest; None for a plain tensor.
         spread: the same, where modules compute with the shard; None for a plain tensor.
+        gathered: how it is gathered while it is used, where FSDP2 does so; None: it is not.
         reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
@@ -65,6 +66,7 @@ class FoldParam:
         self.reducer: Reducer | None = None
         if is_spread(param):
             self.shard = self.spread = Shard(name, param)
+        self.gathered = None if fold.sharding is None else fold.sharding.of(param)
         self.slices = [self.slice(None)]
         self.weight: FoldParam | None = None
         self.gate: Gate | None = None
@@ -117,7 +119,10 @@ class FoldParam:
                 return
         refuse_parameter(self.name, self.param, hooks=False)  # it may have been frozen when it was folded
         self.disarm()
-        self.gate = Gate(self.param, self, FoldParam.join)
+        if self.gathered is None:
+            self.gate = Gate(self.param, self, FoldParam.join)
+        else:
+            self.gate = ShardGate(self.param, self, FoldParam.join, self.gathered)
         ask_again()
         self.allocate()
 
@@ -266,7 +271,7 @@ class FoldParam:
                     raise FoldError(second_backward(self, self.stepped))
                 self.fire(backward, terms)
             elif self.reducer is not None:  # other ranks may have some, and wait for this one
-                self.reducer.arrive(self, terms)
+                self.reducer.arrive(self, [])
             return
         self._join_segments(backward, terms)
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from gradfold.backends import GradTerm, Place
 from gradfold.rules import Rule
@@ -129,6 +129,39 @@ class Reducer(Protocol):
 
     def abort(self, error: BaseException) -> None:
         """Let the others go, which wait for this rank's part of an average: there will be none."""
+        ...
+
+
+class Gathered(Protocol):
+    """One parameter that is gathered while its module runs, and otherwise is a shard (``gradfold.dist``)."""
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """The gathered parameter, which autograd's graphs hold; None before the first forward."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for a gradient that is still on its way to the host."""
+        ...
+
+
+class Sharding(Protocol):
+    """The part that the engine uses of a model whose parameters are gathered while modules run."""
+
+    def of(self, param: Tensor) -> Gathered | None:
+        """Return what is known of a sharded parameter; None for one that is never gathered."""
+        ...
+
+    def covers(self, model: Module) -> bool:
+        """Return whether the model's modules are sharded as they were when it was folded."""
+        ...
+
+    def sharded(self, members: Sequence[Any]) -> list[Any]:
+        """Return these objects, with sharded parameters in place of gathered ones."""
+        ...
+
+    def pending(self) -> bool:
+        """Return whether gradients of the running backward may still be summed, after autograd's last node."""
         ...
 
 

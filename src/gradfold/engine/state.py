@@ -33,7 +33,7 @@ from .loops import refuse_loop, refuse_micro_batch
 from .owned import given_gradients
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
-from .protocols import Optimizer
+from .protocols import Optimizer, Sharding
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .step import Step
 from .survey import refuse_interrupted, refuse_lost, refuse_second, refuse_untaken, survey
@@ -50,11 +50,13 @@ class FoldState(FoldContext):
         backend: Backend,
         options: FoldOptions | None = None,
         joint: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__(model, optimizer, backend, options or FoldOptions(), joint)
+        self.sharding = sharding
         watch()
         self._unreached = unreached()
-        self._auditor = Auditor(model)
+        self._auditor = Auditor(model, sharding)
         self._marker = Marker()
         self._storages: frozenset[int] | None = None
 
@@ -144,8 +146,16 @@ class FoldState(FoldContext):
         refuse_several(self, nested=bool(nodes))
         made = self._enter_inner(nodes) if nodes else self._begin()
         self.step.backwards[task] = made
-        _torch.at_task_end(lambda: self._leave(made))
+        _torch.at_task_end(lambda: self._leave(made) if self.sharding is None else self._leave_last(made))
         return made
+
+    def _leave_last(self, backward: Backward) -> None:
+        """End a backward after FSDP2 has: of its outermost modules it sums gradients when autograd is done."""
+        assert self.sharding is not None
+        if self.sharding.pending():
+            _torch.at_task_end(lambda: self._leave(backward))
+        else:
+            self._leave(backward)
 
     def _enter_inner(self, nodes: list[Any]) -> Backward:
         """Return a backward that a segment has called; ``nodes`` are those around it, the innermost first."""

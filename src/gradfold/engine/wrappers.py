@@ -1,4 +1,4 @@
-"""Refusal of data-parallel wrappers, which would reduce gradients that are never written."""
+"""Refusal of data-parallel wrappers, which would reduce gradients that are never written. FSDP2 is none."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from torch import nn
 from gradfold import _torch
 from gradfold.errors import FoldError
 
+from .protocols import Sharding
 
-def refuse_wrappers(model: nn.Module | None) -> None:
+
+def refuse_wrappers(model: nn.Module | None, sharding: Sharding | None = None) -> None:
     """Raise if a data-parallel wrapper is around the model, or on the stack above the forward now running.
 
     Such a wrapper reduces ``.grad``, which a folded backward never writes, so replicas would silently drift apart.
 
     Args:
         model: None if it has been looked at already, and is as it was.
+        sharding: what FSDP2 had made of the model when it was folded.
     """
     if found := (model is not None and wrapper_of(model)) or _wrapper_on_stack():
         raise FoldError(_around(found))
+    if model is not None and (is_sharded(model) if sharding is None else not sharding.covers(model)):
+        raise FoldError(
+            "fully_shard was called on a model that was folded already, and its parameters are others now: call "
+            "fold.remove(), fully_shard, then make the optimizer and fold, in this order"
+        )
 
 
 def refuse_ddp() -> None:
@@ -41,15 +49,17 @@ def refuse_replica(module: nn.Module) -> None:
 def _around(wrapper: str) -> str:
     return (
         f"{wrapper} is around the folded model and would reduce gradients that are never written, so that replicas "
-        f"drift apart; {instead_of(wrapper)}, or use the wrapper with an optimizer that is not folded"
+        f"drift apart; {way_out_of(wrapper)}, or use the wrapper with an optimizer that is not folded"
     )
 
 
-def instead_of(wrapper: str) -> str:
-    """Return what to do in place of wrapping the model, in words."""
-    if "FSDP" in wrapper or "Sharded" in wrapper:
-        return "train the folded model on one device"
-    return "give each rank the plain model, and call gradfold.replicate(model) before gradfold.fold, which averages"
+def way_out_of(wrapper: str) -> str:
+    """Return what does the same for a folded model, in words."""
+    if wrapper == "FullyShardedDataParallel":
+        return "shard the model by FSDP2 (torch.distributed.fsdp.fully_shard) before folding it"
+    if wrapper == "DataParallel":
+        return "train the folded model on one device, or one process for each, with gradfold.replicate(model, mesh)"
+    return "leave it out, and call gradfold.replicate(model, mesh) before gradfold.fold"
 
 
 def wrapper_of(model: nn.Module) -> str | None:
@@ -67,8 +77,14 @@ def _wrapper_classes() -> tuple[Any, ...]:
     if torch.distributed.is_available():
         kinds.append(nn.parallel.DistributedDataParallel)
     if fsdp := sys.modules.get("torch.distributed.fsdp"):  # importing it takes long, and who uses it has done so
-        kinds += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+        kinds.append(fsdp.FullyShardedDataParallel)
     return tuple(kinds)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether ``fully_shard`` was called on a module of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 @functools.lru_cache(maxsize=4)
