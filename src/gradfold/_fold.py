@@ -10,9 +10,9 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from . import _torch
-from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
+from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, choose
-from .dist import Ranks, Replicas, Sharding, ranks_of, replicas_of, sharding_of
+from .dist import Ranks, Replicas, Sharding, ranks_of, replicas_of, shard_reducer, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -60,6 +60,7 @@ def fold(
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     group: Any = None,
+    data: Data = "hook",
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
@@ -108,6 +109,9 @@ def fold(
             together: their gradients have one norm, and they raise or skip a step together. None means all processes
             if the model has DTensors, and is refused otherwise; "alone" says that this process trains a model of its
             own.
+        data: Under FSDP2 (``fully_shard``), who averages the gradients of folded weights over the ranks. "hook" leaves
+            it to FSDP2, which keeps the gradients of a group until backward has left it. "tile" forms and averages a
+            weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -155,7 +159,9 @@ def fold(
             backend,
             scratch_bytes,
             sharding,
-            None if ranks is None or replicas is None else (replicas, ranks),
+            ranks,
+            replicas,
+            data,
         )
 
     if ranks is None:
@@ -185,10 +191,14 @@ def _fold(
     backend: str | Backend,
     scratch_bytes: int,
     sharding: Sharding | None,
-    copied: tuple[Replicas, Ranks] | None,
+    ranks: Ranks | None,
+    replicas: Replicas | None,
+    data: Data,
 ) -> Fold:
     if head not in get_args(Head):
         raise FoldError(f"head={head!r}: give 'fold' or 'plain'")
+    if data not in get_args(Data):
+        raise FoldError(f"data={data!r}: one of {', '.join(map(repr, get_args(Data)))}")
     _check_keep_bytes(head_keep_bytes, head)
     clip = options.clip
     optimizer = accepted(optimizer)
@@ -222,7 +232,7 @@ def _fold(
             "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
             "'two_pass'"
         )
-    if working_set is not None and copied is not None and copied[0].own_states:
+    if working_set is not None and replicas is not None and replicas.own_states:
         raise FoldError(
             "working_set= with gradfold.replicate(own_states=True): slices are cut from whole weights, of which each "
             "rank steps its own rows here; leave out one of them"
@@ -231,8 +241,10 @@ def _fold(
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
     state = FoldState(model, optimizer, choose(backend, scratch_bytes, devices), options, joint, sharding)
-    if copied is not None:
-        state.reducer = copied[0].reducer(state, copied[1])
+    if replicas is not None and ranks is not None and data == "hook":
+        state.reducer = replicas.reducer(state, ranks)
+    else:
+        state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state)
     kept = {param: dict(states) for param, states in optimizer.state.items()}

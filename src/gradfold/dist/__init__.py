@@ -3,5 +3,16 @@
 from .fsdp import Sharding, sharding_of
 from .ranks import ALONE, Ranks, ranks_of
 from .replicas import Replicas, replicas_of, replicate
+from .shards import shard_reducer
 
-__all__ = ["ALONE", "Ranks", "Replicas", "Sharding", "ranks_of", "replicas_of", "replicate", "sharding_of"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "Replicas",
+    "Sharding",
+    "ranks_of",
+    "replicas_of",
+    "replicate",
+    "shard_reducer",
+    "sharding_of",
+]

@@ -41,6 +41,7 @@ class Reducer:
     def __init__(self, state: FoldState, ranks: Ranks, tile_bytes: int):
         self.fold, self.ranks, self.tile_bytes = state, ranks, tile_bytes
         self.buffers = Buffers()
+        ranks.exchanges = True
         self._order: list[FoldParam] = []  # in which gates ran in the step before
         self._clear()
 
@@ -61,6 +62,10 @@ class Reducer:
         """Take a parameter of the fold, before its gate is set."""
         raise NotImplementedError
 
+    def takes(self, param: Any) -> bool:
+        """Return whether the terms of a parameter that FSDP2 gathers are averaged here, not its gradient by FSDP2."""
+        return False
+
     def whole(self, param: Any) -> Tensor:
         """Return that of which a parameter's terms on this rank are the gradient."""
         raise NotImplementedError
@@ -71,6 +76,10 @@ class Reducer:
 
     def sends_rows(self, param: Any) -> bool:
         """Return whether this rank's new rows of a parameter must be sent to the others."""
+        return False
+
+    def holds_back(self) -> bool:
+        """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
         return False
 
     def refuse_paused_step(self) -> None:

@@ -77,7 +77,9 @@ class FoldContext(ABC):
     @property
     def accumulating(self) -> bool:
         """Whether a backward only adds to the gradient now, so that a later one is the last of its step."""
-        return self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while())
+        if self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while()):
+            return True
+        return self.reducer is not None and self.reducer.holds_back()
 
     @property
     def full(self) -> bool:

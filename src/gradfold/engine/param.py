@@ -44,6 +44,7 @@ class FoldParam:
         shard: what this rank holds of it, or steps of it, where others have the rest; None for a plain tensor.
         spread: the same, where modules compute with the shard; None for a plain tensor.
         gathered: how it is gathered while it is used, where FSDP2 does so; None: it is not.
+        leaf: what modules and autograd know as the parameter: itself, or what FSDP2 gathers.
         reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
@@ -66,6 +67,7 @@ class FoldParam:
         self.reducer: Reducer | None = None
         if is_spread(param):
             self.shard = self.spread = Shard(name, param)
+        self.leaf: Tensor = param
         self.gathered = None if fold.sharding is None else fold.sharding.of(param)
         self.slices = [self.slice(None)]
         self.weight: FoldParam | None = None
@@ -121,10 +123,26 @@ class FoldParam:
         self.disarm()
         if self.gathered is None:
             self.gate = Gate(self.param, self, FoldParam.join)
-        else:
+        elif self.reducer is None:
             self.gate = ShardGate(self.param, self, FoldParam.join, self.gathered)
+        elif self.leaf is not self.param:  # else it is not gathered yet
+            self.gate = Gate(self.leaf, self, FoldParam.join)
         ask_again()
         self.allocate()
+
+    def meets(self, weight: Any) -> bool:
+        """Return whether this is the parameter as FSDP2 has gathered it; its gate stands there from then on."""
+        if self.reducer is None or self.gathered is None or weight is not self.gathered.leaf:
+            return False
+        if weight is not self.leaf:
+            self.leaf = weight
+            self.arm_again()
+        return True
+
+    def arm_again(self) -> None:
+        """Set the gate of a trainable parameter on another leaf."""
+        self.disarm()
+        self.arm()
 
     def allocate(self) -> None:
         """Create missing states of its slices and have the backend prepare them, if it is trainable."""
@@ -252,11 +270,11 @@ class FoldParam:
         task = _torch.current_graph_task()
         backward = fold.step.backwards.get(task)
         terms = [] if backward is None else backward.terms.pop(self, [])
-        grad = self.param.grad
+        grad = self.leaf.grad
         if terms:
             self.handed += 1
         if grad is not None:
-            self.param.grad = None
+            self.leaf.grad = None
             self.dense += 1
         if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))

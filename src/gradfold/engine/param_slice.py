@@ -17,6 +17,7 @@ from .context import FoldContext
 from .deferred import DeferredGrads
 from .protocols import HeldPart
 from .region import Region
+from .shard import is_spread
 from .step import Step
 from .stepper import GroupStep, ParamStepper, plainly
 
@@ -126,11 +127,15 @@ class ParamSlice(ParamStepper):
 
     def add_late(self, grad: Tensor) -> None:
         """Keep a gradient of the whole parameter that autograd wrote before the gate was there."""
-        self._defer([self._term_of(grad)])
+        if self.owner.reducer is not None and is_spread(grad):  # FSDP2 has averaged it
+            self.keep_averaged(self.shard.gradient(grad))  # type: ignore[union-attr]
+        else:
+            self._defer([self._term_of(grad)])
 
     def _term_of(self, grad: Tensor) -> GradTerm:
-        spread = self.owner.spread
-        term = DenseTerm(grad if spread is None else spread.gradient(grad))
+        if self.owner.spread is not None or is_spread(grad):
+            grad = self.shard.gradient(grad)  # type: ignore[union-attr]
+        term = DenseTerm(grad)
         return term if self.region is None else self.region.of_term(term)
 
     def _measure(self, terms: list[GradTerm]) -> None:

@@ -99,6 +99,14 @@ class Reducer(Protocol):
         """Take a parameter (``FoldParam``) of the fold, before its gate is set."""
         ...
 
+    def takes(self, param: Any) -> bool:
+        """Return whether the terms of a parameter that FSDP2 gathers are averaged here, not its gradient by FSDP2."""
+        ...
+
+    def holds_back(self) -> bool:
+        """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
+        ...
+
     def refuse_paused_step(self) -> None:
         """Raise if nothing averages gradients that autograd writes out."""
         ...

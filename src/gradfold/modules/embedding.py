@@ -66,4 +66,4 @@ class FoldedEmbedding(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedLookup.apply(input, param.param, self.padding_idx, param)  # type: ignore[attr-defined]
+        return FoldedLookup.apply(input, param.leaf, self.padding_idx, param)  # type: ignore[attr-defined]

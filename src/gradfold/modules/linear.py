@@ -132,7 +132,7 @@ class FoldedLinear(Folded):
         own = _torch.own_parameters(self)  # type: ignore[arg-type]
         if "bias" not in own:  # parametrized
             own = {"bias": self.bias}  # type: ignore[attr-defined]
-        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.param, param)
+        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.leaf, param)
 
 
 class FoldedConv1D(Folded):
@@ -143,4 +143,4 @@ class FoldedConv1D(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.param, param)  # type: ignore[attr-defined]
+        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.leaf, param)  # type: ignore[attr-defined]

@@ -1,0 +1,93 @@
+"""Weights under FSDP2 whose gradient is not left to it: each rank forms what all owners need, a tile at a time.
+
+FSDP2 keeps the gradients of a whole group until it sums them: of embedding and head together those are the largest that
+training has. Here the gate stands on the gathered parameter. It forms rows of the gradient for every owner, sums them
+into the owners' shards, and steps these. FSDP2 itself then sums what is left: norms, biases, and what is not folded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gradfold._options import Data
+from gradfold.backends import DEFAULT_SCRATCH_BYTES
+from gradfold.engine import FoldState
+from gradfold.errors import FoldError
+
+from .fsdp import Gathered
+from .ranks import Ranks
+from .reducer import Reducer
+from .tiles import TILE_BYTES, Route
+
+
+class ShardReducer(Reducer):
+    """Averages the gradients of weights that FSDP2 gathers."""
+
+    def __init__(self, state: FoldState, ranks: Ranks, data: Data, scratch_bytes: int):
+        super().__init__(state, ranks, TILE_BYTES if scratch_bytes >= DEFAULT_SCRATCH_BYTES else scratch_bytes)
+        self.data = data
+        self._routes: dict[Any, Route] = {}
+
+    def adopt(self, param: Any) -> None:
+        """Do nothing: which parameters are taken is known once modules are folded."""
+
+    def takes(self, param: Any) -> bool:
+        """Return whether a parameter is averaged here; see ``gradfold.engine.Reducer``."""
+        if param.reducer is not None:
+            return True
+        gathered: Gathered = param.gathered
+        route = gathered.route()
+        if route is None or super().small(param):
+            return False
+        self._routes[param] = route
+        param.reducer, param.spread = self, None
+        return True
+
+    def holds_back(self) -> bool:
+        """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
+        sharding: Any = self.fold.sharding
+        return sharding.holds_back()
+
+    def whole(self, param: Any) -> Tensor:
+        """Return the gathered parameter; outside of forward and backward it has a shape and no values."""
+        return param.leaf
+
+    def route(self, param: Any) -> Route:
+        """Return where the gradient of a parameter goes."""
+        return self._routes[param]
+
+    def small(self, param: Any) -> bool:
+        """Return False: small parameters are left to FSDP2."""
+        return False
+
+
+def shard_reducer(
+    state: FoldState, ranks: Ranks | None, data: Data, scratch_bytes: int, sliced: bool
+) -> ShardReducer | None:
+    """Return what averages gradients in the place of FSDP2; None with ``data="hook"``.
+
+    Args:
+        state: the fold.
+        ranks: those that step together.
+        data: what ``fold()`` was asked for.
+        scratch_bytes: the same.
+        sliced: whether it has a working set.
+
+    Raises:
+        FoldError: the model is not under FSDP2, or the options do not go together.
+    """
+    if data == "hook":
+        return None
+    if state.sharding is None or ranks is None:
+        raise FoldError(
+            f"data={data!r} is about the gradients of a model under fully_shard (FSDP2), which this one is not; leave it "
+            "out (for copies of one model: gradfold.replicate)"
+        )
+    if sliced:
+        raise FoldError(
+            f"data={data!r} with working_set=, whose slices are cut from the shards: leave out one of them; with "
+            "data='hook' a working set trains under FSDP2"
+        )
+    return ShardReducer(state, ranks, data, scratch_bytes)
