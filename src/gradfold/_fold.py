@@ -112,6 +112,8 @@ def fold(
         data: Under FSDP2 (``fully_shard``), who averages the gradients of folded weights over the ranks. "hook" leaves
             it to FSDP2, which keeps the gradients of a group until backward has left it. "tile" forms and averages a
             weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
+            "tokens" sends the weight's owners what they need of all ranks' tokens instead, from the second step on;
+            "auto" takes, for each weight, which of the two sends less.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.

@@ -1,14 +1,19 @@
 """FSDP2 whose large gradients are averaged inside the fold, against torch's AdamW on one process in fp64."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import gradfold
+from gradfold.dist.tiles import HEADER, Route
+from gradfold.dist.tokens import tiles_bytes, tokens_bytes
 from gradfold.errors import FoldError
 from tests.dist.test_fsdp import mesh_of, part, sharded
 from tests.dist.tiny import HYPER, LAYERS, alone, batch, furthest, loss_of, tiny
+from tests.dist.world import collectives
 
 BYTES = 2048  # of a tile: the largest weight of Tiny has 16 KiB
 
@@ -76,7 +81,7 @@ def check(cases, found):
             assert not left, case
             tied = (case.get("model_options") or {}).get("tied", False)
             assert routes == 2 + 7 * LAYERS - tied, case
-            if case.get("scratch", BYTES) == BYTES:
+            if case.get("scratch", BYTES) == BYTES and case.get("data", "tile") == "tile":
                 assert memory <= 2 * BYTES + 1024, case  # what is sent and what comes back, with headers
 
 
@@ -84,10 +89,12 @@ CASES = [
     {},
     {"clip": 0.05, "accumulate": 2},
     {"model_options": {"tied": True}, "reshard_after_forward": False, "accumulate": 3},
+    {"data": "tokens"},
+    {"data": "tokens", "clip": 0.05, "accumulate": 2},
 ]
 MORE = [
     {"data": data, "accumulate": accumulate, "clip": clip, "scratch": scratch, **options}
-    for data in ("tile",)
+    for data in ("tile", "tokens", "auto")
     for scratch in (256, BYTES, 1 << 24)
     for accumulate, clip in ((1, None), (3, None), (1, 0.05), (3, 0.05))
     for options in (
@@ -101,7 +108,7 @@ MORE = [
         {"on_nonfinite": "ignore"},
         {"timing": "deferred"},
     )
-    if scratch == BYTES or not (options or clip)
+    if scratch == BYTES or not (options or clip or data != "tile")
 ]
 
 
@@ -121,6 +128,84 @@ def test_all_as_on_one_process(request, world, first):
 def test_two_copies_of_two_shards(four):
     cases = [{"mesh": (2, 2)}, {"mesh": (2, 2), "clip": 0.05, "accumulate": 2}]
     check(cases, four.run(several, cases))
+
+
+# what is sent, and what is kept ----------------------------------------------------------------------------------------
+
+
+def messages(data):
+    """Return the shapes of what is sent in one step, by operation, and what FSDP2 sums by itself."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    model = sharded(tiny(), mesh_of())
+    optimizer = gradfold.AdamW(model.named_parameters(), **HYPER)
+    fold = gradfold.fold(model, optimizer, head="plain", data=data, scratch_bytes=BYTES)
+    plain, left = _fsdp_param_group.foreach_reduce, []
+
+    def spy(params, grads, *args, **options):
+        left.append(sum(grad.numel() for grad in grads))
+        return plain(params, grads, *args, **options)
+
+    _fsdp_param_group.foreach_reduce = spy
+    try:
+        for step in range(2):
+            left.clear()
+            ids, labels = part(batch(step))
+            with collectives() as seen:
+                loss_of(model(ids), labels).backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        _fsdp_param_group.foreach_reduce = plain
+    sizes = {}
+    for name, shapes in seen:
+        sizes.setdefault(name, []).append(sum(math.prod(shape) for shape in shapes[1:2]))
+    memory = sum(one.numel() for one in fold._state.reducer.buffers.tensors())
+    fold.remove()
+    return sizes, sum(left), memory, list(ids.shape)
+
+
+def test_messages_are_as_large_as_the_formulas_say(two):
+    ranks, header = 2, HEADER
+    named = list(tiny().named_parameters())
+    others = sum(p.numel() for _, p in named if p.dim() < 2)
+    weights = [p.shape for _, p in named if p.dim() == 2]
+    most = BYTES // 8
+    height = {shape: min(shape[0] // ranks, most // (shape[1] * ranks)) for shape in weights}
+    tiles = {shape: shape[0] // ranks // height[shape] for shape in weights}
+    for sizes, left, memory, _ in two.run(messages, "tile"):
+        assert left == others  # FSDP2 sums norms and biases only
+        expected = sum(math.prod(shape) + tiles[shape] * ranks * header for shape in weights)
+        assert sum(sizes["c10d._reduce_scatter_base_.default"]) == expected + others
+        assert memory <= 2 * most + 3 * header  # two tiles, and no gradient that is larger
+        assert "c10d.alltoall_base_.default" not in sizes
+    embedding = named[0][1].shape
+    for sizes, left, _, (rows, length) in two.run(messages, "tokens"):
+        tokens = rows * length + 1
+        assert left == others
+        expected = math.prod(embedding) + tiles[embedding] * ranks * header  # which has no product
+        assert sum(sizes["c10d._reduce_scatter_base_.default"]) == expected + others
+        assert sum(sizes["c10d.alltoall_base_.default"]) == sum(tokens * n for n, _ in weights[1:])
+        assert sum(size for size in sizes["c10d._allgather_base_.default"] if size % tokens == 0) == sum(
+            tokens * k for _, k in weights[1:]
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "better"),
+    [
+        pytest.param((14336, 4096), 2480, "tokens", id="gate"),
+        pytest.param((14336, 4096), 2500, "tiles", id="gate-many"),
+        pytest.param((1024, 4096), 230, "tokens", id="k"),
+        pytest.param((1024, 4096), 260, "tiles", id="k-many"),
+        pytest.param((128256, 4096), 6500, "tokens", id="head"),
+        pytest.param((128256, 4096), 6600, "tiles", id="head-many"),
+    ],
+)
+def test_which_of_the_two_sends_less(shape, tokens, better):
+    route = Route(None, 0, 8, 8.0, True)
+    found = tokens_bytes(route, *shape, tokens, 2) < tiles_bytes(route, *shape, 4)
+    assert found == (better == "tokens")
 
 
 # shards that are not alike --------------------------------------------------------------------------------------------

@@ -47,13 +47,13 @@ class Ranks:
         rank: this rank in it.
         size: how many ranks there are.
         copies: whether each rank holds the whole model, and something averages the gradients.
-        exchanges: whether ``exchange`` is going to be called.
+        exchanges: how many numbers per parameter ``exchange`` is going to take.
     """
 
     def __init__(self, group: Any, copies: bool = False):
         self.group = group
         self.copies = copies
-        self.exchanges = False
+        self.exchanges = 0
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._votes: Any = None  # the process group of the votes; made by the first ``enroll``
         self._store = _torch.store_of(group)
@@ -120,8 +120,8 @@ class Ranks:
                 owners.setdefault((member.name, member.at), rank)
         self._owned = {member.name for member in mine if owners[member.name, member.at] == self.rank}
         self._all_names = [[member.name for member in members] for _, _, members in found]
-        # a vote on norms, or an exchange of two numbers per parameter
-        self._width = _HEAD + 1 + max(*[groups for _, groups, _ in found], 2 * len(mine) if self.exchanges else 0)
+        # a vote on norms, or an exchange of some numbers per parameter
+        self._width = _HEAD + 1 + max(*[groups for _, groups, _ in found], self.exchanges * len(mine))
         if self._votes is None:
             ranks = dist.get_process_group_ranks(self.group)
             self._votes = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
@@ -224,7 +224,7 @@ class Ranks:
             raise
 
     def exchange(self, what: str, numbers: Sequence[float]) -> list[list[float]]:
-        """Return what each rank has brought, by rank: as many numbers of each, at most two per parameter and one more.
+        """Return what each rank has brought, by rank: as many numbers of each, at most ``exchanges`` per parameter and one more.
 
         Raises:
             FoldError: another rank has failed, is gone, or is at something else.

@@ -41,7 +41,8 @@ class Reducer:
     def __init__(self, state: FoldState, ranks: Ranks, tile_bytes: int):
         self.fold, self.ranks, self.tile_bytes = state, ranks, tile_bytes
         self.buffers = Buffers()
-        ranks.exchanges = True
+        ranks.exchanges = 3
+        self.agreed: dict[FoldParam, int] = {}  # how many tokens a rank may have; 0: not known
         self._order: list[FoldParam] = []  # in which gates ran in the step before
         self._clear()
 
@@ -84,6 +85,10 @@ class Reducer:
 
     def refuse_paused_step(self) -> None:
         """Raise if nothing averages gradients that autograd writes out."""
+
+    def tokens(self, param: FoldParam) -> int:
+        """Return how many tokens this rank may have for a parameter's gradient, of which others want to know."""
+        return 0
 
     def small(self, param: FoldParam) -> bool:
         """Return whether a parameter travels together with others, when backward ends."""
@@ -179,7 +184,7 @@ class Reducer:
         self._order = [*known, *(param for param in reversed(params) if param not in known)]
         has = [self._has(param, kind, arrived) for param in params]
         try:
-            found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order)])
+            found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order), *map(self.tokens, params)])
         except FoldError:  # on all ranks
             self._clear()
             self.fold.step.told = True
@@ -216,7 +221,9 @@ class Reducer:
                         "freeze it on all ranks or on none"
                     )
                 due.add(param)
-        order = [params[int(at)] for at in found[0][1 + len(params) :]]
+        order = [params[int(at)] for at in found[0][1 + len(params) : 1 + 2 * len(params)]]
+        tokens = [max(row[1 + 2 * len(params) + at] for row in found) for at in range(len(params))]
+        self.agreed = {param: int(count) for param, count in zip(params, tokens, strict=True)}
         chosen = [one for param in order if param in due for one in param.slices]
         self._due = [one for one in chosen if not self.small(one.owner)]
         self._small = [one for one in chosen if self.small(one.owner)]
@@ -251,7 +258,10 @@ class Reducer:
     def _average_one(self, one: ParamSlice, keep: bool) -> None:
         """Average one gradient a tile at a time; step with it, or keep it."""
         self._sending = not keep and not self.fold.step.measuring and self.sends_rows(one.owner)
-        found = self._under_way = self._sum_of(one, self._terms(one))
+        self._by_tiles(one, self._terms(one), keep)
+
+    def _by_tiles(self, one: ParamSlice, terms: Sequence[GradTerm], keep: bool) -> None:
+        found = self._under_way = self._sum_of(one, terms)
         found.advance()
         if not found.terms_of:  # gates have run, and nothing has flowed anywhere
             return
@@ -337,8 +347,11 @@ class Reducer:
                 return self._rows_of(self._due[at])  # type: ignore[index]
             at += 1
         if at < len(self._due or ()):
-            return self._sum_of(self._due[at], [])  # type: ignore[index]
+            return self._first_message(self._due[at])  # type: ignore[index]
         return self._small_sum([[] for _ in self._small]) if self._small and not isinstance(now, SmallSum) else None
+
+    def _first_message(self, one: ParamSlice) -> Any:
+        return self._sum_of(one, [])
 
     @contextlib.contextmanager
     def _noticing(self) -> Iterator[None]:

@@ -7,19 +7,24 @@ into the owners' shards, and steps these. FSDP2 itself then sums what is left: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfold._options import Data
-from gradfold.backends import DEFAULT_SCRATCH_BYTES
-from gradfold.engine import FoldState
+from gradfold.backends import DEFAULT_SCRATCH_BYTES, GradTerm, MatmulTerm, accumulation_dtype
+from gradfold.engine import FoldParam, FoldState, ParamSlice, step_rest
 from gradfold.errors import FoldError
 
 from .fsdp import Gathered
 from .ranks import Ranks
 from .reducer import Reducer
 from .tiles import TILE_BYTES, Route
+from .tokens import FLAGS, TokenExchange, tiles_bytes, tokens_bytes
+
+REMEMBERS = 4  # steps: the tokens of a weight in this step are expected to be no more than in one of these
 
 
 class ShardReducer(Reducer):
@@ -29,6 +34,7 @@ class ShardReducer(Reducer):
         super().__init__(state, ranks, TILE_BYTES if scratch_bytes >= DEFAULT_SCRATCH_BYTES else scratch_bytes)
         self.data = data
         self._routes: dict[Any, Route] = {}
+        self._had: dict[Any, list[int]] = {}  # tokens of a parameter in the last steps
 
     def adopt(self, param: Any) -> None:
         """Do nothing: which parameters are taken is known once modules are folded."""
@@ -61,6 +67,59 @@ class ShardReducer(Reducer):
     def small(self, param: Any) -> bool:
         """Return False: small parameters are left to FSDP2."""
         return False
+
+    # tokens to owners ---------------------------------------------------------------------------------------------
+
+    def tokens(self, param: FoldParam) -> int:
+        """Return how many tokens this rank may have for a parameter's gradient."""
+        return max(self._had.get(param, [0]))
+
+    def _expects(self, param: FoldParam) -> int:
+        """Return how many tokens each rank sends to the owners; 0: its gradient goes by tiles."""
+        tokens, weight = self.agreed.get(param, 0), param.leaf
+        if self.data == "tile" or not tokens or weight.dim() != 2 or weight.shape[1] < FLAGS:
+            return 0
+        route, (rows, columns) = self.route(param), weight.shape
+        if route.copies is not None:
+            return 0
+        if self.data == "auto":
+            summed = accumulation_dtype(param.param.dtype).itemsize
+            by_tokens = tokens_bytes(route, rows, columns, tokens, weight.dtype.itemsize)
+            return tokens if by_tokens < tiles_bytes(route, rows, columns, summed) else 0
+        return tokens
+
+    def _average_one(self, one: ParamSlice, keep: bool) -> None:
+        param, terms = one.owner, self._terms(one)
+        products = [term for term in terms if isinstance(term, MatmulTerm)]
+        count = sum(len(term.left) for term in products) if len(products) == len(terms) else 0
+        self._had[param] = [count, *self._had.get(param, [])][:REMEMBERS]
+        self._sending = False
+        if not (tokens := self._expects(param)):
+            self._by_tiles(one, terms, keep)
+            return
+        found = self._under_way = self._exchange_of(one, tokens, terms)
+        term = found.run()
+        if not found.terms_of:
+            return
+        if term is None:
+            self._by_tiles(one, terms, keep)
+        elif keep:
+            view = one.view
+            grad = torch.empty(view.shape, dtype=accumulation_dtype(view.dtype), device=view.device)
+            self.fold.backend.gradient(view, [term], grad, add=False)
+            one.keep_averaged(grad)
+        else:
+            one.use([term])
+            step_rest(self.fold)
+
+    def _exchange_of(self, one: ParamSlice, tokens: int, terms: Sequence[GradTerm]) -> TokenExchange:
+        leaf = one.owner.leaf
+        shape = leaf.shape[0], leaf.shape[1]
+        return TokenExchange(self.route(one.owner), shape, tokens, terms, leaf, self.buffers)
+
+    def _first_message(self, one: ParamSlice) -> Any:
+        tokens = self._expects(one.owner)
+        return self._exchange_of(one, tokens, []) if tokens else super()._first_message(one)
 
 
 def shard_reducer(

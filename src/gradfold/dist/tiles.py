@@ -33,11 +33,24 @@ class LostError(Exception):
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
+    """A context for collectives: what they raise is a ``LostError``."""
     try:
         yield
     except RuntimeError as error:
         raise LostError(str(error).splitlines()[0]) from None
+
+
+def all_gather(got: Tensor, sent: Tensor, group: Any) -> None:
+    """Write what all ranks send into ``got``, one after the other."""
+    newer = getattr(dist, "all_gather_single", None)  # torch 2.13 renamed it
+    (newer or dist.all_gather_into_tensor)(got, sent, group=group)
+
+
+def reduce_scatter(got: Tensor, sent: Tensor, group: Any) -> None:
+    """Write this rank's part of the sum of what all ranks send into ``got``."""
+    newer = getattr(dist, "reduce_scatter_single", None)
+    (newer or dist.reduce_scatter_tensor)(got, sent, group=group)
 
 
 class Route(NamedTuple):
@@ -237,10 +250,10 @@ class TileSum(_Tiles):
 
     def _summed(self, sent: Tensor, length: int) -> Tensor:
         route = self.route
-        with _talking():
+        with talking():
             if route.scattered:
                 got = self._message("got", length)
-                dist.reduce_scatter_tensor(got, sent, group=route.group)
+                reduce_scatter(got, sent, route.group)
             else:
                 got = sent
                 dist.all_reduce(got, group=route.group)
@@ -343,8 +356,8 @@ class RowExchange(_Tiles):
             mine = weight[self.held[0] + start : min(self.held[0] + stop, self.held[1])]
             sent[: mine.numel()].view(mine.shape).copy_(mine)
             sent[length - HEADER :] = 0
-            with _talking():
-                dist.all_gather_into_tensor(got, sent, group=route.group)
+            with talking():
+                all_gather(got, sent, route.group)
             parts = got.view(self.owners, length)
             if parts[:, length - HEADER].any():
                 raise FailedError
@@ -359,8 +372,8 @@ class RowExchange(_Tiles):
         """Take part in the next tile only to tell the others that this rank has failed."""
         _, _, length = self._next()
         sent, got = self._message("rows", length).fill_(1), self._message("all rows", self.owners * length)
-        with _talking():
-            dist.all_gather_into_tensor(got, sent, group=self.route.group)
+        with talking():
+            all_gather(got, sent, self.route.group)
 
 
 class SmallSum:
@@ -421,5 +434,5 @@ class SmallSum:
         return message, [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)], flags
 
     def _sum(self, message: Tensor) -> None:
-        with _talking():
+        with talking():
             dist.all_reduce(message, group=self.route.group)
