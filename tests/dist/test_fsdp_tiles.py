@@ -88,7 +88,7 @@ def check(cases, found):
 CASES = [
     {},
     {"clip": 0.05, "accumulate": 2},
-    {"model_options": {"tied": True}, "reshard_after_forward": False, "accumulate": 3},
+    {"model_options": {"tied": True, "bias": False}, "reshard_after_forward": False, "accumulate": 3},
     {"data": "tokens"},
     {"data": "tokens", "clip": 0.05, "accumulate": 2},
 ]
@@ -100,7 +100,7 @@ MORE = [
     for options in (
         {},
         {"reshard_after_forward": False},
-        {"model_options": {"tied": True}},
+        {"model_options": {"tied": True, "bias": False}},
         {"model_options": {"checkpoint": False, "bias": False}},
         {"model_options": {"checkpoint": True}},
         {"summed": "no_sync"},

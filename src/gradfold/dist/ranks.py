@@ -183,7 +183,7 @@ class Ranks:
             FoldError: another rank has failed, is gone, or votes on something else.
         """
         mine = [0.0] * self._width
-        mine[0] = float(_code(what))
+        mine[0] = float(code_of(what))
         mine[2] = float(len(nonfinite))
         names = self._all_names[self.rank]
         first = nonfinite[0] if nonfinite else ""
@@ -229,7 +229,7 @@ class Ranks:
         Raises:
             FoldError: another rank has failed, is gone, or is at something else.
         """
-        mine = [float(_code(what)), 0.0, 0.0, 0.0, *numbers]
+        mine = [float(code_of(what)), 0.0, 0.0, 0.0, *numbers]
         mine += [0.0] * (self._width - len(mine))
         return [row[_HEAD : _HEAD + len(numbers)] for row in self._gather(mine, what)]
 
@@ -361,7 +361,7 @@ def _member(param: FoldParam, copies: bool) -> Member:
     )
 
 
-def _code(what: str) -> int:
+def code_of(what: str) -> int:
     """Return a number that stands for a text, the same in every process."""
     return sum((index + 1) * byte for index, byte in enumerate(what.encode())) % (1 << 40)
 

@@ -10,7 +10,7 @@ reach a weight takes part with none. What arrived before, and has not been avera
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,10 @@ class Reducer:
         ranks.exchanges = 3
         self.agreed: dict[FoldParam, int] = {}  # how many tokens a rank may have; 0: not known
         self._order: list[FoldParam] = []  # in which gates ran in the step before
-        self._clear()
+        self.forget()
 
-    def _clear(self) -> None:
+    def forget(self) -> None:
+        """Forget what the ranks have agreed on."""
         self._due: list[ParamSlice] | None = None  # None: no agreement is open
         self._small: list[ParamSlice] = []  # due as well, when backward ends
         self._at = 0  # how many are averaged
@@ -56,6 +57,11 @@ class Reducer:
         self._seen: list[FoldParam] = []  # which have arrived, in order
         self._under_way: Any = None  # the message that is being sent
         self._sending = False  # whether rows are sent once it has arrived
+
+    @property
+    def in_agreement(self) -> bool:
+        """Whether the ranks have agreed on what is averaged, and it is not averaged yet."""
+        return self._due is not None
 
     # of each kind of rank -----------------------------------------------------------------------------------------
 
@@ -82,6 +88,14 @@ class Reducer:
     def holds_back(self) -> bool:
         """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
         return False
+
+    def whole_states(self, states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """Return the states of parameters whole, of which ranks may keep shares."""
+        return {param: dict(found) for param, found in states.items()}
+
+    def own_states(self, param: Any, states: dict[str, Any]) -> dict[str, Any]:
+        """Return what this rank keeps of a parameter's whole states."""
+        return states
 
     def refuse_paused_step(self) -> None:
         """Raise if nothing averages gradients that autograd writes out."""
@@ -143,7 +157,7 @@ class Reducer:
         seen = self._seen
         self._average(end=True)
         self._order = [*seen, *(param for param in self._order if param not in set(seen))]
-        self._clear()
+        self.forget()
 
     def settle(self) -> None:
         """Average what waits for ``optimizer.step()``, and take part in the backwards that other ranks are in."""
@@ -163,7 +177,7 @@ class Reducer:
             return False
         self._plan(found)
         self._average(end=True, keep=kinds == {STEP})
-        self._clear()
+        self.forget()
         return kinds == {STEP}
 
     def abort(self, error: BaseException) -> None:
@@ -175,7 +189,7 @@ class Reducer:
             message = self._next_message()
             if message is not None:
                 message.fail()
-        self._clear()
+        self.forget()
 
     def _agree(self, kind: float, arrived: Any = None) -> list[list[float]]:
         params = self.params
@@ -186,7 +200,7 @@ class Reducer:
         try:
             found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order), *map(self.tokens, params)])
         except FoldError:  # on all ranks
-            self._clear()
+            self.forget()
             self.fold.step.told = True
             raise
         if self.fold.step.measuring and any(row[0] == STEP for row in found):
@@ -209,7 +223,7 @@ class Reducer:
     def _plan(self, found: list[list[float]]) -> None:
         """Note what is averaged, in which order, from what all ranks have said."""
         params = self.params
-        self._clear()
+        self.forget()
         due = set()
         for at, param in enumerate(params):
             said = [row[1 + at] for row in found]
@@ -359,11 +373,11 @@ class Reducer:
         try:
             yield
         except FailedError:
-            self._clear()
+            self.forget()
             moved = "; weights that had stepped before have moved on all ranks" if self.fold.step.moved else ""
             raise FoldError(self.ranks.why_failed() + moved) from None
         except LostError as error:
-            self._clear()
+            self.forget()
             raise FoldError(f"{WHAT}: {self.ranks.who_left()} ({error})") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from gradfold.backends import Place
 from gradfold.engine import FoldState, is_spread, param_of, wrapper_of
 from gradfold.errors import FoldError
 
-from .ranks import Ranks
+from .ranks import Ranks, code_of
 from .reducer import Reducer
-from .tiles import TILE_BYTES, Route, share_of
+from .tiles import TILE_BYTES, Route, all_gather, share_of, talking
 
 _REPLICAS: weakref.WeakKeyDictionary[nn.Module, Replicas] = weakref.WeakKeyDictionary()
 
@@ -41,6 +42,7 @@ def replicate(
         mesh: A ``DeviceMesh`` of one dimension over the ranks that hold copies; None: all processes.
         own_states: Let each rank step its share of the rows of every matrix, and send the new rows to the others. Then
             optimizer states of matrices take 1/N of the memory on N ranks, and as many bytes are sent.
+            ``optimizer.state_dict()`` gathers them, so that all ranks must call it; it is that of one process.
         tile_bytes: The most bytes of gradient that are averaged at a time.
 
     Returns:
@@ -121,7 +123,7 @@ class ReplicaReducer(Reducer):
     def adopt(self, param: Any) -> None:
         """Average the gradient of this parameter; see ``gradfold.engine.Reducer``."""
         param.reducer = self
-        if self._replicas.own_states and not self.small(param):
+        if self._replicas.own_states and param.param.dim() == 2 and not self.small(param):
             states = self.fold.optimizer.state.get(param.param, {}).values()
             if any(isinstance(one, Tensor) and one.dim() > 1 and len(one) == len(param.param) for one in states):
                 raise FoldError(
@@ -143,12 +145,58 @@ class ReplicaReducer(Reducer):
         """Return whether this rank's new rows of a parameter must be sent to the others."""
         return param.shard is not None
 
+    def whole_states(self, states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """Return the states of parameters whole, of which each rank keeps its rows.
+
+        Raises:
+            FoldError: another rank does not ask for them, or has other ones.
+        """
+        found = {param: dict(kept) for param, kept in states.items()}
+        members = self.fold.params
+        shared = [param for param in found if id(param) in members and members[id(param)].shard is not None]
+        if not self._replicas.own_states:
+            return found
+        keys = [f"{members[id(param)].name}: {key}" for param in shared for key in found[param]]
+        said = self.ranks.exchange("gathering states from their owners", [float(code_of("; ".join(keys)))])
+        if any(row != said[0] for row in said):
+            raise FoldError(
+                "the ranks keep states of other parameters, as where a gradient was not finite on one of them; take a "
+                "step first"
+            )
+        for param in shared:
+            for key, state in found[param].items():
+                if isinstance(state, Tensor) and state.dim():
+                    found[param][key] = _all_rows(state, len(param), self._shares)
+        return found
+
+    def own_states(self, param: Any, states: dict[str, Any]) -> dict[str, Any]:
+        """Return what this rank keeps of a parameter's whole states: its rows."""
+        member = self.fold.params.get(id(param))
+        if member is None or member.shard is None:
+            return states
+        first, last = share_of(len(param), self._shares.rank, self._shares.size)
+        return {
+            key: state[first:last].clone() if isinstance(state, Tensor) and state.dim() else state
+            for key, state in states.items()
+        }
+
     def refuse_paused_step(self) -> None:
         """Raise: nothing averages gradients that autograd writes out."""
         raise FoldError(
             "optimizer.step() inside fold.paused() on a model that gradfold.replicate has spread over ranks: the .grad "
             "of each rank is its own, and the copies would drift apart; step outside of paused()"
         )
+
+
+def _all_rows(state: Tensor, rows: int, route: Route) -> Tensor:
+    """Return all rows of a state ``[own rows, width]``; all ranks must ask."""
+    each = -(-rows // route.size)
+    sent = state.new_zeros(each, *state.shape[1:])
+    sent[: len(state)] = state
+    got = state.new_empty(route.size * each, *state.shape[1:])
+    with talking():
+        all_gather(got, sent, route.group)
+    return got[:rows].clone()
 
 
 class RowShare:

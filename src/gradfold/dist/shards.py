@@ -68,6 +68,12 @@ class ShardReducer(Reducer):
         """Return False: small parameters are left to FSDP2."""
         return False
 
+    def abort(self, error: BaseException) -> None:
+        """Tell the others only: they may wait for a message of FSDP2, of which nothing is known here."""
+        if self.in_agreement:
+            self.ranks.announce(error)
+            self.forget()
+
     # tokens to owners ---------------------------------------------------------------------------------------------
 
     def tokens(self, param: FoldParam) -> int:

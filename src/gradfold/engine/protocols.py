@@ -115,6 +115,14 @@ class Reducer(Protocol):
         """Return that of which a parameter's terms on this rank are the gradient."""
         ...
 
+    def whole_states(self, states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """Return the states of parameters, of which ranks may keep shares, whole; all ranks must ask."""
+        ...
+
+    def own_states(self, param: Any, states: dict[str, Any]) -> dict[str, Any]:
+        """Return what this rank keeps of a parameter's whole states."""
+        ...
+
     def begin(self) -> None:
         """Agree with the other ranks on what is averaged, as the last backward of a step begins."""
         ...

@@ -293,6 +293,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         self._forget_empty()
         packed = super().state_dict()
+        if (whole := self._gathered()) is not None:
+            packed["state"] = {index: whole[param] for index, param in enumerate(self._params) if param in whole}
         if self._turns is not None:
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
@@ -324,9 +326,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             FoldError: in the middle of a step, or slices of a parameter have stepped unequally often.
         """
         self._forget_empty()
-        packed = super().state_dict()
+        packed, whole = super().state_dict(), self._gathered()
         for index, param in enumerate(self._params):
-            if joined := self._plain_states(param, str(index)):
+            if joined := self._plain_states(param, str(index), whole):
                 packed["state"][index] = joined
             else:
                 packed["state"].pop(index, None)
@@ -334,11 +336,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         packed["param_groups"] = [{k: v for k, v in g.items() if k not in ours} for g in packed["param_groups"]]
         return packed
 
-    def _plain_states(self, param: Parameter, name: str) -> dict[str, Any]:
-        """Return one parameter's states as torch keeps them."""
+    def _gathered(self) -> dict[Parameter, dict[str, Any]] | None:
+        """Return the whole states of all parameters, where each rank keeps a share of them; None where none does."""
+        if self._fold is None or self._fold.reducer is None or self._turns is not None:
+            return None
+        return self._fold.reducer.whole_states(self.state)
+
+    def _plain_states(
+        self, param: Parameter, name: str, whole: dict[Parameter, dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """Return one parameter's states as torch keeps them; ``whole``: those of all, where ranks keep shares."""
         storage = storage_of(param, self.rule, self.group_of(param))
         found = []
-        for region, states in self.slices_of(param):
+        for region, states in self.slices_of(param) if whole is None else [(None, whole.get(param, {}))]:
             found.append((region, plain_states(view(param, region), states, storage, self.rule)))
         return join(f"parameter {name}", param, found, self.rule)
 
@@ -465,6 +475,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
         if group.get("capturable"):  # counted where a CUDA graph counts
             placed |= {name: placed[name].to(param.device) for name in storage.counters(self.rule) if name in placed}
+        if self._fold is not None and self._fold.reducer is not None and region is None:
+            placed = self._fold.reducer.own_states(param, placed)
         return named(placed, region)
 
     def __getstate__(self) -> dict[str, Any]:
