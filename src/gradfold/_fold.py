@@ -107,8 +107,8 @@ def fold(
             Another value may sum a gradient in another order, and so change its last bits.
         group: On many ranks, the process group (``torch.distributed``) whose ranks hold parts of this model and step
             together: their gradients have one norm, and they raise or skip a step together. None means all processes
-            if the model has DTensors, and is refused otherwise; "alone" says that this process trains a model of its
-            own.
+            if the model has DTensors, the ranks of ``gradfold.replicate`` if that was called, and is refused otherwise;
+            "alone" says that this process trains a model of its own.
         data: Under FSDP2 (``fully_shard``), who averages the gradients of folded weights over the ranks. "hook" leaves
             it to FSDP2, which keeps the gradients of a group until backward has left it. "tile" forms and averages a
             weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
@@ -509,7 +509,8 @@ class Fold:
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the temporary memory that the fold holds between steps."""
-        return self._state.backend.scratch_tensors()
+        reducer = self._state.reducer
+        return [*self._state.backend.scratch_tensors(), *(() if reducer is None else reducer.scratch_tensors())]
 
     def tape_tensors(self, parameter: nn.Parameter | None = None) -> list[Tensor]:
         """Return the tensors of gradients that wait for ``optimizer.step()``.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import gradfold
-from gradfold.dist.tiles import HEADER, Route
+from gradfold.dist.messages import HEADER, Route
 from gradfold.dist.tokens import tiles_bytes, tokens_bytes
 from gradfold.errors import FoldError
 from tests.dist.test_fsdp import mesh_of, part, sharded

@@ -415,6 +415,65 @@ def test_parameters_and_buffers_are_those_of_the_first_rank(two):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def convolved(own, options):
+    """Train weights of other than two dimensions."""
+
+    def make():
+        torch.manual_seed(0)
+        kinds = nn.Conv1d(4, 6, 3), nn.Tanh(), nn.Conv1d(6, 5, 2, bias=False), nn.PReLU(), nn.Flatten(), nn.Linear(25, 1)
+        return nn.Sequential(*kinds).double()
+
+    model, plain = make(), make()
+    fold, optimizer = folded(model, replicate={"own_states": own, "tile_bytes": 256}, **options)
+    torchs = torch.optim.AdamW(plain.parameters(), **HYPER)
+    for step in range(3):
+        data = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(step)).double()
+        model(data.chunk(dist.get_world_size())[dist.get_rank()]).square().mean().backward()
+        plain(data).square().mean().backward()
+        for one in (optimizer, torchs):
+            one.step()
+            one.zero_grad()
+    fold.remove()
+    return furthest(model, plain)
+
+
+def convolutions(cases):
+    return [convolved(*case) for case in cases]
+
+
+def test_weights_of_other_dimensions(two):
+    cases = [(own, options) for own in (False, True) for options in ({}, {"on_nonfinite": "ignore"})]
+    assert all(difference <= 1e-11 for found in two.run(convolutions, cases) for difference in found)
+
+
+def pairs():
+    """Two pairs of ranks, each with copies of a model of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("models", "copies"))
+    model = different()
+    gradfold.replicate(model, mesh["copies"], own_states=True, tile_bytes=TILE)
+    first = model.norm.weight.detach().clone()
+    optimizer = gradfold.AdamW(model.named_parameters(), **HYPER)
+    fold = gradfold.fold(model, optimizer, head="plain")
+    for step in range(2):
+        ids, labels = (part.chunk(2)[dist.get_rank() % 2] for part in batch(step))
+        loss_of(model(ids), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fold.remove()
+    return first, digest(model, optimizer, False)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_some_ranks(four):
+    found = four.run(pairs)
+    for a, b in (found[:2], found[2:]):
+        assert torch.equal(a[0], b[0])
+        assert a[1] == b[1]
+    assert found[0][1] != found[2][1]
+
+
 def rotate(options):
     """A working set, and what a rank has done with it after some turns."""
     model = different()

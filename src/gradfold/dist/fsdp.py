@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradfold import _torch
 from gradfold.errors import FoldError
 
-from .tiles import Route
+from .messages import Route
 
 
 class Gathered:

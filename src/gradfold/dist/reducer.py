@@ -21,7 +21,8 @@ from gradfold.engine import Demand, FoldParam, FoldState, ParamSlice, step_rest
 from gradfold.errors import FoldError
 
 from .ranks import Ranks
-from .tiles import Buffers, FailedError, LostError, Route, RowExchange, SmallSum, TileSum, term_of
+from .messages import Buffers, FailedError, LostError, Route
+from .tiles import RowExchange, SmallSum, TileSum, term_of
 
 SMALL = 256  # a parameter is small if it is a vector, or this often goes into a tile
 WHAT = "averaging gradients over ranks"
@@ -84,6 +85,10 @@ class Reducer:
     def sends_rows(self, param: Any) -> bool:
         """Return whether this rank's new rows of a parameter must be sent to the others."""
         return False
+
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the memory for messages that is held now."""
+        return self.buffers.tensors()
 
     def holds_back(self) -> bool:
         """Return whether FSDP2 was told not to sum the gradients of this backward yet."""

@@ -19,7 +19,7 @@ from gradfold.errors import FoldError
 
 from .ranks import Ranks, code_of
 from .reducer import Reducer
-from .tiles import TILE_BYTES, Route, all_gather, share_of, talking
+from .messages import TILE_BYTES, Route, all_gather, share_of, talking
 
 _REPLICAS: weakref.WeakKeyDictionary[nn.Module, Replicas] = weakref.WeakKeyDictionary()
 

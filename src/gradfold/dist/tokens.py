@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradfold.backends import GradTerm, MatmulTerm
 
-from .tiles import Buffers, FailedError, Route, all_gather, share_of, talking
+from .messages import Buffers, FailedError, Route, all_gather, share_of, talking
 
 FLAGS = 3  # in one more row of X: whether there are terms, whether the rank has failed, whether its tokens do not fit
 

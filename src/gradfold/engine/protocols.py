@@ -103,6 +103,10 @@ class Reducer(Protocol):
         """Return whether the terms of a parameter that FSDP2 gathers are averaged here, not its gradient by FSDP2."""
         ...
 
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the memory for messages that is held now."""
+        ...
+
     def holds_back(self) -> bool:
         """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
         ...
