@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import gradfold
 from gradfold.errors import FoldError
 from tests.dist.tiny import HYPER, alone, batch, furthest, loss_of, tiny
+from tests.dist.world import RankError
 
 TILE = 2048  # bytes: the largest weight of Tiny has 16 KiB
 
@@ -467,7 +469,7 @@ def pairs():
 
 @pytest.mark.slow
 def test_a_mesh_of_some_ranks(four):
-    found = four.run(pairs)
+    found = four.run(pairs, log=False)  # the pairs are not alike
     for a, b in (found[:2], found[2:]):
         assert torch.equal(a[0], b[0])
         assert a[1] == b[1]
@@ -580,3 +582,22 @@ def test_states_are_gathered_by_all_ranks_or_none(two):
     assert "gathering states" in first
     assert "averaging gradients" in second
     assert "the same calls" in first and "the same calls" in second
+
+
+def killed():
+    model, rank = different(), dist.get_rank()
+    folded(model)
+    ids, labels = mine(0)
+
+    def go(module, args):
+        args[0].register_hook(lambda grad: os._exit(7))
+
+    if rank == 1:
+        model.layers["0"].inner.register_forward_pre_hook(go)
+    loss_of(model(ids), labels).backward()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed(two):
+    with pytest.raises(RankError, match=r"(?s)FoldError: averaging gradients.*rank 1 has left.*exit code 7"):
+        two.run(killed, log=False)
