@@ -207,7 +207,8 @@ def branches(cases):
     return [branch(*case) for case in cases]
 
 
-def test_ranks_that_reach_other_weights(two):
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_that_reach_other_weights(two, every):
     left, right, both, nothing = ("left",), ("right",), ("left", "right"), ()
     cases = [
         (own, options, ways)
@@ -222,7 +223,7 @@ def test_ranks_that_reach_other_weights(two):
             ({"accumulate": 2, "clip_norm": 0.1}, [[left, nothing], [nothing, both]]),
         ]
     ]
-    for ranks in zip(*two.run(branches, cases), strict=True):
+    for ranks in zip(*two.run(branches, cases[::every]), strict=True):
         assert all(difference <= 1e-11 for difference, _ in ranks)
         assert len({digest for _, digest in ranks}) == 1
 
@@ -316,12 +317,13 @@ def nonfinite_all(cases):
     return [nonfinite(*case) for case in cases]
 
 
-def test_gradients_that_are_not_finite_on_one_rank(two):
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_gradients_that_are_not_finite_on_one_rank(two, every):
     cases = [
         (own, options)
         for own in (False, True)
         for options in ({}, {"clip_norm": 1.0}, {"on_nonfinite": "skip"}, {"timing": "deferred"})
-    ]
+    ][::every]
     found = two.run(nonfinite_all, cases)
     for (own, options), ranks in zip(cases, zip(*found, strict=True), strict=True):
         for seen, _, finite in ranks:
@@ -503,8 +505,9 @@ def rotations(cases):
     return [rotate(options) for options in cases]
 
 
-def test_working_set(two):
-    for ranks in zip(*two.run(rotations, [{}, {"order": "importance"}]), strict=True):
+@pytest.mark.parametrize("options", [{}, pytest.param({"order": "importance"}, marks=pytest.mark.slow)])
+def test_working_set(two, options):
+    for ranks in zip(*two.run(rotations, [options]), strict=True):
         assert all(difference <= 1e-11 for difference, _ in ranks)
         assert len({digest for _, digest in ranks}) == 1
 
