@@ -383,6 +383,14 @@ def test_what_fsdp2_keeps(one_rank):
     assert states == [False, True] and not _torch.fsdp_is_to_end(inner)
     group.reshard()
     assert model[0].weight is weight.sharded_param
+    shards = mesh.get_group()
+    assert _torch.fsdp_route(group, weight) == (shards, None, 1.0)
+    model.set_gradient_divide_factor(4.0)
+    (other,) = _torch.fsdp_groups(outer)
+    assert _torch.fsdp_route(other, other.fsdp_params[0]) == (shards, None, 4.0)
+    assert _torch.fsdp_sums(group)
+    model.set_requires_gradient_sync(False)
+    assert not _torch.fsdp_sums(group)
 
 
 def test_many_ranks():

@@ -12,6 +12,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from ._fold import Fold, fold
     from ._fold_stage import fold_stage
+    from .dist import replicate, spread
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
@@ -39,13 +40,16 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "plan",
+    "replicate",
+    "spread",
 ]
 
 _PLANNER = ("Plan", "PlanError", "plan")
-_HOMES = ("._fold", "._fold_stage", ".errors", ".head", ".optim", ".workset")
+_HOMES = ("._fold", "._fold_stage", ".dist", ".errors", ".head", ".optim", ".workset")
 _PACKAGES = (
     "backends",
     "codecs",
+    "dist",
     "engine",
     "errors",
     "head",

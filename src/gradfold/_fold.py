@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._fold_checks import refuse_folded, refuse_head, refuse_parameters, refuse_working_set
-from ._options import Clip, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
+from ._fold_checks import refuse_data, refuse_folded, refuse_head, refuse_parameters, refuse_working_set
+from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, Reference, choose
-from .dist import Ranks, Sharding, ranks_of, sharding_of
+from .dist import Ranks, Replicas, Sharding, ranks_of, replicas_of, shard_reducer, sharding_of
 from .engine import (
     FoldState,
     clip_norm_at_step,
@@ -55,6 +55,7 @@ def fold(
     backend: str | Backend = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     group: Any = None,
+    data: Data = "hook",
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
@@ -101,8 +102,13 @@ def fold(
             Another value may sum a gradient in another order, and so change its last bits.
         group: On many ranks, the process group (``torch.distributed``) whose ranks hold parts of this model and step
             together: their gradients have one norm, and they raise or skip a step together. None means all processes
-            if the model has DTensors, and is refused otherwise; "alone" says that this process trains a model of its
-            own.
+            if the model has DTensors, the ranks of ``gradfold.replicate`` if that was called, and is refused otherwise;
+            "alone" says that this process trains a model of its own.
+        data: Under FSDP2 (``fully_shard``), who averages the gradients of folded weights over the ranks. "hook" leaves
+            it to FSDP2, which keeps the gradients of a group until backward has left it. "tile" forms and averages a
+            weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
+            "tokens" sends the weight's owners what they need of all ranks' tokens instead, from the second step on;
+            "auto" takes, for each weight, which of the two sends less.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -124,7 +130,8 @@ def fold(
     if wrapper := wrapper_of(model):
         raise FoldError(f"{wrapper}: fold the plain model, and {way_out_of(wrapper)}")
     sharding = sharding_of(model)
-    ranks = ranks_of(model, group)
+    replicas = replicas_of(model)
+    ranks = ranks_of(model, group) if replicas is None else replicas.ranks(group)
 
     def make() -> tuple[Fold, Callable[[], None]]:
         options = FoldOptions(
@@ -149,12 +156,14 @@ def fold(
             backend,
             scratch_bytes,
             sharding,
-            None if ranks is None else ranks.rank,
+            ranks,
+            replicas,
+            data,
         )
 
     if ranks is None:
         return make()[0]
-    return _fold_together(ranks, make, {"joint": joint, "head": head})
+    return _fold_together(ranks, make, {"joint": joint, "head": head, "data": data})
 
 
 def _fold_together(ranks: Ranks, make: Callable[[], tuple[Fold, Callable[[], None]]], words: Mapping[str, Any]) -> Fold:
@@ -193,10 +202,13 @@ def _fold(
     backend: str | Backend,
     scratch_bytes: int,
     sharding: Sharding | None,
-    rank: int | None,
+    ranks: Ranks | None,
+    replicas: Replicas | None,
+    data: Data,
 ) -> tuple[Fold, Callable[[], None]]:
     """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     refuse_head(head, head_keep_bytes)
+    refuse_data(data)
     optimizer = accepted(optimizer)
     refuse_folded(model)
     named = dict(model.named_parameters())
@@ -204,7 +216,7 @@ def _fold(
     refuse_parameters(named, in_optimizer, optimizer)
     if sharding is not None:
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
-    refuse_working_set(working_set, options.clip)
+    refuse_working_set(working_set, options.clip, replicas)
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -212,8 +224,12 @@ def _fold(
     if sharding is not None and isinstance(chosen, Reference):
         chosen.ahead = False  # FSDP2 brings gradients that are there
     state = FoldState(model, optimizer, chosen, options, joint, sharding)
+    if replicas is not None and ranks is not None and data == "hook":
+        state.reducer = replicas.reducer(state, ranks)
+    else:
+        state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    rotation = None if working_set is None else Rotation(working_set, state, rank)
+    rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
     kept = {param: dict(states) for param, states in optimizer.state.items()}
     place = optimizer._rotation
     made = Fold(state, [])
@@ -450,7 +466,8 @@ class Fold:
 
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the temporary memory that the fold holds between steps."""
-        return self._state.backend.scratch_tensors()
+        reducer = self._state.reducer
+        return [*self._state.backend.scratch_tensors(), *(() if reducer is None else reducer.scratch_tensors())]
 
     def tape_tensors(self, parameter: nn.Parameter | None = None) -> list[Tensor]:
         """Return the tensors of gradients that wait for ``optimizer.step()``.

@@ -9,7 +9,8 @@ from typing import get_args
 from torch import nn
 
 from . import _torch
-from ._options import Clip, Head
+from ._options import Clip, Data, Head
+from .dist import Replicas
 from .engine import held, outside, refuse_other_model, refuse_owned, refuse_parameter
 from .errors import FoldError
 from .modules import FOLD_PARAM
@@ -27,6 +28,12 @@ def refuse_head(head: object, keep_bytes: object) -> None:
         raise FoldError(f"head_keep_bytes={keep_bytes!r}: how many bytes of the softmax to keep, 0 or more")
     if head == "plain":
         raise FoldError(f"head_keep_bytes={keep_bytes} with head='plain', which keeps all logits: give one of them")
+
+
+def refuse_data(data: object) -> None:
+    """Raise for ``data=`` that is none."""
+    if data not in get_args(Data):
+        raise FoldError(f"data={data!r}: one of {', '.join(map(repr, get_args(Data)))}")
 
 
 def refuse_folded(model: nn.Module) -> None:
@@ -64,14 +71,19 @@ def refuse_parameters(
                 )
 
 
-def refuse_working_set(working_set: object, clip: Clip) -> None:
-    """Raise for ``working_set=`` that is none, or does not go with ``clip=``."""
+def refuse_working_set(working_set: object, clip: Clip, replicas: Replicas | None = None) -> None:
+    """Raise for ``working_set=`` that is none, or does not go with ``clip=`` or with how replicas keep states."""
     if working_set is not None and not isinstance(working_set, WorkingSet):
         raise FoldError(f"working_set={working_set!r}: give a gradfold.WorkingSet, e.g. WorkingSet(chunks=8)")
     if working_set is not None and clip == "delayed":
         raise FoldError(
             "clip='delayed' with working_set=: the last step's norm may be another chunk's; use clip='exact' or "
             "'two_pass'"
+        )
+    if working_set is not None and replicas is not None and replicas.own_states:
+        raise FoldError(
+            "working_set= with gradfold.replicate(own_states=True): slices are cut from whole weights, of which each "
+            "rank steps its own rows here; leave out one of them"
         )
 
 

@@ -15,6 +15,7 @@ OptimizerName = Literal["AdamW", "Adam", "SGD", "Lion", "RMSprop", "Adagrad", "N
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]
 Head = Literal["fold", "plain"]
+Data = Literal["hook", "tile", "tokens", "auto"]
 OnNonfinite = Literal["raise", "skip", "ignore"]
 TimingMode = Literal["auto", "deferred"]
 TapePlace = Literal["device", "host"]

@@ -369,6 +369,30 @@ def fsdp_groups(state: Any) -> list[Any]:
     return list(groups)
 
 
+def fsdp_route(group: Any, managed: Any) -> tuple[Any, Any, float] | None:
+    """Return over which process groups FSDP2 sums a parameter's gradient, and what it divides the sum by.
+
+    Returns:
+        The group of the ranks with other shards; that of the ranks with the same shard, or None; the divisor. None for
+        a parameter that is not cut by rows, lies on another device than it is used on, or is a DTensor when gathered.
+    """
+    info = managed.mesh_info
+    if not hasattr(info, "shard_process_group") or managed.fsdp_placement.dim != 0 or managed.is_dtensor:
+        return None
+    if managed.offload_to_cpu and info.mesh.device_type != "cpu":
+        return None
+    if getattr(group, "reduce_scatter_unused_params", False) or getattr(group, "_all_reduce_hook", None) is not None:
+        return None
+    copies = getattr(info, "replicate_process_group", None)
+    size = info.shard_mesh_size * (1 if copies is None else info.replicate_mesh_size)
+    return info.shard_process_group, copies, float(group.gradient_divide_factor or size)
+
+
+def fsdp_sums(group: Any) -> bool:
+    """Return whether FSDP2 sums the gradients of a group when backward leaves it."""
+    return group.reduce_grads
+
+
 def fsdp_is_idle(group: Any) -> bool:
     """Return whether none of the group's modules is in the middle of a forward or backward."""
     return group._training_state.name == "IDLE"

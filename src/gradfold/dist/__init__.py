@@ -2,7 +2,21 @@
 
 from .fsdp import Sharding, sharding_of
 from .ranks import ALONE, Ranks, ranks_of
+from .replicas import Replicas, replicas_of, replicate
+from .shards import shard_reducer
 from .spread import spread
 from .stages import Stages
 
-__all__ = ["ALONE", "Ranks", "Sharding", "Stages", "ranks_of", "sharding_of", "spread"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "Replicas",
+    "Sharding",
+    "Stages",
+    "ranks_of",
+    "replicas_of",
+    "replicate",
+    "shard_reducer",
+    "sharding_of",
+    "spread",
+]

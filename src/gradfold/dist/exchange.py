@@ -99,6 +99,19 @@ class Exchange:
             self._say(self.round, f"rank {self.rank} has failed in this step: {_described(error)}")
             self._gather([0.0, 1.0], "")
 
+    def announce(self, error: BaseException) -> None:
+        """Say that this rank has failed, where the others look when they wait for too long; do not wait for them."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that has it
+            self._say(self.round, f"rank {self.rank} has failed in this step: {_described(error)}")
+
+    def why_failed(self) -> str | None:
+        """Return what a rank has announced before this round, if any has."""
+        return self._said(self.round)
+
+    def who_left(self) -> str:
+        """Return who does not take part in this round, in words."""
+        return self._missing(self.round, 0.0)
+
     def _gather(self, mine: list[float], what: str) -> Tensor:
         number, self.round = self.round, self.round + 1
         padded = mine + [0.0] * (_HEAD + self.width - len(mine))

@@ -12,22 +12,33 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradfold import _torch
 from gradfold.errors import FoldError
 
+from .messages import Route
+
 
 class Gathered:
     """One parameter that FSDP2 gathers while it is used."""
 
-    def __init__(self, managed: Any):
-        self._managed = managed  # torch's FSDPParam
+    def __init__(self, group: Any, managed: Any):
+        self._group, self._managed = group, managed  # torch's FSDPParamGroup and FSDPParam
 
     @property
     def leaf(self) -> Tensor | None:
         """The gathered parameter, which autograd's graphs hold; None before the first forward."""
         return _torch.gathered_param(self._managed)
+
+    def route(self) -> Route | None:
+        """Return where a gradient goes that FSDP2 does not sum; None if it must."""
+        found = _torch.fsdp_route(self._group, self._managed)
+        if found is None:
+            return None
+        group, copies, divide = found
+        return Route(group, dist.get_rank(group), dist.get_world_size(group), divide, True, copies)
 
     def wait(self) -> None:
         """Wait for a gradient that is still on its way to the host, with a ``CPUOffloadPolicy``."""
@@ -41,9 +52,9 @@ class Sharding:
         self._modules = frozenset(map(id, fsdp_modules(model)))
         self._states = _torch.fsdp_states(model)
         self._groups = [group for state in self._states for group in _torch.fsdp_groups(state)]
-        managed = [one for group in self._groups for one in group.fsdp_params]
-        self._gathered = {id(one.sharded_param): Gathered(one) for one in managed}
-        self._managed = managed
+        managed = [(group, one) for group in self._groups for one in group.fsdp_params]
+        self._gathered = {id(one.sharded_param): Gathered(group, one) for group, one in managed}
+        self._managed = [one for _, one in managed]
 
     def of(self, param: Tensor) -> Gathered | None:
         """Return what is known of a sharded parameter; None for one that FSDP2 does not manage."""
@@ -61,6 +72,10 @@ class Sharding:
     def pending(self) -> bool:
         """Return whether FSDP2 may still sum gradients of the running backward, after autograd's last node."""
         return any(map(_torch.fsdp_is_to_end, self._states))
+
+    def holds_back(self) -> bool:
+        """Return whether FSDP2 was told to sum no gradients yet (``set_requires_gradient_sync(False)``)."""
+        return not all(map(_torch.fsdp_sums, self._groups))
 
     def reshard(self) -> None:
         """Let modules show their sharded parameters.

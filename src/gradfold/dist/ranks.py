@@ -35,10 +35,14 @@ class Ranks:
         size: how many ranks there are.
         stages: the stages of a pipeline that use a parameter, by id of the Parameter.
         tied: the names of parameters of which several stages hold copies, over which their gradients are summed.
+        replicas: whether each rank holds the whole model, and something averages the gradients.
+        exchanges: how many numbers per parameter ``exchange`` is going to take.
     """
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, replicas: bool = False):
         self.group = group
+        self.replicas = replicas
+        self.exchanges = 0
         self._exchange = Exchange(group)
         self.rank, self.size = self._exchange.rank, self._exchange.size
         self._names: list[list[str]] = []  # of each rank's parameters, by the number that a vote gives them
@@ -48,6 +52,8 @@ class Ranks:
         self._copies = CopiedParams()
         self._steps = 0
         self._suspect = False  # whether a step has failed, so that copies may differ
+        self._voted = 0  # how many votes there have been
+        self._broken = False  # whether an exchange has raised here, as on the other ranks
         self.stages: dict[int, tuple[int, ...]] = {}
         self.tied: frozenset[str] = frozenset()
         self.also = ""  # what else all ranks must have been asked for
@@ -89,17 +95,18 @@ class Ranks:
         said = {key: value if isinstance(value, str) else repr(value) for key, value in options.items()}
         if self.also:
             said["schedule"] = self.also
-        members = [member_of(param, self.stages.get(id(param.param), ())) for param in params]
+        members = [member_of(param, self.stages.get(id(param.param), ()), self.replicas) for param in params]
         mine = Entry(said, groups, members, own_limits(params))
         entries: list[Entry] = self._exchange.objects(mine)
-        refuse_differences(entries, self.tied)
+        refuse_differences(entries, self.tied, self.replicas)
         owners = owners_of(entries)
         self._owned = {member.name for member in mine.members if owners[member.name, member.at][0] == self.rank}
         self._names = [[member.name for member in entry.members] for entry in entries]
         self._numbers = {name: number for number, name in enumerate(self._names[self.rank])}
         self._pools = max(entry.groups for entry in entries)
-        self._copies = CopiedParams(entries, self.rank)
-        self._exchange.width = _HEAD + self._pools + len(self._copies)
+        self._copies = CopiedParams() if self.replicas else CopiedParams(entries, self.rank)
+        votes = _HEAD + self._pools + len(self._copies)
+        self._exchange.width = max(votes, 1 + self.exchanges * max(len(entry.members) for entry in entries))
         self._join_copies(params)
 
     def join(self, params: Sequence[FoldParam], groups: int) -> None:
@@ -178,6 +185,7 @@ class Ranks:
             FoldError: another rank has failed, is gone, or votes on something else; copies have got different
                 gradients, or other values in a step that failed.
         """
+        self._voted += 1
         first = self._number(nonfinite[0]) if nonfinite else -1
         mine = [float(len(nonfinite)), float(first), *[0.0] * (1 + self._pools)]
         for pool, power in powers.items():
@@ -197,10 +205,11 @@ class Ranks:
                     bad.append(f"{name} on rank {rank}")
         if len(self._copies) and copies is not None and (moved or not bad):
             total = norm_from(_summed(list(summed.values()), order), order)
-            self._copies.refuse_drift(found[:, _HEAD + self._pools :], order, total, moved)
+            self._copies.refuse_drift(found[:, _HEAD + self._pools :][:, : len(self._copies)], order, total, moved)
         if self._suspect and values is not None:
             mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
-            self._copies.refuse_apart(self._exchange.numbers(mine, f"{what}: copies")[:, _HEAD + self._pools :])
+            found = self._exchange.numbers(mine, f"{what}: copies")
+            self._copies.refuse_apart(found[:, _HEAD + self._pools :][:, : len(self._copies)])
             self._suspect = False
         return summed, bad
 
@@ -216,13 +225,42 @@ class Ranks:
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """A context that tells the other ranks if it raises before this one has voted."""
-        before = self._exchange.round
+        before, self._broken = self._voted, False
         try:
             yield
         except Exception as error:
-            if self._exchange.round == before:
+            if self._voted == before and not self._broken:
                 self.fail(error)
             raise
+
+    def exchange(self, what: str, numbers: Sequence[float]) -> list[list[float]]:
+        """Return what each rank has brought, by rank.
+
+        Args:
+            what: what it is about; must be the same on all ranks.
+            numbers: as many on each rank, at most ``exchanges`` per parameter and one more.
+
+        Raises:
+            FoldError: another rank has failed, is gone, or is at something else.
+        """
+        try:
+            found = self._exchange.numbers(list(numbers), f"{what} of step {self._steps}")
+        except FoldError:
+            self._broken = True
+            raise
+        return found[:, : len(numbers)].tolist()
+
+    def announce(self, error: BaseException) -> None:
+        """Say that this rank has failed in this step, where the others look when they wait for too long."""
+        self._exchange.announce(error)
+
+    def why_failed(self) -> str:
+        """Return what another rank has announced in this step, in words."""
+        return self._exchange.why_failed() or "another rank has failed in this step"
+
+    def who_left(self) -> str:
+        """Return who is not there any more, in words."""
+        return self._exchange.who_left()
 
     def next_step(self) -> None:
         """Count a step that is over, or dropped: votes on different steps are told apart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Member(NamedTuple):
     dtype: torch.dtype
     options: Mapping[str, str]  # of its param_group, as text
     stages: tuple[int, ...]  # of a pipeline that use it; empty where there is none
+    content: int  # of replicas, a sum over its bits; else 0
 
 
 class Entry(NamedTuple):
@@ -35,7 +37,7 @@ class Entry(NamedTuple):
     limits: Mapping[int, Any]  # of the param_groups that are clipped by their own norm, by number
 
 
-def member_of(param: FoldParam, stages: tuple[int, ...] = ()) -> Member:
+def member_of(param: FoldParam, stages: tuple[int, ...] = (), replica: bool = False) -> Member:
     """Return a parameter as the other ranks shall see it."""
     shard = param.shard
     place = None if shard is None else shard.place
@@ -48,7 +50,19 @@ def member_of(param: FoldParam, stages: tuple[int, ...] = ()) -> Member:
         param.param.dtype,
         {key: _text(value) for key, value in param.group.items() if key not in _NAMES},
         stages,
+        content_of(param.param) if replica else 0,
     )
+
+
+def content_of(values: torch.Tensor) -> int:
+    """Return a sum over the bits of a tensor, the same in any order of its elements' addition."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    return int(values.detach().contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def code_of(what: str) -> int:
+    """Return a number that stands for a text, the same in every process."""
+    return zlib.crc32(what.encode())
 
 
 def own_limits(params: Sequence[FoldParam]) -> dict[int, Any]:
@@ -75,12 +89,13 @@ def owners_of(entries: Sequence[Entry]) -> dict[tuple[str, tuple[int, int]], lis
     return found
 
 
-def refuse_differences(entries: Sequence[Entry], tied: Collection[str] = ()) -> None:
+def refuse_differences(entries: Sequence[Entry], tied: Collection[str] = (), replicas: bool = False) -> None:
     """Raise if the ranks were asked for different things, or hold parameters that nothing keeps alike.
 
     Args:
         entries: of all ranks.
         tied: names of parameters of which several stages of a pipeline hold copies.
+        replicas: whether each rank holds the whole model, and something averages the gradients.
     """
     for rank, entry in enumerate(entries):
         _refuse_options("fold()", entries[0].options, entry.options, rank)
@@ -91,10 +106,12 @@ def refuse_differences(entries: Sequence[Entry], tied: Collection[str] = ()) -> 
                 "groups on all"
             )
     _refuse_odd_ties(entries, tied)
+    if replicas:
+        _refuse_unequal([entry.members for entry in entries])
     first: dict[str, tuple[int, Member]] = {}
     streams: dict[str, tuple[int, Member]] = {}
     for rank, entry in enumerate(entries):
-        alone = not any(member.spread for member in entry.members)
+        alone = not replicas and not any(member.spread for member in entry.members)
         for member in entry.members:
             where, known = first.setdefault(member.name, (rank, member))
             if known.stages != member.stages and member.name not in tied:
@@ -160,3 +177,21 @@ def _refuse_options(
                 f"{what} has {key}={known.get(key, 'nothing')} on rank {where}, and {key}={given.get(key, 'nothing')} "
                 f"on rank {rank}; give all ranks the same"
             )
+
+
+def _refuse_unequal(members: Sequence[Sequence[Member]]) -> None:
+    """Raise if the ranks hold something else than copies of one model."""
+    first = {member.name: member for member in members[0]}
+    for rank, theirs in enumerate(members):
+        names = {member.name for member in theirs}
+        for name in [*(set(first) - names), *(names - set(first))]:
+            has, lacks = (0, rank) if name in first else (rank, 0)
+            raise FoldError(
+                f"{name}: in the fold of rank {has} and not of rank {lacks}; replicas are the same model on all ranks"
+            )
+        for member in theirs:
+            if member.content != first[member.name].content or member.shape != first[member.name].shape:
+                raise FoldError(
+                    f"{member.name}: its values differ between ranks 0 and {rank}; call gradfold.replicate once the "
+                    "model has its weights (after loading, adding adapters, resizing), and before gradfold.fold"
+                )

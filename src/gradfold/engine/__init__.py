@@ -3,6 +3,7 @@
 from .audit import outside, refuse_other_model
 from .clip_calls import clip_norm_at_step
 from .clipping import norm_from
+from .finish_step import step_rest
 from .gate import Demand
 from .grad_scaler import scaler_is_looking
 from .group_norm import survive_group_norms
@@ -11,7 +12,7 @@ from .loops import unwrapped
 from .param import FoldParam, param_of
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
-from .protocols import Turns
+from .protocols import HeldPart, Reducer, Turns
 from .region import Region
 from .shard import Shard, held, is_spread, part_of
 from .spread import (
@@ -35,8 +36,10 @@ __all__ = [
     "FoldParam",
     "FoldState",
     "GroupStep",
+    "HeldPart",
     "ParamSlice",
     "ParamStepper",
+    "Reducer",
     "Region",
     "Shard",
     "Turns",
@@ -66,6 +69,7 @@ __all__ = [
     "refuse_split_blocks",
     "refuse_wrappers",
     "scaler_is_looking",
+    "step_rest",
     "survive_group_norms",
     "take_back",
     "unwatch_clipping",

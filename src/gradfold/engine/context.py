@@ -14,7 +14,7 @@ from gradfold.backends import Backend
 
 from .backward import Backward
 from .offload import Host
-from .protocols import Optimizer, Ranks, Sharding, Turns
+from .protocols import Optimizer, Ranks, Reducer, Sharding, Turns
 from .segments import Segment
 from .step import Step
 
@@ -32,6 +32,7 @@ class FoldContext(ABC):
         host: copies deferred gradients to host memory, with ``tape="host"``.
         turns: the working set, if there is one.
         ranks: the ranks that step together, if there is more than this one.
+        reducer: averages gradients over ranks that have other tokens, if there are any.
         sharding: how parameters are gathered while modules run, if FSDP2 does so.
         parts: how many parts of the model have backwards of their own: the stages of a pipeline on this rank.
         scale: what gradients are multiplied by before anything else: 1 / micro-batches, where a pipeline's schedule
@@ -59,6 +60,7 @@ class FoldContext(ABC):
         self.host = Host() if options.tape == "host" else None
         self.turns: Turns | None = None
         self.ranks: Ranks | None = None
+        self.reducer: Reducer | None = None
         self.sharding: Sharding | None = None
         self.parts = 1
         self.scale = 1.0
@@ -84,7 +86,9 @@ class FoldContext(ABC):
     @property
     def accumulating(self) -> bool:
         """Whether a backward only adds to the gradient now, so that a later one is the last of its step."""
-        return self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while())
+        if self.contexts > 0 or (self.accumulate_while is not None and self.accumulate_while()):
+            return True
+        return self.reducer is not None and self.reducer.holds_back()
 
     def full(self, parts: Iterable[int]) -> bool:
         """Return whether all backwards of these parts of the model are done that the open step sums."""

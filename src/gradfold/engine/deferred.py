@@ -46,6 +46,7 @@ class DeferredGrads:
         self._terms: list[GradTerm] = []
         self._versions: list[tuple[Tensor, int]] = []
         self.collapsed: Tensor | None = None  # the sum so far, of the weight's shape
+        self.averaged = False  # over ranks that have other tokens, so that nothing may come on top
 
     def __bool__(self) -> bool:
         return bool(self._terms) or self.collapsed is not None

@@ -51,6 +51,8 @@ def finish_step(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
             if power is not None:
                 step.power_sums[one] = power
     step_rest(fold)
+    if fold.reducer is not None:
+        fold.reducer.publish(deferred if not step.nonfinite else [])
     if not captured and (options.on_nonfinite == "raise" or fold.turns or options.clip == "delayed"):
         settle(fold, slices)
     fold.grad_norm = math.nan if step.nonfinite else _norm(fold, slices)

@@ -25,6 +25,7 @@ from .gate import Demand, Gate, ShardGate, demand
 from .owned import is_lent
 from .param_slice import ParamSlice
 from .parameters import refuse_parameter
+from .protocols import HeldPart, Reducer
 from .region import Region
 from .segments import Segment, ask_again, node_in_forward, running_node
 from .shard import Partials, Shard, is_spread, sum_together
@@ -40,8 +41,11 @@ class FoldParam:
         param: the parameter.
         name: its name in the model.
         fold: the fold it belongs to.
-        shard: what this rank holds of it, where it is spread over ranks; None for a plain tensor.
+        shard: what this rank holds of it, or steps of it, where others have the rest; None for a plain tensor.
+        spread: the same, where modules compute with the shard; None for a plain tensor.
         gathered: how it is gathered while it is used, where FSDP2 does so; None: it is not.
+        leaf: what modules and autograd know as the parameter: itself, or what FSDP2 gathers.
+        reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         summed_over: a mesh of ranks that each have a term of its gradient, although it is no DTensor; else None.
@@ -61,7 +65,12 @@ class FoldParam:
         self.name = name
         self.fold = fold
         self.folded = False
-        self.shard = Shard(name, param) if is_spread(param) else None
+        self.shard: HeldPart | None = None
+        self.spread: Shard | None = None
+        self.reducer: Reducer | None = None
+        if is_spread(param):
+            self.shard = self.spread = Shard(name, param)
+        self.leaf: Tensor = param
         self.gathered = None if fold.sharding is None else fold.sharding.of(param)
         self.slices = [self.slice(None)]
         self.summed_over: Any = None
@@ -89,6 +98,11 @@ class FoldParam:
         """What this rank holds of the parameter: all of it, or its shard."""
         return self.param if self.shard is None else self.shard.held
 
+    @property
+    def whole(self) -> Tensor:
+        """That of which its terms are the gradient: what this rank holds, unless others hold parts of a sum."""
+        return self.held if self.reducer is None else self.reducer.whole(self)
+
     # states and gate --------------------------------------------------------------------------------------------------
 
     @property
@@ -115,10 +129,26 @@ class FoldParam:
         self.disarm()
         if self.gathered is None:
             self.gate = Gate(self.param, self, FoldParam.join)
-        else:
+        elif self.reducer is None:
             self.gate = ShardGate(self.param, self, FoldParam.join, self.gathered)
+        elif self.leaf is not self.param:  # else it is not gathered yet
+            self.gate = Gate(self.leaf, self, FoldParam.join)
         ask_again()
         self.allocate()
+
+    def meets(self, weight: Any) -> bool:
+        """Return whether this is the parameter as FSDP2 has gathered it; its gate stands there from then on."""
+        if self.reducer is None or self.gathered is None or weight is not self.gathered.leaf:
+            return False
+        if weight is not self.leaf:
+            self.leaf = weight
+            self.arm_again()
+        return True
+
+    def arm_again(self) -> None:
+        """Set the gate of a trainable parameter on another leaf."""
+        self.disarm()
+        self.arm()
 
     def allocate(self) -> None:
         """Create missing states of its slices and have the backend prepare them, if it is trainable."""
@@ -248,18 +278,18 @@ class FoldParam:
         task = _torch.current_graph_task()
         backward = fold.step.backwards.get(task)
         terms = [] if backward is None else backward.terms.pop(self, [])
-        grad = self.param.grad
+        grad = self.leaf.grad
         if terms:
             self.handed += 1
         if grad is not None:
-            self.param.grad = None
+            self.leaf.grad = None
             self.dense += 1
         if torch.is_grad_enabled():  # under create_graph, not every gradient requires grad itself
             raise FoldError(create_graph(self.name))
         if backward is None:
             backward = fold.enter(task, self)
         alone = backward.parent is None and not fold.step.segments  # no reentrant checkpoints: nothing more can come
-        if (self.shard is not None or self.summed_over is not None) and grad is not None and alone and not terms:
+        if (self.spread is not None or self.summed_over is not None) and grad is not None and alone and not terms:
             if (part := self._partial(grad)) is not None:
                 if self.done:
                     raise FoldError(second_backward(self, self.stepped))
@@ -273,6 +303,8 @@ class FoldParam:
                 if self._fired is step or (step.deferred and self.done):
                     raise FoldError(second_backward(self, self.stepped))
                 self.fire(backward, terms)
+            elif self.reducer is not None:  # other ranks may have some, and wait for this one
+                self.reducer.arrive(self, [])
             return
         self._join_segments(backward, terms)
 
@@ -361,6 +393,9 @@ class FoldParam:
                 terms = [term.written_out() for term in terms]
         if not (step.defers or step.measuring or self.late):
             self._fired = step
+        if self.reducer is not None and step.last:
+            self.reducer.arrive(self, terms)
+            return
         for one in self.slices:
             one.fire(terms)
 
@@ -383,14 +418,14 @@ class FoldParam:
         """Return this rank's part of a gradient that only has to be summed over ranks; None for any other."""
         if self.summed_over is not None:
             return Partials.over(self.summed_over, grad)
-        return None if self.shard is None else self.shard.partial(grad)
+        return None if self.spread is None else self.spread.partial(grad)
 
     def _summed(self, grad: Tensor) -> Tensor:
         return sum_together([Partials.over(self.summed_over, grad)])[0]
 
     def _checked(self, grad: Tensor) -> Tensor:
-        if self.shard is not None:
-            return self.shard.gradient(grad)
+        if self.spread is not None:
+            return self.spread.gradient(grad)
         if self.summed_over is not None:
             return self._summed(grad)
         if grad.layout != torch.strided:

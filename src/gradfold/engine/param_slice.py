@@ -24,8 +24,9 @@ from gradfold.errors import FoldError
 
 from .context import FoldContext
 from .deferred import DeferredGrads
+from .protocols import HeldPart
 from .region import Region
-from .shard import Shard
+from .shard import is_spread
 from .step import Step
 from .stepper import GroupStep, ParamStepper, plainly
 
@@ -40,7 +41,7 @@ class ParamSlice(ParamStepper):
         name: str,
         region: Region | None = None,
         draw: str = "",
-        shard: Shard | None = None,
+        shard: HeldPart | None = None,
     ):
         super().__init__(param, fold.optimizer, fold.backend, region, draw, shard)
         self.fold = fold
@@ -101,7 +102,12 @@ class ParamSlice(ParamStepper):
         kept = step.deferred.get(self)
         if kept is None:
             kept = step.deferred[self] = DeferredGrads(
-                self.name, self.held, self.region, fold.backend, step.holders, step.copies, fold.host
+                self.name, self.owner.whole, self.region, fold.backend, step.holders, step.copies, fold.host
+            )
+        elif kept.averaged:
+            raise FoldError(
+                f"{self.name}: a backward inside accumulating() after the last one of its step, whose gradient has "
+                "been averaged over the ranks; call optimizer.step() first"
             )
         kept.add(terms)
 
@@ -115,12 +121,40 @@ class ParamSlice(ParamStepper):
         kept.collapsed = kept.collapsed.to(accumulation_dtype(self.param.dtype)).contiguous()
         return kept.collapsed
 
+    def keep(self, terms: list[GradTerm]) -> None:
+        """Keep terms of the whole parameter until ``optimizer.step()``."""
+        self._defer(terms if self.region is None else [self.region.of_term(term) for term in terms])
+
+    def use(self, terms: list[GradTerm]) -> None:
+        """Step with the sum of these terms, which is complete, or take its norm, as the open step wants."""
+        step = self.fold.step
+        if step.measuring:
+            self._measure(terms)
+        else:
+            self.take_step(terms, step.guarded)
+
+    def keep_averaged(self, grad: Tensor) -> None:
+        """Keep the average over ranks of this gradient, of the shape of ``view``, until ``optimizer.step()``."""
+        fold, step = self.fold, self.fold.step
+        kept = step.deferred[self] = DeferredGrads(
+            self.name, self.held, self.region, fold.backend, step.holders, step.copies, fold.host
+        )
+        kept.averaged = True
+        term = DenseTerm(grad)
+        term.owned = True
+        kept.add([term])
+
     def add_late(self, grad: Tensor) -> None:
         """Keep a gradient of the whole parameter that autograd wrote before the gate was there."""
-        self._defer([self._term_of(grad)])
+        if self.owner.reducer is not None and is_spread(grad):  # FSDP2 has averaged it
+            self.keep_averaged(self.shard.gradient(grad))  # type: ignore[union-attr]
+        else:
+            self._defer([self._term_of(grad)])
 
     def _term_of(self, grad: Tensor) -> GradTerm:
-        term = DenseTerm(grad if self.shard is None else self.shard.gradient(grad))
+        if self.owner.spread is not None or is_spread(grad):
+            grad = self.shard.gradient(grad)  # type: ignore[union-attr]
+        term = DenseTerm(grad)
         return term if self.region is None else self.region.of_term(term)
 
     def _measure(self, terms: list[GradTerm]) -> None:

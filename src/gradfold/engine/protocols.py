@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from gradfold.backends import GradTerm, Place
 from gradfold.rules import Rule
 
 from .region import Region
@@ -102,6 +103,83 @@ class Ranks(Protocol):
 
     def join(self, params: Sequence[Any], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
+        ...
+
+
+class HeldPart(Protocol):
+    """The part of a parameter that this rank holds, or steps; other ranks have the rest."""
+
+    placements: tuple[Any, ...]
+    mesh: Any
+    place: Place | None
+
+    @property
+    def held(self) -> Tensor:
+        """The values of the part, in the parameter's memory on this rank."""
+        ...
+
+    def place_of(self, place: Place | None) -> Place | None:
+        """Return where a slice of the part lies in the whole parameter; None stands for all of it."""
+        ...
+
+
+class Reducer(Protocol):
+    """Averages gradients over ranks that have other tokens, and steps with the average (``gradfold.dist``)."""
+
+    def adopt(self, param: Any) -> None:
+        """Take a parameter (``FoldParam``) of the fold, before its gate is set."""
+        ...
+
+    def takes(self, param: Any) -> bool:
+        """Return whether the terms of a parameter that FSDP2 gathers are averaged here, not its gradient by FSDP2."""
+        ...
+
+    def scratch_tensors(self) -> Sequence[Tensor]:
+        """Return the memory for messages that is held now."""
+        ...
+
+    def holds_back(self) -> bool:
+        """Return whether FSDP2 was told not to sum the gradients of this backward yet."""
+        ...
+
+    def refuse_paused_step(self) -> None:
+        """Raise if nothing averages gradients that autograd writes out."""
+        ...
+
+    def whole(self, param: Any) -> Tensor:
+        """Return that of which a parameter's terms on this rank are the gradient."""
+        ...
+
+    def whole_states(self, states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """Return the states of parameters, of which ranks may keep shares, whole; all ranks must ask."""
+        ...
+
+    def own_states(self, param: Any, states: dict[str, Any]) -> dict[str, Any]:
+        """Return what this rank keeps of a parameter's whole states."""
+        ...
+
+    def begin(self) -> None:
+        """Agree with the other ranks on what is averaged, as the last backward of a step begins."""
+        ...
+
+    def arrive(self, param: Any, terms: list[GradTerm]) -> None:
+        """Take all that the running backward brings a parameter."""
+        ...
+
+    def finish(self) -> None:
+        """Average what is left, as the last backward of a step ends."""
+        ...
+
+    def settle(self) -> None:
+        """Average what waits for ``optimizer.step()`` and has not been averaged yet."""
+        ...
+
+    def publish(self, slices: Sequence[Any]) -> None:
+        """Let all ranks have the new values of what has stepped in ``optimizer.step()``."""
+        ...
+
+    def abort(self, error: BaseException) -> None:
+        """Let the others go, which wait for this rank's part of an average: there will be none."""
         ...
 
 

@@ -66,6 +66,8 @@ class FoldState(FoldContext):
     def claim(self, name: str, param: Parameter) -> FoldParam:
         """Add a parameter to the fold; it gets its gate and states when it is armed."""
         made = self.params[id(param)] = FoldParam(param, name, self)
+        if self.reducer is not None:
+            self.reducer.adopt(made)
         return made
 
     def release(self) -> None:
@@ -221,6 +223,8 @@ class FoldState(FoldContext):
             step.copies.given = given_gradients()
         if step.segments:
             step.outer_due = {param for param in self.params.values() if param.demand() is Demand.STEP}
+        if self.reducer is not None and step.last:
+            self.reducer.begin()
         return Backward(None, None, self.accumulating, True, part)
 
     def _plan(self) -> None:
@@ -258,6 +262,10 @@ class FoldState(FoldContext):
         if parent is None:
             self._sum_rest(backward)
             self._flush(backward)
+            if self.reducer is not None:
+                backward.running = True  # until all ranks have what it brings
+                self.reducer.finish()
+                backward.running = False
             step_rest(self)
             step.counts[backward.part] += not self.accumulating  # backwards inside it come on top of ``accumulate``
             if step.moved:
@@ -382,6 +390,8 @@ class FoldState(FoldContext):
         self._plan()
         self._flush()
         self._take_late()
+        if self.reducer is not None:
+            self.reducer.settle()
 
     def _take_late(self) -> None:
         for param in list(unhooked_gradients(self.params.values())):
@@ -465,6 +475,8 @@ class FoldState(FoldContext):
         try:
             if changed:
                 raise FoldError(changed_since(changed))
+            if self.reducer is not None:
+                self.reducer.settle()
             finish_step(self, self.slices())
         finally:
             self.last_step = weakref.ref(step)
@@ -482,4 +494,4 @@ class FoldState(FoldContext):
 
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""
-        return self.params.get(id(bias)) if self.backend.steps_biases else None
+        return self.params.get(id(bias)) if self.backend.steps_biases and self.reducer is None else None

@@ -63,6 +63,7 @@ class Step:
         clipped: what calls between backward and ``optimizer.step()`` have scaled gradients by, as their caller sees it.
         asked: the last of these calls that clips what the fold does not clip by itself; empty if there is none.
         follows: whether the step before was closed, and nothing has cleared its gradients yet, where there are any.
+        told: whether all ranks know that one of them has failed in it.
         bounded: whether the caller takes the elements of gradients for clipped.
     """
 
@@ -104,6 +105,7 @@ class Step:
         self.asked = ""
         self.bounded = False
         self.follows = False
+        self.told = False
         self._groups: dict[int, GroupStep] = {}  # id of a parameter -> its group
 
     # what param_groups say ------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
 from gradfold.rules import Group, Rule, number, on_device
 
-from .protocols import Optimizer
+from .protocols import HeldPart, Optimizer
 from .region import Region, RegionStates
-from .shard import Shard
 from .spread import refuse_split_blocks
 from .storage import (
     OPTIONS,
@@ -93,7 +92,7 @@ class ParamStepper:
         backend: Backend,
         region: Region | None = None,
         draw: str = "",
-        shard: Shard | None = None,
+        shard: HeldPart | None = None,
     ):
         self.param = param
         self.shard = shard  # of a parameter that is spread over ranks

@@ -59,7 +59,7 @@ def way_out_of(wrapper: str) -> str:
         return "shard the model by FSDP2 (torch.distributed.fsdp.fully_shard) before folding it"
     if wrapper == "DataParallel":
         return "train the folded model on one device, or one process for each, with gradfold.replicate(model, mesh)"
-    return "leave it out and call gradfold.replicate(model, mesh) on the folded model"
+    return "leave it out, and call gradfold.replicate(model, mesh) before gradfold.fold"
 
 
 def wrapper_of(model: nn.Module) -> str | None:

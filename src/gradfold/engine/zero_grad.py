@@ -124,7 +124,10 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
         why = "its backward raised, and" if step.running else "its gradients waited for optimizer.step(), and"
         error = FoldError(f"{why} zero_grad() has dropped the step")
         error.__context__ = sys.exception()
-        fold.ranks.fail(error)
+        if not step.told:
+            if step.running and fold.reducer is not None:
+                fold.reducer.abort(error)
+            fold.ranks.fail(error)
         fold.ranks.next_step()
     fold.new_step()
 
@@ -153,7 +156,7 @@ def add_zeros(fold: FoldContext) -> None:
         sleeps = fold.turns is not None and not member.param.requires_grad
         if not (sleeps or member.stepped or member.defers):
             for one in member.slices:
-                one.add_late(torch.zeros_like(member.held))
+                one.add_late(torch.zeros_like(member.whole))
 
 
 def write_zeros(fold: FoldContext) -> list[tuple[FoldParam, Tensor, int]]:

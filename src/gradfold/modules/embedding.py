@@ -41,14 +41,14 @@ class FoldedLookup(torch.autograd.Function):
         if type(dY) is not Tensor:
             dY = _torch.completed(dY)
         if demand is Demand.STEP:
-            shard = ctx.param.shard
-            if shard is None:
+            spread = ctx.param.spread
+            if spread is None:
                 term = GatherTerm(held(ids), dY, ctx.padding_idx)
             else:
-                term = shard.gather(ids, dY, ctx.padding_idx)
+                term = spread.gather(ids, dY, ctx.padding_idx)
             ctx.param.hand(term, ctx)
         elif demand is Demand.CAPTURE:
-            if ctx.param.shard is not None:
+            if ctx.param.spread is not None:
                 padding = -1 if ctx.padding_idx is None else ctx.padding_idx
                 return None, torch.ops.aten.embedding_dense_backward(dY, ids, ctx.rows, padding, False), None, None
             grad = rows(dY)  # [T, H]
@@ -66,4 +66,4 @@ class FoldedEmbedding(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
             return super().forward(input)  # type: ignore[misc]
-        return FoldedLookup.apply(input, param.param, self.padding_idx, param)  # type: ignore[attr-defined]
+        return FoldedLookup.apply(input, param.leaf, self.padding_idx, param)  # type: ignore[attr-defined]

@@ -35,11 +35,11 @@ class FoldedMatmul(torch.autograd.Function):
             with torch.autocast(param.device_type, enabled=False):
                 x = _autocast(x, dtype)
                 bias = None if bias is None else _autocast(bias, dtype)
-                if param.shard is None:
+                if param.spread is None:
                     y = _affine(x, _autocast(weight, dtype), bias, cls.transposed)
                 else:
                     y = _spread_affine(x, _autocast(weight, dtype), bias, cls.transposed)
-        elif param.shard is not None:
+        elif param.spread is not None:
             y = _spread_affine(x, weight, bias, cls.transposed)
         elif x.dtype.itemsize == 2 or cls.transposed:
             y = _affine(x, weight, bias, cls.transposed)
@@ -85,11 +85,11 @@ def _backward(
         w = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
         if transposed:
             w = w.t()
-        plain = dY.dtype.itemsize != 2 or ctx.param.shard is not None or torch.is_grad_enabled()
+        plain = dY.dtype.itemsize != 2 or ctx.param.spread is not None or torch.is_grad_enabled()
         dX = dY @ w if plain else multiply(dY, w)  # [*, K]
     along = False
-    if demand is Demand.STEP and ctx.param.shard is not None:
-        ctx.param.hand(ctx.param.shard.matmul(*((x, dY) if transposed else (dY, x)), transposed=transposed), ctx)
+    if demand is Demand.STEP and ctx.param.spread is not None:
+        ctx.param.hand(ctx.param.spread.matmul(*((x, dY) if transposed else (dY, x)), transposed=transposed), ctx)
     elif demand is not Demand.NOTHING:
         dY2 = dY if dY.dim() == 2 else rows(dY)  # [T, N]
         x2 = x if x.dim() == 2 else rows(x)  # [T, K]
@@ -132,7 +132,7 @@ class FoldedLinear(Folded):
         own = _torch.own_parameters(self)  # type: ignore[arg-type]
         if "bias" not in own:  # parametrized
             own = {"bias": self.bias}  # type: ignore[attr-defined]
-        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.param, param)
+        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.leaf, param)
 
 
 class FoldedConv1D(Folded):
@@ -143,4 +143,4 @@ class FoldedConv1D(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.param, param)  # type: ignore[attr-defined]
+        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.leaf, param)  # type: ignore[attr-defined]

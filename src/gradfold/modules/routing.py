@@ -27,7 +27,9 @@ def routed(module: nn.Module) -> FoldParam | None:
     if _torch.active_ddp() is not None:
         refuse_ddp()
     weight = _torch.own_parameters(module).get("weight")
-    if weight is None or weight is not param.param:  # parametrized, functional_call, replaced, or sharded by a wrapper
+    if weight is not param.leaf and (
+        weight is None or not param.meets(weight)
+    ):  # parametrized, functional_call, replaced, or sharded by a wrapper
         refuse_replica(module)
         param.fold.look()
         return None
@@ -77,7 +79,7 @@ class Folded:
         found = super().__getattr__(name)  # type: ignore[misc]
         if name == "weight" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             param: FoldParam | None = self.__dict__.get(FOLD_PARAM)
-            if param is not None and found is param.param and found.requires_grad:
+            if param is not None and found is param.leaf and found.requires_grad:
                 param.first_pass()  # by code that is not folded: the checkpoint around it will read it again
         return found
 

@@ -155,7 +155,8 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
         module.__class__ = _folded_class(type(module), folding)
         if cell is not None:
             redirect(module, cell)
-        param.folded = param.gathered is None  # else forward uses what FSDP2 has gathered
+        # of what FSDP2 gathers the whole gradient comes, unless it is reduced here
+        param.folded = param.gathered is None or (param.fold.reducer is not None and param.fold.reducer.takes(param))
         if in_own_forward(module):
             param.read_unseen = True  # it may also read the weight itself
     return [*(module for module, _, _ in chosen), *summing]

@@ -133,6 +133,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is None or self._fold.paused:
             if self._fold is not None:
                 self._fold.require_closed("optimizer.step() inside fold.paused()")
+                if self._fold.reducer is not None:
+                    self._fold.reducer.refuse_paused_step()
             stepping = [param for param in self._params if param.grad is not None]
             if self._fold is None:
                 self._refuse_slices(stepping)
@@ -354,6 +356,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             FoldError: in the middle of a step.
         """
         packed = self._packed()
+        if (whole := self._gathered()) is not None:
+            packed["state"] = {index: whole[param] for index, param in enumerate(self._params) if param in whole}
         if self._turns is not None:
             for index, param in enumerate(self._params):
                 if states := self._turns.states(param):
@@ -396,9 +400,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             FoldError: in the middle of a step, or slices of a parameter have stepped unequally often.
         """
-        packed = self._packed()
+        packed, whole = self._packed(), self._gathered()
         for index, param in enumerate(self._params):
-            if joined := self._plain_states(param, str(index)):
+            if joined := self._plain_states(param, str(index), whole):
                 packed["state"][index] = joined
             else:
                 packed["state"].pop(index, None)
@@ -407,11 +411,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         packed["param_groups"] = [{k: v for k, v in g.items() if k not in ours} for g in packed["param_groups"]]
         return packed
 
-    def _plain_states(self, param: Parameter, name: str) -> dict[str, Any]:
-        """Return one parameter's states as torch keeps them."""
+    def _gathered(self) -> dict[Parameter, dict[str, Any]] | None:
+        """Return the whole states of all parameters, where each rank keeps a share of them; None where none does."""
+        if self._fold is None or self._fold.reducer is None or self._turns is not None:
+            return None
+        return self._fold.reducer.whole_states(self.state)
+
+    def _plain_states(
+        self, param: Parameter, name: str, whole: dict[Parameter, dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """Return one parameter's states as torch keeps them; ``whole``: those of all, where ranks keep shares."""
         storage = storage_of(param, self.rule, self.group_of(param))
         found = []
-        for region, states in self.slices_of(param):
+        for region, states in self.slices_of(param) if whole is None else [(None, whole.get(param, {}))]:
             found.append((region, plain_states(view(param, region), states, storage, self.rule)))
         return join(f"parameter {name}", held(param).detach(), found, self.rule)
 
@@ -567,6 +579,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         placed = begins_lazily(placed, storage, self.rule)
         if group.get("capturable"):  # counted where a CUDA graph counts
             placed |= {name: placed[name].to(param.device) for name in storage.counters(self.rule) if name in placed}
+        if self._fold is not None and self._fold.reducer is not None and region is None:
+            placed = self._fold.reducer.own_states(param, placed)
         return named(placed, region)
 
     def __getstate__(self) -> dict[str, Any]:
