@@ -238,22 +238,23 @@ def test_dropped_steps(two):
     assert max(away, same) <= 1e-11
 
 
-def never_comes():
+def never_comes(done):
     group = dist.new_group(timeout=datetime.timedelta(seconds=LIMIT_S))
     model, optimizer, fold = folded(group=group)
     take(model, optimizer, fold, 0)
     backward(model, fold, 1)
-    begun = time.monotonic()
     if dist.get_rank() == 1:
-        time.sleep(LIMIT_S + 4)
-    return said(optimizer.step), time.monotonic() - begun
+        while not done.exists():  # it comes when the other has given up
+            time.sleep(0.1)
+    raised = said(optimizer.step)
+    done.touch()
+    return raised
 
 
-def test_rank_that_never_comes(two):
-    (first, waited), (second, _) = two.run(never_comes)
+def test_rank_that_never_comes(two, tmp_path):
+    first, second = two.run(never_comes, tmp_path / "done")
     assert first.startswith(f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s; weights ")
-    assert LIMIT_S <= waited < LIMIT_S + 4
-    assert second  # it is too late for it, too
+    assert second.startswith("FoldError: ")  # it is too late for it, too
 
 
 def dies():
@@ -270,7 +271,7 @@ def dies():
 
 def test_rank_that_dies():
     world = World(2, method="fork")
-    with pytest.raises(RankError, match=r"after [0-6] s: FoldError: optimizer.step\(\) of step 1: rank 1 has left"):
+    with pytest.raises(RankError, match=r"after [0-9] s: FoldError: optimizer.step\(\) of step 1: rank 1 has left"):
         world.run(dies)
 
 
