@@ -148,13 +148,13 @@ class Ranks:
                 name = self._names[rank][int(number)] if number >= 0 else "a parameter"
                 if name not in bad:
                     bad.append(f"{name} on rank {rank}")
-        if len(self._copies) and copies is not None and (moved or not bad):
-            total = norm_from(_summed(list(summed.values()), order), order)
-            self._copies.refuse_drift(found[:, _HEAD + self._pools :], order, total, moved)
         if self._suspect and values is not None:
             mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
             self._copies.refuse_apart(self._exchange.numbers(mine, f"{what}: copies")[:, _HEAD + self._pools :])
             self._suspect = False
+        if len(self._copies) and copies is not None and (moved or not bad):
+            total = norm_from(_summed(list(summed.values()), order), order)
+            self._copies.refuse_drift(found[:, _HEAD + self._pools :], order, total, moved)
         return summed, bad
 
     def _number(self, name: str) -> int:
