@@ -136,10 +136,15 @@ def test_rank_that_raises_in_backward(two):
 def half_stepped():
     """Rank 1 raises in a backward in which weights step: copies have moved on one rank only, and are found to differ."""
     model, optimizer, fold = folded()
-    kept = held(model)
+    kept, states = held(model), [{k: t.clone() for k, t in optimizer.state[p].items()} for p in model.parameters()]
     hook = model.register_forward_hook(lambda module, args, loss: Poison.apply(loss, fails))
-    raised = said(lambda: backward(model, fold, 0))
-    first = said(optimizer.zero_grad if raised else optimizer.step)
+    raised = ""
+    try:  # on rank 1 it raises before anything of the fold is reached
+        backward(model, fold, 0)
+    except ValueError as error:
+        raised = f"ValueError: {error}"
+        optimizer.zero_grad()
+    first = "" if raised else said(optimizer.step)
     hook.remove()
     optimizer.zero_grad()
     said_now = [said(lambda step=step: take(model, optimizer, fold, step)) for step in (1, 2)]
@@ -147,6 +152,9 @@ def half_stepped():
     with torch.no_grad():  # the last checkpoint
         for name, param in model.named_parameters():
             getattr(param, "_local_tensor", param).copy_(kept[name])
+        for param, before in zip(model.parameters(), states, strict=True):
+            for key, value in before.items():
+                optimizer.state[param][key].copy_(value)
     said_now.append(said(lambda: take(model, optimizer, fold, 3)))
     fold.remove()
     return raised, first, said_now
@@ -155,7 +163,8 @@ def half_stepped():
 def test_copies_after_a_step_that_failed(two):
     (_, first, said_by_first), (raised, _, said_by_second) = two.run(half_stepped)
     assert raised == "ValueError: no such batch"
-    assert "weights have stepped inside backward, and may not have on all ranks" in first
+    assert first.startswith("FoldError: rank 1 has failed in this step: FoldError: after its forward had begun,"), first
+    assert "(after ValueError: no such batch); weights have stepped inside backward, and may not have on all" in first
     for *differ, after in (said_by_first, said_by_second):
         for one in differ:
             assert one.startswith("FoldError: scale: its copies on ranks 0, 1 have been different since a step"), one
@@ -232,22 +241,23 @@ def test_dropped_steps(two):
     assert max(away, same) <= 1e-11
 
 
-def never_comes():
+def never_comes(done):
     group = dist.new_group(timeout=datetime.timedelta(seconds=LIMIT_S))
     model, optimizer, fold = folded(group=group)
     take(model, optimizer, fold, 0)
     backward(model, fold, 1)
-    begun = time.monotonic()
     if dist.get_rank() == 1:
-        time.sleep(LIMIT_S + 4)
-    return said(optimizer.step), time.monotonic() - begun
+        while not done.exists():  # it comes when the other has given up
+            time.sleep(0.1)
+    raised = said(optimizer.step)
+    done.touch()
+    return raised
 
 
-def test_rank_that_never_comes(two):
-    (first, waited), (second, _) = two.run(never_comes)
+def test_rank_that_never_comes(two, tmp_path):
+    first, second = two.run(never_comes, tmp_path / "done")
     assert first.startswith(f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s; weights ")
-    assert LIMIT_S <= waited < LIMIT_S + 4
-    assert second  # it is too late for it, too
+    assert second.startswith("FoldError: ")  # it is too late for it, too
 
 
 def dies():
@@ -264,7 +274,7 @@ def dies():
 
 def test_rank_that_dies():
     world = World(2, method="fork")
-    with pytest.raises(RankError, match=r"after [0-6] s: FoldError: optimizer.step\(\) of step 1: rank 1 has left"):
+    with pytest.raises(RankError, match=r"after [0-9] s: FoldError: optimizer.step\(\) of step 1: rank 1 has left"):
         world.run(dies)
 
 

@@ -203,14 +203,14 @@ class Ranks:
                 name = self._names[rank][int(number)] if number >= 0 else "a parameter"
                 if name not in bad:
                     bad.append(f"{name} on rank {rank}")
+        if self._suspect and values is not None:
+            mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
+            theirs = self._exchange.numbers(mine, f"{what}: copies")
+            self._copies.refuse_apart(theirs[:, _HEAD + self._pools :][:, : len(self._copies)])
+            self._suspect = False
         if len(self._copies) and copies is not None and (moved or not bad):
             total = norm_from(_summed(list(summed.values()), order), order)
             self._copies.refuse_drift(found[:, _HEAD + self._pools :][:, : len(self._copies)], order, total, moved)
-        if self._suspect and values is not None:
-            mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
-            found = self._exchange.numbers(mine, f"{what}: copies")
-            self._copies.refuse_apart(found[:, _HEAD + self._pools :][:, : len(self._copies)])
-            self._suspect = False
         return summed, bad
 
     def _number(self, name: str) -> int:

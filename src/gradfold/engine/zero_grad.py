@@ -119,17 +119,30 @@ def drop(fold: FoldContext, members: Collection[FoldParam] | None = None) -> Non
                     if (kept := step.deferred.pop(one, None)) is not None:
                         kept.take()
             return
-    if fold.ranks is not None and (step.running or step.open):
-        # the others wait for its vote in optimizer.step(), unless they drop the step, too
-        why = "its backward raised, and" if step.running else "its gradients waited for optimizer.step(), and"
-        error = FoldError(f"{why} zero_grad() has dropped the step")
-        error.__context__ = sys.exception()
-        if not step.told:
-            if step.running and fold.reducer is not None:
-                fold.reducer.abort(error)
-            fold.ranks.fail(error)
-        fold.ranks.next_step()
+    if fold.ranks is not None:
+        _tell_others(fold)
     fold.new_step()
+
+
+def _tell_others(fold: FoldContext) -> None:
+    """Let the other ranks know if a step is dropped: they wait for its vote in ``step()``, unless they drop it, too."""
+    step, ranks, raised = fold.step, fold.ranks, sys.exception()
+    if step.running:
+        why = "its backward raised, and"
+    elif step.open:
+        why = "its gradients waited for optimizer.step(), and"
+    elif step.looked and raised is not None:  # in an except clause, after a forward, or a backward above the fold
+        why = "after its forward had begun,"
+    else:
+        return
+    error = FoldError(f"{why} zero_grad() has dropped the step")
+    error.__context__ = raised
+    assert ranks is not None
+    if not step.told:
+        if step.running and fold.reducer is not None:
+            fold.reducer.abort(error)
+        ranks.fail(error)
+    ranks.next_step()
 
 
 def note_zeros(fold: FoldContext, members: Collection[FoldParam], set_to_none: bool) -> None:
