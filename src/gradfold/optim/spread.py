@@ -158,8 +158,9 @@ def initial_states(fold: FoldState, param: Parameter) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     member = fold.params[id(param)]
+    known = fold.optimizer.state.get(param, {})
     for one in member.slices:
-        if STEP in one.states:  # where it is 0, it tells that the others have not begun
+        if one.key(STEP) in known:  # where it is 0, it tells that the others have not begun
             found |= {one.key(key): value for key, value in one.lazy.items()}
     optimizer: Any = fold.optimizer
     for one in () if fold.turns is None else fold.turns.unborn(param):  # slices that have not been awake

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gradfold._io import FolderLock
 from gradfold.codecs import WEIGHT
 from gradfold.engine import FoldParam, FoldState, ParamSlice, Region, how_spread, largest_part
+from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 
 from .config import WorkingSet
@@ -409,15 +410,22 @@ class Rotation(Layout):
             saved: what ``state_dict()`` returned.
             there: tells whether there are states of a slice.
         """
-        optimizer = self.fold.optimizer
-        if saved is None or self.config.states != "keep":
+        rule = self.fold.optimizer.rule
+        if saved is None:
             return
+
+        def kept(member: FoldParam) -> bool:
+            """Return whether something is kept of it while it sleeps."""
+            if self.config.states == "keep" and any(not spec.lazy for spec in rule.states(member.group)):
+                return True
+            return bool(storage_of(member.param, rule, member.group).residuals())
+
         for index, last in enumerate(saved["schedule"]["last"]):
             slices = [
                 (member, region)
                 for member, regions in self.slices.items()
                 for chunk, region in regions
-                if chunk == index and any(not spec.lazy for spec in optimizer.rule.states(member.group))
+                if chunk == index and kept(member)
             ]
             if last >= 0 and slices and not any(there(member.param, region) for member, region in slices):
                 raise ValueError(
@@ -429,8 +437,8 @@ class Rotation(Layout):
     def unborn(self, param: nn.Parameter) -> list[ParamSlice]:
         """Return the slices of a parameter that have no states yet, and will get some when they wake."""
         member = self.fold.params.get(id(param))
-        if member not in self.slices or member in self.frozen:
-            return []
+        if member not in self.slices or member in self.frozen or self.config.states == "reset":
+            return []  # "reset": they begin anew as they wake
         known = self.states(param)
         asleep = [region for index, region in self.slices[member] if index != self.schedule.index]
         slices = [member.slice(region) for region in asleep]
