@@ -159,7 +159,7 @@ def test_as_on_one_process(two):
 @pytest.mark.slow
 def test_as_on_one_process_each_way(two, four):
     for world in (two, four):
-        check(world.run(several, WAYS))
+        check(world.run(several, WAYS, timeout_s=600.0))
 
 
 MODELS = {
@@ -180,7 +180,7 @@ def test_models_and_meshes(two):
 
 @pytest.mark.slow
 def test_models_and_meshes_each(two, four):
-    check(two.run(several, list(MODELS.values())))
+    check(two.run(several, list(MODELS.values()), timeout_s=600.0))
     more = [case for name, case in MODELS.items() if "mesh" not in case]
     more += [
         {
@@ -193,7 +193,7 @@ def test_models_and_meshes_each(two, four):
         for reshard in (True, False)
         for clip, accumulate in ((None, 1), (0.05, 2))
     ]
-    check(four.run(several, more))
+    check(four.run(several, more, timeout_s=600.0))
 
 
 @pytest.mark.slow
@@ -408,7 +408,7 @@ def numbers(shapes):
 
 @pytest.mark.slow
 def test_where_the_elements_of_a_strided_shard_lie(four):
-    for rank in four.run(numbers, [(8, 6), (10, 6), (9, 7), (5, 3), (3, 5), (1, 4)]):
+    for rank in four.run(numbers, [(8, 6), (10, 6), (9, 7), (5, 3), (3, 5), (1, 4)], log=False):  # unequal shards
         for wrong, kinds in rank:
             assert not wrong
             assert kinds == {"_StridedShard", "Shard"}

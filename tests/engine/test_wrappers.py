@@ -92,6 +92,28 @@ def test_fully_shard_after_folding():
     fold.remove()
 
 
+def test_a_part_under_fully_shard():
+    """Autograd is done, and has told so, before FSDP2 has summed the gradients of its outermost module."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, model = twins(mlp)
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+    pairs = (
+        (plain, torch.optim.SGD(plain.parameters(), lr=0.1)),
+        (model, gradfold.SGD(model.named_parameters(), lr=0.1)),
+    )
+    gradfold.fold(*pairs[1])
+    for _ in range(2):
+        for one, optimizer in pairs:
+            one(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for theirs, mine in zip(plain.parameters(), model.parameters(), strict=True):
+        whole = mine.full_tensor() if hasattr(mine, "full_tensor") else mine
+        assert torch.allclose(whole, theirs, rtol=0, atol=1e-14)
+
+
 def test_a_forward_under_fully_shard_is_refused_after_one_that_raised():
     """FSDP2 itself does not go on after a forward that raised, unless it is told to forget it."""
     _, model = twins(mlp)
