@@ -39,7 +39,7 @@ from gradfold.rules import Rule
 
 from .convert import lost_in_fp16, place, plain_states, underflowed
 from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
-from .spread import begins_lazily, initial_states, read_states, spread
+from .sharded import begins_lazily, initial_states, read_states, spread
 from .upgrade import refuse_cast, refuse_newer, stamped, unstamped
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so

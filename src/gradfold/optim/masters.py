@@ -14,7 +14,7 @@ from gradfold.engine.storage import storage_of
 
 from .base import RuleOptimizer
 from .slices import view
-from .spread import collected, parts_here
+from .sharded import collected, parts_here
 
 RESIDUAL = "weight.residual"
 
