@@ -39,6 +39,16 @@ def test_both_answers_of_a_preference_stay_together():
     assert [part.targets for part in parts] == [2, 2]
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_rows_that_do_not_divide(rows):
+    batch = whole_batch(rows)
+    parts = [rank(number, 4).part_of(batch) for number in range(4)]
+    assert sum(part.targets for part in parts) == batch.targets
+    assert all(len(part.input_ids) and (part.labels[:, 1:] != IGNORED).any() for part in parts)
+    counted = [part.input_ids for part in parts if part.targets]
+    assert np.array_equal(np.concatenate(counted), batch.input_ids)
+
+
 def test_tensor_parallelism_needs_the_whole_batch_everywhere():
     batch = whole_batch()
     assert rank(1, 2, "tp").part_of(batch) is batch

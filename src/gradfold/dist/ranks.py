@@ -203,7 +203,7 @@ class Ranks:
                 name = self._names[rank][int(number)] if number >= 0 else "a parameter"
                 if name not in bad:
                     bad.append(f"{name} on rank {rank}")
-        if self._suspect and values is not None:
+        if self._suspect and values is not None and len(self._copies):
             mine = [0.0] * (_HEAD + self._pools) + self._copies.row(values())
             theirs = self._exchange.numbers(mine, f"{what}: copies")
             self._copies.refuse_apart(theirs[:, _HEAD + self._pools :][:, : len(self._copies)])

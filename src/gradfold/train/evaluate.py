@@ -41,17 +41,13 @@ def held_out_loss(run: Run, stop: Callable[[], bool]) -> float | None:
         for batch in data.held_out_batches():
             if stop():
                 return None
-            part = batch
-            if ranks is not None and len(batch.input_ids) % (ranks.shares * (2 if data.paired else 1)) == 0:
-                part = ranks.part_of(batch, data.paired)  # else all ranks measure all of it
-            if part.targets:
-                total += objective.loss(model, objective.inputs(part, run.device)).item() * part.targets
-            else:
-                objective.loss(model, objective.inputs(part, run.device))  # other ranks need this one's part of weights
+            part = batch if ranks is None else ranks.part_of(batch, data.paired)
+            # where a part has no targets, other ranks still need this one's part of the weights
+            total += objective.loss(model, objective.inputs(part, run.device)).item() * part.targets
             targets += part.targets
     objective.figures()  # those of a measurement are not a step's
     if ranks is not None:
-        total, targets = ranks.sums([total, targets])
+        total, targets = ranks.sums([total, targets])  # under tensor parallelism both count each batch ``size`` times
     return total / targets
 
 

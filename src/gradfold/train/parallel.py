@@ -55,7 +55,7 @@ class Ranks:
         return 1 if self.kind == "tp" else self.size
 
     def part_of(self, batch: Batch, paired: bool = False) -> Batch:
-        """This rank's rows of a batch, whose number divides by the number of ranks.
+        """This rank's rows of a batch: of one with fewer rows than ranks some have a row that counts for nothing.
 
         Args:
             batch: the whole.
@@ -66,9 +66,12 @@ class Ranks:
         halves = 2 if paired else 1
         count = len(batch.input_ids) // halves
         mine = np.arange(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        idle = not len(mine)  # it takes part in what the ranks do together
+        if idle:
+            mine = np.zeros(1, dtype=np.int64)
         rows = np.concatenate([mine + half * count for half in range(halves)])
         labels = batch.labels[rows]
-        targets = len(mine) if paired else int((labels[:, 1:] != IGNORED).sum())
+        targets = 0 if idle else len(mine) if paired else int((labels[:, 1:] != IGNORED).sum())
         reference = None if batch.reference is None else batch.reference[rows]
         return Batch(batch.input_ids[rows], labels, batch.position_ids[rows], batch.tokens, targets, reference)
 

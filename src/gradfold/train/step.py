@@ -57,8 +57,6 @@ def _backward(run: Run, batch: Batch, targets: int, number: int) -> float:
     else:
         mine = ranks.part_of(batch, run.data.paired)
         loss = run.objective.loss(run.model, run.objective.inputs(mine, run.device))
-        if not mine.targets:  # the mean of nothing; these rows still take part in what the ranks do together
-            loss = torch.nan_to_num(loss)
         share = mine.targets / targets
         found = _finite(ranks.sums([loss.item() * share / (ranks.size // ranks.shares)])[0], number, run.optimizer)
         share *= ranks.shares  # the ranks' gradients are averaged
