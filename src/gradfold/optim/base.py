@@ -38,8 +38,8 @@ from gradfold.errors import FoldError, users_level
 from gradfold.rules import Rule
 
 from .convert import lost_in_fp16, place, plain_states, underflowed
-from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 from .sharded import begins_lazily, initial_states, read_states, spread
+from .slices import cut, join, named, refuse_other_cut, sliced, states_of, view
 from .upgrade import refuse_cast, refuse_newer, stamped, unstamped
 
 # Keys of torch's groups that choose an implementation, not a formula. Groups here have them with torch's defaults, so

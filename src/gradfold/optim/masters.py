@@ -13,8 +13,8 @@ from gradfold.engine import held, is_spread
 from gradfold.engine.storage import storage_of
 
 from .base import RuleOptimizer
-from .slices import view
 from .sharded import collected, parts_here
+from .slices import view
 
 RESIDUAL = "weight.residual"
 
