@@ -140,14 +140,14 @@ MORE = [
         {"how": {"by": SETS}, "clip": 0.05},
         {"how": {"chunks": 4, "axis": "in"}, "accumulate": 2},
         {"how": {"chunks": 5, "order": "random", "states": "reset", "prefetch": 0}, "steps": 12},
-        {"how": {"chunks": 3, "always": ["norm"]}, "options": {"bias": False}},
+        {"how": {"chunks": 3, "always": ["norm"]}, "bias": False},
     )
 ]
 
 
 @pytest.mark.slow
 def test_as_on_one_process_in_other_cuts(two):
-    for found in two.run(several, [{**case, **case.pop("options", {})} for case in map(dict, MORE)]):
+    for found in two.run(several, MORE):
         check(found)
 
 
@@ -155,7 +155,7 @@ def test_as_on_one_process_in_other_cuts(two):
 def test_as_on_one_process_on_four_ranks(four):
     for found in four.run(several, QUICK):
         check(found)
-    for found in four.run(several, [{**case, **case.pop("options", {})} for case in map(dict, MORE)]):
+    for found in four.run(several, MORE):
         check(found)
 
 
