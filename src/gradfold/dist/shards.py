@@ -57,8 +57,9 @@ class ShardReducer(Reducer):
         return sharding.holds_back()
 
     def whole(self, param: Any) -> Tensor:
-        """Return the gathered parameter; outside of forward and backward it has a shape and no values."""
-        return param.leaf
+        """Return a tensor of the gathered parameter's shape; it has no values, as that has none once it is freed."""
+        leaf = param.leaf
+        return leaf.new_empty(1).expand(leaf.shape)
 
     def route(self, param: Any) -> Route:
         """Return where the gradient of a parameter goes."""
