@@ -181,6 +181,20 @@ def test_dropping_everything_frees_the_weights():
     assert not any(ref() is not None for ref in refs + states)
 
 
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 2}, {"timing": "deferred"}, {"clip_norm": 1.0}], ids=lambda options: next(iter(options))
+)
+def test_dropping_a_step_that_is_open_frees_the_weights(options):
+    """What waits for ``optimizer.step()`` is kept without the graph that it came from."""
+    _, model = twins(mlp)
+    fold = gradfold.fold(model, ours(model), **options)
+    model(X[:1]).pow(2).sum().backward()
+    refs = [weakref.ref(p) for p in model.parameters()]
+    del model, fold
+    gc.collect()
+    assert not any(ref() is not None for ref in refs)
+
+
 def test_load_state_dict_in_place_goes_on():
     plain, model = twins(mlp)
     optimizer, twin = ours(model), torchs(plain)

@@ -123,6 +123,11 @@ class GradTerm(Made):
         """Return the same term with ``change`` applied to each of its tensors."""
         return self._like_me(self.replaced([change(tensor) for tensor in self.tensors]))
 
+    def without_history(self) -> GradTerm:
+        """Return the same term with an input that does not keep the graph that it came from."""
+        x = self.input
+        return self if x is None else self.map(lambda t: t.detach() if t is x else t)
+
     def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
         """Return ``narrowed(...)``, made on the same stream."""
         return self._like_me(self.narrowed(dim, start, stop))

@@ -88,7 +88,9 @@ class DeferredGrads:
 
     def _own(self, term: GradTerm) -> GradTerm | None:
         """Return the term as it can be kept; None if it would need copies larger than the gradient."""
-        device, own = self._param.device, term
+        # its graph leads back to the fold through nodes in C++, where no collector sees the circle
+        term = own = term.without_history()
+        device = self._param.device
         term.wait(device)
         if self._host is None or device.type == "cpu":  # else it is copied anyway
             found = self._copies.own(term, self.gradient_bytes or math.inf)
