@@ -31,7 +31,7 @@ WORKERS ?= auto
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
+.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -40,6 +40,14 @@ help: ## this list
 
 demo: setup ## fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
 	$(BIN)/gradfold train
+
+# A run of its own name, so that it can be made again. Two threads in all: one for each rank.
+SPREAD := runs/demo-distributed
+demo-distributed: setup ## the same model on two processes, each with half of every weight (FSDP2); then one process goes on
+	rm -rf $(SPREAD)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m gradfold train --parallel fsdp --out $(SPREAD) --model smollm2 --data pydoc \
+		--steps 4 --batch-size 2 --sequence-length 128 --optimizer.lr 1e-4 --evaluation.sequences 4 --evaluation.sample-tokens 4
+	$(BIN)/gradfold train --resume $(SPREAD) --steps 6
 
 check: setup-dev ## the quick tests of engine, rules, codecs and optimizers, in under two minutes on two cores
 	$(PYTEST) $(addprefix tests/,engine rules codecs optim) $(ARGS)
