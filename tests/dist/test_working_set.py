@@ -72,7 +72,7 @@ def train(kind, how, steps=8, accumulate=1, clip=None, folder=None, **options):
     cut = optimizer.state_dict()["working_set"]["cut"]
     reference = tiny(**options)
     its = gradfold.AdamW(reference.named_parameters(), **HYPER)
-    kept = {key: how[key] for key in ("interval", "order", "states") if key in how}
+    kept = {key: how[key] for key in ("interval", "order", "states", "always") if key in how}
     alone = gradfold.fold(
         reference,
         its,
