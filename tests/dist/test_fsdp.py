@@ -267,9 +267,9 @@ def policies(cases):
 )
 def test_mixed_precision_has_the_bits_of_torchs_fused_kernel(two, cases):
     for rank in two.run(policies, cases):
-        for different, norms in rank:
+        for (dtype, *_), (different, norms) in zip(cases, rank, strict=True):
             assert different == 0
-            assert norms < 5e-3 if torch.bfloat16 in cases[0] else norms < 1e-5
+            assert norms < (1e-5 if dtype == torch.float32 else 1e-2)  # torch's is of 16 bits, as the gradients are
 
 
 def offloaded():
