@@ -221,7 +221,7 @@ def _fold(
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
     chosen = choose(backend, scratch_bytes, devices)
-    if sharding is not None and isinstance(chosen, Reference):
+    if sharding is not None and data == "hook" and isinstance(chosen, Reference):
         chosen.ahead = False  # FSDP2 brings gradients that are there
     state = FoldState(model, optimizer, chosen, options, joint, sharding)
     if replicas is not None and ranks is not None and data == "hook":

@@ -1,5 +1,6 @@
 """Stages of a Tiny, their schedules, and what one training on them gives."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -182,7 +183,9 @@ def late_refusals():
             stage.dw_builder = None
 
     def several(modules, _):
-        gradfold.fold(torch.nn.ModuleDict({str(n): m for n, m in modules.items()}), optimizer_of(modules), group="alone")
+        gradfold.fold(
+            torch.nn.ModuleDict({str(n): m for n, m in modules.items()}), optimizer_of(modules), group="alone"
+        )
 
     refused("changed later", change)
     refused("dw_builder", drop, "ScheduleInterleavedZeroBubble", 2)
@@ -229,7 +232,7 @@ def sequential(offset, prefix, names):
     def make():
         torch.manual_seed(0)
         sizes = (8, 16, 16, 16, 8)
-        return torch.nn.Sequential(*(torch.nn.Linear(m, n) for m, n in zip(sizes, sizes[1:]))).bfloat16()
+        return torch.nn.Sequential(*(torch.nn.Linear(m, n) for m, n in itertools.pairwise(sizes))).bfloat16()
 
     def optimizer_for(params):
         return gradfold.AdamW(params, lr=1e-2, states="int8", small_size=0, rounding="stochastic", master=None)

@@ -39,7 +39,7 @@ def train(folder, read_logits, clip):
     with torch.no_grad():
         ids, _ = batch(0)
         logits = float((model(input_ids=ids).logits - reference(input_ids=ids).logits).abs().max())
-    forward = vars(model.lm_head)["forward"] if "forward" in vars(model.lm_head) else None
+    forward = vars(model.lm_head).get("forward", None)
     fold.remove()
     back = "forward" in vars(model.lm_head) and forward is None
     return furthest(model, reference), max(abs(a - b) for a, b in zip(got, expected)), logits, str(row), row.dense, back

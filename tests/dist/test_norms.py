@@ -56,7 +56,7 @@ def asked():
     }
     for name, call in calls.items():
         options = {"timing": "deferred"} if name == "fold" else {"clip_norm": CLIP}
-        model, norms, returned = trained(range(3), call, **options)
+        model, _norms, returned = trained(range(3), call, **options)
         apart = max(abs(a - b) / b for a, b in zip(returned, wanted, strict=True))
         found[name] = furthest(model, reference), apart
     plain, wanted = alone(range(3))
@@ -150,7 +150,9 @@ def scaled():
         factor = float("inf") if step == 1 and dist.get_rank() == 1 else 1.0
         loss = model(inputs(step))
         handle = model.b.weight  # only this rank's part of one weight overflows
-        (scaler.scale(loss) + (handle._local_tensor * 0).sum() if factor == 1.0 else scaler.scale(loss) * factor).backward()
+        (
+            scaler.scale(loss) + (handle._local_tensor * 0).sum() if factor == 1.0 else scaler.scale(loss) * factor
+        ).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -168,7 +170,7 @@ def test_grad_scaler(two):
 
 def erring():
     """error_if_nonfinite, although gradients are not guarded: all ranks raise."""
-    model, optimizer, fold = folded(clip_norm=1.0, error_if_nonfinite=True, on_nonfinite="ignore")
+    model, optimizer, _fold = folded(clip_norm=1.0, error_if_nonfinite=True, on_nonfinite="ignore")
     before = held(model)
     (model(inputs(0)) * (float("nan") if dist.get_rank() == 1 else 1.0)).backward()
     raised = said(optimizer.step)

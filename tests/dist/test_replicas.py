@@ -325,7 +325,7 @@ def test_gradients_that_are_not_finite_on_one_rank(two, every):
         for options in ({}, {"clip_norm": 1.0}, {"on_nonfinite": "skip"}, {"timing": "deferred"})
     ][::every]
     found = two.run(nonfinite_all, cases)
-    for (own, options), ranks in zip(cases, zip(*found, strict=True), strict=True):
+    for (_own, options), ranks in zip(cases, zip(*found, strict=True), strict=True):
         for seen, _, finite in ranks:
             assert finite
             assert seen[0] == seen[4] == "went on"
@@ -424,7 +424,14 @@ def convolved(own, options):
 
     def make():
         torch.manual_seed(0)
-        kinds = nn.Conv1d(4, 6, 3), nn.Tanh(), nn.Conv1d(6, 5, 2, bias=False), nn.PReLU(), nn.Flatten(), nn.Linear(25, 1)
+        kinds = (
+            nn.Conv1d(4, 6, 3),
+            nn.Tanh(),
+            nn.Conv1d(6, 5, 2, bias=False),
+            nn.PReLU(),
+            nn.Flatten(),
+            nn.Linear(25, 1),
+        )
         return nn.Sequential(*kinds).double()
 
     model, plain = make(), make()
@@ -553,7 +560,9 @@ def resumed(options, dtype):
         theirs.load_state_dict(saved)
         _steps(other, theirs, [2])
         again.remove()
-        found.append(max(float((a - b).abs().max()) for a, b in zip(model.parameters(), other.parameters(), strict=True)))
+        found.append(
+            max(float((a - b).abs().max()) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        )
     return found, all(shapes), len(shapes)
 
 
@@ -573,7 +582,7 @@ def test_shares_of_states_are_saved_whole(two):
 
 def alone_in_saving():
     model = different()
-    fold, optimizer = folded(model, replicate={"own_states": True})
+    _fold, optimizer = folded(model, replicate={"own_states": True})
     ids, labels = mine(0)
     if dist.get_rank() == 0:
         return say(optimizer.state_dict)

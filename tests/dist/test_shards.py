@@ -46,8 +46,8 @@ def backward(model, step):
 
 def stored():
     """Return which parts of weights and states differ from one process's after three steps."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
     from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     everywhere = {"input_layouts": Replicate(), "use_local_output": False}
     plan = {

@@ -230,7 +230,7 @@ def test_whole_state_dicts(two):
 
 def redistributed(kind):
     """Return what differs where a state_dict's DTensors are placed otherwise than the parameters."""
-    source, its, fold = stepped(kind, 0, True, 3)
+    _source, its, fold = stepped(kind, 0, True, 3)
     model, optimizer, other = stepped(kind, 1, True, 1)
     load_weights(model, alone(kind, 3)[0])
     optimizer.load_state_dict(its.state_dict())

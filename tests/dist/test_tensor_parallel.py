@@ -62,7 +62,7 @@ class Case(NamedTuple):
     clip: float | None = None
     timing: str = "auto"
     frozen: tuple[str, ...] = ()  # names of parameters, or parts of them
-    model: dict = {}  # noqa: RUF012
+    model: dict = {}
     folded: int = 16  # how many parameters modules hand terms of
     limit: float = 1e-11  # of the weights' distance from one process
 

@@ -87,7 +87,13 @@ def train(folder, states):
     resumed.step(2)
     mine = dict(container.fold.model.named_parameters())
     apart = max(float((p - mine[n]).detach().abs().max()) for n, p in alone.named_parameters() if n in mine)
-    return furthest(container.fold.model, reference(3, 0.05)), apart, rates, loop.counted, sorted(container.state_dict())
+    return (
+        furthest(container.fold.model, reference(3, 0.05)),
+        apart,
+        rates,
+        loop.counted,
+        sorted(container.state_dict()),
+    )
 
 
 def weights(model):

@@ -105,7 +105,9 @@ def check(found, count):
         assert even <= 1e-11
         assert sum(route == "folded" for route, _ in rows.values()) == count
         assert undone
-        assert "head lm_head: plain, since its logits were computed, 3 times, and no loss from the head itself" in report
+        assert (
+            "head lm_head: plain, since its logits were computed, 3 times, and no loss from the head itself" in report
+        )
 
 
 def test_llama(two, llama):

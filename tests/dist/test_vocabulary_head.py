@@ -64,7 +64,9 @@ def differences(words, with_bias, how):
         leaves = [t.clone().requires_grad_() for t in (x, weight, *([bias] if with_bias else []))]
         expected = whole_loss(leaves[0], leaves[1], labels, leaves[2] if with_bias else None, **options)
         expected.sum().backward()
-        spread = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in (weight, *([bias] if with_bias else []))]
+        spread = [
+            nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in (weight, *([bias] if with_bias else []))
+        ]
         given: dict = {"plain": x.clone(), "replicated": None, "by tokens": None}
         if how != "plain":
             given[how] = distribute_tensor(x.clone(), mesh, [Replicate() if how == "replicated" else Shard(1)])

@@ -256,7 +256,9 @@ def never_comes(done):
 
 def test_rank_that_never_comes(two, tmp_path):
     first, second = two.run(never_comes, tmp_path / "done")
-    assert first.startswith(f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s; weights ")
+    assert first.startswith(
+        f"FoldError: optimizer.step() of step 1: rank 1 has not come within {LIMIT_S:g} s; weights "
+    )
     assert second.startswith("FoldError: ")  # it is too late for it, too
 
 

@@ -164,16 +164,14 @@ def test_as_on_one_process_on_four_ranks(four):
 
 def uneven(storage, sizes, steps=12):
     """Return what differs from one process, on which the same elements take turns, where some ranks hold less."""
-    from tests.dist.states import Uneven, differing, everything, train
+    from tests.dist.states import Uneven, differing, train
 
     model, plain = Uneven(sizes, mesh_of()), Uneven(sizes)
     optimizers = [gradfold.AdamW(one.named_parameters(), lr=1e-2, small_size=0, **storage) for one in (model, plain)]
     fold = gradfold.fold(model, optimizers[0], working_set=gradfold.WorkingSet(chunks=3, interval=2))
     cut = optimizers[0].state_dict()["working_set"]["cut"]
     by = sets_of(model, cut)
-    alone = gradfold.fold(
-        plain, optimizers[1], working_set=gradfold.WorkingSet(by=by, interval=2), group="alone"
-    )
+    alone = gradfold.fold(plain, optimizers[1], working_set=gradfold.WorkingSet(by=by, interval=2), group="alone")
     train(model, optimizers[0], range(steps))
     train(plain, optimizers[1], range(steps))
     saved = optimizers[0].state_dict()
@@ -339,7 +337,7 @@ def refusals(folder):
     alone = gradfold.fold(plain, its, working_set=gradfold.WorkingSet(by=sets, interval=2), group="alone")
     found["one process"] = said(lambda: its.load_state_dict(saved))
     alone.remove()
-    model, optimizer, fold, run = folded("tp", {"by": sets})
+    _model, optimizer, fold, run = folded("tp", {"by": sets})
     before = optimizer.state_dict()["working_set"]
     found["another mesh"] = said(lambda: optimizer.load_state_dict(saved))
     bare = {key: value for key, value in saved.items() if key != "working_set"}
@@ -376,7 +374,7 @@ def full_disk(folder):
     from gradfold.errors import FoldError
     from gradfold.workset.disk import DiskStore
 
-    model, optimizer, fold, run = folded("fsdp", {"chunks": 5, "offload": "disk"}, folder)
+    _model, optimizer, fold, run = folded("fsdp", {"chunks": 5, "offload": "disk"}, folder)
     put = DiskStore.put
     broken = dist.get_rank() == 1
 

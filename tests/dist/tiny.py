@@ -29,9 +29,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         batch, length = x.shape[:2]  # the heads of this rank only, where q, k and v are cut by columns
-        q, k, v = (
-            y.view(batch, length, -1, WIDTH // HEADS).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x))
-        )
+        q, k, v = (y.view(batch, length, -1, WIDTH // HEADS).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o(y.transpose(1, 2).flatten(2))
 

@@ -75,8 +75,12 @@ class World:
         logs = [log for _, _, log in answers]
         for rank, theirs in enumerate(logs):
             if theirs != logs[0]:
-                at = next((i for i, (a, b) in enumerate(zip(logs[0], theirs)) if a != b), min(len(logs[0]), len(theirs)))
-                raise RankError(f"collective {at}: {logs[0][at : at + 1]} on rank 0, {theirs[at : at + 1]} on rank {rank}")
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(logs[0], theirs)) if a != b), min(len(logs[0]), len(theirs))
+                )
+                raise RankError(
+                    f"collective {at}: {logs[0][at : at + 1]} on rank 0, {theirs[at : at + 1]} on rank {rank}"
+                )
         return [found for _, found, _ in answers]
 
     def stop(self):
@@ -119,17 +123,21 @@ def _serve(pipe, rank, size, port):
 @contextlib.contextmanager
 def collectives():
     """A context that yields a list of all collectives: operation, shapes of the tensors."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_flatten
-
-    import torch
 
     seen = []
 
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             space, _, name = str(function).partition(".")
-            if space in ("c10d", "_c10d_functional") and "wait_tensor" not in name and "send" not in name and "recv" not in name:
+            if (
+                space in ("c10d", "_c10d_functional")
+                and "wait_tensor" not in name
+                and "send" not in name
+                and "recv" not in name
+            ):
                 tensors = [t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)]
                 if name.startswith(("scatter", "gather")):
                     tensors = tensors[:1]  # only one rank has the others

@@ -79,7 +79,6 @@ class CopiedParams:
         for column in (~same.all(0)).nonzero().flatten().tolist():
             _refuse(self.copies[column], powers[:, column].tolist(), order, total, moved)
 
-
     def refuse_apart(self, values: Tensor) -> None:
         """Raise if copies of a parameter have other values, as after a step that some ranks took and others did not.
 

@@ -112,6 +112,7 @@ class Ranks:
     def join(self, params: Sequence[FoldParam], groups: int) -> None:
         """Learn again what all ranks hold: parameters have joined the fold, on all of them."""
         self.enroll(params, groups, {})
+
     def _join_copies(self, params: Sequence[FoldParam]) -> None:
         """Make a process group for each tied parameter that several ranks hold, and compare their copies.
 

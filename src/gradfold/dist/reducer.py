@@ -20,15 +20,13 @@ from gradfold.backends import DenseTerm, GradTerm, accumulation_dtype
 from gradfold.engine import Demand, FoldParam, FoldState, ParamSlice, step_rest
 from gradfold.errors import FoldError
 
-from .ranks import Ranks
 from .messages import Buffers, FailedError, LostError, Route
+from .ranks import Ranks
 from .tiles import RowExchange, SmallSum, TileSum, term_of
 
 SMALL = 256  # a parameter is small if it is a vector, or this often goes into a tile
 WHAT = "averaging gradients over ranks"
-OTHER_CALLS = (
-    "optimizer.step() on some ranks, and fold.backward() on others; all ranks must make the same calls in the same order"
-)
+OTHER_CALLS = "optimizer.step() on some ranks, and fold.backward() on others; all ranks must make the same calls in the same order"
 
 # what a rank does as the ranks agree
 BACKWARD, MEASURING, LATE, STEP = 1.0, 2.0, 3.0, 4.0
@@ -203,7 +201,9 @@ class Reducer:
         self._order = [*known, *(param for param in reversed(params) if param not in known)]
         has = [self._has(param, kind, arrived) for param in params]
         try:
-            found = self.ranks.exchange(WHAT, [kind, *has, *(index[param] for param in self._order), *map(self.tokens, params)])
+            found = self.ranks.exchange(
+                WHAT, [kind, *has, *(index[param] for param in self._order), *map(self.tokens, params)]
+            )
         except FoldError:  # on all ranks
             self.forget()
             self.fold.step.told = True

@@ -17,10 +17,10 @@ from gradfold.backends import Place
 from gradfold.engine import FoldState, is_spread, param_of, wrapper_of
 from gradfold.errors import FoldError
 
-from .ranks import Ranks
-from .roll import code_of
-from .reducer import Reducer
 from .messages import TILE_BYTES, Route, all_gather, share_of, talking
+from .ranks import Ranks
+from .reducer import Reducer
+from .roll import code_of
 
 _REPLICAS: weakref.WeakKeyDictionary[nn.Module, Replicas] = weakref.WeakKeyDictionary()
 
@@ -249,7 +249,9 @@ class RowShare:
 
 def _group_of(mesh: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized():
-        raise FoldError("gradfold.replicate before torch.distributed.init_process_group: call that first, under torchrun")
+        raise FoldError(
+            "gradfold.replicate before torch.distributed.init_process_group: call that first, under torchrun"
+        )
     if mesh is None:
         return dist.group.WORLD
     if getattr(mesh, "ndim", None) != 1:

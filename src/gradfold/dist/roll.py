@@ -168,9 +168,7 @@ def _refuse_two(where: int, known: Member, rank: int, member: Member) -> None:
     _refuse_options(f"{member.name}: its param_group", known.options, member.options, rank, where)
 
 
-def _refuse_options(
-    what: str, known: Mapping[str, Any], given: Mapping[str, Any], rank: int, where: int = 0
-) -> None:
+def _refuse_options(what: str, known: Mapping[str, Any], given: Mapping[str, Any], rank: int, where: int = 0) -> None:
     for key in sorted({*known, *given}):
         if known.get(key) != given.get(key):
             raise FoldError(

@@ -19,9 +19,9 @@ from gradfold.engine import FoldParam, FoldState, ParamSlice, step_rest
 from gradfold.errors import FoldError
 
 from .fsdp import Gathered
+from .messages import TILE_BYTES, Route
 from .ranks import Ranks
 from .reducer import Reducer
-from .messages import TILE_BYTES, Route
 from .tokens import FLAGS, TokenExchange, tiles_bytes, tokens_bytes
 
 REMEMBERS = 4  # steps: the tokens of a weight in this step are expected to be no more than in one of these

@@ -9,6 +9,7 @@ from torch import nn
 from gradfold._options import Parallel
 from gradfold.errors import FoldError
 
+
 def spread(model: nn.Module, mesh: Any, kind: Parallel) -> nn.Module:
     """Spread a model over the ranks of a mesh, in place, before its optimizer is made.
 
@@ -97,4 +98,3 @@ def _tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     if embedding is not None and head is not None and tied:
         head.weight = embedding.weight
     return model
-

@@ -7,10 +7,8 @@ has failed, and a bound on the magnitude of its terms. By the first header all r
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from gradfold.backends import Backend, DenseTerm, GradTerm, accumulation_dtype
 from gradfold.backends.norms import safe_magnitude
 
 from .messages import HEADER, Buffers, FailedError, Route, all_gather, reduce_scatter, share_of, talking
+
 
 class _Tiles:
     """The tiles of a matrix ``[rows, columns]`` that is cut into the shares of its owners."""
@@ -303,9 +302,7 @@ class RowExchange(_Tiles):
 class SmallSum:
     """The averages over ranks of several small gradients, in one message for each dtype and device."""
 
-    def __init__(
-        self, route: Route, weights: Sequence[Tensor], terms: Sequence[Sequence[GradTerm]], backend: Backend
-    ):
+    def __init__(self, route: Route, weights: Sequence[Tensor], terms: Sequence[Sequence[GradTerm]], backend: Backend):
         self.route, self.weights, self.terms, self.backend = route, weights, terms, backend
         self._kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, weight in enumerate(weights):

@@ -174,9 +174,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             for one in self._fold.params[id(param)].slices:
                 one.step_gradient(grad.detach(), shared)
             return
-        stepper = self._stepper(param)
-        grad = grad.detach()
-        stepper.step([DenseTerm(grad if stepper.shard is None else stepper.shard.gradient(grad))], shared)
+        stepper, grad = self._stepper(param), grad.detach()
+        if isinstance(stepper.shard, Shard):
+            grad = stepper.shard.gradient(grad)
+        stepper.step([DenseTerm(grad)], shared)
 
     def _stepper(self, param: Parameter) -> ParamStepper:
         """Return what steps a parameter without a fold."""
