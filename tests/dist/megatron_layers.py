@@ -1,8 +1,8 @@
 """The contract of Megatron-LM's tensor-parallel linear layers, as far as its wgrad seam needs it, in our own words.
 
 A layer has ``weight`` (this rank's part, with ``tensor_model_parallel``, ``partition_dim``, ``partition_stride``) and
-``_forward_impl``, which it calls with keywords. Activations are ``[S, B, H]``; under sequence parallelism each rank has a
-part of S between the layers.
+``_forward_impl``, which it calls with keywords. Activations are ``[S, B, H]``; under sequence parallelism each rank has
+a part of S between the layers.
 """
 
 import torch

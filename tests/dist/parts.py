@@ -12,7 +12,7 @@ WIDTH = 8
 
 
 class Parts(nn.Module):
-    """Two Linears cut by rows, a plain parameter with equal gradients on all ranks; each rank has its part of the loss."""
+    """Two Linears cut by rows, a plain parameter with equal gradients on all ranks; each has a part of the loss."""
 
     def __init__(self):
         super().__init__()

@@ -130,7 +130,7 @@ def test_two_copies_of_two_shards(four):
     check(cases, four.run(several, cases))
 
 
-# what is sent, and what is kept ----------------------------------------------------------------------------------------
+# what is sent, and what is kept ---------------------------------------------------------------------------------------
 
 
 def messages(data):

@@ -13,7 +13,7 @@ STORED = {"states": "int8", "rounding": "stochastic", "master": "split8", "small
 
 
 class Sum(nn.Module):
-    """Products of small whole numbers, whose sums are exact in any order: each rank's gradient is the whole one's part."""
+    """Products of small whole numbers, whose sums are exact in any order: a rank's gradient is the whole one's part."""
 
     def __init__(self):
         super().__init__()

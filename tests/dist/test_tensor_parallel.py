@@ -105,7 +105,7 @@ def freeze(model, names):
 
 
 def train(cases):
-    """Return for each case: weights' and norms' distance from one process, folded parameters, gradients that are left."""
+    """Return for each case: weights' and norms' distance from one process, what is folded, gradients left."""
     from torch.distributed.tensor.parallel import loss_parallel
 
     mesh, found = mesh_of_all(), {}

@@ -10,11 +10,11 @@ import torch
 for package in ("transformers", "datasets", "tyro", "rich", "yaml"):
     pytest.importorskip(package)
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # noqa: E402
 
-from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
-from gradfold.train.loop import train
-from tests.train.tiny import recipe, save_tiny, sentence
+from gradfold.train.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
+from gradfold.train.loop import train  # noqa: E402
+from tests.train.tiny import recipe, save_tiny, sentence  # noqa: E402
 
 
 @pytest.fixture(scope="module")

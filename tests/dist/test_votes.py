@@ -134,7 +134,7 @@ def test_rank_that_raises_in_backward(two):
 
 
 def half_stepped():
-    """Rank 1 raises in a backward in which weights step: copies have moved on one rank only, and are found to differ."""
+    """Rank 1 raises in a backward in which weights step: copies have moved on one rank only, which is found."""
     model, optimizer, fold = folded()
     kept, states = held(model), [{k: t.clone() for k, t in optimizer.state[p].items()} for p in model.parameters()]
     hook = model.register_forward_hook(lambda module, args, loss: Poison.apply(loss, fails))

@@ -236,7 +236,7 @@ def spread_as(kind, dtype):
 
 
 def goes_on(kind, how, folder, storage, stop, steps):
-    """Return what differs after a run that was saved and loaded anew, from one that went on; and what files there are."""
+    """Return what differs after a run that was saved and loaded anew, from one that went on; and the files."""
     from tests.dist.states import differing, everything
 
     disk = f"{folder}/states" if how.get("offload") == "disk" else None
@@ -328,7 +328,7 @@ def refusals(folder):
     found = {}
     rest = ["layers.0.attention", "layers.0.inner.gate", "layers.0.inner.up", "layers.0.norm1", "layers.0.norm2"]
     sets = [["embed", "layers.1", "norm", "head", (DOWN, slice(0, 16))], [*rest, (DOWN, slice(16, 32))]]
-    model, optimizer, fold, run = folded("fsdp", {"by": sets})
+    _, optimizer, fold, run = folded("fsdp", {"by": sets})
     run(range(5))
     saved = optimizer.state_dict()
     fold.remove()

@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Embedding, layers, norm, head. Parts that are None are passed over, so that a stage is a Tiny without the rest."""
+    """Embedding, layers, norm, head. Parts that are None are passed over: a stage is a Tiny without the rest."""
 
     def __init__(self, bias=True, layers=LAYERS, tied=False, checkpoint=None):
         super().__init__()

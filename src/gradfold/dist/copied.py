@@ -14,8 +14,8 @@ from gradfold.errors import FoldError
 
 from .roll import Entry, owners_of
 
-# How much the norms of two copies' gradients may differ, relative to them: copies compute the same numbers, but sums over
-# tokens and over ranks may be rounded in another order on each.
+# How much the norms of two copies' gradients may differ, relative to them: copies compute the same numbers, but sums
+# over tokens and over ranks may be rounded in another order on each.
 TOLERANCE, PRECISE_TOLERANCE = 1e-2, 1e-6
 NOISE, PRECISE_NOISE = 1e-4, 1e-9  # relative to the norm of all gradients: less than this may be rounding alone
 

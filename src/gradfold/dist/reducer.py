@@ -26,8 +26,10 @@ from .tiles import RowExchange, SmallSum, TileSum, term_of
 
 SMALL = 256  # a parameter is small if it is a vector, or this often goes into a tile
 WHAT = "averaging gradients over ranks"
-OTHER_CALLS = "optimizer.step() on some ranks, and fold.backward() on others; all ranks must make the same calls in the same order"
-
+OTHER_CALLS = (
+    "optimizer.step() on some ranks, and fold.backward() on others; all ranks must make the same calls in the same "
+    "order"
+)
 # what a rank does as the ranks agree
 BACKWARD, MEASURING, LATE, STEP = 1.0, 2.0, 3.0, 4.0
 # what it has of a parameter

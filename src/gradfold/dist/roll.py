@@ -102,8 +102,8 @@ def refuse_differences(entries: Sequence[Entry], tied: Collection[str] = (), rep
         if entry.limits != entries[0].limits:
             raise FoldError(
                 f"param_groups with a clip_norm of their own: {entries[0].limits or 'none'} on rank 0, and "
-                f"{entry.limits or 'none'} on rank {rank}; each is the norm of that group on all ranks, so give the same "
-                "groups on all"
+                f"{entry.limits or 'none'} on rank {rank}; each is the norm of that group on all ranks, so give the "
+                "same groups on all"
             )
     _refuse_odd_ties(entries, tied)
     if replicas:

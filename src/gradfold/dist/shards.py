@@ -148,8 +148,8 @@ def shard_reducer(
         return None
     if state.sharding is None or ranks is None:
         raise FoldError(
-            f"data={data!r} is about the gradients of a model under fully_shard (FSDP2), which this one is not; leave it "
-            "out (for copies of one model: gradfold.replicate)"
+            f"data={data!r} is about the gradients of a model under fully_shard (FSDP2), which this one is not; leave "
+            "it out (for copies of one model: gradfold.replicate)"
         )
     if sliced:
         raise FoldError(

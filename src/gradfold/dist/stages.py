@@ -1,4 +1,4 @@
-"""The stages of a pipeline on this rank as one model, whose parameters have the names that they have in the whole one."""
+"""The stages of a pipeline on this rank as one model, whose parameters have their names in the whole one."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Stages(nn.Module):
         for name, param in self.named_parameters():
             if owners.setdefault(name, param) is not param:
                 raise FoldError(
-                    f"{name}: two parameters of this rank's stages have this name; give fold_stage prefix= or offset=, so "
-                    "that each has its name in the whole model, or, if they are one tied weight, assign the same "
+                    f"{name}: two parameters of this rank's stages have this name; give fold_stage prefix= or offset=, "
+                    "so that each has its name in the whole model, or, if they are one tied weight, assign the same "
                     "Parameter to both"
                 )
 
@@ -139,9 +139,9 @@ def refuse_missing_stage(stages: Sequence[Any], optimizer: Any) -> None:
         if trained and not any(id(param) in mine for param in trained):
             numbers = " and ".join(str(one.stage_index) for one in stages)
             raise FoldError(
-                f"stage {stage.stage_index}: none of its parameters is in the optimizer; this rank has stages {numbers}, "
-                "whose gradients are clipped and voted on together, so make one optimizer of the parameters of all of "
-                "them (param_groups may differ)"
+                f"stage {stage.stage_index}: none of its parameters is in the optimizer; this rank has stages "
+                f"{numbers}, whose gradients are clipped and voted on together, so make one optimizer of the "
+                "parameters of all of them (param_groups may differ)"
             )
 
 
