@@ -152,7 +152,6 @@ class Settings(GradientFields, StorageFields):
             head=self.head,
             head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
             backend=backend,
-            group="alone" if self.ranks > 1 else None,  # nobody is there to vote
         )
 
     def describe_batches(self) -> str:

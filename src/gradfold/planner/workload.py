@@ -105,7 +105,7 @@ class Workload:
     def _spread(self, model: nn.Module, held: contextlib.ExitStack) -> None:
         """Leave of the model what one rank holds, if several share it."""
         settings = self.settings
-        if settings.parallel is None or settings.ranks == 1:
+        if settings.parallel in (None, "replicas") or settings.ranks == 1:  # a replica is the whole model
             return
         if settings.preference is not None and settings.parallel != "replicas":
             raise PlanError(f"parallel={settings.parallel!r} with preferences: only 'replicas' trains on these")

@@ -40,7 +40,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.made and now - self._first < SAME_S:  # torchrun hands on what the terminal has sent to all
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.made and many and now - self._first < SAME_S:  # torchrun hands on what the terminal has sent to all
             return
         if self.made:  # the second time means: now
             raise KeyboardInterrupt
