@@ -64,8 +64,8 @@ def fold(
     ``optimizer.step()``, ``optimizer.zero_grad()``.
 
     Args:
-        model: Any module on one device, or spread over ranks by torch (DTensor, FSDP2). Its trainable parameters must be
-            those of ``optimizer``.
+        model: Any module on one device, or spread over ranks by torch (DTensor, FSDP2). Its trainable parameters must
+            be those of ``optimizer``.
         optimizer: One of gradfold's optimizers, also as Accelerate or Lightning has wrapped it.
         accumulate: Backwards that one ``optimizer.step()`` sums, exactly. All but the last keep the terms of their
             gradients, or the summed gradient where that is smaller; parameters step during the last one.

@@ -182,7 +182,7 @@ class Shapes(TorchDispatchMode):
             return NotImplemented  # its operators on this rank's part come next
         made = function(*args, **(kwargs or {}))
         for one in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(one, torch.Tensor):
+            if isinstance(one, torch.Tensor) and not hasattr(one, "fake_mode"):  # DTensor asks for shapes with fakes
                 self.seen.add(tuple(one.shape))
         return made
 
