@@ -25,7 +25,7 @@ QUICK = (
     "test_fsdp_tiles.py::test_messages_are_as_large_as_the_formulas_say",
     "test_replicas.py::test_as_on_one_process",
     "test_replicas.py::test_refusals",
-    "test_pipeline.py::test_as_on_one_process[1F1B",
+    "test_pipeline.py::test_as_on_one_process[ScheduleInterleaved1F1B]",
     "test_pipeline.py::test_refusals",
     "test_vocabulary_head.py::test_refusals",
     "test_vocabulary_head.py::test_training[tp",
