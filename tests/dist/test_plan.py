@@ -71,3 +71,13 @@ def test_a_plan_and_what_is_taken(two, kind, options, within):
 def test_refused(fields, said):
     with pytest.raises(PlanError, match=said):
         Settings(**fields)
+
+
+def test_a_working_set_of_a_rank():
+    """Its chunks are cut from the rank's own parts: half the states, and of a chunk only."""
+    whole = predict(find_subject(llama()), settings_of("tp", {}), "cpu")
+    turning = predict(find_subject(llama()), settings_of("tp", {"working_set": gradfold.WorkingSet(chunks=4)}), "cpu")
+    assert turning.chunks == 4
+    assert turning.memory.peak_bytes < whole.memory.peak_bytes
+    alone = predict(find_subject(llama()), Settings(tokens=48, batch=2, dtype="float32"), "cpu")
+    assert whole.memory.resting_bytes == pytest.approx(alone.memory.resting_bytes / 2, rel=0.1)

@@ -28,7 +28,7 @@ from .parameters import refuse_parameter
 from .protocols import HeldPart, Reducer
 from .region import Region
 from .segments import Segment, ask_again, node_in_forward, running_node
-from .shard import Partials, Shard, is_spread, sum_together
+from .shard import Partials, Shard, is_spread, sum_together, whole_here
 from .step import Step
 
 _PARAMS: weakref.WeakValueDictionary[int, FoldParam] = weakref.WeakValueDictionary()  # by id of the Parameter
@@ -428,6 +428,8 @@ class FoldParam:
             return self.spread.gradient(grad)
         if self.summed_over is not None:
             return self._summed(grad)
+        if is_spread(grad):  # of a plain parameter beside DTensors
+            grad = whole_here(grad)
         if grad.layout != torch.strided:
             raise FoldError(f"{self.name}: its gradient is {grad.layout}; set sparse=False on the module that makes it")
         return grad

@@ -201,6 +201,14 @@ class Shard:
         return DenseTerm(self.gradient(DTensor.from_local(grad, self.mesh, partial, run_check=False)))
 
 
+def whole_here(tensor: Tensor) -> Tensor:
+    """Return all of a DTensor as a plain tensor, summed where it is not yet."""
+    from torch.distributed.tensor import Replicate
+
+    spread: Any = tensor
+    return held(_placed(tensor, [Replicate()] * spread.device_mesh.ndim))
+
+
 def _placed(tensor: Tensor, placements: Sequence[Any]) -> Tensor:
     spread: Any = tensor
     if tuple(spread.placements) == tuple(placements):

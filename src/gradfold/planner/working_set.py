@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfold.engine import is_spread
 from gradfold.workset import Rotation, WorkingSet
 from gradfold.workset.store import bytes_of
 
@@ -133,4 +134,10 @@ class _Round:
 
 def _sum_of_awake(model: nn.Module, batch: Any) -> Tensor:
     """A loss that reaches all that is awake."""
-    return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
+    return torch.stack([_here(p).sum() for p in model.parameters() if p.requires_grad]).sum()
+
+
+def _here(param: torch.Tensor) -> torch.Tensor:
+    """What one rank holds of a parameter, with its history."""
+    spread: Any = param
+    return spread.to_local() if is_spread(param) else param
