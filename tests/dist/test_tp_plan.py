@@ -122,12 +122,9 @@ def test_norms_that_only_see_some_heads(two, qwen3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", ["two", "four"])
 @pytest.mark.parametrize("options", [{}, {"timing": "deferred"}, {"clip_norm": 0.05}], ids=["auto", "deferred", "clip"])
-def test_more_options(request, world, llama, options):
-    if world == "four":
-        pytest.skip("two key and value heads")
-    check(request.getfixturevalue(world).run(train, llama, options, True), 16)
+def test_more_options(two, llama, options):  # not four: there are two key and value heads
+    check(two.run(train, llama, options, True), 16)
 
 
 def sent(folder):

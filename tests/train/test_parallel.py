@@ -5,13 +5,13 @@ import pytest
 
 from gradfold.train.errors import RecipeError
 from gradfold.train.packing import IGNORED, Batch, build_batch
-from gradfold.train.parallel import Ranks, refuse_shares, start_ranks
+from gradfold.train.parallel import RunRanks, refuse_shares, start_ranks
 from gradfold.train.recipe import Recipe
 from tests.train.test_packing import made_tokens
 
 
 def rank(number, size, kind="fsdp"):
-    return Ranks(kind, None, number, size)
+    return RunRanks(kind, None, number, size)
 
 
 def whole_batch(rows=8, length=6, paired=False):

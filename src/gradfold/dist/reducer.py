@@ -10,6 +10,7 @@ reach a weight takes part with none. What arrived before, and has not been avera
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ BACKWARD, MEASURING, LATE, STEP = 1.0, 2.0, 3.0, 4.0
 NOTHING, REACHED, KEPT, FROZEN = 0.0, 1.0, 2.0, 3.0
 
 
-class Reducer:
+class Reducer(ABC):
     """Averages gradients of a fold; see ``gradfold.engine.Reducer``, whose methods these are."""
 
     def __init__(self, state: FoldState, ranks: Ranks, tile_bytes: int):
@@ -66,21 +67,21 @@ class Reducer:
 
     # of each kind of rank -----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def adopt(self, param: Any) -> None:
         """Take a parameter of the fold, before its gate is set."""
-        raise NotImplementedError
 
     def takes(self, param: Any) -> bool:
         """Return whether the terms of a parameter that FSDP2 gathers are averaged here, not its gradient by FSDP2."""
         return False
 
+    @abstractmethod
     def whole(self, param: Any) -> Tensor:
         """Return that of which a parameter's terms on this rank are the gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def route(self, param: Any) -> Route:
         """Return where the gradient of a parameter goes."""
-        raise NotImplementedError
 
     def sends_rows(self, param: Any) -> bool:
         """Return whether this rank's new rows of a parameter must be sent to the others."""
@@ -102,7 +103,7 @@ class Reducer:
         """Return what this rank keeps of a parameter's whole states."""
         return states
 
-    def refuse_paused_step(self) -> None:
+    def refuse_paused_step(self) -> None:  # noqa: B027, most have nothing to refuse
         """Raise if nothing averages gradients that autograd writes out."""
 
     def tokens(self, param: FoldParam) -> int:

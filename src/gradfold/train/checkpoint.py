@@ -36,7 +36,7 @@ from .recipe_file import dump_recipe, load_recipe
 from .state import pack, pack_optimizer, pack_random, restore_random, unpack, unpack_optimizer
 
 if TYPE_CHECKING:
-    from .parallel import Ranks
+    from .parallel import RunRanks
 
 FORMAT, VERSION = "gradfold-checkpoint", 1
 FOLDER = "checkpoints"
@@ -112,7 +112,7 @@ def save_checkpoint(
     progress: Progress,
     fold: Any = None,
     references: tuple[Any, Any] = (None, None),
-    ranks: Ranks | None = None,
+    ranks: RunRanks | None = None,
 ) -> Path:
     """Write `folder`/step-N and return it. Older ones beyond recipe.checkpoint.keep go once it is complete.
 

@@ -21,7 +21,7 @@ from .evaluate import asked, evaluate, held_out_loss
 from .hub import CARD
 from .interrupt import Interrupted, StopRequest, held_back_signals
 from .metrics import METRICS, MemoryMeter, MetricsLog, continue_metrics
-from .parallel import Ranks, end_ranks, lost_ranks, start_ranks
+from .parallel import RunRanks, end_ranks, lost_ranks, start_ranks
 from .recipe import Recipe
 from .recipe_file import dump_recipe
 from .report import LOSS_PLOT, MEMORY_PLOT, SUMMARY, finish
@@ -57,7 +57,9 @@ def train(recipe: Recipe, out: Path, saved: Saved | None = None, display: Displa
         end_ranks(ranks)
 
 
-def _train_in(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: Ranks | None) -> dict[str, Any]:
+def _train_in(
+    recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: RunRanks | None
+) -> dict[str, Any]:
     with contextlib.nullcontext() if ranks is None else ranks.together("getting ready"):
         run = assemble(recipe, out, saved, display, ranks)
     try:

@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranks:
+class RunRanks:
     """The processes of one run.
 
     Attributes:
@@ -114,7 +114,7 @@ class Ranks:
         return torch.device("cpu") if self.mesh.device_type == "cpu" else torch.device(self.mesh.device_type)
 
 
-def start_ranks(recipe: Recipe) -> Ranks | None:
+def start_ranks(recipe: Recipe) -> RunRanks | None:
     """Join the processes that torchrun has started; None where there is one.
 
     Raises RecipeError for several processes that were not told how to share the model, and for what they cannot do.
@@ -138,7 +138,7 @@ def start_ranks(recipe: Recipe) -> Ranks | None:
         backend = "nccl" if device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=MINUTES))
     mesh = init_device_mesh(device, (size,))
-    return Ranks(kind, mesh, torch.distributed.get_rank(), size, joined)
+    return RunRanks(kind, mesh, torch.distributed.get_rank(), size, joined)
 
 
 def refuse_shares(recipe: Recipe, size: int) -> Parallel:
@@ -178,7 +178,7 @@ def lost_ranks() -> Iterator[None]:
         ) from error
 
 
-def end_ranks(ranks: Ranks) -> None:
+def end_ranks(ranks: RunRanks) -> None:
     """Leave the process group, so that the other ranks do not wait for this one."""
     if ranks.joined and torch.distributed.is_initialized():
         with contextlib.suppress(Exception):

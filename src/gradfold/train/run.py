@@ -11,7 +11,7 @@ import torch
 from .checkpoint import FOLDER, Progress
 from .data import Data
 from .objective import Objective
-from .parallel import Ranks
+from .parallel import RunRanks
 from .recipe import Recipe
 
 
@@ -34,7 +34,7 @@ class Run:
     steps: int
     progress: Progress
     objective: Objective
-    ranks: Ranks | None = None
+    ranks: RunRanks | None = None
 
     @property
     def main(self) -> bool:

@@ -39,7 +39,7 @@ from .model import (
 )
 from .objective import NextToken, Objective
 from .optimizer import make_optimizer, parameter_groups
-from .parallel import Ranks
+from .parallel import RunRanks
 from .preference import Preference, check_head, precompute
 from .readers import find_file
 from .recipe import Recipe
@@ -53,7 +53,7 @@ from .trackers import check_trackers
 SLEEPING_STATES = "sleeping-states"  # in the run's folder while it trains, with working_set.offload = disk
 
 
-def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: Ranks | None = None) -> Run:
+def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, ranks: RunRanks | None = None) -> Run:
     """Load and check all parts; with `saved`, in the state they were saved in. `ranks`: the processes that share them.
 
     Raises TrainError of one kind or another for whatever does not fit. Writes nothing but, with working_set.offload =
@@ -125,7 +125,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, r
     return Run(*parts, ranks)
 
 
-def own_folder(out: Path, ranks: Ranks | None) -> Path:
+def own_folder(out: Path, ranks: RunRanks | None) -> Path:
     """Where this process keeps what no other one reads, as the states of a working set that sleep on disk."""
     return out if ranks is None or ranks.main else out / f"rank-{ranks.rank}"
 
