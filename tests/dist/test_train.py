@@ -49,17 +49,19 @@ def quietly(parts, out, steps, parallel, resume, states):
 
 
 def results(out, step):
-    """Losses by step, the held-out ones too, and all tensors of a checkpoint."""
+    """Losses by step, the held-out ones too; all tensors of a checkpoint; norms of gradients, which clipping hides."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     losses = [line.get("loss", line.get("held_out_loss")) for line in lines]
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
-    return losses, {name: tensor for name, tensor in tensors.items() if not name.startswith("random/")}
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    return losses, {name: tensor for name, tensor in tensors.items() if not name.startswith("random/")}, norms
 
 
 def check_alike(ours, theirs, within):
     assert len(ours[0]) == len(theirs[0])
     assert max(abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)) < 1e-3
+    assert ours[2] == pytest.approx(theirs[2], rel=1e-3)
     assert ours[1].keys() == theirs[1].keys()
     for name, tensor in ours[1].items():
         assert tensor.shape == theirs[1][name].shape, name
@@ -94,4 +96,4 @@ def test_goes_on_with_another_number_of_ranks(two, parts, tmp_path, parallel, st
     two.run(quietly, parts, out, 6, parallel, True, states)
     ours, theirs = results(out, 6), results(tmp_path / "alone", 6)
     assert abs(ours[0][-1] - theirs[0][-1]) < 1e-3
-    check_alike((theirs[0], ours[1]), theirs, within)
+    check_alike((theirs[0], *ours[1:]), theirs, within)
