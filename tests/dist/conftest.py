@@ -10,6 +10,7 @@ QUICK = (
     "test_tensor_parallel.py::test_as_on_one_process",
     "test_tp_plan.py::test_llama",
     "test_shards.py::test_bits_are_those_of_one_process",
+    "test_shards.py::test_places_of_slices",
     "test_shards.py::test_tokens_and_unequal_shards",
     "test_norms.py::test_global_norm",
     "test_norms.py::test_pools",

@@ -259,3 +259,34 @@ def test_tokens_and_unequal_shards(two):
 def test_unequal_shards_on_four_ranks(four):
     for found in four.run(all_words):
         check_words(found)
+
+
+def misplaced():
+    """Return how many elements of slices of shards do not lie where their place says, and how many there are."""
+    from torch.distributed.tensor import Shard as Cut
+    from torch.distributed.tensor import distribute_tensor
+
+    from gradfold.engine import Region, Shard
+
+    wrong = seen = 0
+    for shape in ((8, 6), (7, 5), (4, 6, 3)):
+        numbers = torch.arange(torch.Size(shape).numel()).view(shape)  # each element holds its own place
+        for dim in (0, 1):
+            shard = Shard("w", distribute_tensor(numbers, mesh_of_all(), [Cut(dim)]))
+            here = shard.held
+            # columns are only cut of matrices, as in ``workset/chunks.py``
+            for along, start, stop in ((0, 1, 3), (1, 1, 2))[: 1 if len(shape) > 2 else 2]:
+                region = Region(along, start, stop)
+                place = shard.place_of(region.place(here.shape))
+                rows = region.of(here).flatten(1)  # [rows, columns]
+                expected = place.offset + torch.arange(len(rows))[:, None] * place.stride + torch.arange(rows.shape[1])
+                wrong += int((rows != expected).sum())
+                seen += rows.numel()
+    return wrong, seen
+
+
+def test_places_of_slices(two):
+    """A slice of a working set is cut from a shard: its random bits are those of its place in the whole."""
+    for wrong, seen in two.run(misplaced):
+        assert wrong == 0
+        assert seen > 50
