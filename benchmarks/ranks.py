@@ -81,16 +81,21 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count a collective, and run any operator."""
-        name = str(func).partition(".")[2].partition(".")[0]
-        if str(func).startswith("c10d."):
+        kind, _, name = str(func).partition(".")
+        name = name.partition(".")[0]
+        out = func(*args, **(kwargs or {}))
+        whole = None  # what a rank has before or after, of which it sends or gets all parts but its own
+        if kind == "c10d":
+            whole = {"_allgather_base_": args[0], "_reduce_scatter_base_": args[1], "alltoall_base_": args[0]}.get(name)
+            self.received_bytes.setdefault(name, 0)
+        elif kind == "_c10d_functional" and not name.startswith("wait"):
+            whole = out if name.startswith("all_gather") else args[0]
+        if whole is not None:
             others = (dist.get_world_size() - 1) / dist.get_world_size()
-            large = args[0] if name == "_allgather_base_" else args[1] if name == "_reduce_scatter_base_" else None
-            if large is not None:
-                size = round(large.numel() * large.element_size() * others)
-                self.received_bytes[name] = self.received_bytes.get(name, 0) + size
-            else:
-                self.received_bytes[name] = self.received_bytes.get(name, 0)
-        return func(*args, **(kwargs or {}))
+            twice = 2 if name.startswith("all_reduce") else 1  # scattered, then gathered
+            size = round(twice * whole.numel() * whole.element_size() * others)
+            self.received_bytes[name] = self.received_bytes.get(name, 0) + size
+        return out
 
 
 # a model that takes torch's tensor and sequence parallelism -----------------------------------------------------------

@@ -172,7 +172,8 @@ def test_several_runs_of_a_schedule_in_a_step(two, kind):
 @slow
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_beside_tensor_parallelism(four, clip):
-    for weights, norms in four.run(pipeline.beside_tensor_parallelism, clip):
+    # the first stage looks words up, and the second does not
+    for weights, norms in four.run(pipeline.beside_tensor_parallelism, clip, alike=((0, 1), (2, 3))):
         assert weights <= 1e-11
         assert norms <= 1e-12
 

@@ -47,17 +47,18 @@ class World:
             self.workers.append(worker)
             self.pipes.append(mine)
 
-    def run(self, function, *args, timeout_s=TIMEOUT_S, log=True):
+    def run(self, function, *args, timeout_s=TIMEOUT_S, log=True, alike=None):
         """Return what ``function(*args)`` returned on each rank.
 
         Args:
             function: of a module that can be imported; the process group is the default one.
             args: what can be pickled.
             timeout_s: for all ranks together.
-            log: compare the collectives of all ranks: operation, shapes, order.
+            log: compare the collectives of ranks: operation, shapes, order.
+            alike: groups of ranks that are compared with the first of their group; None compares all ranks.
 
         Raises:
-            RankError: a rank raised, was too slow, died, or used other collectives than the first.
+            RankError: a rank raised, was too slow, died, or used other collectives than the one it is compared with.
         """
         self.start()
         for pipe in self.pipes:
@@ -73,14 +74,15 @@ class World:
             said = [f"rank {rank}: {what}" for rank, (ok, what, _) in enumerate(answers) if not ok]
             raise RankError("\n".join(said))
         logs = [log for _, _, log in answers]
-        for rank, theirs in enumerate(logs):
-            if theirs != logs[0]:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(logs[0], theirs)) if a != b), min(len(logs[0]), len(theirs))
-                )
-                raise RankError(
-                    f"collective {at}: {logs[0][at : at + 1]} on rank 0, {theirs[at : at + 1]} on rank {rank}"
-                )
+        for first, *others in alike or [range(self.size)]:
+            for rank in others:
+                ours, theirs = logs[first], logs[rank]
+                if theirs != ours:
+                    differ = (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                    at = next(differ, min(len(ours), len(theirs)))
+                    raise RankError(
+                        f"collective {at}: {ours[at : at + 1]} on rank {first}, {theirs[at : at + 1]} on rank {rank}"
+                    )
         return [found for _, found, _ in answers]
 
     def stop(self):
