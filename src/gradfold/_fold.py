@@ -223,7 +223,8 @@ def _fold(
         survive_group_norms()
     chosen = choose(backend, scratch_bytes, devices)
     if sharding is not None and data == "hook" and isinstance(chosen, Reference):
-        chosen.ahead = False  # FSDP2 brings gradients that are there
+        # FSDP2 brings gradients that are there; only to scale them they are copied
+        chosen.ahead = options.clip_norm is not None or options.clip_value is not None
     state = FoldState(model, optimizer, chosen, options, joint, sharding)
     if replicas is not None and ranks is not None and data == "hook":
         state.reducer = replicas.reducer(state, ranks)

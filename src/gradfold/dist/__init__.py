@@ -2,7 +2,7 @@
 
 from .fsdp import Sharding, sharding_of
 from .ranks import ALONE, Ranks, ranks_of
-from .replicas import Replicas, replicas_of, replicate
+from .replicas import Replicas, message_bytes, replicas_of, replicate
 from .shards import shard_reducer
 from .spread import spread
 from .stages import Stages
@@ -13,6 +13,7 @@ __all__ = [
     "Replicas",
     "Sharding",
     "Stages",
+    "message_bytes",
     "ranks_of",
     "replicas_of",
     "replicate",

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradfold import _torch
-from gradfold.backends import Place
+from gradfold.backends import Place, accumulation_dtype
 from gradfold.engine import FoldState, is_spread, param_of, wrapper_of
 from gradfold.errors import FoldError
 
-from .messages import TILE_BYTES, Route, all_gather, share_of, talking
+from .messages import HEADER, TILE_BYTES, Route, all_gather, share_of, talking
 from .ranks import Ranks
-from .reducer import Reducer
+from .reducer import SMALL, Reducer
 from .roll import code_of
 
 _REPLICAS: weakref.WeakKeyDictionary[nn.Module, Replicas] = weakref.WeakKeyDictionary()
@@ -76,6 +76,24 @@ def replicate(
 def replicas_of(model: nn.Module) -> Replicas | None:
     """Return what ``replicate`` has noted of a model; None where it was not called."""
     return _REPLICAS.get(model)
+
+
+def message_bytes(model: nn.Module, tile_bytes: int = TILE_BYTES) -> int:
+    """Return the memory for messages that ranks with copies of a model hold between steps, in bytes: one tile.
+
+    Args:
+        model: a copy.
+        tile_bytes: as ``replicate`` takes it.
+    """
+    found = 0
+    for param in model.parameters():
+        if param.requires_grad and param.dim() > 1 and param.numel():
+            itemsize = accumulation_dtype(param.dtype).itemsize
+            row_bytes = param.numel() // len(param) * itemsize
+            if param.numel() * itemsize * SMALL > tile_bytes:  # others travel together, in a message of their own
+                rows = max(1, min(len(param), tile_bytes // row_bytes))
+                found = max(found, rows * row_bytes + HEADER * itemsize)
+    return found
 
 
 class Replicas:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradfold._torch import DynamicOutputShapeException, FakeTensorMode
 from gradfold.backends import as_accelerator
-from gradfold.dist import spread
+from gradfold.dist import message_bytes, spread
 from gradfold.head.preference import answer_log_probs, preference_loss
 
 from .errors import PlanError
@@ -41,6 +41,9 @@ class Workload:
     given: Any = None  # the batch, or a step's `MicroBatches`, in the place of full sequences
     own_loss: LossFunction | None = None  # in the place of the model's
     _references: MutableMapping[nn.Module, nn.Module] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+    _messages: MutableMapping[nn.Module, Tensor] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
@@ -124,6 +127,11 @@ class Workload:
         """Tell a meter of what lies beside the model."""
         if (reference := self.reference_of(model)) is not None:
             live.track(reference)
+        # alone, a copy sends nothing: the plan runs without the others
+        if self.settings.parallel == "replicas" and self.settings.ranks > 1:
+            messages = torch.empty(message_bytes(model), dtype=torch.uint8)
+            self._messages[model] = messages
+            live.track(messages, category="scratch")
 
     def over_layers(self, run: Callable[[nn.Module], StepMemory]) -> StepMemory:
         """A step of the whole model; of two shallow ones, where its layers are alike."""
