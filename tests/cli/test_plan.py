@@ -237,3 +237,13 @@ def test_help_names_every_flag(plan):
     assert code == 0
     for flag in ("--model", "--tokens", "--batch", "--budget", "--json", "--plot", "--measure", "--compare"):
         assert flag in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [((), True), (("--gradient.clip", "two_pass"), False), (("--gradient.clip-norm", "None"), False)]
+)
+def test_what_copies_keep_beside_the_plan(plan, small, words, said):
+    copies = ("--model", small, "--tokens", "32", "--no-compare", "--batch", "2", "--dtype", "float32")
+    code, out, _ = plan(*copies, "--parallel", "replicas", "--ranks", "2", *words)
+    assert code == 0
+    assert ("not planned: with clip_norm and clip='exact'" in out) == said

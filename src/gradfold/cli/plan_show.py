@@ -74,6 +74,13 @@ def print_plan(
         spare = f", {margin:.0%} free" if margin else ""
         table.add_row(f"fits {format_bytes(budget_bytes)}{spare}", *fits)
     console.print(table)
+    waits = settings.clip == "exact" and settings.clip_norm is not None
+    if settings.parallel == "replicas" and settings.ranks > 1 and waits:
+        most = format_bytes(predicted.parameters * 4)
+        console.print(
+            f"\n[yellow]not planned: with clip_norm and clip='exact', gradients averaged over {settings.ranks} replicas "
+            f"wait for the norm, up to {most} more; clip='two_pass' keeps none[/yellow]"
+        )
     if predicted.chunks:
         host, disk = format_bytes(predicted.host_bytes), format_bytes(predicted.disk_bytes)
         moved = format_bytes(predicted.moved_bytes_per_step)
