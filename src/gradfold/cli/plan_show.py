@@ -78,7 +78,7 @@ def print_plan(
     if settings.parallel == "replicas" and settings.ranks > 1 and waits:
         most = format_bytes(predicted.parameters * 4)
         console.print(
-            f"\n[yellow]not planned: with clip_norm and clip='exact', gradients averaged over {settings.ranks} replicas "
+            f"\n[yellow]not planned: with clip_norm and clip='exact', averaged gradients of {settings.ranks} replicas "
             f"wait for the norm, up to {most} more; clip='two_pass' keeps none[/yellow]"
         )
     if predicted.chunks:
