@@ -16,6 +16,7 @@ from tests.dist.tiny import HYPER, LAYERS, alone, batch, furthest, loss_of, tiny
 from tests.dist.world import collectives
 
 BYTES = 2048  # of a tile: the largest weight of Tiny has 16 KiB
+LARGE = 1 << 24
 
 
 def train(data="tile", accumulate=1, clip=None, summed="fold", scratch=BYTES, model_options=None, mesh=None, **options):
@@ -80,7 +81,8 @@ def check(cases, found):
             assert norms <= 1e-12, case
             assert not left, case
             tied = (case.get("model_options") or {}).get("tied", False)
-            assert routes == 2 + 7 * LAYERS - tied, case
+            small = case.get("scratch", BYTES) == LARGE  # all go into such a tile often enough to travel together
+            assert routes == (0 if small else 2 + 7 * LAYERS - tied), case
             if case.get("scratch", BYTES) == BYTES and case.get("data", "tile") == "tile":
                 assert memory <= 2 * BYTES + 1024, case  # what is sent and what comes back, with headers
 
@@ -95,7 +97,7 @@ CASES = [
 MORE = [
     {"data": data, "accumulate": accumulate, "clip": clip, "scratch": scratch, **options}
     for data in ("tile", "tokens", "auto")
-    for scratch in (256, BYTES, 1 << 24)
+    for scratch in (256, BYTES, LARGE)
     for accumulate, clip in ((1, None), (3, None), (1, 0.05), (3, 0.05))
     for options in (
         {},
