@@ -52,7 +52,6 @@ def taken(kind, options):
         pytest.param("fsdp", {"clip_norm": 1.0, "accumulate": 2}, id="fsdp-clip", marks=pytest.mark.slow),
         pytest.param("fsdp", {"clip_value": 0.1}, id="fsdp-value", marks=pytest.mark.slow),
         pytest.param("replicas", {}, id="replicas", marks=pytest.mark.slow),
-        pytest.param("replicas", {"clip_norm": 1.0, "accumulate": 2}, id="replicas-clip", marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_and_what_is_taken(two, kind, options):

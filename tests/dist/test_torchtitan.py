@@ -59,7 +59,8 @@ def reference(steps, clip):
 def train(folder, states):
     """Train in a pipeline, save, and go on on one rank; return differences from one process, and from each other."""
     make = functools.partial(gradfold.AdamW, **HYPER, states=states, small_size=0)
-    modules, schedule = pipeline.pipeline("ScheduleInterleaved1F1B", STAGES * dist.get_world_size())
+    dtype = torch.float64 if states is None else torch.float32  # codecs compute in fp32
+    modules, schedule = pipeline.pipeline("ScheduleInterleaved1F1B", STAGES * dist.get_world_size(), dtype=dtype)
     parts = list(modules.values())
     container = gradfold.torchtitan.FoldedOptimizers(parts, make, schedule=schedule, clip_norm=0.05)
     loop = Loop(container, lambda step: pipeline.run_step(schedule, modules, step))
@@ -69,7 +70,7 @@ def train(folder, states):
     rates = [group["lr"] for group in container.param_groups]
     loop.step(2)
 
-    alone = tiny(layers=2 * STAGES)
+    alone = tiny(dtype, layers=2 * STAGES)
     others = gradfold.torchtitan.FoldedOptimizers(
         [alone], make, accumulate=pipeline.MICRO, group="alone", clip_norm=0.05
     )
@@ -106,7 +107,7 @@ def test_it_trains_and_resumes_on_other_ranks(two, tmp_path, states):
     for away, apart, rates, counted, keys in found:
         if states is None:
             assert away <= 1e-11
-        assert apart <= 1e-11
+        assert apart <= (1e-11 if states is None else 1e-6)
         assert rates == [HYPER["lr"] / 4]
         assert counted == 3
         assert all(key.startswith(("state.", "param_groups.")) for key in keys)
