@@ -477,3 +477,26 @@ def multiplies(dtype: torch.dtype) -> bool:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     except (AttributeError, RuntimeError):  # a build without mkldnn
         return False
+
+
+# compiled regions -----------------------------------------------------------------------------------------------------
+
+below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators are not recorded by autograd, whose kernel is running."""
+
+
+def keep_in_order(operator: Any) -> None:
+    """Tell compilers that an operator has an effect: it is neither dropped nor moved before another one of these."""
+    from torch._higher_order_ops.effects import _register_effectful_op
+
+    try:
+        from torch._library.effects import EffectType
+    except ImportError:  # before torch 2.12
+        from torch._higher_order_ops.effects import _EffectType as EffectType
+    _register_effectful_op(operator, EffectType.ORDERED)
+
+
+def has_compiled() -> bool:
+    """Return whether torch.compile has compiled anything in this process."""
+    counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return counters is not None and bool(counters["stats"])
