@@ -485,15 +485,25 @@ below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 """A context in which operators are not recorded by autograd, whose kernel is running."""
 
 
+def keeps_order() -> bool:
+    """Return whether this torch's compilers can be told that an operator has an effect."""
+    return _effects() is not None
+
+
 def keep_in_order(operator: Any) -> None:
     """Tell compilers that an operator has an effect: it is neither dropped nor moved before another one of these."""
-    from torch._higher_order_ops.effects import _register_effectful_op
+    register, kinds = _effects()  # type: ignore[misc]
+    register(operator, kinds.ORDERED)
 
+
+@functools.cache
+def _effects() -> tuple[Callable[..., Any], Any] | None:
     try:
-        from torch._library.effects import EffectType
-    except ImportError:  # before torch 2.12
-        from torch._higher_order_ops.effects import _EffectType as EffectType
-    _register_effectful_op(operator, EffectType.ORDERED)
+        import torch._higher_order_ops.effects as effects
+    except ImportError:
+        return None
+    register, kinds = getattr(effects, "_register_effectful_op", None), getattr(effects, "_EffectType", None)
+    return None if register is None or kinds is None else (register, kinds)
 
 
 def has_compiled() -> bool:

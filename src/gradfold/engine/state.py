@@ -25,6 +25,7 @@ from gradfold.rules import number
 
 from .audit import Auditor, named_parameters, unhooked_gradients
 from .backward import Backward
+from .compiled_dense import warn_of_dense
 from .context import FoldContext
 from .finish_step import agree, coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
 from .gate import Demand
@@ -466,6 +467,7 @@ class FoldState(FoldContext):
                 raise FoldError(hook_lost(param.name))
         self._auditor.refuse_wrappers()
         self._auditor.audit(self.params)
+        self.told_dense = self.told_dense or warn_of_dense(self)
         self._take_late()
         add_zeros(self)
         if self.turns is not None:

@@ -1,7 +1,7 @@
 """Folded modules in regions that ``torch.compile`` has compiled.
 
-The backward of a compiled region returns the gradients of all its weights at once, so what it returned would be as large
-as the model. Here a folded module is traced to operators of gradfold's own. In the joint graph they are plain matrix
+The backward of a compiled region returns the gradients of all its weights at once, so what it returned would be as
+large as the model. Here a folded module is traced to operators of gradfold's own. In the joint graph they are plain matrix
 products, and ``hand_product`` or ``hand_rows``: operators without a result, ordered by torch's effect tokens, that give
 the weight's ``FoldParam`` a copy of (dY, X). No gradient of the weight is in the graph. Autograd then runs the weight's
 gate, as after any other last use, once the region's backward has ended.
@@ -38,8 +38,7 @@ def handle_of(param: FoldParam) -> Tensor | None:
 
     A number in a tensor is no constant of the graph, so that all layers of a model can run the same one.
     """
-    _define()
-    if param.spread is not None or param.gathered is not None or param.reducer is not None:
+    if param.spread is not None or param.gathered is not None or param.reducer is not None or not _define():
         return None
     handle = _HANDLES.get(param)
     if handle is None:
@@ -210,9 +209,11 @@ _SCHEMAS = {
 
 
 @functools.cache
-def _define() -> torch.library.Library:
-    """Define the operators, once; they live as long as what is returned."""
-    library = torch.library.Library("gradfold", "DEF")  # noqa: TOR901, kept by the cache
+def _define() -> torch.library.Library | None:
+    """Define the operators, once; they live as long as what is returned. None: this torch cannot keep their order."""
+    if not _torch.keeps_order():
+        return None
+    library = torch.library.Library("gradfold", "DEF")
     for name, schema in _SCHEMAS.items():
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     everywhere = "CompositeExplicitAutograd"
