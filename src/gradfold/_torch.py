@@ -507,6 +507,7 @@ def _effects() -> tuple[Callable[..., Any], Any] | None:
 
 
 def has_compiled() -> bool:
-    """Return whether torch.compile has compiled anything in this process."""
+    """Return whether torch.compile has compiled anything in this process, as far as it has not been told to forget."""
+    frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
-    return counters is not None and bool(counters["stats"])
+    return bool(getattr(frames, "FRAME_COUNTER", 0)) or (counters is not None and bool(counters["frames"]))

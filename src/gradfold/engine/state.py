@@ -152,6 +152,10 @@ class FoldState(FoldContext):
             self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
             refuse_schedule(self, everywhere=True)
         refuse_micro_batch(self.step.loop, self)
+        if not self.compiled and _torch.has_compiled():
+            self.compiled = True
+            for one in self.params.values():
+                one.read_unseen = True  # a checkpoint's first pass through compiled code is not seen
         nodes = nodes_around_backward()
         refuse_several(self, nested=bool(nodes))
         part = 0 if self.parts == 1 else self._part_of(param)

@@ -1,10 +1,10 @@
 """Folded modules in regions that ``torch.compile`` has compiled.
 
 The backward of a compiled region returns the gradients of all its weights at once, so what it returned would be as
-large as the model. Here a folded module is traced to operators of gradfold's own. In the joint graph they are plain matrix
-products, and ``hand_product`` or ``hand_rows``: operators without a result, ordered by torch's effect tokens, that give
-the weight's ``FoldParam`` a copy of (dY, X). No gradient of the weight is in the graph. Autograd then runs the weight's
-gate, as after any other last use, once the region's backward has ended.
+large as the model. Here a folded module is traced to operators of gradfold's own. In the joint graph they are plain
+matrix products, and ``hand_product`` or ``hand_rows``: operators without a result, ordered by torch's effect tokens,
+that give the weight's ``FoldParam`` a copy of (dY, X). No gradient of the weight is in the graph. Autograd then runs
+the weight's gate, as after any other last use, once the region's backward has ended.
 
 A copy, since a compiled graph uses the memory of its tensors again as soon as it needs them no longer. What the copies
 of one region take is counted (``Backward.region_bytes``).
