@@ -511,3 +511,16 @@ def has_compiled() -> bool:
     frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
     return bool(getattr(frames, "FRAME_COUNTER", 0)) or (counters is not None and bool(counters["frames"]))
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's own parameter ``weight``, if it has one; a compiler traces this line, as it can no getter."""
+    return module._parameters.get("weight")
+
+
+def uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Return a model without what torch.compile has put around it, and whether it or a part of it is compiled."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return inner, True
+    return model, any(module._compiled_call_impl is not None for module in model.modules())

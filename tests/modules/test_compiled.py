@@ -511,3 +511,15 @@ def test_a_model_that_is_gone_leaves_nothing():
     torch.compiler.reset()
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_a_plan_is_of_the_eager_model(how):
+    pytest.importorskip("transformers")
+    model = llama(False)
+    wanted = gradfold.plan(model, tokens=8).peak_bytes
+    if how == "layers":
+        gradfold.compile_layers(model, backend="eager")
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is compiled; its eager form is planned"):
+        found = gradfold.plan(torch.compile(model, backend="eager") if how == "whole" else model, tokens=8)
+    assert found.peak_bytes == wanted

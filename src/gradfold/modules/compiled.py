@@ -50,9 +50,8 @@ def handle_of(param: FoldParam) -> Tensor | None:
 
 def hands_over(module: nn.Module) -> bool:
     """Return whether a call that is being compiled is to hand over terms; traced along with the module's forward."""
-    if getattr(module, HANDLE) is None or not torch.is_grad_enabled() or "weight" not in module._parameters:
-        return False
-    if not module._parameters["weight"].requires_grad:  # type: ignore[union-attr]
+    weight = _torch.own_weight(module)  # None: parametrized
+    if getattr(module, HANDLE) is None or not torch.is_grad_enabled() or weight is None or not weight.requires_grad:
         return False
     if torch.compiler.is_exporting():
         raise FoldError(
