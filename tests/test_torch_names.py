@@ -14,6 +14,7 @@ from torch import nn
 import gradfold
 from gradfold import _torch
 from gradfold.engine.gate import hook_fires_without_gradient
+from gradfold.engine.segments import watch
 
 SOURCES = Path(gradfold.__file__).parent
 PRIVATE = re.compile(
@@ -77,6 +78,7 @@ def watching():
 
 def test_nodes_are_watched_but_for_ours():
     hook_fires_without_gradient()  # asked once per process, by a node
+    watch()  # once per process, too, by the first fold
     created, before = [], _torch.BackwardNode.__init__
     try:
         _torch.watch_nodes(created.append)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .dist import replicate, spread
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
+    from .modules import compile_layers
     from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
     from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
@@ -33,6 +34,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "WorkingSet",
+    "compile_layers",
     "export_masters",
     "fold",
     "fold_stage",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 _PLANNER = ("Plan", "PlanError", "plan")
-_HOMES = ("._fold", "._fold_stage", ".dist", ".errors", ".head", ".optim", ".workset")
+_HOMES = ("._fold", "._fold_stage", ".dist", ".errors", ".head", ".modules", ".optim", ".workset")
 _PACKAGES = (
     "backends",
     "codecs",

@@ -477,3 +477,50 @@ def multiplies(dtype: torch.dtype) -> bool:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     except (AttributeError, RuntimeError):  # a build without mkldnn
         return False
+
+
+# compiled regions -----------------------------------------------------------------------------------------------------
+
+below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators are not recorded by autograd, whose kernel is running."""
+
+
+def keeps_order() -> bool:
+    """Return whether this torch's compilers can be told that an operator has an effect."""
+    return _effects() is not None
+
+
+def keep_in_order(operator: Any) -> None:
+    """Tell compilers that an operator has an effect: it is neither dropped nor moved before another one of these."""
+    register, kinds = _effects()  # type: ignore[misc]
+    register(operator, kinds.ORDERED)
+
+
+@functools.cache
+def _effects() -> tuple[Callable[..., Any], Any] | None:
+    try:
+        import torch._higher_order_ops.effects as effects
+    except ImportError:
+        return None
+    register, kinds = getattr(effects, "_register_effectful_op", None), getattr(effects, "_EffectType", None)
+    return None if register is None or kinds is None else (register, kinds)
+
+
+def has_compiled() -> bool:
+    """Return whether torch.compile has compiled anything in this process, as far as it has not been told to forget."""
+    frames: Any = sys.modules.get("torch._dynamo.convert_frame")
+    counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return bool(getattr(frames, "FRAME_COUNTER", 0)) or (counters is not None and bool(counters["frames"]))
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's own parameter ``weight``, if it has one; a compiler traces this line, as it can no getter."""
+    return module._parameters.get("weight")
+
+
+def uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Return a model without what torch.compile has put around it, and whether it or a part of it is compiled."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return inner, True
+    return model, any(module._compiled_call_impl is not None for module in model.modules())

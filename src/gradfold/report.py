@@ -63,10 +63,15 @@ class Report:
     heads: tuple[HeadRow, ...] = ()  # one for each of transformers' causal models in the model
     rank: int | None = None  # on many ranks, this one
     ranks: int = 1  # how many step together
+    region_bytes: int = 0  # the most that one compiled region has held of its weights' uses, until its backward ended
 
     def __repr__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
         text.append(f"backend {self.backend}, scratch {_mib(self.scratch_bytes)} MiB, stored gradients 0")
+        if self.region_bytes:
+            text.append(
+                f"compiled regions hold the uses of their weights until they end: {_mib(self.region_bytes)} MiB at most"
+            )
         if self.rank is not None:
             text.append(
                 f"rank {self.rank} of {self.ranks}: shapes are of whole parameters, bytes of this rank's part of those "
@@ -103,7 +108,7 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     reasons = _unfolded(fold), _replaced(fold)
     rows = tuple(_row(fold, name, param, *reasons) for name, param in fold.named_parameters().items())
     scratch_bytes = sum(t.numel() * t.element_size() for t in fold.backend.scratch_tensors())
-    made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads))
+    made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads), region_bytes=fold.region_bytes)
     if fold.ranks is not None:
         made = dataclasses.replace(made, rank=fold.ranks.rank, ranks=fold.ranks.size)
     turns = fold.turns

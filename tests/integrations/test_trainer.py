@@ -432,7 +432,7 @@ def test_seq2seq(tmp_path):
 
 @LONG
 def test_compiled(tmp_path):
-    """The compiled parts write dense gradients, which the report says."""
+    """The model is one region, whose weights step when its backward has ended."""
     arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     runs = [Run(tmp_path / str(fold), fold, **arguments) for fold in (None, PLAIN)]
     assert_same(runs[1], runs[0])

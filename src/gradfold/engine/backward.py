@@ -23,10 +23,14 @@ class Backward:
         running: whether it has not ended yet.
         terms: the gradient terms of parameters whose gate has not run yet.
         part: which part of the model it is of (``Step.counts``).
+        region_bytes: what the compiled region that runs now, or ran last, has handed over.
         unsummed: parameters whose gradient is summed over ranks as it ends, together, and this rank's part of it.
     """
 
-    __slots__ = ("adds", "claimed", "parent", "part", "root", "running", "terms", "thread", "unsummed")
+    __slots__ = (
+        *("_last", "adds", "claimed", "parent", "part", "region_bytes", "root", "running", "terms", "thread"),
+        "unsummed",
+    )
 
     def __init__(self, parent: Segment | None, root: Segment | None, adds: bool, claimed: bool, part: int = 0):
         self.parent = parent
@@ -38,6 +42,8 @@ class Backward:
         self.running = True
         self.terms: dict[Any, list[GradTerm | BiasTerm]] = {}
         self.unsummed: list[tuple[Any, Partials]] = []
+        self.region_bytes = 0
+        self._last: Any = None  # the parameter that a compiled region has handed a term last
 
     def add(self, param: Any, term: GradTerm | BiasTerm) -> None:
         """Keep a term until the parameter's gate opens."""
@@ -46,3 +52,10 @@ class Backward:
             self.terms[param] = [term]
         else:
             found.append(term)
+
+    def count_region(self, param: Any, size_bytes: int) -> None:
+        """Count what a compiled region hands over; the gates of its parameters open once it has ended."""
+        if self._last not in self.terms:  # a new region
+            self.region_bytes = 0
+        self.region_bytes += size_bytes
+        self._last = param

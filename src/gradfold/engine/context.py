@@ -48,6 +48,9 @@ class FoldContext(ABC):
         step: the open step.
         last_step: the step before, as long as some parameter remembers that it stepped in it.
         zeroed: parameters whose gradient is zeros in torch, after ``zero_grad(set_to_none=False)``.
+        compiled: whether code has been compiled, which may be that of modules of the model.
+        told_dense: whether dense gradients of folded modules' weights have been warned of.
+        region_bytes: the most that one compiled region has handed over: its uses live until its backward ends.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, backend: Backend, options: FoldOptions, joint: bool):
@@ -62,6 +65,8 @@ class FoldContext(ABC):
         self.ranks: Ranks | None = None
         self.reducer: Reducer | None = None
         self.sharding: Sharding | None = None
+        self.region_bytes = 0
+        self.told_dense = self.compiled = False
         self.parts = 1
         self.scale = 1.0
         self.schedule: Any = None

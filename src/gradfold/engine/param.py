@@ -254,6 +254,13 @@ class FoldParam:
         else:
             found[self] = [term]
 
+    def hand_from_region(self, term: GradTerm) -> None:
+        """Keep a term that a compiled region's backward has handed over: copies, which live until the region ends."""
+        self.hand(term)
+        backward = self.fold.step.backwards[_torch.current_graph_task()]
+        backward.count_region(self, sum(tensor.nbytes for tensor in term.tensors))
+        self.fold.region_bytes = max(self.fold.region_bytes, backward.region_bytes)
+
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Keep a bias's gradient as the sum of its weight's ``left`` rows, where the weight's kernel can compute it.
 

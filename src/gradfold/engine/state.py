@@ -25,6 +25,7 @@ from gradfold.rules import number
 
 from .audit import Auditor, named_parameters, unhooked_gradients
 from .backward import Backward
+from .compiled_dense import warn_of_dense
 from .context import FoldContext
 from .finish_step import agree, coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
 from .gate import Demand
@@ -151,6 +152,10 @@ class FoldState(FoldContext):
             self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
             refuse_schedule(self, everywhere=True)
         refuse_micro_batch(self.step.loop, self)
+        if not self.compiled and _torch.has_compiled():
+            self.compiled = True
+            for one in self.params.values():
+                one.read_unseen = True  # a checkpoint's first pass through compiled code is not seen
         nodes = nodes_around_backward()
         refuse_several(self, nested=bool(nodes))
         part = 0 if self.parts == 1 else self._part_of(param)
@@ -466,6 +471,7 @@ class FoldState(FoldContext):
                 raise FoldError(hook_lost(param.name))
         self._auditor.refuse_wrappers()
         self._auditor.audit(self.params)
+        self.told_dense = self.told_dense or warn_of_dense(self)
         self._take_late()
         add_zeros(self)
         if self.turns is not None:

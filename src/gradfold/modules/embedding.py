@@ -12,6 +12,7 @@ from gradfold import _torch
 from gradfold.backends import GatherTerm, rows
 from gradfold.engine import Demand, FoldParam, held
 
+from . import compiled
 from .routing import Folded, is_plain, not_a_view, routed
 
 
@@ -65,5 +66,7 @@ class FoldedEmbedding(Folded):
         """Look up rows, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
+            if torch.compiler.is_compiling() and compiled.hands_over(self):  # type: ignore[arg-type]
+                return compiled.embedding(self, input)  # type: ignore[arg-type]
             return super().forward(input)  # type: ignore[misc]
         return FoldedLookup.apply(input, param.leaf, self.padding_idx, param)  # type: ignore[attr-defined]

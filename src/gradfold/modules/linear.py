@@ -12,6 +12,7 @@ from gradfold import _torch
 from gradfold.backends import MatmulTerm, linear, multiply, rows
 from gradfold.engine import Demand, FoldParam
 
+from . import compiled
 from .routing import Folded, is_plain, not_a_view, routed
 
 
@@ -128,6 +129,8 @@ class FoldedLinear(Folded):
         """Multiply, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(input):
+            if torch.compiler.is_compiling() and compiled.hands_over(self):  # type: ignore[arg-type]
+                return compiled.linear(self, input, False)  # type: ignore[arg-type]
             return super().forward(input)  # type: ignore[misc]
         own = _torch.own_parameters(self)  # type: ignore[arg-type]
         if "bias" not in own:  # parametrized
@@ -142,5 +145,7 @@ class FoldedConv1D(Folded):
         """Multiply, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
+            if torch.compiler.is_compiling() and compiled.hands_over(self):  # type: ignore[arg-type]
+                return compiled.linear(self, x, True)  # type: ignore[arg-type]
             return super().forward(x)  # type: ignore[misc]
         return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.leaf, param)  # type: ignore[attr-defined]

@@ -74,6 +74,7 @@ class Folded:
     """Base of the folded classes; copies and pickles of a folded module are plain modules."""
 
     plain_class: type  # set on each class that ``swap`` makes
+    _gradfold_handle: torch.Tensor | None = None  # ``compiled.HANDLE``, set on the modules
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)  # type: ignore[misc]
@@ -86,6 +87,7 @@ class Folded:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         state = self.__dict__.copy()  # type: ignore[attr-defined]
         state.pop(FOLD_PARAM, None)
+        state.pop("_gradfold_handle", None)
         if (forward := state.pop(PLAIN_FORWARD, None)) is not None:
             state["forward"] = forward
         # a class injected over ours (parametrize) stays; without a place in a fold it takes the plain path

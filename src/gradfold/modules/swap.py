@@ -17,6 +17,7 @@ from gradfold import _torch
 from gradfold.engine import FoldParam
 from gradfold.errors import FoldError
 
+from .compiled import HANDLE, handle_of
 from .embedding import FoldedEmbedding
 from .linear import FoldedConv1D, FoldedLinear
 from .routing import FOLD_PARAM, PLAIN_FORWARD, Folded
@@ -151,6 +152,7 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
             chosen.append((module, folding, param))
     for module, folding, param in chosen:
         module.__dict__[FOLD_PARAM] = param
+        module.__dict__[HANDLE] = handle_of(param)
         cell = inner_forward(module)
         module.__class__ = _folded_class(type(module), folding)
         if cell is not None:
@@ -166,6 +168,7 @@ def restore(modules: list[nn.Module]) -> None:
     """Give modules their plain classes again."""
     for module in modules:
         param = module.__dict__.pop(FOLD_PARAM, None)
+        module.__dict__.pop(HANDLE, None)
         if param is not None:
             param.folded = False
         if (forward := module.__dict__.pop(PLAIN_FORWARD, None)) is not None:

@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from gradfold import _torch
 from gradfold._torch import FakeTensorMode
+from gradfold.errors import users_level
 
 from .errors import PlanError
 from .fake import fake_copy, plain_torch
@@ -135,15 +137,26 @@ def find_subject(model: Any) -> Subject:
     """
     if isinstance(model, (str, Path)):
         return _named(str(model))
-    if hasattr(model, "model_type"):
+    if hasattr(model, "model_type") and not isinstance(model, nn.Module):
         return Subject(getattr(model, "name_or_path", "") or model.model_type, config=model)
     if isinstance(model, nn.Module):
-        return Subject(type(model).__name__, source=model)
+        return _of_module(model)
     if callable(model):
         return Subject(getattr(model, "__name__", "model"), source=model)
     raise PlanError(
         f"model={model!r}: give a name, a folder, a transformers config, a module or a function that builds one"
     )
+
+
+def _of_module(model: nn.Module) -> Subject:
+    model, compiled = _torch.uncompiled(model)
+    if compiled:
+        warnings.warn(
+            f"{type(model).__name__} is compiled; its eager form is planned. A compiled region also holds the uses of "
+            "its weights until its backward ends: fold.report() says how much that was",
+            stacklevel=users_level(),
+        )
+    return Subject(type(model).__name__, source=model)
 
 
 def _named(name: str) -> Subject:
