@@ -111,11 +111,11 @@ def logits_of(model, ids):
     return model(input_ids=ids, **more).logits
 
 
-def train(kind, how, steps=10, accumulate=1, backend="aot_eager", dtype=torch.float64, working_set=None, **options):
+def train(kind, how, steps=10, accumulate=1, working_set=None, **options):
     """Return the distance of a compiled folded model to its twin: torch's, or with a working set an eager fold."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    plain = MODELS[kind]().to(dtype).train()
+    plain = MODELS[kind]().double().train()
     model = copy.deepcopy(plain)
     theirs, mine = torchs(plain) if working_set is None else ours(plain), ours(model)
     if working_set is not None:
@@ -123,9 +123,9 @@ def train(kind, how, steps=10, accumulate=1, backend="aot_eager", dtype=torch.fl
     fold = gradfold.fold(model, mine, accumulate=accumulate, head="plain", working_set=working_set, **options)
     called = model
     if how == "whole":
-        called = torch.compile(model, backend=backend, fullgraph=True)
+        called = torch.compile(model, backend="aot_eager", fullgraph=True)
     else:
-        gradfold.compile_layers(model, backend=backend, fullgraph=True)
+        gradfold.compile_layers(model, backend="aot_eager", fullgraph=True)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for _ in range(accumulate):
@@ -173,10 +173,22 @@ def test_transformers(kind, how, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_inductor(kind):
-    """In fp32 the error is that of torch's own compiled step."""
+    """In fp32 a folded compiled run is at most twice as far from fp64 as torch's eager one."""
     torch.manual_seed(0)
-    exact = train(kind, "layers", backend="inductor", dtype=torch.float32, steps=5)
-    assert exact <= 2e-6
+    exact = MODELS[kind]().double().train()
+    eager = copy.deepcopy(exact).float()
+    model = copy.deepcopy(eager)
+    optimizers = [torchs(exact), torchs(eager), ours(model)]
+    gradfold.fold(model, optimizers[-1], head="plain")
+    gradfold.compile_layers(model, fullgraph=True)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(10):
+        ids = torch.randint(1, 96, (2, (8, 10, 14)[step % 3]), generator=generator)
+        for one, optimizer in zip((exact, eager, model), optimizers, strict=True):
+            F.cross_entropy(logits_of(one, ids).flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(model, exact) <= 2 * distance(eager, exact)
 
 
 @pytest.mark.parametrize("by", ["layer", pytest.param("bytes", marks=pytest.mark.slow)])
