@@ -5,6 +5,7 @@ from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Step
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
+from .part_terms import RowsTerm, columns_of
 from .reference import Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
@@ -27,6 +28,7 @@ __all__ = [
     "PowerSum",
     "Reference",
     "Routed",
+    "RowsTerm",
     "Scratch",
     "StepNumbers",
     "Stepper",
@@ -35,6 +37,7 @@ __all__ = [
     "accumulation_dtype",
     "as_accelerator",
     "choose",
+    "columns_of",
     "gemm_ready",
     "largest",
     "linear",
