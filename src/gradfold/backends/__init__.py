@@ -2,6 +2,7 @@
 
 from .choose import choose
 from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper
+from .conv_term import Convolution, ConvTerm, weight_gradient
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
@@ -18,6 +19,8 @@ __all__ = [
     "Backend",
     "BiasTerm",
     "Change",
+    "ConvTerm",
+    "Convolution",
     "DenseTerm",
     "GatherTerm",
     "GradTerm",
@@ -48,4 +51,5 @@ __all__ = [
     "safe_magnitude",
     "total",
     "visited",
+    "weight_gradient",
 ]
