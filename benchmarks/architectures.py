@@ -76,13 +76,16 @@ def _clip(model: Any, step: int) -> Tensor:
 def _detr() -> Any:
     import transformers as t
 
-    body: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+    body: dict[str, Any] = {
+        "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic",
+        "out_features": ["stage2"],
+    }  # fmt: skip
     whole: dict[str, Any] = {
         "use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False, "d_model": H,
         "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
         "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_queries": 8, "dropout": 0.0, "attention_dropout": 0.0,
     }  # fmt: skip
-    backbone: Any = t.ResNetConfig(**body, **{"out_features": ["stage2"]})
+    backbone: Any = t.ResNetConfig(**body)
     return t.DetrModel(t.DetrConfig(backbone_config=backbone, **whole))
 
 

@@ -51,6 +51,7 @@ class FoldedConvolution(torch.autograd.Function):
                 dX = torch.ops.aten.convolution_backward(dY, x, w, None, *how, (True, False, False))[0]
             if demand is Demand.STEP:
                 param.hand(ConvTerm(x, dY, ctx.shape, how), ctx)
+                param.sum_waiting()  # of a detection head on five levels, each input is larger than the weight
             elif demand is Demand.CAPTURE:
                 dW = weight_gradient(x, dY, ctx.shape, how)
             if by_bias:
