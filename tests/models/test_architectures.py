@@ -18,7 +18,7 @@ FOUND = {name: made for models in ARCHITECTURES.values() for name, made in model
 # the smallest share of parameters that folds, where it is not 90%
 LEAST = {"mamba": 0.85, "hubert": 0.7, "LSTM": 0.2, "GRU": 0.3, "RNN": 0.5}
 LEAST |= dict.fromkeys(ARCHITECTURES["experts"], 0.2)
-QUICK = ("falcon", "opt", "whisper", "vit", "segformer", "dit", "flux", "unet_2d_condition", "MultiheadAttention")
+QUICK = ("falcon", "opt", "whisper", "vit", "dit", "flux", "unet_2d_condition", "MultiheadAttention")
 
 
 def each(names=None, quick=QUICK):
@@ -39,6 +39,10 @@ def test_share(made, name):
     assert share(*made)["folded_share"] >= LEAST.get(name, 0.9)
 
 
+def name_of(model):
+    return getattr(getattr(model, "config", None), "model_type", "")
+
+
 def quiet(model):
     """In training mode, with nothing random."""
     for module in model.modules():
@@ -46,18 +50,20 @@ def quiet(model):
             module.p = 0.0
     for name in ("layerdrop", "activation_dropout", "attention_dropout", "dropout"):
         for module in model.modules():
-            if isinstance(getattr(module, name, None), float):
+            if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
+    if name_of(model) in ARCHITECTURES["experts"]:
+        model.set_experts_implementation("eager")  # torch's grouped products know no fp64
     return model.train()
 
 
-@each(quick=("falcon", "dit", "unet_2d"))
+@each(quick=("falcon", "dit"))
 def test_steps(made, name):
     make, loss = made
     assert compare(lambda: quiet(make()), lambda model, o, step: loss(model, step).backward()) <= 1e-10
 
 
-@each(["opt", "whisper", "sd3", "unet_2d_condition"], quick=("unet_2d_condition",))
+@each(["opt", "whisper", "sd3", "unet_2d_condition"], quick=("whisper",))
 @pytest.mark.parametrize("kind", ["accumulate", "clip", "working_set", "reentrant", "non_reentrant"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_options(made, name, kind):
