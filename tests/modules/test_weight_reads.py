@@ -201,3 +201,44 @@ def test_no_gradient_of_attention_exists():
         before = live.now_bytes
         step()
         assert live.peak_bytes - before < model.out_proj.weight.nbytes  # of in_proj it would be three times that
+
+
+def both():
+    return nn.Sequential(Reads(FOLDED["linear"]), nn.Unflatten(-1, (3, 3)), nn.Flatten(0, 1), nn.Conv1d(3, 4, 1))
+
+
+@pytest.mark.slow
+def test_compiled_it_is_hooked():
+    x = torch.randn(2, 5, H, dtype=torch.float64)
+    plain, folded = twins(both)
+    optimizers = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, optimizers[1])
+    for model, optimizer in zip((plain, folded), optimizers, strict=True):
+        torch.compile(model, backend="eager")(x).square().sum().backward()
+        optimizer.step()
+    assert distance(folded, plain) <= 1e-12
+    assert {row.route for row in fold.report().rows} == {"hooked"}
+
+
+@pytest.mark.slow
+def test_compiled_code_inside_a_watched_forward():
+    inner = torch.compile(lambda x: x.tanh() * 2, backend="eager")
+    assert compare(lambda: Net(lambda x, w, b: inner(F.linear(inner(x), w, b))), backward) <= 1e-12
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "trace"])
+def test_transforms_take_the_plain_path(transform):
+    model = both().double()
+    x = torch.randn(2, 5, H, dtype=torch.float64)
+    plain = model(x)
+    gradfold.fold(model, ours(model))
+    if transform == "grad":
+        found = torch.func.grad(lambda x: model(x).square().sum())(x)
+        leaf = x.clone().requires_grad_()
+        (exact,) = torch.autograd.grad(model(leaf).square().sum(), [leaf])
+        assert (found - exact).abs().max() <= 1e-12
+    elif transform == "vmap":
+        assert torch.equal(torch.func.vmap(lambda x: F.linear(x, model[0].weight))(x), F.linear(x, model[0].weight))
+        assert torch.allclose(torch.func.vmap(model[0])(x), model[0](x))
+    else:
+        assert torch.allclose(torch.jit.trace(model, (x,))(x), plain)

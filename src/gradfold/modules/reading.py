@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gradfold import _torch
-from gradfold.engine import FoldParam
+from gradfold.engine import FoldParam, refuse_ddp
 
 from .convolution import always_folds
 from .routing import Folded
@@ -53,6 +53,8 @@ class Watched(Folded):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if _torch.tracing_state() is not None or _torch.is_transforming():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if _torch.active_ddp() is not None:
+            refuse_ddp()
         with WeightReads():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
