@@ -53,6 +53,8 @@ FOLDED = {
     "weight_vector": lambda x, w, b: w @ x[0, 0],
     "mm": lambda x, w, b: torch.mm(x[0], w.t()),
     "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()),
+    "einsum": lambda x, w, b: torch.einsum("bth,nh->ntb", x, w),
+    "einsum_weight_first": lambda x, w, b: torch.einsum("nh, bhT -> bTn", w, x.transpose(1, 2)),
     "chunk": lambda x, w, b: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1),
     "split": halves,
     "rows": lambda x, w, b: F.linear(x, w[2:5]),
@@ -72,6 +74,9 @@ SHAPED = {
 DENSE = {
     "arithmetic": lambda x, w, b: F.linear(x, w * 2),
     "columns": lambda x, w, b: F.linear(x[..., :3], w[:, :3]),
+    "einsum_of_three": lambda x, w, b: torch.einsum("bth,nh,n->btn", x, w, b),
+    "einsum_with_itself": lambda x, w, b: torch.einsum("nh,nh->n", w, w),
+    "einsum_all": lambda x, w, b: torch.einsum("bth,nh->bt", x, w),
     "steps": lambda x, w, b: F.linear(x, w[::2]),
     "scaled_sum": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t(), alpha=2.0),
     "inner_checkpoint": lambda x, w, b: checkpoint(lambda x: F.linear(x, w, b), x, use_reentrant=False),

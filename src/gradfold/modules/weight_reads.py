@@ -230,6 +230,27 @@ def _read_addmm(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
     return product(x, _flipped(read), bias)
 
 
+@reads(torch.einsum)
+def _read_einsum(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
+    """Take ``einsum("btk,nk->btn", x, W)`` and its like: one letter of the weight is summed, the other is new."""
+    equation = args[0].replace(" ", "") if args and isinstance(args[0], str) else ""
+    inputs, _, output = equation.partition("->")
+    names, operands = inputs.split(","), args[1:]
+    if kwargs or not output or "." in equation or len(names) != 2 or len(operands) != 2:
+        return NotImplemented
+    for (x, letters), (weight, pair) in zip(zip(operands, names), [*zip(operands, names)][::-1]):
+        summed = [letter for letter in pair if letter in letters and letter not in output]
+        new = [letter for letter in pair if letter not in letters and letter in output]
+        if len(pair) != 2 or len(summed) != 1 or len(new) != 1 or not isinstance(x, Tensor) or x.dim() != len(letters):
+            continue
+        kept = letters.replace(summed[0], "") + new[0]
+        if sorted(kept) != sorted(output) or len(set(letters)) < len(letters) or (read := read_rows(weight)) is None:
+            continue
+        made = product(x.movedim(letters.index(summed[0]), -1), read if pair[0] == new[0] else _flipped(read))
+        return made if made is NotImplemented else made.permute([kept.index(letter) for letter in output])
+    return NotImplemented
+
+
 @reads(F.multi_head_attention_forward)
 def _read_attention(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
     parts = _torch.attention_for_modes()
