@@ -2,9 +2,11 @@
 
 from .choose import choose
 from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper
+from .conv_term import Convolution, ConvTerm, weight_gradient
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
+from .part_terms import RowsTerm, columns_of
 from .reference import Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
@@ -17,6 +19,8 @@ __all__ = [
     "Backend",
     "BiasTerm",
     "Change",
+    "ConvTerm",
+    "Convolution",
     "DenseTerm",
     "GatherTerm",
     "GradTerm",
@@ -27,6 +31,7 @@ __all__ = [
     "PowerSum",
     "Reference",
     "Routed",
+    "RowsTerm",
     "Scratch",
     "StepNumbers",
     "Stepper",
@@ -35,6 +40,7 @@ __all__ = [
     "accumulation_dtype",
     "as_accelerator",
     "choose",
+    "columns_of",
     "gemm_ready",
     "largest",
     "linear",
@@ -45,4 +51,5 @@ __all__ = [
     "safe_magnitude",
     "total",
     "visited",
+    "weight_gradient",
 ]

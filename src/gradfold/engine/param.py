@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfold import _torch
-from gradfold.backends import BiasTerm, DenseTerm, GradTerm, MatmulTerm
+from gradfold.backends import BiasTerm, DenseTerm, GradTerm, MatmulTerm, accumulation_dtype
 from gradfold.errors import FoldError
 
 from .backward import Backward
@@ -47,6 +47,7 @@ class FoldParam:
         leaf: what modules and autograd know as the parameter: itself, or what FSDP2 gathers.
         reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
+        uncertain: whether forwards of modules use it themselves, so that only a backward tells if they hand it terms.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         summed_over: a mesh of ranks that each have a term of its gradient, although it is no DTensor; else None.
         weight: for a bias, the last weight whose kernel could step it as well.
@@ -64,7 +65,7 @@ class FoldParam:
         self.param = param
         self.name = name
         self.fold = fold
-        self.folded = False
+        self.folded = self.uncertain = False
         self.shard: HeldPart | None = None
         self.spread: Shard | None = None
         self.reducer: Reducer | None = None
@@ -260,6 +261,28 @@ class FoldParam:
         backward = self.fold.step.backwards[_torch.current_graph_task()]
         backward.count_region(self, sum(tensor.nbytes for tensor in term.tensors))
         self.fold.region_bytes = max(self.fold.region_bytes, backward.region_bytes)
+
+    def sum_waiting(self) -> None:
+        """Sum the terms that this backward has brought so far, if they take more memory than their sum."""
+        terms = self.fold.step.backwards[_torch.current_graph_task()].terms[self]
+        weight = self.held.detach()
+        dtype = accumulation_dtype(weight.dtype)
+        kept = {id(tensor): tensor.nbytes for term in terms for tensor in term.tensors}
+        if len(terms) == 1 or self.reducer is not None or sum(kept.values()) <= 2 * weight.numel() * dtype.itemsize:
+            return
+        first, found = terms[0], torch.empty(0)
+        summed = isinstance(first, DenseTerm) and first.owned
+        if summed:
+            found, terms[:1] = first.grad, []  # type: ignore[union-attr]
+        else:
+            found = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for term in terms:
+            term.wait(weight.device)
+        self.fold.backend.gradient(weight, terms, found, add=summed)  # type: ignore[arg-type]
+        made = DenseTerm(found)
+        made.owned = True
+        made.record(weight.device)
+        terms[:] = [made]
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Keep a bias's gradient as the sum of its weight's ``left`` rows, where the weight's kernel can compute it.
