@@ -4,6 +4,7 @@ from .choose import choose
 from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
+from .grouped import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm, edges_of
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
 from .reference import Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
@@ -15,14 +16,18 @@ __all__ = [
     "UNCHANGED",
     "VALUES",
     "Backend",
+    "BatchedTerm",
     "BiasTerm",
     "Change",
     "DenseTerm",
+    "ExpertsTerm",
     "GatherTerm",
     "GradTerm",
+    "GroupedTerm",
     "Job",
     "MatmulTerm",
     "PendingSum",
+    "PiecesTerm",
     "Place",
     "PowerSum",
     "Reference",
@@ -35,6 +40,7 @@ __all__ = [
     "accumulation_dtype",
     "as_accelerator",
     "choose",
+    "edges_of",
     "gemm_ready",
     "largest",
     "linear",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.codecs import weight_codec
+from gradfold.codecs import matrix, weight_codec
 from gradfold.rules import Group, Rule
 
 from . import native
@@ -127,10 +127,15 @@ class PlainStepper:
         self.backend, self.scratch, self.rule = backend, backend.scratch, rule
         self.weight = _at_least_1d(weight.values)
         self.states = [_at_least_1d(state.values) for state in states]
+        self._seen, self._flat = matrix(self.weight.shape), None
+        if self._seen.rows > self.weight.shape[0] and all(s.is_contiguous() for s in (self.weight, *self.states)):
+            shape = self._seen.rows, self._seen.columns
+            flat = [Stored.plain(one.view(shape)) for one in (self.weight, *self.states)]
+            self._flat = PlainStepper(backend, flat[0], flat[1:], rule, group)
         self.cut = cut = self._cut(group)
         self._safe = safe_magnitude((), self.weight.dtype)
         self._tile = cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device
-        if backend.ahead or not cut.fused:
+        if self._flat is None and (backend.ahead or not cut.fused):
             self.scratch.tiles(*self._tile)
         self._compiled = self._as_compiled(group) if backend.ahead else None
 
@@ -172,6 +177,9 @@ class PlainStepper:
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
+        if self._flat is not None and all(term.any_rows for term in terms):
+            shape = self._seen.rows, self._seen.columns
+            return self._flat([term.reshaped(shape) for term in terms], numbers, change)
         compiled = self._compiled
         if compiled is not None and not change.torch_norm:
             found = self._paying(compiled, terms)

@@ -249,10 +249,10 @@ class FoldParam:
         if not self._on_cpu:
             term.record(self.param.device)
         found = fold.step.backwards[_torch.current_graph_task()].terms
-        if self in found:
-            found[self].append(term)
-        else:
+        if self not in found:
             found[self] = [term]
+        elif not found[self][-1].absorb(term):
+            found[self].append(term)
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Keep a bias's gradient as the sum of its weight's ``left`` rows, where the weight's kernel can compute it.
