@@ -20,7 +20,7 @@ from gradfold.backends import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm,
 from gradfold.engine import Demand, FoldParam, held, is_spread
 from gradfold.nn.grouped_linear import grouped_linear
 
-from .linear import _autocast
+from .linear import as_autocast
 from .routing import Folded, is_plain, not_a_view, routed
 
 Grads = tuple[Tensor | None, ...]
@@ -53,8 +53,8 @@ class FoldedExpert(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             with torch.autocast(kind, enabled=False):
-                x, matrix = _autocast(x, dtype), _autocast(matrix, dtype)
-                bias = None if bias is None else _autocast(bias, dtype)
+                x, matrix = as_autocast(x, dtype), as_autocast(matrix, dtype)
+                bias = None if bias is None else as_autocast(bias, dtype)
                 y = linear(x, matrix.t() if transposed else matrix, bias)
         else:
             y = linear(x, matrix.t() if transposed else matrix, bias)
@@ -167,8 +167,8 @@ class FoldedBatched(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             with torch.autocast(kind, enabled=False):
-                x = _autocast(x, dtype)
-                y = torch.bmm(x, _autocast(w, dtype))
+                x = as_autocast(x, dtype)
+                y = torch.bmm(x, as_autocast(w, dtype))
         else:
             y = torch.bmm(x, w)
         ctx.save_for_backward(x, weight)
