@@ -33,7 +33,12 @@ def mixtral(how):
 
 def qwen3_moe(how):
     config = transformers.Qwen3MoeConfig(
-        **SIZE, num_hidden_layers=2, moe_intermediate_size=12, intermediate_size=20, num_experts=8, num_experts_per_tok=2
+        **SIZE,
+        num_hidden_layers=2,
+        moe_intermediate_size=12,
+        intermediate_size=20,
+        num_experts=8,
+        num_experts_per_tok=2,
     )
     return _causal(config, how)
 

@@ -11,6 +11,7 @@ import datetime
 import functools
 import operator
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -134,8 +135,16 @@ def unsafe_view(tensor: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
 
 
+base_of: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+"""The tensor of which autograd knows this one as a view; None if it is none."""
+
+
 gradient_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.attrgetter("_backward_hooks")
 """The hooks that ``register_hook`` has put on a leaf."""
+
+saving_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+"""The innermost pair of hooks that is called for saved tensors, as non-reentrant checkpoints set one; else None."""
+
 
 post_accumulate_hooks: Callable[[Tensor], Mapping[int, Any] | None] = operator.attrgetter("_post_accumulate_grad_hooks")
 """The hooks that ``register_post_accumulate_grad_hook`` has put on a leaf."""
@@ -200,6 +209,22 @@ def runs_grouped_mm(x: Tensor, weight: Tensor) -> bool:
         return False
     sizes = (*x.shape[-1:], *weight.shape[1:])
     return (x.is_cuda or x.is_cpu) and all(size * x.itemsize % _ALIGNED == 0 and size > 0 for size in sizes)
+
+
+@functools.cache
+def attention_for_modes() -> Callable[..., Any] | None:
+    """Return ``F.multi_head_attention_forward``, made of functions that an active TorchFunctionMode sees one by one.
+
+    torch's own hands itself to the mode as a whole, as soon as one is active. None if it does not.
+    """
+    whole: Any = nn.functional.multi_head_attention_forward
+    code = getattr(whole, "__code__", None)
+    if code is None or "has_torch_function" not in code.co_names:
+        return None
+    names = {**whole.__globals__, "has_torch_function": lambda _: False}
+    made = types.FunctionType(code, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    made.__kwdefaults__ = whole.__kwdefaults__
+    return made
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from .backends import Routed, native
 from .engine import FoldParam, FoldState, held, part_of
 from .engine.storage import storage_of
 from .head import HeadRow
-from .modules import FOLD_PARAM, why_not_foldable
+from .modules import FOLD_PARAM, READS, why_not_foldable
 from .optim import RuleOptimizer
 from .workset import Rotation
 
@@ -153,6 +153,8 @@ def _unfolded(fold: FoldState) -> dict[int, str]:
     found = {}
     for name, module in fold.model.named_modules():
         for key, param in module.named_parameters(recurse=False):
+            if key in vars(module).get(READS, ()):
+                continue  # a backward tells
             if FOLD_PARAM not in vars(module) or key != "weight":
                 found[id(param)] = f"{name or 'the model'} ({type(module).__name__}) uses it too, and is not folded"
             elif "forward" in vars(module):
@@ -177,6 +179,8 @@ def _route(param: FoldParam, unfolded: Mapping[int, str], replaced: Mapping[int,
     if param.dense:
         times = "once" if param.dense == 1 else f"{param.dense} times"
         return "hooked", f"a dense gradient of it was made {times}: code that is not folded used it"
+    if param.uncertain and not param.handed:
+        return "hooked", "a forward uses it itself, and no backward has shown yet that this use can be folded"
     why = "" if param.handed else unfolded.get(id(param.param), "")
     return "hooked" if why else "folded", why
 

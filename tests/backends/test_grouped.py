@@ -11,7 +11,13 @@ from tests import oracle
 from tests.backends.test_terms import Capture, check, exactly, gradients, normal
 
 KINDS = ["grouped", "tail", "batched", "pieces"]
-SHAPES = [(4, 6, 5), (3, 1, 7), (5, 8, 1), (3, 4, 160), (1, 6, 5)]  # of 128 columns on, rows of all experts are cut alike
+SHAPES = [
+    (4, 6, 5),
+    (3, 1, 7),
+    (5, 8, 1),
+    (3, 4, 160),
+    (1, 6, 5),
+]  # of 128 columns on, rows of all experts are cut alike
 COUNTS = {1: [6], 3: [3, 0, 2], 4: [0, 3, 0, 5], 5: [2, 0, 0, 1, 4]}  # tokens of each expert
 
 

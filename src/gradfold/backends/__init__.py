@@ -6,6 +6,7 @@ from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerat
 from .fake_blocks import visited
 from .grouped import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm, edges_of
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
+from .part_terms import RowsTerm, columns_of
 from .reference import Reference
 from .scratch import DEFAULT_SCRATCH_BYTES, Scratch
 from .stored import VALUES, Place, Stored
@@ -32,6 +33,7 @@ __all__ = [
     "PowerSum",
     "Reference",
     "Routed",
+    "RowsTerm",
     "Scratch",
     "StepNumbers",
     "Stepper",
@@ -41,6 +43,7 @@ __all__ = [
     "as_accelerator",
     "choose",
     "edges_of",
+    "columns_of",
     "gemm_ready",
     "largest",
     "linear",

@@ -47,6 +47,7 @@ class FoldParam:
         leaf: what modules and autograd know as the parameter: itself, or what FSDP2 gathers.
         reducer: averages its gradient over ranks that have other tokens; None where it is complete on this one.
         folded: whether folded modules hand it terms; otherwise its dense gradient is the only term.
+        uncertain: whether forwards of modules use it themselves, so that only a backward tells if they hand it terms.
         slices: what steps now: the whole parameter, or the active slices of a working set.
         summed_over: a mesh of ranks that each have a term of its gradient, although it is no DTensor; else None.
         weight: for a bias, the last weight whose kernel could step it as well.
@@ -64,7 +65,7 @@ class FoldParam:
         self.param = param
         self.name = name
         self.fold = fold
-        self.folded = False
+        self.folded = self.uncertain = False
         self.shard: HeldPart | None = None
         self.spread: Shard | None = None
         self.reducer: Reducer | None = None

@@ -33,12 +33,12 @@ class FoldedMatmul(torch.autograd.Function):
             # cast here, with autocast off: a cast made without grad may not enter autocast's own cache of weights
             dtype = torch.get_autocast_dtype(param.device_type)
             with torch.autocast(param.device_type, enabled=False):
-                x = _autocast(x, dtype)
-                bias = None if bias is None else _autocast(bias, dtype)
+                x = as_autocast(x, dtype)
+                bias = None if bias is None else as_autocast(bias, dtype)
                 if param.spread is None:
-                    y = _affine(x, _autocast(weight, dtype), bias, cls.transposed)
+                    y = _affine(x, as_autocast(weight, dtype), bias, cls.transposed)
                 else:
-                    y = _spread_affine(x, _autocast(weight, dtype), bias, cls.transposed)
+                    y = _spread_affine(x, as_autocast(weight, dtype), bias, cls.transposed)
         elif param.spread is not None:
             y = _spread_affine(x, weight, bias, cls.transposed)
         elif x.dtype.itemsize == 2 or cls.transposed:
@@ -74,7 +74,7 @@ class FoldedTransposedMatmul(FoldedMatmul):
     transposed = True
 
 
-_linear, _conv1d = _torch.direct_apply(FoldedMatmul), _torch.direct_apply(FoldedTransposedMatmul)
+folded_linear, folded_conv1d = _torch.direct_apply(FoldedMatmul), _torch.direct_apply(FoldedTransposedMatmul)
 
 
 def _backward(
@@ -116,7 +116,7 @@ def _spread_affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+def as_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as autocast would: floating tensors except double."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
@@ -132,7 +132,7 @@ class FoldedLinear(Folded):
         own = _torch.own_parameters(self)  # type: ignore[arg-type]
         if "bias" not in own:  # parametrized
             own = {"bias": self.bias}  # type: ignore[attr-defined]
-        return _linear(_torch.unwrap_if_dead(input), own["bias"], param.leaf, param)
+        return folded_linear(_torch.unwrap_if_dead(input), own["bias"], param.leaf, param)
 
 
 class FoldedConv1D(Folded):
@@ -143,4 +143,4 @@ class FoldedConv1D(Folded):
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x):
             return super().forward(x)  # type: ignore[misc]
-        return _conv1d(_torch.unwrap_if_dead(x), self.bias, param.leaf, param)  # type: ignore[attr-defined]
+        return folded_conv1d(_torch.unwrap_if_dead(x), self.bias, param.leaf, param)  # type: ignore[attr-defined]

@@ -16,9 +16,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from gradfold import _torch
 from gradfold.engine import FoldParam
 from gradfold.errors import FoldError
+from gradfold.nn import GroupedLinear
 
 from .embedding import FoldedEmbedding
+from .expert_reads import know_transformers
+from .experts import FoldedGroupedLinear
 from .linear import FoldedConv1D, FoldedLinear
+from .reading import READS, watch, watchable
 from .routing import FOLD_PARAM, PLAIN_FORWARD, Folded
 from .tp_plan import give_back, inner_forward, redirect, take_sums
 
@@ -31,7 +35,7 @@ def foldable(module: nn.Module) -> type[Folded] | None:
     """
     if "forward" in vars(module) and inner_forward(module) is None:  # replaced on the instance: its own business
         return None
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight directly
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's, which reads its weight itself
         return None
     plain = next((plain for plain in _table() if isinstance(module, plain)), None)
     if plain is None or not reaches(type(module), plain):
@@ -96,11 +100,15 @@ def in_own_forward(module: nn.Module) -> bool:
     return type(module).forward not in _FORWARDS
 
 
-_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward)
+_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward, FoldedGroupedLinear.forward)
 
 
 def _table() -> Mapping[type[nn.Module], type[Folded]]:
-    table: dict[type[nn.Module], type[Folded]] = {nn.Linear: FoldedLinear, nn.Embedding: FoldedEmbedding}
+    table: dict[type[nn.Module], type[Folded]] = {
+        nn.Linear: FoldedLinear,
+        nn.Embedding: FoldedEmbedding,
+        GroupedLinear: FoldedGroupedLinear,
+    }
     if transformers := sys.modules.get("transformers.pytorch_utils"):  # a model that has one has imported it
         table[transformers.Conv1D] = FoldedConv1D
     return table
@@ -130,8 +138,10 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
     Raises:
         FoldError: a module is folded already, or cannot be routed; no module has been changed then.
     """
+    know_transformers()
     chosen: list[tuple[nn.Module, type[Folded], FoldParam]] = []
     summing: list[nn.Module] = []
+    reading: list[tuple[nn.Module, dict[str, FoldParam]]] = []
     for name, module in model.named_modules():
         if "plain_class" in vars(type(module)):  # left by a fold that was removed while another class lay over ours
             module.__class__ = vars(type(module))["plain_class"]
@@ -139,16 +149,17 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
             summing.append(module)
         weight = _torch.own_parameters(module).get("weight")
         param = params.get(id(weight)) if isinstance(weight, Parameter) else None
-        if param is None:
-            continue
         try:
-            folding = foldable(module)
+            folding = None if param is None else foldable(module)
         except FoldError as error:
+            assert param is not None
             if param.param.requires_grad:
                 raise FoldError(f"{name}: {error}") from None
             continue
-        if folding:
+        if folding and param is not None:
             chosen.append((module, folding, param))
+        elif found := watchable(module, params):
+            reading.append((module, found))
     for module, folding, param in chosen:
         module.__dict__[FOLD_PARAM] = param
         cell = inner_forward(module)
@@ -159,15 +170,18 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
         param.folded = param.gathered is None or (param.fold.reducer is not None and param.fold.reducer.takes(param))
         if in_own_forward(module):
             param.read_unseen = True  # it may also read the weight itself
-    return [*(module for module, _, _ in chosen), *summing]
+    for module, found in reading:
+        watch(module, found)
+    return [*(module for module, _, _ in chosen), *(module for module, _ in reading), *summing]
 
 
 def restore(modules: list[nn.Module]) -> None:
     """Give modules their plain classes again."""
     for module in modules:
         param = module.__dict__.pop(FOLD_PARAM, None)
-        if param is not None:
-            param.folded = False
+        for one in (param, *module.__dict__.pop(READS, {}).values()):
+            if one is not None:
+                one.folded = one.uncertain = False
         if (forward := module.__dict__.pop(PLAIN_FORWARD, None)) is not None:
             module.__dict__["forward"] = forward
         if "plain_class" in vars(type(module)):  # else a class injected over ours stays, on the plain path
