@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from gradfold.backends import BatchedTerm, DenseTerm, GroupedTerm, PiecesTerm, Reference, Scratch, Stored, norms
+import gradfold
+from gradfold.backends import (
+    UNCHANGED,
+    BatchedTerm,
+    Change,
+    DenseTerm,
+    GroupedTerm,
+    PiecesTerm,
+    Reference,
+    Scratch,
+    Stored,
+    native,
+    norms,
+)
+from gradfold.backends.compiled import CompiledStep
 from tests import oracle
 from tests.backends.test_terms import Capture, check, exactly, gradients, normal
 
@@ -193,3 +207,32 @@ def test_no_experts_gradient_exists_whole(dtype):
     scratch = Scratch(2**18)
     Reference(scratch).prepare(Stored.plain(weight), [], Capture(), {})
     assert 0 < sum(tensor.nbytes for tensor in scratch.tensors()) <= 2**18
+
+
+@each_kind
+@pytest.mark.parametrize("change", [UNCHANGED, Change(scale=0.5, clip_value=0.7), Change(guarded=True)], ids=str)
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "with a dense one"])
+def test_a_compiled_step_takes_one_expert_after_the_other(kind, change, others, monkeypatch):
+    """With the results of tiles; an expert without tokens steps, too."""
+    shape = (4, 64, 128)
+    term, _ = term_of(kind, shape, torch.float32)
+    terms, weight = [term, *[DenseTerm(normal(*shape, dtype=torch.float32))][:others]], normal(*shape).float()
+    optimizer, ran = gradfold.AdamW([torch.nn.Parameter(weight)], lr=1e-2), []
+    rule, group = optimizer.rule, optimizer.param_groups[0]
+    count = CompiledStep.step_experts
+    monkeypatch.setattr(CompiledStep, "step_experts", lambda *args: ran.append(1) or count(*args))
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(CompiledStep, "experts", lambda *args: None)
+        values = [weight.clone(), torch.zeros(shape), torch.zeros(shape)]
+        stored = [Stored.plain(one) for one in values]
+        numbers = rule.advance({"step": torch.zeros(())}, group, True)
+        power = Reference(Scratch()).step(stored[0], stored[1:], terms, rule, group, numbers, change)
+        results.append((values, power))
+    assert len(ran) == 1 or native.reason() is not None
+    for one, other in zip(*(values for values, _ in results), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    assert (results[0][0][1][2] == 0).all() == (kind != "batched" and not others)  # the third expert had no token
+    assert not torch.equal(results[0][0][0][2], weight[2])

@@ -358,7 +358,7 @@ class PiecesTerm(ExpertsTerm):
 
 
 def edges_of(offsets: Tensor, tokens: int) -> list[int]:
-    """Return 0 and the offsets ``[E]``, on the host; of a fake tensor, which has no values, ``tokens`` spread evenly."""
+    """Return 0 and the offsets ``[E]``, on the host; those of fake tensors, without values, spread tokens evenly."""
     experts = offsets.shape[0]
     if hasattr(offsets, "fake_mode"):
         return [tokens * edge // experts for edge in range(experts + 1)]

@@ -69,6 +69,11 @@ class QuantizedStepper:
                 if change.guarded and not self._exact and not self.backend.finite(self.weight, terms):
                     return math.nan
                 return self._compiled(found, numbers, change)
+            experts = None if found is not None else self._compiled.experts(terms)
+            if experts is not None and self._compiled.fits(experts):
+                if change.guarded and not self.backend.finite(self.weight, terms):
+                    return math.nan
+                return self._compiled.step_experts(experts, numbers, change)
         return self._step_blocks(terms, numbers, change)
 
     def _block_rows(self, rows: int, columns: int) -> int:

@@ -20,7 +20,7 @@ from gradfold.codecs import matrix, weight_codec
 from gradfold.rules import Group, Rule
 
 from . import native
-from .compiled import CompiledStep, Operands
+from .compiled import CompiledStep, Experts, Operands
 from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper
 from .cpu_gemm import emulated
 from .fake_blocks import visited
@@ -185,6 +185,11 @@ class PlainStepper:
             found = self._paying(compiled, terms)
             if found is not None and compiled.ready(numbers) and compiled.fits(found):
                 return compiled(found, numbers, change)
+            if found is None and terms[0].any_rows and (experts := self._paying_experts(compiled, terms)) is not None:
+                if compiled.ready(numbers) and compiled.fits(experts):
+                    if change.guarded and not self.backend.finite(self.weight, terms):
+                        return math.nan
+                    return compiled.step_experts(experts, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
         scale, clip_value, guarded, _ = change
         changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0
@@ -216,6 +221,13 @@ class PlainStepper:
             return None
         cut = self.cut
         return found if native.pays(found.tokens, cut.rows, cut.columns, torch.float32) else None
+
+    def _paying_experts(self, compiled: CompiledStep, terms: Sequence[GradTerm]) -> Experts | None:
+        """Return each expert's products, if a compiled step of one expert after the other is faster; else None."""
+        found = compiled.experts(terms)
+        if found is None or self.cut.columns % VECTOR:
+            return None
+        return found if native.pays(found.tokens, found.rows, self.cut.columns, torch.float32) else None
 
     def _in_blocks(self, terms: Sequence[GradTerm], n: Any, change: Change) -> float:
         cut, weight = self.cut, self.weight

@@ -39,7 +39,7 @@ class Region(NamedTuple):
     def place(self, shape: Sequence[int]) -> Place:
         """Return where the region lies in a parameter of this shape, counted in elements."""
         stride = math.prod(shape[1:])
-        return Place(tuple(shape), self.start * stride if self.dim == 0 else self.start, stride)
+        return Place(tuple(shape), self.start * math.prod(shape[self.dim + 1 :]), stride)
 
     @classmethod
     def parse(cls, text: str) -> Region | None:

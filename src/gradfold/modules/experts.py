@@ -8,6 +8,7 @@ them writes the gradient ``[E, R, C]``; a backward of ``autograd.grad`` gets one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -260,7 +261,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return torch.where(inside[:, None], y, 0)  # the kernel leaves the others as they were
     edges = edges_of(offsets, x.shape[0])
     y = x.new_empty(x.shape[0], weight.shape[2])
-    for expert, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(edges)):
         if stop > start:
             y[start:stop] = multiply(x[start:stop], weight[expert].to(x.dtype))
     y[edges[-1] :] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,9 +17,9 @@ from gradfold.backends import edges_of
 class GroupedLinear(nn.Module):
     """Apply a Linear of its own to each expert's tokens.
 
-    The product is ``torch.nn.functional.grouped_mm`` where that runs for the dtype and device, else a loop over experts.
-    ``gradfold.fold`` folds the weight: its gradient ``[E, N, K]`` is never written. An expert without tokens has a
-    gradient of zeros and steps with it, as in torch: weight decay and moments go on.
+    The product is ``torch.nn.functional.grouped_mm`` where that runs for the dtype and device, else a loop over
+    experts. ``gradfold.fold`` folds the weight: its gradient ``[E, N, K]`` is never written. An expert without tokens
+    has a gradient of zeros and steps with it, as in torch: weight decay and moments go on.
 
     Args:
         num_experts: Number of experts, E.
@@ -126,5 +127,5 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         inside = torch.arange(x.shape[0], device=x.device) < offsets[-1]
         return torch.where(inside[:, None], y, 0)  # the kernel leaves the others as they were
     edges = edges_of(offsets, x.shape[0])
-    parts = [x[start:stop] @ weight[expert] for expert, (start, stop) in enumerate(zip(edges, edges[1:]))]
+    parts = [x[start:stop] @ weight[expert] for expert, (start, stop) in enumerate(itertools.pairwise(edges))]
     return torch.cat([*parts, x.new_zeros(max(0, x.shape[0] - edges[-1]), weight.shape[2])])
