@@ -55,7 +55,7 @@ class WeightReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call the function's handler, or else the function."""
         handler = HANDLERS.get(func)
-        if handler is not None and torch.is_grad_enabled() and _torch.saving_hooks(True) is self._saving:
+        if handler is not None and torch.is_grad_enabled() and _torch.saving_hooks(True) == self._saving:
             found = handler(self, args, kwargs or {})
             if found is not NotImplemented:
                 return found
