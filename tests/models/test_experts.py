@@ -1,16 +1,14 @@
 """Mixtures of experts of transformers: their 3-D weights fold in every experts implementation, and step as torch's."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import gradfold
-from tests.moe import H, MODELS, V, batch, loss_of
-from tests.pairs import each_pair, in_turn
+from tests.moe import MODELS, loss_of
+from tests.pairs import each_pair
 from tests.workset.test_steps import check as check_working_set
 from tests.zoo import distance, no_gradients, ours, torchs
 

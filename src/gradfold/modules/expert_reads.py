@@ -224,7 +224,7 @@ class Copied(NamedTuple):
         """Multiply ``x`` ``[S, T, K]`` by ``compute``; ``flipped``: the copies are ``[S, N, K]`` for it."""
         param, transposed = self.param, not flipped
         leaf = param.leaf
-        if not accepts(x, param) or x.dtype != leaf.dtype or torch.is_autocast_enabled(param.device_type):
+        if not accepts(x, param):
             return NotImplemented
         return FoldedGathered.apply(x, leaf, self.ids, param, transposed, compute)
 
