@@ -19,9 +19,9 @@ from gradfold.rules import Rule
 
 from . import native
 from .contract import Change, StepNumbers
+from .grouped import ExpertsTerm, Product
 from .scratch import Scratch
 from .stored import Stored
-from .grouped import ExpertsTerm, Product
 from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
 
 

@@ -8,7 +8,6 @@ them writes the gradient ``[E, R, C]``; a backward of ``autograd.grad`` gets one
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradfold import _torch
-from gradfold.backends import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm, edges_of, linear, multiply, rows
+from gradfold.backends import (
+    BatchedTerm,
+    ExpertsTerm,
+    GroupedTerm,
+    PiecesTerm,
+    edges_of,
+    linear,
+    multiply,
+    rows,
+    visited,
+)
 from gradfold.engine import Demand, FoldParam, held, is_spread
 from gradfold.nn.grouped_linear import grouped_linear
 
@@ -261,7 +270,8 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return torch.where(inside[:, None], y, 0)  # the kernel leaves the others as they were
     edges = edges_of(offsets, x.shape[0])
     y = x.new_empty(x.shape[0], weight.shape[2])
-    for expert, (start, stop) in enumerate(itertools.pairwise(edges)):
+    for expert in visited(range(weight.shape[0]), x):
+        start, stop = edges[expert], edges[expert + 1]
         if stop > start:
             y[start:stop] = multiply(x[start:stop], weight[expert].to(x.dtype))
     y[edges[-1] :] = 0
