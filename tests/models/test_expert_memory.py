@@ -45,4 +45,4 @@ def test_qwen3_30b_a3b_is_planned_without_a_gradient():
     peak = memory.at_peak()
     assert memory.most_bytes("gradients") <= 8 * MIB
     assert peak["weights"] == pytest.approx(30.5e9 * 2, rel=0.01)
-    assert sum(peak.values()) - peak["weights"] - peak["states"] <= 2**30
+    assert sum(peak.values()) - peak["weights"] - peak["states"] - peak["activations"] <= 32 * MIB

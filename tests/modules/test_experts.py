@@ -253,6 +253,28 @@ def test_frozen(frozen):
     assert distance(folded, plain) <= 1e-12
 
 
+class Block(Experts):
+    """Experts that a block owns itself, beside a shared one with modules of its own."""
+
+    def __init__(self):
+        super().__init__("linear")
+        self.shared = nn.Sequential(nn.Linear(K, K), nn.Sequential(nn.Linear(K, N), nn.Tanh()))
+
+    def forward(self, x, ids):
+        return super().forward(x, ids) + self.shared(x)
+
+
+def test_experts_of_a_block_with_modules_below():
+    torch.manual_seed(0)
+    plain = Block().double()
+    folded = copy.deepcopy(plain)
+    optimizers = torchs(plain), ours(folded)
+    fold = gradfold.fold(folded, optimizers[1])
+    train((plain, folded), optimizers)
+    assert routes(fold)["w"] == "folded"
+    assert distance(folded, plain) <= 1e-12
+
+
 class Tied(nn.Module):
     """Two modules with one weight, of which one reads it as it is and one transposed."""
 
