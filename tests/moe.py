@@ -64,7 +64,7 @@ def llama4(how):
         **SIZE, num_hidden_layers=2, intermediate_size=12, intermediate_size_mlp=20, num_local_experts=4,
         num_experts_per_tok=1, interleave_moe_layer_step=1,
     )  # fmt: skip
-    return _causal(config, how)
+    return _causal(config, "eager")  # it has its own way alone
 
 
 def granite_moe(how):
