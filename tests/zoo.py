@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import gradfold
-from gradfold.backends import Backend, Stored
+from gradfold.backends import Backend, ConvTerm, RowsTerm, Stored
 from gradfold.head.term import HeadTerm
 
 VOCABULARY, WIDTH, TOKENS = 11, 6, 5
@@ -281,6 +281,15 @@ class Recorder(Backend):
 
 
 def _bound(use: Any, weight: Tensor) -> Tensor:
+    if isinstance(use, RowsTerm):
+        found = torch.zeros(weight.shape[0], weight[0].numel(), dtype=weight.dtype)
+        rows = found[use.first : use.first + use.count]
+        rows.copy_(_bound(use.part, rows))
+        return found.view(weight.shape)
+    if isinstance(use, ConvTerm):
+        found = torch.empty(weight.shape[0], weight[0].numel(), dtype=weight.dtype)
+        use.map(torch.abs).write(found, 0, weight.shape[0])
+        return found.view(weight.shape)
     if hasattr(use, "left"):
         return use.left.abs().t() @ use.right.abs()
     if isinstance(use, HeadTerm):

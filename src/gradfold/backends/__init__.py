@@ -2,6 +2,7 @@
 
 from .choose import choose
 from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Stepper
+from .conv_term import Convolution, ConvTerm, weight_gradient
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
 from .grouped import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm, edges_of
@@ -20,6 +21,8 @@ __all__ = [
     "BatchedTerm",
     "BiasTerm",
     "Change",
+    "ConvTerm",
+    "Convolution",
     "DenseTerm",
     "ExpertsTerm",
     "GatherTerm",
@@ -54,4 +57,5 @@ __all__ = [
     "safe_magnitude",
     "total",
     "visited",
+    "weight_gradient",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfold import _torch
-from gradfold.backends import BiasTerm, DenseTerm, GradTerm, MatmulTerm
+from gradfold.backends import BiasTerm, DenseTerm, GradTerm, MatmulTerm, accumulation_dtype
 from gradfold.errors import FoldError
 
 from .backward import Backward
@@ -254,6 +254,28 @@ class FoldParam:
             found[self] = [term]
         elif not found[self][-1].absorb(term):
             found[self].append(term)
+
+    def sum_waiting(self) -> None:
+        """Sum the terms that this backward has brought so far, if they take more memory than their sum."""
+        terms = self.fold.step.backwards[_torch.current_graph_task()].terms[self]
+        weight = self.held.detach()
+        dtype = accumulation_dtype(weight.dtype)
+        kept = {id(tensor): tensor.nbytes for term in terms for tensor in term.tensors}
+        if len(terms) == 1 or self.reducer is not None or sum(kept.values()) <= 2 * weight.numel() * dtype.itemsize:
+            return
+        first, found = terms[0], torch.empty(0)
+        summed = isinstance(first, DenseTerm) and first.owned
+        if summed:
+            found, terms[:1] = first.grad, []  # type: ignore[union-attr]
+        else:
+            found = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for term in terms:
+            term.wait(weight.device)
+        self.fold.backend.gradient(weight, terms, found, add=summed)  # type: ignore[arg-type]
+        made = DenseTerm(found)
+        made.owned = True
+        made.record(weight.device)
+        terms[:] = [made]
 
     def take_along(self, term: MatmulTerm, weight: FoldParam) -> bool:
         """Keep a bias's gradient as the sum of its weight's ``left`` rows, where the weight's kernel can compute it.

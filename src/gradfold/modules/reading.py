@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gradfold import _torch
 from gradfold.engine import FoldParam
 
+from .convolution import always_folds
 from .routing import Folded
 from .weight_reads import WeightReads
 
@@ -84,8 +85,9 @@ def watched_class(kind: type) -> type:
 
 
 def watch(module: nn.Module, reads: dict[str, FoldParam]) -> None:
-    """Swap the class of a module; whether its parameters fold, a backward tells."""
+    """Swap the class of a module; whether its parameters fold, a backward tells, unless it is torch's convolution."""
+    certain = always_folds(module)
     module.__dict__[READS] = reads
     module.__class__ = watched_class(type(module))
     for param in reads.values():
-        param.folded = param.uncertain = True
+        param.folded, param.uncertain = True, param.uncertain or not certain

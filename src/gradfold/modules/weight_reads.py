@@ -200,7 +200,7 @@ def _flipped(read: Rows | None) -> Rows | None:
 
 @reads(F.linear)
 def _read_linear(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
-    x, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
+    x, weight, bias = arguments_of(args, kwargs, "input", "weight", "bias")
     return product(x, read_rows(weight), bias)
 
 
@@ -257,7 +257,7 @@ def lookup(ids: Any, weight: Any, padding_idx: int | None = None) -> Any:
 @reads(F.embedding)
 def _read_embedding(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    ids, weight, padding_idx, max_norm, _, by_frequency, sparse = _arguments(args, kwargs, *names)
+    ids, weight, padding_idx, max_norm, _, by_frequency, sparse = arguments_of(args, kwargs, *names)
     if max_norm is not None or by_frequency or sparse:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0 and isinstance(weight, Tensor):
@@ -275,10 +275,10 @@ def _read_item(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
 
 @reads(torch.index_select, Tensor.index_select)
 def _read_index_select(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
-    weight, dim, ids = _arguments(args, kwargs, "input", "dim", "index")
+    weight, dim, ids = arguments_of(args, kwargs, "input", "dim", "index")
     return lookup(ids, weight) if dim in (0, -2) and isinstance(ids, Tensor) and ids.dim() == 1 else NotImplemented
 
 
-def _arguments(args: tuple, kwargs: dict, *names: str) -> list[Any]:
+def arguments_of(args: tuple, kwargs: dict, *names: str) -> list[Any]:
     """Return a call's arguments in this order; None for those that were not given."""
     return [*args, *(kwargs.get(name) for name in names[len(args) :])]
