@@ -147,10 +147,10 @@ def gram(products: Sequence[Product]) -> tuple[float, float]:
     for i, (left, right) in enumerate(blocks):
         left, right = _widened(left), _widened(right)
         for j, (other_left, other_right) in enumerate(blocks[: i + 1]):
-            products = (left @ _widened(other_left).t()).mul_(right @ _widened(other_right).t())  # [t, t']
+            pairs = (left @ _widened(other_left).t()).mul_(right @ _widened(other_right).t())  # [t, t']
             weight = 1.0 if i == j else 2.0
-            total += weight * number(products.sum(dtype=torch.float64))
-            magnitudes += weight * number(products.abs_().sum(dtype=torch.float64))
+            total += weight * number(pairs.sum(dtype=torch.float64))
+            magnitudes += weight * number(pairs.abs_().sum(dtype=torch.float64))
     return total, magnitudes
 
 

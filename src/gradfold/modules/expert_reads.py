@@ -78,7 +78,7 @@ def experts_of(tensor: Any, dims: int) -> Experts | None:
 
 def _placed(tensor: Tensor, leaf: Tensor, param: FoldParam) -> Experts | None:
     experts, rows, columns = leaf.shape
-    expert, within = divmod(tensor.storage_offset() - leaf.storage_offset(), rows * columns)
+    expert, within = divmod(int(tensor.storage_offset() - leaf.storage_offset()), rows * columns)
     lead = () if tensor.dim() == 2 else (experts,)
     strides = () if tensor.dim() == 2 else (rows * columns,)
     if within or (lead and expert):
@@ -263,17 +263,18 @@ def mode_copies(mode: WeightReads) -> Copies:
 @first(Tensor.__getitem__)
 def _read_item(mode: WeightReads, args: tuple, kwargs: dict) -> Any:
     weight, index = args
-    if not isinstance(weight, Tensor) or not isinstance(index, Tensor | int) or isinstance(index, bool):
+    if not isinstance(weight, Tensor) or isinstance(index, bool):
         return NotImplemented
-    if isinstance(index, Tensor) and (index.dtype not in (torch.int64, torch.int32) or is_spread(index)):
+    if isinstance(index, int):
+        return _row(weight, index) if weight.dim() == 2 else NotImplemented
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or is_spread(index):
         return NotImplemented
-    alone = isinstance(index, int) or index.dim() == 0
-    if alone and weight.dim() == 2:
+    if index.dim() == 0 and weight.dim() == 2:
         return _row(weight, index)
-    if alone or weight.dim() != 3 or index.dim() != 1:
+    if index.dim() != 1 or weight.dim() != 3 or index.device != weight.device:
         return NotImplemented
     read = experts_of(weight, 3)
-    if read is None or read.transposed or index.device != weight.device:
+    if read is None or read.transposed:
         return NotImplemented
     copies = weight[index]
     mode_copies(mode).add(copies, read.param, torch.where(index < 0, index + weight.shape[0], index))
