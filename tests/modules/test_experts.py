@@ -253,6 +253,22 @@ def test_frozen(frozen):
     assert distance(folded, plain) <= 1e-12
 
 
+class InKernels(Reference):
+    """Says of every parameter that a kernel steps it, as the Triton backend may."""
+
+    def route(self, weight, states, rule):
+        return "registers"
+
+
+def test_the_report_says_that_no_kernel_takes_experts():
+    _, folded = twins("linear")
+    optimizer = ours(folded)
+    fold = gradfold.fold(folded, optimizer, backend=InKernels(Scratch()))
+    assert fold.report().backend == "reference: 4 in registers"
+    folded(*routed(0)).sum().backward()
+    assert fold.report().backend == "reference: 2 in reference (experts); 2 in registers"
+
+
 class Block(Experts):
     """Experts that a block owns itself, beside a shared one with modules of its own."""
 
