@@ -1,6 +1,6 @@
 """Train every weight of a model and never store a gradient.
 
-The public interface is what ``__all__`` lists, and the packages ``optim``, ``planner``, ``rules``, ``codecs``,
+The public interface is what ``__all__`` lists, and the packages ``nn``, ``optim``, ``planner``, ``rules``, ``codecs``,
 ``backends`` and ``workset`` by their documented names. Modules whose name begins with an underscore are private.
 """
 
@@ -58,6 +58,7 @@ _PACKAGES = (
     "hf",
     "lightning",
     "modules",
+    "nn",
     "optim",
     "planner",
     "report",

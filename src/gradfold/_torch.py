@@ -195,6 +195,22 @@ unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
 """The tensor in a wrapper that has outlived its functorch transform; any other as it is."""
 
 
+GROUPED_MM: tuple[Callable[..., Tensor], ...] = (nn.functional.grouped_mm, torch._grouped_mm)
+"""The functions that multiply tokens, sorted by expert, with their expert's matrix."""
+
+_ALIGNED = 16  # bytes: of the strides that these functions take
+
+
+def runs_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Return whether ``F.grouped_mm`` multiplies tokens ``[T, K]`` with experts ``[E, K, N]`` of this kind."""
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    sizes = (*x.shape[-1:], *weight.shape[1:])
+    return (x.is_cuda or x.is_cpu) and all(size * x.itemsize % _ALIGNED == 0 and size > 0 for size in sizes)
+
+
 @functools.cache
 def attention_for_modes() -> Callable[..., Any] | None:
     """Return ``F.multi_head_attention_forward``, made of functions that an active TorchFunctionMode sees one by one.

@@ -25,7 +25,7 @@ def test_gram_and_tiles_agree(tokens, dtype):
     left, right = torch.randn(tokens, 60, dtype=torch.float64), torch.randn(tokens, 50, dtype=torch.float64)
     uses = [MatmulTerm(a.to(dtype), b.to(dtype)) for a, b in zip(left.split(250), right.split(250), strict=True)]
     exact = (left.to(dtype).double().t() @ right.to(dtype).double()).square().sum()
-    squares, magnitudes = norms.gram(uses)
+    squares, magnitudes = norms.gram([(use.left, use.right) for use in uses])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert squares == pytest.approx(float(exact), rel=tolerance) and magnitudes >= squares
     weight = torch.zeros(60, 50, dtype=dtype)
@@ -37,8 +37,8 @@ def test_where_the_gram_form_cancels_the_tiles_are_summed():
     x, dy = torch.randn(1, 64), torch.randn(1, 64)
     use = MatmulTerm(torch.cat([dy, -dy * (1 + 1e-4)]), torch.cat([x, x]))
     exact = float((use.left.double().t() @ use.right.double()).square().sum())
-    assert norms.gram_is_cheaper([use], (64, 64))
-    assert norms.gram([use])[0] != pytest.approx(exact, rel=1e-3)
+    assert norms.products_for_gram([use], (64, 64))
+    assert norms.gram([(use.left, use.right)])[0] != pytest.approx(exact, rel=1e-3)
     assert Reference(Scratch(2**20)).power(torch.zeros(64, 64), [use]) == pytest.approx(exact, rel=1e-3)
 
 
@@ -52,7 +52,7 @@ def test_the_norm_of_large_gradients_does_not_overflow():
 def test_where_gram_matrices_overflow_the_norm_is_still_that_of_the_gradient():
     """Products of products leave fp32 long before the gradient does; an infinite norm would clip it to nothing."""
     use = MatmulTerm(torch.full((2, 64), 1e10), torch.full((2, 64), 1e10))
-    assert norms.gram_is_cheaper([use], (64, 64)) and not math.isfinite(norms.gram([use])[0])
+    assert norms.products_for_gram([use], (64, 64)) and not math.isfinite(norms.gram([(use.left, use.right)])[0])
     power = Reference(Scratch(2**20)).power(torch.zeros(64, 64), [use])
     assert math.sqrt(power) == pytest.approx(64 * 2e20, rel=1e-5)
 

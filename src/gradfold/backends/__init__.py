@@ -5,6 +5,7 @@ from .contract import UNCHANGED, Backend, Change, Job, Routed, StepNumbers, Step
 from .conv_term import Convolution, ConvTerm, weight_gradient
 from .cpu_gemm import accumulate, as_accelerator, linear, multiply, on_accelerator
 from .fake_blocks import visited
+from .grouped import BatchedTerm, ExpertsTerm, GroupedTerm, PiecesTerm, edges_of
 from .norms import PendingSum, PowerSum, accumulation_dtype, resolve, safe_magnitude, total
 from .part_terms import RowsTerm, columns_of
 from .reference import Reference
@@ -17,16 +18,20 @@ __all__ = [
     "UNCHANGED",
     "VALUES",
     "Backend",
+    "BatchedTerm",
     "BiasTerm",
     "Change",
     "ConvTerm",
     "Convolution",
     "DenseTerm",
+    "ExpertsTerm",
     "GatherTerm",
     "GradTerm",
+    "GroupedTerm",
     "Job",
     "MatmulTerm",
     "PendingSum",
+    "PiecesTerm",
     "Place",
     "PowerSum",
     "Reference",
@@ -41,6 +46,7 @@ __all__ = [
     "as_accelerator",
     "choose",
     "columns_of",
+    "edges_of",
     "gemm_ready",
     "largest",
     "linear",

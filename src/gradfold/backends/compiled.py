@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from gradfold.rules import Rule
 
 from . import native
 from .contract import Change, StepNumbers
+from .grouped import ExpertsTerm, Product
 from .scratch import Scratch
 from .stored import Stored
 from .terms import DenseTerm, GatherTerm, GradTerm, MatmulTerm
@@ -39,6 +41,19 @@ class Operands:
         self.grad = grad  # [R, C]
         self.gathers = gathers  # ids [N], grad [N, C]
         self.tokens = tokens  # of all products
+
+
+class Experts(NamedTuple):
+    """A gradient of experts' weights as compiled kernels take it: the products of each, and one dense gradient."""
+
+    products: list[list[Product]]
+    grad: Tensor | None  # [E * R, C]
+    rows: int  # R
+
+    @property
+    def tokens(self) -> int:
+        """Of the expert that has most."""
+        return max((sum(left.shape[0] for left, _ in products) for products in self.products), default=0)
 
 
 LEAST_BYTES = 2**15  # of scratch memory: a tile of a small parameter
@@ -96,7 +111,7 @@ class CompiledStep:
         )
         return self._bound is not None
 
-    def fits(self, found: Operands) -> bool:
+    def fits(self, found: Operands | Experts) -> bool:
         """Return whether the scratch memory's limit leaves room for a tile; after ``ready``."""
         assert self._bound is not None
         return self._bound.fits(found.tokens)
@@ -119,6 +134,48 @@ class CompiledStep:
             else:
                 return None
         return Operands(products, grad, gathers, tokens)
+
+    def experts(self, terms: Sequence[GradTerm]) -> Experts | None:
+        """Return terms of experts as kernels take them, one expert at a time; None if a term is of another kind."""
+        first = next((term for term in terms if isinstance(term, ExpertsTerm)), None)
+        if first is None or (first.experts * first.rows, first.columns) != (self._seen.rows, self._seen.columns):
+            return None
+        grad, grouped = None, []
+        for term in terms:
+            if term.factor.dtype not in _DTYPES:
+                return None
+            if isinstance(term, ExpertsTerm):
+                grouped.append(term)
+            elif isinstance(term, DenseTerm) and grad is None:
+                grad = term.grad.reshape(self._seen.rows, self._seen.columns)
+            else:
+                return None
+        return Experts(
+            [[pair for term in grouped for pair in term.products(expert)] for expert in range(first.experts)],
+            grad,
+            first.rows,
+        )
+
+    def step_experts(self, found: Experts, numbers: StepNumbers, change: Change) -> float:
+        """Step each expert's rows with its own products, and return the gradient's sum of squares.
+
+        The gradient must be known to be finite where ``change.guarded``: an expert moves before the next is looked at.
+        """
+        assert self._bound is not None
+        n, draw, squares = numbers.on_host, int(numbers.count), 0.0
+        for expert, products in enumerate(found.products):
+            start, stop = expert * found.rows, (expert + 1) * found.rows
+            squares += self._bound(
+                n,
+                products,
+                None if found.grad is None else found.grad[start:stop],
+                draw=draw,
+                scale=change.scale,
+                clip_value=change.clip_value,
+                start=start,
+                stop=stop,
+            )
+        return squares
 
     def __call__(self, found: Operands, numbers: StepNumbers, change: Change) -> float:
         """Step with the sum of the operands, and return its sum of squares.

@@ -20,6 +20,7 @@ from torch import Tensor
 from gradfold.rules import number
 
 from .cpu_gemm import emulated
+from .grouped import ExpertsTerm, Product
 from .terms import GradTerm, MatmulTerm
 
 GRAM_ROWS = 512  # tokens in one block of a Gram matrix
@@ -86,8 +87,9 @@ def total_power(terms: Sequence[GradTerm], shape: tuple[int, int], tiles: Tiles,
     Returns:
         The sum; NaN or infinity if an element is not finite.
     """
-    if norm_type == 2 and gram_is_cheaper(terms, shape):
-        squares, magnitudes = gram(terms)  # type: ignore[arg-type]
+    if norm_type == 2 and (pairs := products_for_gram(terms, shape)) is not None:
+        found = [gram(one) for one in pairs]
+        squares, magnitudes = sum(one[0] for one in found), sum(one[1] for one in found)
         # else they cancel, or overflow where the gradient itself may not
         if 0 < magnitudes < CANCELLATION * squares < math.inf:
             return squares
@@ -115,30 +117,40 @@ def norm_of(tile: Tensor, norm_type: float = 2.0) -> float:
     return size
 
 
-def gram_is_cheaper(terms: Sequence[GradTerm], shape: tuple[int, int]) -> bool:
-    """Return whether the Gram form takes fewer multiplications; it applies to products only."""
-    if not terms or not all(isinstance(term, MatmulTerm) for term in terms):
-        return False
-    rows, columns = shape
-    tokens = sum(term.left.shape[0] for term in terms)  # type: ignore[union-attr]
-    return tokens * (rows + columns) < rows * columns
+def products_for_gram(terms: Sequence[GradTerm], shape: tuple[int, int]) -> list[list[Product]] | None:
+    """Return the products of each matrix of the weight, if the Gram form takes fewer multiplications; else None.
+
+    It applies to products only. A weight is one matrix; one of experts has a matrix for each, with tokens of its own.
+    """
+    if terms and all(isinstance(term, MatmulTerm) for term in terms):
+        rows, columns = shape
+        matrices = [[(term.left, term.right) for term in terms]]  # type: ignore[union-attr]
+    elif terms and all(isinstance(term, ExpertsTerm) for term in terms):
+        rows, columns = terms[0].rows, terms[0].columns  # type: ignore[union-attr]
+        experts = range(terms[0].experts)  # type: ignore[union-attr]
+        matrices = [[one for term in terms for one in term.products(expert)] for expert in experts]  # type: ignore[union-attr]
+    else:
+        return None
+    tokens = [sum(left.shape[0] for left, _ in products) for products in matrices]
+    by_gram = sum(count * count for count in tokens) * (rows + columns)
+    return matrices if by_gram < sum(tokens) * rows * columns else None
 
 
-def gram(terms: Sequence[MatmulTerm]) -> tuple[float, float]:
-    """Return ``<X Xᵀ, dY dYᵀ>`` over the tokens of all terms, and the same sum of magnitudes."""
+def gram(products: Sequence[Product]) -> tuple[float, float]:
+    """Return ``<X Xᵀ, dY dYᵀ>`` over the tokens of all products, and the same sum of magnitudes."""
     blocks = [
-        (term.left[start : start + GRAM_ROWS], term.right[start : start + GRAM_ROWS])
-        for term in terms
-        for start in range(0, term.left.shape[0], GRAM_ROWS)
+        (left[start : start + GRAM_ROWS], right[start : start + GRAM_ROWS])
+        for left, right in products
+        for start in range(0, left.shape[0], GRAM_ROWS)
     ]
     total = magnitudes = 0.0
     for i, (left, right) in enumerate(blocks):
         left, right = _widened(left), _widened(right)
         for j, (other_left, other_right) in enumerate(blocks[: i + 1]):
-            products = (left @ _widened(other_left).t()).mul_(right @ _widened(other_right).t())  # [t, t']
+            pairs = (left @ _widened(other_left).t()).mul_(right @ _widened(other_right).t())  # [t, t']
             weight = 1.0 if i == j else 2.0
-            total += weight * number(products.sum(dtype=torch.float64))
-            magnitudes += weight * number(products.abs_().sum(dtype=torch.float64))
+            total += weight * number(pairs.sum(dtype=torch.float64))
+            magnitudes += weight * number(pairs.abs_().sum(dtype=torch.float64))
     return total, magnitudes
 
 

@@ -19,17 +19,18 @@ from .norms import is_finite, norm_of
 from .row_blocks import block_rows, sum_rows
 from .scratch import Scratch
 from .stored import VALUES, Stored
-from .terms import DenseTerm, GradTerm
+from .terms import GradTerm
 
 
 def block_shape(weight: Tensor, terms: Sequence[GradTerm] = ()) -> tuple[int, int]:
     """Return the shape ``(rows, columns)`` in which a gradient is cut into blocks of rows.
 
-    A term can compute rows of the weight's first dimension. Where every term is a gradient that exists already, a block
-    may begin at any row of the codecs (``codecs.matrix``), which matters for weights like ``[8, 14336, 4096]``.
+    A term can compute rows of the weight's first dimension. Where every term is a gradient that exists already, or one
+    of experts, a block may begin at any row of the codecs (``codecs.matrix``), which matters for weights like
+    ``[8, 14336, 4096]``.
     """
     seen = matrix(weight.shape)
-    if terms and weight.is_contiguous() and all(isinstance(term, DenseTerm) for term in terms):
+    if terms and weight.is_contiguous() and all(term.any_rows for term in terms):
         return seen.rows, seen.columns
     first = weight.shape[0] if weight.dim() > 1 else 1
     return first, weight.numel() // first
@@ -68,6 +69,11 @@ class QuantizedStepper:
                 if change.guarded and not self._exact and not self.backend.finite(self.weight, terms):
                     return math.nan
                 return self._compiled(found, numbers, change)
+            experts = None if found is not None else self._compiled.experts(terms)
+            if experts is not None and self._compiled.fits(experts):
+                if change.guarded and not self.backend.finite(self.weight, terms):
+                    return math.nan
+                return self._compiled.step_experts(experts, numbers, change)
         return self._step_blocks(terms, numbers, change)
 
     def _block_rows(self, rows: int, columns: int) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.codecs import weight_codec
+from gradfold.codecs import matrix, weight_codec
 from gradfold.rules import Group, Rule
 
 from . import native
-from .compiled import CompiledStep, Operands
+from .compiled import CompiledStep, Experts, Operands
 from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper
 from .cpu_gemm import emulated
 from .fake_blocks import visited
@@ -127,10 +127,15 @@ class PlainStepper:
         self.backend, self.scratch, self.rule = backend, backend.scratch, rule
         self.weight = _at_least_1d(weight.values)
         self.states = [_at_least_1d(state.values) for state in states]
+        self._seen, self._flat = matrix(self.weight.shape), None
+        if self._seen.rows > self.weight.shape[0] and all(s.is_contiguous() for s in (self.weight, *self.states)):
+            shape = self._seen.rows, self._seen.columns
+            flat = [Stored.plain(one.view(shape)) for one in (self.weight, *self.states)]
+            self._flat = PlainStepper(backend, flat[0], flat[1:], rule, group)
         self.cut = cut = self._cut(group)
         self._safe = safe_magnitude((), self.weight.dtype)
         self._tile = cut.tiles, cut.block, cut.columns, cut.dtype, self.weight.device
-        if backend.ahead or not cut.fused:
+        if self._flat is None and (backend.ahead or not cut.fused):
             self.scratch.tiles(*self._tile)
         self._compiled = self._as_compiled(group) if backend.ahead else None
 
@@ -172,11 +177,19 @@ class PlainStepper:
 
     def __call__(self, terms: Sequence[GradTerm], numbers: StepNumbers, change: Change = UNCHANGED) -> float:
         """Step the parameter; see ``Stepper``."""
+        if self._flat is not None and all(term.any_rows for term in terms):
+            shape = self._seen.rows, self._seen.columns
+            return self._flat([term.reshaped(shape) for term in terms], numbers, change)
         compiled = self._compiled
         if compiled is not None and not change.torch_norm:
             found = self._paying(compiled, terms)
             if found is not None and compiled.ready(numbers) and compiled.fits(found):
                 return compiled(found, numbers, change)
+            if found is None and terms[0].any_rows and (experts := self._paying_experts(compiled, terms)) is not None:
+                if compiled.ready(numbers) and compiled.fits(experts):
+                    if change.guarded and not self.backend.finite(self.weight, terms):
+                        return math.nan
+                    return compiled.step_experts(experts, numbers, change)
         cut, weight, n, first = self.cut, self.weight, numbers.on_host, terms[0]
         scale, clip_value, guarded, _ = change
         changes = clip_value is not None or isinstance(scale, Tensor) or scale != 1.0
@@ -208,6 +221,13 @@ class PlainStepper:
             return None
         cut = self.cut
         return found if native.pays(found.tokens, cut.rows, cut.columns, torch.float32) else None
+
+    def _paying_experts(self, compiled: CompiledStep, terms: Sequence[GradTerm]) -> Experts | None:
+        """Return each expert's products, if a compiled step of one expert after the other is faster; else None."""
+        found = compiled.experts(terms)
+        if found is None or self.cut.columns % VECTOR:
+            return None
+        return found if native.pays(found.tokens, found.rows, self.cut.columns, torch.float32) else None
 
     def _in_blocks(self, terms: Sequence[GradTerm], n: Any, change: Change) -> float:
         cut, weight = self.cut, self.weight

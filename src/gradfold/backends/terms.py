@@ -37,6 +37,10 @@ class Made(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that the term keeps alive."""
 
+    def absorb(self, term: Made) -> bool:
+        """Take over what a later term of the same backward holds; False: it stays a term of its own."""
+        return False
+
     def record(self, device: torch.device) -> None:
         """Note that the tensors are complete once everything queued on the current stream has run."""
         if device.type == "cuda":
@@ -62,6 +66,7 @@ class GradTerm(Made):
     prepares: ClassVar[bool] = False  # whether ``prepare`` must be called before rows are computed
     reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
     in_registers: ClassVar[bool] = True  # whether GPU kernels can compute it a tile at a time
+    any_rows: ClassVar[bool] = False  # whether rows may be those of the codecs (``matrix``), not of the first dimension
 
     lent: bool = False  # whether ``input`` is no result of autograd, so that its memory may be used again
     owned: bool = False  # whether nobody else may change its tensors any more
@@ -75,6 +80,12 @@ class GradTerm(Made):
     def input(self) -> Tensor | None:
         """Which of the tensors is the module's input, if one is."""
         return None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Those of the tensors that are inputs of modules."""
+        x = self.input
+        return () if x is None else (x,)
 
     @property
     def indices(self) -> Tensor | None:
@@ -125,8 +136,8 @@ class GradTerm(Made):
 
     def without_history(self) -> GradTerm:
         """Return the same term with an input that does not keep the graph that it came from."""
-        x = self.input
-        return self if x is None else self.map(lambda t: t.detach() if t is x else t)
+        theirs = {id(x) for x in self.inputs}
+        return self.map(lambda t: t.detach() if id(t) in theirs else t) if theirs else self
 
     def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
         """Return ``narrowed(...)``, made on the same stream."""
@@ -286,6 +297,8 @@ class GatherTerm(GradTerm):
 
 class DenseTerm(GradTerm):
     """A gradient that autograd has written out, of the weight's own shape."""
+
+    any_rows = True
 
     def __init__(self, grad: Tensor):
         self.grad = grad

@@ -37,7 +37,7 @@ class Copies:
         """Return the tensors of a term that others may change."""
         if term.owned:
             return []
-        theirs = term.indices, term.input if term.lent else None
+        theirs = (term.indices, *(term.inputs if term.lent else ()))
         return [t for t in term.tensors if any(t is one for one in theirs) or self._is_shared(t)]
 
     def _is_shared(self, tensor: Tensor) -> bool:

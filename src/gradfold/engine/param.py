@@ -54,6 +54,7 @@ class FoldParam:
         read_unseen: whether code that is not folded may read it inside a reentrant checkpoint.
         handed: how often its gate has run with terms of folded modules.
         dense: how often it has run with a dense gradient.
+        by_expert: whether it has had terms of experts, which no GPU kernel takes.
         gate: the hook; None while the parameter is frozen, and after ``remove()``.
         parts: the parts of the model that use it (``FoldContext.parts``).
         late: whether it always waits for ``optimizer.step()``: several stages of a pipeline use it.
@@ -81,6 +82,7 @@ class FoldParam:
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
         self.read_unseen = False
         self.handed = self.dense = 0
+        self.by_expert = False
         self.parts: tuple[int, ...] = (0,)
         self.late = False
         self.placement = param.shape, param.dtype, param.device
@@ -250,10 +252,10 @@ class FoldParam:
         if not self._on_cpu:
             term.record(self.param.device)
         found = fold.step.backwards[_torch.current_graph_task()].terms
-        if self in found:
-            found[self].append(term)
-        else:
+        if self not in found:
             found[self] = [term]
+        elif not found[self][-1].absorb(term):
+            found[self].append(term)
 
     def hand_from_region(self, term: GradTerm) -> None:
         """Keep a term that a compiled region's backward has handed over: copies, which live until the region ends."""

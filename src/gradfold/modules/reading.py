@@ -26,7 +26,7 @@ def watchable(module: nn.Module, params: Mapping[int, FoldParam]) -> dict[str, F
     """Return which parameters of a module its forward may use in ways that fold; none: it is left alone.
 
     These are matrices and larger ones of modules that are small: they have no modules below their children. A forward
-    that runs half of a model would ask for every function that it calls.
+    that runs half of a model would ask for every function that it calls. Of larger modules, only weights of experts.
 
     Args:
         module: any module that is not folded otherwise.
@@ -39,8 +39,10 @@ def watchable(module: nn.Module, params: Mapping[int, FoldParam]) -> dict[str, F
     }
     if not found or isinstance(module, (*_NEVER, torch.jit.ScriptModule)) or "forward" in vars(module):
         return {}
-    if type(module).forward is nn.Module.forward or any(list(child.children()) for child in module.children()):
+    if type(module).forward is nn.Module.forward:
         return {}
+    if any(list(child.children()) for child in module.children()):  # weights of experts are worth it
+        return {name: one for name, one in found.items() if one.param.dim() == 3 and one.param.shape[0] > 1}
     return found
 
 

@@ -16,9 +16,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from gradfold import _torch
 from gradfold.engine import FoldParam
 from gradfold.errors import FoldError
+from gradfold.nn import GroupedLinear
 
 from .compiled import HANDLE, handle_of
 from .embedding import FoldedEmbedding
+from .expert_reads import know_transformers
+from .experts import FoldedGroupedLinear
 from .linear import FoldedConv1D, FoldedLinear
 from .reading import READS, watch, watchable
 from .routing import FOLD_PARAM, PLAIN_FORWARD, Folded
@@ -98,11 +101,15 @@ def in_own_forward(module: nn.Module) -> bool:
     return type(module).forward not in _FORWARDS
 
 
-_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward)
+_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward, FoldedGroupedLinear.forward)
 
 
 def _table() -> Mapping[type[nn.Module], type[Folded]]:
-    table: dict[type[nn.Module], type[Folded]] = {nn.Linear: FoldedLinear, nn.Embedding: FoldedEmbedding}
+    table: dict[type[nn.Module], type[Folded]] = {
+        nn.Linear: FoldedLinear,
+        nn.Embedding: FoldedEmbedding,
+        GroupedLinear: FoldedGroupedLinear,
+    }
     if transformers := sys.modules.get("transformers.pytorch_utils"):  # a model that has one has imported it
         table[transformers.Conv1D] = FoldedConv1D
     return table
@@ -132,6 +139,7 @@ def swap(model: nn.Module, params: Mapping[int, FoldParam]) -> list[nn.Module]:
     Raises:
         FoldError: a module is folded already, or cannot be routed; no module has been changed then.
     """
+    know_transformers()
     chosen: list[tuple[nn.Module, type[Folded], FoldParam]] = []
     summing: list[nn.Module] = []
     reading: list[tuple[nn.Module, dict[str, FoldParam]]] = []
