@@ -101,6 +101,7 @@ def _storage(
         state_codec(states, signed=True)  # raises for an unknown name, even where no state will have it
     if master is not None:
         weight_codec(torch.bfloat16, master)
+    specs = tuple(spec for spec in specs if spec.kept_for(shape))
     as_torch = Storage(specs, None, (None,) * len(specs), (False,) * (1 + len(specs)), fixed=False)
     if dtype not in WEIGHTS:  # float64: as exact as it gets
         if states is not None or (master is not None and dtype.itemsize < 4):
@@ -112,11 +113,15 @@ def _storage(
     small = small_size > 0 and (len(shape) < 2 or math.prod(shape) < small_size)
     named = "fp32" if (small and states is not None) or (states is None and squares_in_fp16(dtype, specs)) else states
     codecs = [WEIGHTS[dtype] if named is None else state_codec(named, spec.signed) for spec in specs]
+    if any((states, rounding, master, named)):  # a few numbers, which running means of small steps would not change
+        codecs = [
+            codec if spec.dims == "any" else WEIGHTS[torch.float32] for spec, codec in zip(specs, codecs, strict=True)
+        ]
     for spec, codec in zip(specs, codecs, strict=True):
         if spec.exact and states is not None and codec is not WEIGHTS[torch.float32]:
             raise ValueError(
-                f"states={states!r}: this rule subtracts {spec.name} from another state, and the difference of rounded "
-                "ones may be negative; use states='fp32' (RMSprop: or centered=False)"
+                f"states={states!r}: state {spec.name!r} must be fp32: {spec.exact}; use states='fp32'"
+                f"{' (or centered=False)' if 'centered' in spec.exact else ''}"
             )
     asked = rounding == "stochastic"
     random = (
@@ -149,6 +154,8 @@ def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str,
     """Return new tensors of one state, by key."""
     if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
         dtype = param.dtype if codec is None else codec.dtype
+        if spec.over is not None:
+            return {spec.name: param.detach().new_full(spec.shape_for(param.shape), spec.init, dtype=dtype)}
         values = torch.full_like(
             param, spec.init, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
         )

@@ -131,6 +131,16 @@ def where(condition: Node, a: Node, b: Node) -> Node:
     return Node("where", condition, a, b, dtype=_common((a, b), (F32, I32)))
 
 
+def fill(_: Node, value: Node) -> Node:
+    """Return the value, which replaces what the tile held."""
+    return value
+
+
+def masked_fill(x: Node, mask: Node, value: Node) -> Node:
+    """Return the value where the mask holds, else ``x``."""
+    return where(mask, value, x)
+
+
 _CONVERSIONS = {
     (I32, F32): "float_from_int",
     (BF16, F32): "float_from_bf16",
@@ -217,11 +227,13 @@ ELEMENTWISE = {
     "copy": copy,
     "div": _div,
     "eq": _compare("eq"),
+    "fill": fill,
     "ge": _compare("ge"),
     "gt": _compare("gt"),
     "le": _compare("le"),
     "lerp": lerp,
     "lt": _compare("lt"),
+    "masked_fill": masked_fill,
     "maximum": _op("maximum", F32, I32),
     "mul": _mul,
     "ne": _compare("ne"),
