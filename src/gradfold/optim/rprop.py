@@ -19,7 +19,8 @@ from .ranges import at_least_zero
 class Rprop(RuleOptimizer):
     """Rprop, with the arguments, defaults and formula of ``torch.optim.Rprop``.
 
-    Formula: ``gradfold/rules/rprop.py``, after Riedmiller and Braun 1993. It is meant for gradients of the whole data set.
+    Formula: ``gradfold/rules/rprop.py``, after Riedmiller and Braun 1993. It is meant for gradients of
+    the whole data set.
 
     Args:
         params: Parameters, ``named_parameters()``, or param_groups, as in torch.

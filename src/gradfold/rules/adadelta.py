@@ -1,6 +1,6 @@
-"""Adadelta: Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv 1212.5701, as ``torch.optim.Adadelta`` defines it.
+"""Adadelta, as ``torch.optim.Adadelta`` defines it.
 
-With g the gradient (negated under ``maximize``):
+Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv 1212.5701. With g the gradient (negated under ``maximize``):
 
     g          <- g + weight_decay * w
     square_avg <- rho square_avg + (1 - rho) g^2

@@ -1,7 +1,7 @@
 """Adafactor, as ``torch.optim.Adafactor`` defines it.
 
-Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235. With g the gradient
-(negated under ``maximize``), t the step, and means over a row (i), a column (j) or all elements:
+Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235. With g the
+gradient (negated under ``maximize``), t the step, and means over a row (i), a column (j) or all elements:
 
     b        =  t^beta2_decay;   rho = min(lr, 1 / sqrt(t));   alpha = rho max(eps2, rms(w))
     w        <- w (1 - lr * weight_decay)
@@ -12,8 +12,8 @@ Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cos
     u        =  g / sqrt(max(v, eps1^2))
     w        <- w - alpha / max(1, rms(u) / d) * u
 
-``eps1`` is the machine epsilon of the weight's dtype unless it is given. A weight of more than two dimensions is a batch
-of matrices, its last two dimensions, with one rms for all of them.
+``eps1`` is the machine epsilon of the weight's dtype unless it is given. A weight of more than two dimensions is a
+batch of matrices, its last two dimensions, with one rms for all of them.
 
 It is no element-wise rule: it looks at the gradient twice, for the means of its squares and for rms(u), before the
 first weight moves.

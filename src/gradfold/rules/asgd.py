@@ -1,7 +1,7 @@
 """Averaged SGD, as ``torch.optim.ASGD`` defines it.
 
-Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30 (1992). With g the
-gradient (negated under ``maximize``) and t the step:
+Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30 (1992). With g
+the gradient (negated under ``maximize``) and t the step:
 
     g   <- g + weight_decay * w
     w   <- w (1 - lambd * eta) - eta * g
@@ -9,8 +9,8 @@ gradient (negated under ``maximize``) and t the step:
     eta <- lr / (1 + lambd * lr * t)^alpha       (lr at a parameter's first step)
     mu  <- 1 / max(1, t - t0)                    (1 at first: ax is then the weight)
 
-``ax`` is the average of the weights since step ``t0``. ``eta`` and ``mu`` are states, used in the step after the one that
-computes them.
+``ax`` is the average of the weights since step ``t0``. ``eta`` and ``mu`` are states, used in the step after the one
+that computes them.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ class WholeRule(Rule):
             looked(index, sums, states)      states of rows and columns may change
         apply(sums, tile ...)                for every tile: weight and weight-shaped states change
 
-    Each pass computes the gradient again, unless all of it fits into scratch memory. Tiles are whole indices of the first
-    dimension; a vector is one tile. A slice of a parameter has other statistics than the whole, so such a rule steps
-    whole parameters only: working sets and parameters that are spread over ranks are refused.
+    Each pass computes the gradient again, unless all of it fits into scratch memory. Tiles are whole indices of the
+    first dimension; a vector is one tile. A slice of a parameter has other statistics than the whole, so such a rule
+    steps whole parameters only: working sets and parameters that are spread over ranks are refused.
 
     Attributes:
         looks: Number of passes over the gradient before the one that applies it.
