@@ -200,7 +200,7 @@ BUSY: dict[str, RuleRow] = {
         RuleRow("RAdam", {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.95)}),
         RuleRow("Adadelta", {"lr": 0.5, "weight_decay": 0.1}),
         RuleRow("Adamax", {"lr": 0.05, "weight_decay": 0.1}),
-        RuleRow("ASGD", {"lr": 0.05, "weight_decay": 0.1, "t0": 2.0}),
+        RuleRow("ASGD", {"lr": 0.05, "weight_decay": 0.1, "t0": 2.0, "lambd": 0.1}),
         RuleRow("Rprop", {"lr": 0.05}),
     ]
 }

@@ -358,12 +358,15 @@ def allocate(
     for name, start in storage.counters(rule).items():
         if name not in state:
             # as torch: on the device only where a CUDA graph has to find it there
+            start = rule.start_of(name, start, group)
             state[name] = torch.tensor(start, dtype=scalar, device=param.device if group.get("capturable") else None)
     for spec, codec in zip(storage.specs, storage.codecs, strict=True):
         keys = list(keys_of(spec.name, codec).values())
         if any(key not in state and key not in lazy for key in keys):
             refuse_other_form({**state, **lazy}, spec, keys)
-            (lazy if spec.lazy else state).update(allocate_state(param, spec, codec))
+            (lazy if spec.lazy else state).update(
+                allocate_state(param, spec, codec, rule.start_of(spec.name, spec.init, group))
+            )
     if any(key not in state for key in storage.residuals()):
         state.update(allocate_residuals(param, storage, stream, group.get("seed", 0), place))
     return storage

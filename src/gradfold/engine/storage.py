@@ -150,17 +150,15 @@ def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
     return {part: name if part == VALUES else f"{name}.{part}" for part in parts}
 
 
-def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str, Tensor]:
-    """Return new tensors of one state, by key."""
+def allocate_state(param: Tensor, spec: State, codec: Codec | None, start: float) -> dict[str, Tensor]:
+    """Return new tensors of one state, by key; every element is ``start``."""
     if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
         dtype = param.dtype if codec is None else codec.dtype
         if spec.over is not None:
-            return {spec.name: param.detach().new_full(spec.shape_for(param.shape), spec.init, dtype=dtype)}
-        values = torch.full_like(
-            param, spec.init, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
+            return {spec.name: param.detach().new_full(spec.shape_for(param.shape), start, dtype=dtype)}
+        values = torch.full_like(param, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         return {spec.name: values}
-    parts = codec.allocate(param.shape, param.device, spec.init)
+    parts = codec.allocate(param.shape, param.device, start)
     return {key: parts[part] for part, key in keys_of(spec.name, codec).items()}
 
 

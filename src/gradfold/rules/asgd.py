@@ -15,7 +15,7 @@ that computes them.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,12 +45,17 @@ class ASGDRule(Rule):
         """List the optimizer states that the group's options ask for."""
         return (State("ax", exact="it is an average of weights, which is read in place of them"),)
 
+    def start_of(self, name, value, group):
+        """Return the learning rate for ``eta``, as torch does, which makes it at the first step."""
+        return float(number(group["lr"])) if name == "eta" else value
+
     def advance(self, counters, group, fresh):
         """Advance the counters by one step and return this step's numbers."""
         step, lr = next_step(counters), number(group["lr"])
         eta = counters["eta"]
-        eta.fill_(pick(step == 1, lambda: lr, eta))  # as torch, which makes the state at the first step
-        mu, rate = number(counters["mu"]), number(eta)
+        eta.fill_(pick(step == 1, lambda: lr, eta))  # the learning rate of now, not of when the state was made
+        mu: Any = number(counters["mu"])
+        rate: Any = number(eta)
         on_device = isinstance(mu, Tensor)
         # the tensors change below, and what is on a device was not copied
         numbers = ASGDNumbers(

@@ -105,6 +105,16 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__}.states")
 
+    def start_of(self, name: str, value: float, group: Group) -> float:
+        """Return the initial value of a state or counter, where the group's hyper-parameters decide it.
+
+        Args:
+            name: Name of the state.
+            value: What ``states`` or ``counters`` say.
+            group: A param_group of the optimizer.
+        """
+        return value
+
     def scratch_tiles(self, group: Group) -> int:
         """Return how many temporary tiles ``update`` needs beside the gradient tile."""
         return 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .base import Rule, State, descent_gradient, next_step, number
 
@@ -37,18 +38,21 @@ class RpropRule(Rule):
     """A step size for each element, which grows while its gradient keeps its sign."""
 
     name = "rprop"
-    kept = frozenset({"prev"})
-    optional = frozenset({"step_size"})
+    kept = frozenset({"prev", "step_size"})
 
     def states(self, group):
         """List the optimizer states that the group's options ask for."""
-        return (State("prev", exact=_SIGNS), State("step_size", exact=_SIZES, lazy=True))
+        return (State("prev", exact=_SIGNS), State("step_size", exact=_SIZES))
+
+    def start_of(self, name, value, group):
+        """Return the learning rate for step sizes, as torch does, which makes them at the first step."""
+        return float(number(group["lr"])) if name == "step_size" else value
 
     def advance(self, counters, group, fresh):
         """Advance the counters by one step and return this step's numbers."""
-        return RpropNumbers(
-            next_step(counters), number(group["lr"]), *group["etas"], *group["step_sizes"], group["maximize"], fresh
-        )
+        step = next_step(counters)
+        first = not isinstance(step, Tensor) and step == 1  # the learning rate may have changed since they were made
+        return RpropNumbers(step, number(group["lr"]), *group["etas"], *group["step_sizes"], group["maximize"], first)
 
     def update(self, weight, grad, states, numbers, scratch):
         """Update weight and states of one tile in place."""
