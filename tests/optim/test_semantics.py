@@ -52,7 +52,7 @@ GROUP_HYPERS = {
     "NAdam": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "momentum_decay": 0.1},
     "Adadelta": {"lr": 0.3, "rho": 0.6, "eps": 1e-3, "weight_decay": 0.7, "maximize": True},
     "Adamax": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "maximize": True},
-    "ASGD": {"lr": 0.3, "lambd": 0.1, "alpha": 0.5, "t0": 1.0, "weight_decay": 0.7, "maximize": True},
+    "ASGD": {"lr": 0.3, "lambd": 0.3, "alpha": 0.5, "t0": 1.0, "weight_decay": 0.7, "maximize": True},
     "Rprop": {"lr": 0.3, "etas": (0.4, 1.5), "step_sizes": (1e-3, 0.055), "maximize": True},
     "RAdam": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "decoupled_weight_decay": True},
 }

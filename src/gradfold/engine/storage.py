@@ -150,8 +150,9 @@ def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
     return {part: name if part == VALUES else f"{name}.{part}" for part in parts}
 
 
-def allocate_state(param: Tensor, spec: State, codec: Codec | None, start: float) -> dict[str, Tensor]:
-    """Return new tensors of one state, by key; every element is ``start``."""
+def allocate_state(param: Tensor, spec: State, codec: Codec | None, start: float | None = None) -> dict[str, Tensor]:
+    """Return new tensors of one state, by key; every element is ``start``, or what the state says."""
+    start = spec.init if start is None else start
     if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
         dtype = param.dtype if codec is None else codec.dtype
         if spec.over is not None:

@@ -15,10 +15,9 @@ that computes them.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from .base import Rule, State, descent_gradient, next_step, number, pick
 
@@ -54,14 +53,14 @@ class ASGDRule(Rule):
         step, lr = next_step(counters), number(group["lr"])
         eta = counters["eta"]
         eta.fill_(pick(step == 1, lambda: lr, eta))  # the learning rate of now, not of when the state was made
-        mu: Any = number(counters["mu"])
-        rate: Any = number(eta)
-        on_device = isinstance(mu, Tensor)
+        mu = cast(Any, number(counters["mu"]))
+        rate = cast(Any, number(eta))
+        on_device = type(mu) is not float
         # the tensors change below, and what is on a device was not copied
         numbers = ASGDNumbers(
             lambd=group["lambd"],
-            eta=rate.clone() if isinstance(rate, Tensor) else rate,
-            mu=mu.clone() if isinstance(mu, Tensor) else mu,
+            eta=rate.clone() if on_device else rate,
+            mu=mu.clone() if on_device else mu,
             weight_decay=number(group["weight_decay"]),
             maximize=group["maximize"],
             copies=not on_device and mu == 1,

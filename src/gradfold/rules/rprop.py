@@ -52,7 +52,8 @@ class RpropRule(Rule):
         """Advance the counters by one step and return this step's numbers."""
         step = next_step(counters)
         first = not isinstance(step, Tensor) and step == 1  # the learning rate may have changed since they were made
-        return RpropNumbers(step, number(group["lr"]), *group["etas"], *group["step_sizes"], group["maximize"], first)
+        (eta_minus, eta_plus), (smallest, largest) = group["etas"], group["step_sizes"]
+        return RpropNumbers(step, number(group["lr"]), eta_minus, eta_plus, smallest, largest, group["maximize"], first)
 
     def update(self, weight, grad, states, numbers, scratch):
         """Update weight and states of one tile in place."""
