@@ -67,7 +67,7 @@ class ASGDRule(Rule):
         )
         eta.fill_(lr / (1 + group["lambd"] * lr * step) ** group["alpha"])
         after = step - group["t0"]
-        counters["mu"].fill_(1 / pick(after > 1, lambda: after, 1 if not on_device else torch.ones_like(mu)))
+        counters["mu"].fill_(1 / pick(after > 1, lambda: after, mu * 0 + 1 if on_device else 1))
         return numbers
 
     def update(self, weight, grad, states, numbers, scratch):
