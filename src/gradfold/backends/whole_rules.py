@@ -50,7 +50,7 @@ class WholeStepper:
         sums, squares, key = rule.begin(self.values, self.dtype, n), 0.0, self.weight.key(numbers.count)
         for index in range(rule.looks):
             for start, stop, grad in self._gradient(terms, grads, index == 0):
-                rows = self._indices(start, stop)
+                rows = self._index_range(start, stop)
                 if index == 0:
                     norm = norm_of(grad)
                     if change.guarded and not is_finite(grad, norm, self.values.dtype):
@@ -65,7 +65,7 @@ class WholeStepper:
             if not self.kept:
                 change.apply(grad)
             weight, lent = self._lend(start, stop, copy)
-            rows, tile = self._indices(start, stop), self._shaped(work[: stop - start])
+            rows, tile = self._index_range(start, stop), self._shaped(work[: stop - start])
             rule.apply(sums, weight, self._shaped(grad), states, rows, tile, n)
             self._store(start, stop, weight, lent, key)
         return squares
@@ -96,7 +96,7 @@ class WholeStepper:
         shape = self.values.shape
         return tile.view(shape) if len(shape) == 1 else tile.view(-1, *shape[1:])
 
-    def _indices(self, start: int, stop: int) -> slice:
+    def _index_range(self, start: int, stop: int) -> slice:
         """Return the indices of a block in the weight's first dimension."""
         return slice(0, self.values.shape[0]) if self.values.dim() == 1 else slice(start, stop)
 
@@ -104,7 +104,7 @@ class WholeStepper:
 
     def _lend(self, start: int, stop: int, copy: Tensor) -> tuple[Tensor, Any]:
         """Return a block of the weight that a rule may change, and what ``_store`` needs to write it back."""
-        part = self.values[self._indices(start, stop)]
+        part = self.values[self._index_range(start, stop)]
         if not self.copied:
             return part, None
         tile = copy[: stop - start]
