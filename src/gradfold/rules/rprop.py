@@ -44,6 +44,10 @@ class RpropRule(Rule):
         """List the optimizer states that the group's options ask for."""
         return (State("prev", exact=_SIGNS), State("step_size", exact=_SIZES))
 
+    def scratch_tiles(self, group):
+        """Return 2: signs, and the factors of step sizes."""
+        return 2
+
     def start_of(self, name, value, group):
         """Return the learning rate for step sizes, as torch does, which makes them at the first step."""
         return float(number(group["lr"])) if name == "step_size" else value
@@ -61,11 +65,12 @@ class RpropRule(Rule):
         grad = descent_gradient(grad, n.maximize)
         if n.first:
             step_size.fill_(n.lr)
-        factor = torch.mul(grad, prev, out=scratch[0]).sign_()
-        grad.masked_fill_(factor < 0, 0.0)
-        factor.masked_fill_(factor > 0, n.eta_plus)
-        factor.masked_fill_(factor < 0, n.eta_minus)
-        factor.masked_fill_(factor == 0, 1.0)
+        sign = torch.mul(grad, prev, out=scratch[0]).sign_()
+        turned = torch.clamp(sign, max=0, out=prev)  # -1 where the sign has changed, else 0; prev is written below
+        factor = torch.add(turned, 1, out=scratch[1])
+        grad.mul_(factor)
+        kept = sign.clamp_(min=0)  # 1 where the sign is the same, else 0
+        factor.sub_(kept).add_(kept, alpha=n.eta_plus).add_(turned, alpha=-n.eta_minus)
         step_size.mul_(factor).clamp_(n.smallest, n.largest)
         weight.addcmul_(torch.sign(grad, out=scratch[0]), step_size, value=-1)
         prev.copy_(grad)

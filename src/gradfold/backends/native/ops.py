@@ -136,11 +136,6 @@ def fill(_: Node, value: Node) -> Node:
     return value
 
 
-def masked_fill(x: Node, mask: Node, value: Node) -> Node:
-    """Return the value where the mask holds, else ``x``."""
-    return where(mask, value, x)
-
-
 _CONVERSIONS = {
     (I32, F32): "float_from_int",
     (BF16, F32): "float_from_bf16",
@@ -233,7 +228,6 @@ ELEMENTWISE = {
     "le": _compare("le"),
     "lerp": lerp,
     "lt": _compare("lt"),
-    "masked_fill": masked_fill,
     "maximum": _op("maximum", F32, I32),
     "mul": _mul,
     "ne": _compare("ne"),

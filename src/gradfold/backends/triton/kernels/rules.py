@@ -232,6 +232,6 @@ def rprop(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     size = tl.minimum(
         tl.maximum(size, n[3], propagate_nan=tl.PropagateNan.ALL), n[4], propagate_nan=tl.PropagateNan.ALL
     )
-    g = tl.where(agrees < 0, 0.0, g)
+    g = g * tl.where(agrees < 0, 0.0, 1.0)
     sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
     return tl.fma(sign, -size, w), (g, size)
