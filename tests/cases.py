@@ -151,6 +151,38 @@ RULE_ROWS: list[RuleRow] = [
         ALL,
         TENSOR_LR,
     ),
+    *_rows(
+        "Adadelta",
+        {},
+        {"lr": 0.5, "rho": 0.6},
+        {"eps": 1e-2, "weight_decay": 0.1},
+        {**ALL, "rho": 0.8},
+        TENSOR_LR,
+    ),
+    *_rows(
+        "Adamax",
+        {},
+        {"lr": 0.05, "betas": (0.3, 0.5)},
+        {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1},
+        ALL,
+        TENSOR_LR,
+    ),
+    *_rows(
+        "ASGD",
+        {},
+        {"lr": 0.05, "lambd": 0.1, "alpha": 0.5},
+        {"lr": 0.05, "t0": 2.0},
+        {**ALL, "t0": 3, "lambd": 0.2},
+        TENSOR_LR,
+    ),
+    *_rows(
+        "Rprop",
+        {},
+        {"lr": 0.1, "etas": (0.3, 1.7)},
+        {"lr": 0.1, "step_sizes": (0.09, 0.11)},
+        {"lr": 0.1, "maximize": True},
+        TENSOR_LR,
+    ),
 ]
 RULE_IDS = [row.id for row in RULE_ROWS]
 NAMES = list(dict.fromkeys(row.name for row in RULE_ROWS))
@@ -166,6 +198,10 @@ BUSY: dict[str, RuleRow] = {
         RuleRow("Adagrad", {"lr": 0.05, "weight_decay": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
         RuleRow("NAdam", {"lr": 0.05, "weight_decay": 0.1}),
         RuleRow("RAdam", {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.95)}),
+        RuleRow("Adadelta", {"lr": 0.5, "weight_decay": 0.1}),
+        RuleRow("Adamax", {"lr": 0.05, "weight_decay": 0.1}),
+        RuleRow("ASGD", {"lr": 0.05, "weight_decay": 0.1, "t0": 2.0, "lambd": 0.1}),
+        RuleRow("Rprop", {"lr": 0.05}),
     ]
 }
 BUSY_ROWS = list(BUSY.values())

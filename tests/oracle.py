@@ -115,6 +115,54 @@ def radam(w, g, s, t, h):
     return w - h["lr"] * mean
 
 
+def adadelta(w, g, s, t, h):
+    """Zeiler 2012, algorithm 1, with torch.optim.Adadelta's factor ``lr``."""
+    g = -g if h["maximize"] else g
+    g += h["weight_decay"] * w
+    rho, eps = h["rho"], h["eps"]
+    s["square_avg"] = rho * s.get("square_avg", 0.0) + (1 - rho) * g * g
+    before = s.get("acc_delta", 0.0)
+    delta = math.sqrt(before + eps) / math.sqrt(s["square_avg"] + eps) * g
+    s["acc_delta"] = rho * before + (1 - rho) * delta * delta
+    return w - h["lr"] * delta
+
+
+def adamax(w, g, s, t, h):
+    """Kingma and Ba 2014, algorithm 2, with torch.optim.Adamax's place for eps."""
+    g = -g if h["maximize"] else g
+    g += h["weight_decay"] * w
+    beta1, beta2 = h["betas"]
+    s["exp_avg"] = beta1 * s.get("exp_avg", 0.0) + (1 - beta1) * g
+    s["exp_inf"] = max(beta2 * s.get("exp_inf", 0.0), abs(g) + h["eps"])
+    return w - h["lr"] / (1 - beta1**t) * s["exp_avg"] / s["exp_inf"]
+
+
+def asgd(w, g, s, t, h):
+    """torch.optim.ASGD's documentation; it keeps eta and mu in float32, for the next step."""
+    g = -g if h["maximize"] else g
+    g += h["weight_decay"] * w
+    eta, mu = s.get("eta", float(np.float32(h["lr"]))), s.get("mu", 1.0)
+    w = w * (1 - h["lambd"] * eta) - eta * g
+    before = s.get("ax", 0.0)
+    s["ax"] = w if mu == 1 else before + mu * (w - before)
+    s["eta"] = float(np.float32(h["lr"] / (1 + h["lambd"] * h["lr"] * t) ** h["alpha"]))
+    s["mu"] = float(np.float32(1 / max(1, t - h["t0"])))
+    return w
+
+
+def rprop(w, g, s, t, h):
+    """Riedmiller and Braun 1993, with torch.optim.Rprop's zero gradient after a change of sign."""
+    g = -g if h["maximize"] else g
+    (minus, plus), (smallest, largest) = h["etas"], h["step_sizes"]
+    size, agrees = s.get("step_size", h["lr"]), g * s.get("prev", 0.0)
+    if agrees > 0:
+        size *= plus
+    if agrees < 0:
+        size, g = size * minus, 0.0
+    s["step_size"], s["prev"] = min(max(size, smallest), largest), g
+    return w - s["step_size"] * ((g > 0) - (g < 0))
+
+
 _ADAM = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False, decoupled_weight_decay=False)
 # optimizer's name -> (its rule, its documented defaults)
 RULES: dict[str, tuple[Element, dict[str, Any]]] = {
@@ -132,6 +180,10 @@ RULES: dict[str, tuple[Element, dict[str, Any]]] = {
     ),
     "NAdam": (nadam, _ADAM | dict(lr=2e-3, momentum_decay=4e-3)),
     "RAdam": (radam, _ADAM),
+    "Adadelta": (adadelta, dict(lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False)),
+    "Adamax": (adamax, dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False)),
+    "ASGD": (asgd, dict(lr=1e-2, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0, maximize=False)),
+    "Rprop": (rprop, dict(lr=1e-2, etas=(0.5, 1.2), step_sizes=(1e-6, 50.0), maximize=False)),
 }
 
 

@@ -34,6 +34,11 @@ RULES: dict[str, dict[str, Any]] = {
     "Adagrad": {"lr": 1e-2, "lr_decay": 0.1},
     "NAdam": {"lr": 1e-2, "momentum_decay": 0.01},
     "RAdam": {"lr": 1e-2, "weight_decay": 0.01},
+    "Adadelta": {"lr": 1.0, "weight_decay": 0.01},
+    "Adamax": {"lr": 1e-2, "weight_decay": 0.01},
+    "ASGD": {"lr": 1e-2, "t0": 4.0},
+    "Rprop": {"lr": 1e-3},
+    "Adafactor": {"lr": 1e-2, "weight_decay": 0.1},
 }
 TORCH_RULES = [name for name in RULES if name != "Lion"]
 

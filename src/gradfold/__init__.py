@@ -16,15 +16,35 @@ if TYPE_CHECKING:
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
     from .modules import compile_layers
-    from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
+    from .optim import (
+        ASGD,
+        SGD,
+        Adadelta,
+        Adafactor,
+        Adagrad,
+        Adam,
+        Adamax,
+        AdamW,
+        Lion,
+        NAdam,
+        RAdam,
+        RMSprop,
+        Rprop,
+        export_masters,
+        import_masters,
+    )
     from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
 
 __all__ = [
+    "ASGD",
     "SGD",
+    "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Fold",
     "FoldError",
     "Lion",
@@ -33,6 +53,7 @@ __all__ = [
     "PlanError",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "WorkingSet",
     "compile_layers",
     "export_masters",

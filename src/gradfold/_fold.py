@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._fold_checks import refuse_data, refuse_folded, refuse_head, refuse_parameters, refuse_working_set
+from ._fold_checks import (
+    refuse_data,
+    refuse_folded,
+    refuse_head,
+    refuse_parameters,
+    refuse_parts,
+    refuse_working_set,
+)
 from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
 from .backends import DEFAULT_SCRATCH_BYTES, Backend, Reference, choose
 from .dist import Ranks, Replicas, Sharding, ranks_of, replicas_of, shard_reducer, sharding_of
@@ -218,6 +225,7 @@ def _fold(
     if sharding is not None:
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip, replicas)
+    refuse_parts(optimizer, working_set, ranks, sharding)
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()

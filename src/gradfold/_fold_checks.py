@@ -15,6 +15,7 @@ from .engine import held, outside, refuse_other_model, refuse_owned, refuse_para
 from .errors import FoldError
 from .modules import FOLD_PARAM
 from .optim import RuleOptimizer
+from .rules import WholeRule
 from .workset import WorkingSet
 
 
@@ -104,3 +105,20 @@ def _refuse_overlap(named: Mapping[str, nn.Parameter]) -> None:
                     f"{b}: shares its memory with {a} but is another Parameter, so each would step the other's values; "
                     "tie them by assigning the same Parameter to both"
                 )
+
+
+def refuse_parts(optimizer: RuleOptimizer, working_set: object, ranks: object, sharding: object) -> None:
+    """Raise where an optimizer that needs whole gradients would step parts of them."""
+    if not isinstance(optimizer.rule, WholeRule):
+        return
+    name = type(optimizer).__name__
+    if working_set is not None:
+        raise FoldError(
+            f"working_set= with {name}, which needs the whole gradient of a parameter: a slice has other statistics; "
+            "leave out working_set=, or use gradfold.AdamW"
+        )
+    if ranks is not None or sharding is not None:
+        raise FoldError(
+            f"{name} on several ranks: it needs the whole gradient of a parameter, and a rank steps a part of it; use "
+            "gradfold.AdamW, or train on one rank"
+        )

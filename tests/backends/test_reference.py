@@ -182,7 +182,8 @@ def test_an_embeddings_gradient_never_exists_whole(row, dtype):
     optimizer.step()
     tokens = 5 * 50 * width * 4  # dY and what it is made of
     assert live.peak_bytes - standing <= limit + tokens + 8 * KIB < rows * width * dtype.itemsize
-    assert (model.weight.detach() != before).any(1).float().mean() > 0.99, "the rule must reach rows not looked up"
+    moved = (model.weight.detach() != before).any(1).float().mean()
+    assert moved > 0.99 or row.name == "Rprop", "the rule must reach rows not looked up"  # Rprop: sign(0) moves nothing
 
 
 @each_rule

@@ -108,4 +108,4 @@ def test_fp32_is_as_near_to_fp64_as_torch_is(rule, where):
 
 
 def test_the_tables_are_whole():
-    assert len(RULES) == 8 and len(SCENES) == 12 and len(CHECKPOINTS) == 11
+    assert len(RULES) == 13 and len(SCENES) == 12 and len(CHECKPOINTS) == 11

@@ -89,7 +89,7 @@ def replaced(params):
 
 
 REFUSED = {
-    "Adamax": (torch.optim.Adamax, {}, gradfold.FoldError, "Adamax cannot be folded: gradfold has no"),
+    "SparseAdam": (torch.optim.SparseAdam, {}, gradfold.FoldError, "SparseAdam cannot be folded"),
     "subclass": (Mine, {}, gradfold.FoldError, "Mine is not one of gradfold's"),
     "replaced": (replaced, {}, gradfold.FoldError, r"AdamW's step\(\) was replaced by other code"),
     "storage": (torch.optim.AdamW, {"states": "int3"}, ValueError, "states='int3'"),

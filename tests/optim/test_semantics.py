@@ -50,6 +50,10 @@ GROUP_HYPERS = {
     "RMSprop": {"lr": 0.3, "alpha": 0.6, "eps": 1e-3, "weight_decay": 0.7, "momentum": 0.4, "maximize": True},
     "Adagrad": {"lr": 0.3, "lr_decay": 0.5, "eps": 1e-3, "weight_decay": 0.7, "maximize": True},
     "NAdam": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "momentum_decay": 0.1},
+    "Adadelta": {"lr": 0.3, "rho": 0.6, "eps": 1e-3, "weight_decay": 0.7, "maximize": True},
+    "Adamax": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "maximize": True},
+    "ASGD": {"lr": 0.3, "lambd": 0.3, "alpha": 0.5, "t0": 1.0, "weight_decay": 0.7, "maximize": True},
+    "Rprop": {"lr": 0.3, "etas": (0.4, 1.5), "step_sizes": (1e-3, 0.055), "maximize": True},
     "RAdam": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "decoupled_weight_decay": True},
 }
 
@@ -68,6 +72,8 @@ def test_each_groups_hyperparameters_reach_the_update(row, route):
 
 
 HYPER_CHANGES = [(name, key) for name, hypers in GROUP_HYPERS.items() for key in hypers]
+# what changes no weight any more: the average is beside them, and step sizes start once
+HYPER_CHANGES = [change for change in HYPER_CHANGES if change not in (("ASGD", "t0"), ("Rprop", "lr"))]
 
 
 @pytest.mark.parametrize(("name", "key"), HYPER_CHANGES, ids=lambda value: value)

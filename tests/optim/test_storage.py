@@ -92,6 +92,10 @@ def test_any_rule_with_any_states(row, states):
         with pytest.raises(ValueError, match="centered=False"):
             make({"states": states}, row)
         return
+    if states not in (None, "fp32") and row.name in ("ASGD", "Rprop"):
+        with pytest.raises(ValueError, match=f"states='{states}': state '(ax|prev)' must be fp32: .*use states='fp32'"):
+            make({"states": states}, row)
+        return
     options = {"states": states, "rounding": "stochastic", "small_size": 0}
     runs = []
     for folded, scratch_bytes in ((False, None), (True, 5_000)):

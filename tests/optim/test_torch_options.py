@@ -66,7 +66,8 @@ def test_as_torchs_optimizer_takes_them(name, options):
     gradfold.fold(model, ours)
     train(plain, theirs)
     train(model, ours)
-    assert distance(model, plain) < CLOSE
+    # torch's foreach ASGD keeps its learning rate in fp32 where the for-loop does not
+    assert distance(model, plain) < (1e-8 if name == "ASGD" and options.get("foreach") else CLOSE)
 
 
 @pytest.mark.parametrize("options", [one for one in OPTIONS if "capturable" not in one], ids=str)

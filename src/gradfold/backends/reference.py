@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradfold.codecs import matrix, weight_codec
-from gradfold.rules import Group, Rule
+from gradfold.rules import Group, Rule, WholeRule
 
 from . import native
 from .compiled import CompiledStep, Experts, Operands
@@ -30,6 +30,7 @@ from .row_blocks import block_rows, sum_all, sum_rows
 from .scratch import Scratch
 from .stored import Stored, quantized
 from .terms import GradTerm
+from .whole_rules import WholeStepper
 
 VECTOR = 64  # elements: a multiple of every processor's vector width
 
@@ -51,6 +52,8 @@ class Reference(Backend):
         """Bind one parameter, and allocate the scratch memory that its step will use."""
         if not weight.values.numel():
             return _step_nothing
+        if isinstance(rule, WholeRule):
+            return WholeStepper(self.scratch, weight, states, rule, group)
         if quantized(weight):
             return QuantizedStepper(self, self.scratch, weight, states, rule, group)
         return PlainStepper(self, weight, states, rule, group)

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
-from gradfold.rules import Group, Rule, number, on_device
+from gradfold.rules import Group, Rule, WholeRule, number, on_device
 
 from .protocols import HeldPart, Optimizer
 from .region import Region, RegionStates
@@ -162,6 +162,11 @@ class ParamStepper:
 
     def _bind(self, group: Group, settings: tuple[Any, ...]) -> _Bound:
         rule, states, stream, view, place = self.optimizer.rule, self.states, self.stream, self.view, self.place
+        if isinstance(rule, WholeRule) and (self.shard is not None or self.region is not None):
+            raise ValueError(
+                f"{rule.name} needs the whole gradient of a parameter, and steps here a part of it (of shape "
+                f"{tuple(view.shape)}); use an optimizer that works element by element, such as gradfold.AdamW"
+            )
         if self.shard is not None:
             self._changed = self.param, self.shard.held
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
@@ -353,12 +358,15 @@ def allocate(
     for name, start in storage.counters(rule).items():
         if name not in state:
             # as torch: on the device only where a CUDA graph has to find it there
+            start = rule.start_of(name, start, group)
             state[name] = torch.tensor(start, dtype=scalar, device=param.device if group.get("capturable") else None)
     for spec, codec in zip(storage.specs, storage.codecs, strict=True):
         keys = list(keys_of(spec.name, codec).values())
         if any(key not in state and key not in lazy for key in keys):
             refuse_other_form({**state, **lazy}, spec, keys)
-            (lazy if spec.lazy else state).update(allocate_state(param, spec, codec))
+            (lazy if spec.lazy else state).update(
+                allocate_state(param, spec, codec, rule.start_of(spec.name, spec.init, group))
+            )
     if any(key not in state for key in storage.residuals()):
         state.update(allocate_residuals(param, storage, stream, group.get("seed", 0), place))
     return storage

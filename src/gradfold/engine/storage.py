@@ -101,6 +101,7 @@ def _storage(
         state_codec(states, signed=True)  # raises for an unknown name, even where no state will have it
     if master is not None:
         weight_codec(torch.bfloat16, master)
+    specs = tuple(spec for spec in specs if spec.kept_for(shape))
     as_torch = Storage(specs, None, (None,) * len(specs), (False,) * (1 + len(specs)), fixed=False)
     if dtype not in WEIGHTS:  # float64: as exact as it gets
         if states is not None or (master is not None and dtype.itemsize < 4):
@@ -112,11 +113,15 @@ def _storage(
     small = small_size > 0 and (len(shape) < 2 or math.prod(shape) < small_size)
     named = "fp32" if (small and states is not None) or (states is None and squares_in_fp16(dtype, specs)) else states
     codecs = [WEIGHTS[dtype] if named is None else state_codec(named, spec.signed) for spec in specs]
+    if any((states, rounding, master, named)):  # a few numbers, which running means of small steps would not change
+        codecs = [
+            codec if spec.dims == "any" else WEIGHTS[torch.float32] for spec, codec in zip(specs, codecs, strict=True)
+        ]
     for spec, codec in zip(specs, codecs, strict=True):
         if spec.exact and states is not None and codec is not WEIGHTS[torch.float32]:
             raise ValueError(
-                f"states={states!r}: this rule subtracts {spec.name} from another state, and the difference of rounded "
-                "ones may be negative; use states='fp32' (RMSprop: or centered=False)"
+                f"states={states!r}: state {spec.name!r} must be fp32: {spec.exact}; use states='fp32'"
+                f"{' (or centered=False)' if 'centered' in spec.exact else ''}"
             )
     asked = rounding == "stochastic"
     random = (
@@ -145,15 +150,16 @@ def keys_of(name: str, codec: Codec | None) -> dict[str, str]:
     return {part: name if part == VALUES else f"{name}.{part}" for part in parts}
 
 
-def allocate_state(param: Tensor, spec: State, codec: Codec | None) -> dict[str, Tensor]:
-    """Return new tensors of one state, by key."""
+def allocate_state(param: Tensor, spec: State, codec: Codec | None, start: float | None = None) -> dict[str, Tensor]:
+    """Return new tensors of one state, by key; every element is ``start``, or what the state says."""
+    start = spec.init if start is None else start
     if codec is None or isinstance(codec, Plain):  # the weight's own strides, as torch's optimizers
         dtype = param.dtype if codec is None else codec.dtype
-        values = torch.full_like(
-            param, spec.init, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
+        if spec.over is not None:
+            return {spec.name: param.detach().new_full(spec.shape_for(param.shape), start, dtype=dtype)}
+        values = torch.full_like(param, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         return {spec.name: values}
-    parts = codec.allocate(param.shape, param.device, spec.init)
+    parts = codec.allocate(param.shape, param.device, start)
     return {key: parts[part] for part, key in keys_of(spec.name, codec).items()}
 
 

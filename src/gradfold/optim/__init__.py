@@ -3,20 +3,25 @@
 from gradfold._options import StorageOptions, TorchOptions
 
 from .base import RuleOptimizer
-from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
+from .classes import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop, Rprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
 from .torch_loads import watch_torch_loads
 
 __all__ = [
+    "ASGD",
     "SGD",
+    "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "RuleOptimizer",
     "StorageOptions",
     "TorchOptions",

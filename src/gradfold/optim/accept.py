@@ -17,12 +17,7 @@ from .base import RuleOptimizer
 _UNFOLDABLE = {
     "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
     "SparseAdam": "it needs sparse gradients",
-    "Adafactor": "it looks at whole rows and columns of a gradient, not at single elements",
     "Muon": "it orthogonalises a whole gradient matrix, not single elements",
-    "ASGD": "gradfold has no rule for it yet",
-    "Adadelta": "gradfold has no rule for it yet",
-    "Adamax": "gradfold has no rule for it yet",
-    "Rprop": "gradfold has no rule for it yet",
 }
 
 

@@ -56,7 +56,7 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
 
 def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind: str) -> None:
     """Raise ValueError for states of another optimizer, which would silently start again from zero."""
-    needed = rule.kept | rule.counters.keys()
+    needed = rule.kept | rule.counters.keys() | {spec.name for spec in storage.specs if spec.dims != "any"}
     allowed = needed | rule.optional | storage.counters(rule).keys()
     residuals = {key for key in saved if key.startswith("weight.")}
     if foreign := residuals - set(storage.residuals()):
@@ -123,13 +123,17 @@ def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | No
             f"{', '.join(keys.values())}; take torch_state_dict() of the optimizer that saved it"
         )
     value = saved[name]
-    _check_shape(name, value, tuple(param.shape), param)
+    shapes = {spec.name: spec.shape_for(param.shape) for spec in storage.specs}
+    shape = shapes.get(name, tuple(param.shape))
+    _check_shape(name, value, shape, param)
     if codec is None or isinstance(codec, Plain):
         chosen = storage.fixed or squares_in_fp16(value.dtype, storage.specs)
         if codec is None:
             dtype = param.dtype if chosen else value.dtype
         else:
             dtype = codec.dtype if chosen or value.dtype not in WEIGHTS else value.dtype
+        if shape != param.shape:
+            return {name: value.detach().to(param.device, dtype, copy=True)}
         return {name: torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())}
     parts = codec.allocate(param.shape, param.device)
     _by_panes(codec, parts, value.detach().to(param.device).reshape(param.shape), _encode)

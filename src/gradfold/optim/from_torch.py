@@ -25,7 +25,8 @@ def from_torch(
 
     Args:
         optimizer: One of torch's whose update is element-wise (``AdamW``, ``Adam``, ``SGD``, ``RMSprop``, ``Adagrad``,
-            ``NAdam``, ``RAdam``); one of gradfold's is returned as it is.
+            ``NAdam``, ``RAdam``, ``Adadelta``, ``Adamax``, ``ASGD``, ``Rprop``), or ``Adafactor``; one of gradfold's is
+            returned as it is.
         name: Another optimizer of gradfold's to turn it into, "Lion" for instance, if it has no states yet.
         **storage: See ``StorageOptions``.
 

@@ -1,25 +1,37 @@
 """Update rules: one file per formula, each naming its source."""
 
+from .adadelta import AdadeltaRule
+from .adafactor import AdafactorRule
 from .adagrad import AdagradRule
 from .adam import AdamRule
+from .adamax import AdamaxRule
+from .asgd import ASGDRule
 from .base import Group, Rule, State, number, on_device
 from .lion import LionRule
 from .nadam import NAdamRule
 from .radam import RAdamRule
 from .rmsprop import RMSpropRule
+from .rprop import RpropRule
 from .sgd import SGDRule
+from .whole import WholeRule
 
 __all__ = [
+    "ASGDRule",
+    "AdadeltaRule",
+    "AdafactorRule",
     "AdagradRule",
     "AdamRule",
+    "AdamaxRule",
     "Group",
     "LionRule",
     "NAdamRule",
     "RAdamRule",
     "RMSpropRule",
+    "RpropRule",
     "Rule",
     "SGDRule",
     "State",
+    "WholeRule",
     "number",
     "on_device",
 ]

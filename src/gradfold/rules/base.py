@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +15,36 @@ Group = Mapping[str, Any]
 
 
 class State(NamedTuple):
-    """One weight-shaped optimizer state.
+    """One optimizer state: of the weight's shape, or one number for each of its rows or columns.
 
     Attributes:
         name: Key in ``state_dict``.
         init: Initial value of every element.
         lazy: Absent from ``state_dict`` until the first step, like ``momentum_buffer`` of torch's SGD.
         signed: False for a second moment: never negative, so that only its relative precision matters.
-        exact: Always stored in fp32, because the rule subtracts two nearly equal states.
+        exact: Why it cannot be stored in fewer bits than fp32, in words; empty if it can.
+        dims: Which weights have it: "any"; "matrix", of two or more dimensions; "vector", of fewer.
+        over: The dimension it is a mean over, where its shape has a 1; None: of the weight's shape.
     """
 
     name: str
     init: float = 0.0
     lazy: bool = False
     signed: bool = True
-    exact: bool = False
+    exact: str = ""
+    dims: Literal["any", "matrix", "vector"] = "any"
+    over: int | None = None
+
+    def kept_for(self, shape: Sequence[int]) -> bool:
+        """Return whether a weight of this shape has the state."""
+        return self.dims == "any" or (self.dims == "matrix") == (len(shape) > 1)
+
+    def shape_for(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the state's shape beside a weight of this shape."""
+        found = list(shape)
+        if self.over is not None:
+            found[self.over] = 1
+        return tuple(found)
 
 
 _on_device = False  # True inside ``on_device()``
@@ -89,6 +104,16 @@ class Rule:
             group: A param_group of the optimizer.
         """
         raise NotImplementedError(f"{type(self).__name__}.states")
+
+    def start_of(self, name: str, value: float, group: Group) -> float:
+        """Return the initial value of a state or counter, where the group's hyper-parameters decide it.
+
+        Args:
+            name: Name of the state.
+            value: What ``states`` or ``counters`` say.
+            group: A param_group of the optimizer.
+        """
+        return value
 
     def scratch_tiles(self, group: Group) -> int:
         """Return how many temporary tiles ``update`` needs beside the gradient tile."""

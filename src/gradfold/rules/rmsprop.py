@@ -20,6 +20,8 @@ import torch
 
 from .base import Rule, State, descent_gradient, next_step, number
 
+_DIFFERENCE = "centered=True subtracts it from another state, and the difference of rounded ones may be negative"
+
 
 class RMSpropNumbers(NamedTuple):
     """Numbers of one RMSprop step, computed once per parameter."""
@@ -43,10 +45,11 @@ class RMSpropRule(Rule):
 
     def states(self, group):
         """List the optimizer states that the group's options ask for."""
-        centered = group["centered"]  # the variance is then a difference of two states
-        states = [State("square_avg", signed=False, exact=centered)]
+        centered = group["centered"]
+        exact = _DIFFERENCE if centered else ""
+        states = [State("square_avg", signed=False, exact=exact)]
         states += [State("momentum_buffer")] if group["momentum"] > 0 else []
-        states += [State("grad_avg", exact=True)] if centered else []
+        states += [State("grad_avg", exact=exact)] if centered else []
         return tuple(states)
 
     def advance(self, counters, group, fresh):

@@ -30,8 +30,9 @@ def make_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any], seed: int
     storage = recipe.storage_options()
     if storage:
         storage["seed"] = seed
+    decay = {} if recipe.name == "Rprop" else {"weight_decay": recipe.weight_decay}
     try:
-        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.settings(), **storage)
+        return kind(parameters, lr=recipe.lr, **decay, **recipe.settings(), **storage)
     except ValueError as error:
         raise RecipeError(f"optimizer: {error}") from None
 

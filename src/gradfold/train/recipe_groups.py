@@ -36,13 +36,19 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "RMSprop": ("alpha", "eps", "momentum", "centered", "maximize"),
     "Adagrad": ("lr_decay", "initial_accumulator_value", "eps", "maximize"),
     "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay", "maximize"),
+    "Adafactor": ("beta2_decay", "d", "maximize"),
+    "Adadelta": ("rho", "eps", "maximize"),
+    "Adamax": ("betas", "eps", "maximize"),
+    "ASGD": ("lambd", "alpha", "t0", "maximize"),
+    "Rprop": ("etas", "step_sizes", "maximize"),
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
 }
-"""Which settings each optimizer has beside `lr` and `weight_decay`, which all have."""
+"""Which settings each optimizer has beside `lr` and `weight_decay`, which all have (but Rprop, which has no
+weight decay). Adafactor's `eps` are two numbers, its defaults here."""
 
 
 FINITE_IN_FP32 = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay",
-                  "initial_accumulator_value", "momentum_decay")  # fmt: skip
+                  "initial_accumulator_value", "momentum_decay", "beta2_decay", "d", "rho", "lambd", "t0")  # fmt: skip
 """Settings that meet weights, whose numbers end at 3.4e38."""
 
 
@@ -121,7 +127,7 @@ class OptimizerFields:
     nesterov: bool | None = None
     """SGD: Nesterov momentum. None: the optimizer's default."""
     alpha: float | None = None
-    """RMSprop: smoothing constant. None: the optimizer's default."""
+    """RMSprop: smoothing constant. ASGD: power of the learning rate's decay. None: the optimizer's default."""
     centered: bool | None = None
     """RMSprop: divide by the variance. None: the optimizer's default."""
     lr_decay: float | None = None
@@ -130,6 +136,20 @@ class OptimizerFields:
     """Adagrad: initial value of the sums of squares. None: the optimizer's default."""
     momentum_decay: float | None = None
     """NAdam: decay of the momentum. None: the optimizer's default."""
+    beta2_decay: float | None = None
+    """Adafactor: exponent of the second moments' decay, 0 or less. None: the optimizer's default."""
+    d: float | None = None
+    """Adafactor: largest root mean square of an update. None: the optimizer's default."""
+    rho: float | None = None
+    """Adadelta: decay rate of the averages. None: the optimizer's default."""
+    lambd: float | None = None
+    """ASGD: decay term. None: the optimizer's default."""
+    t0: float | None = None
+    """ASGD: the step after which weights are averaged. None: the optimizer's default."""
+    etas: tuple[float, float] | None = None
+    """Rprop: factors by which step sizes shrink and grow. None: the optimizer's default."""
+    step_sizes: tuple[float, float] | None = None
+    """Rprop: smallest and largest step size. None: the optimizer's default."""
     decoupled_weight_decay: bool | None = None
     """Adam, NAdam, RAdam: decoupled weight decay, as in AdamW. None: the optimizer's default."""
     amsgrad: bool | None = None
@@ -159,6 +179,8 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
             raise refused(self, "eps", "give 0 or more")
         if self.small_size is not None:
             require_at_least(self, 0, "small_size")
+        if self.name == "Rprop" and self.weight_decay:
+            raise refused(self, "weight_decay", "leave it out: Rprop has no weight decay")
         known = OPTIMIZER_SETTINGS[self.name]
         for name in self.settings():
             if name not in known:

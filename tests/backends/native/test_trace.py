@@ -71,6 +71,7 @@ OPERATIONS = {
     "clamp": lambda w, g, s, n, t: (w.clamp_(min=-0.5), s.clamp_(max=n.b), g.clamp_(-0.25, 0.25), w.add_(g)),
     "where": lambda w, g, s, n, t: w.copy_(torch.where(w > g, torch.where(w <= s, w, g), s * 2)),
     "equal": lambda w, g, s, n, t: w.copy_(torch.where(w == g, torch.where(s != 0.0, w, g + 1), s)),
+    "fill": lambda w, g, s, n, t: (s.fill_(n.b), w.add_(s)),
     "operators in place": lambda w, g, s, n, t: _operators_in_place(w, g, s),
     "bits": lambda w, g, s, n, t: w.copy_((((w.view(I32) & ~0xFFF) | (g.view(I32) & 0xFFF)) ^ 5).view(F32)),
     "shifts": lambda w, g, s, n, t: w.copy_((((w.view(I32) >> 9) * 3 - 7) << 2).view(F32)),

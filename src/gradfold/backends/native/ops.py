@@ -131,6 +131,11 @@ def where(condition: Node, a: Node, b: Node) -> Node:
     return Node("where", condition, a, b, dtype=_common((a, b), (F32, I32)))
 
 
+def fill(_: Node, value: Node) -> Node:
+    """Return the value, which replaces what the tile held."""
+    return value
+
+
 _CONVERSIONS = {
     (I32, F32): "float_from_int",
     (BF16, F32): "float_from_bf16",
@@ -217,6 +222,7 @@ ELEMENTWISE = {
     "copy": copy,
     "div": _div,
     "eq": _compare("eq"),
+    "fill": fill,
     "ge": _compare("ge"),
     "gt": _compare("gt"),
     "le": _compare("le"),

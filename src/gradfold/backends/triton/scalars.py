@@ -167,6 +167,34 @@ def _sign_flags(decoupled: bool) -> Callable[[Any], Sequence[Any]]:
     return lambda n: (_decay(n, decoupled)[0], n.maximize)
 
 
+def _adadelta(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], n.rho, 1 - n.rho, n.eps, -n.lr
+
+
+def _adamax_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, False)[0], n.maximize, _near(1 - n.beta1)
+
+
+def _adamax(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], _lerp(1 - n.beta1), n.beta2, n.eps, -n.lr / (1 - n.beta1**n.step)
+
+
+def _asgd_flags(n: Any) -> Sequence[Any]:
+    return _decay(n, False)[0], n.maximize, n.copies
+
+
+def _asgd(n: Any) -> Sequence[Scalar]:
+    return _decay(n, False)[1], 1 - n.lambd * n.eta, -n.eta, n.mu
+
+
+def _rprop_flags(n: Any) -> Sequence[Any]:
+    return n.maximize, n.first
+
+
+def _rprop(n: Any) -> Sequence[Scalar]:
+    return n.lr, n.eta_plus, n.eta_minus, n.smallest, n.largest
+
+
 _TWINS: dict[type[rules.Rule], Twin] = {
     rules.AdamRule: Twin(twins.adam, _adam_flags, _adam, 7),
     rules.SGDRule: Twin(twins.sgd, _sgd_flags, _sgd, 4),
@@ -175,4 +203,8 @@ _TWINS: dict[type[rules.Rule], Twin] = {
     rules.AdagradRule: Twin(twins.adagrad, _sign_flags(False), _adagrad, 3),
     rules.NAdamRule: Twin(twins.nadam, _moments_flags, _nadam, 8),
     rules.RAdamRule: Twin(twins.radam, _moments_flags, _radam, 7),
+    rules.AdadeltaRule: Twin(twins.adadelta, _sign_flags(False), _adadelta, 5),
+    rules.AdamaxRule: Twin(twins.adamax, _adamax_flags, _adamax, 5),
+    rules.ASGDRule: Twin(twins.asgd, _asgd_flags, _asgd, 4),
+    rules.RpropRule: Twin(twins.rprop, _rprop_flags, _rprop, 5),
 }

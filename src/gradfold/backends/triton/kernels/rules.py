@@ -177,3 +177,61 @@ def radam(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
     step = exp_avg * n[5]
     adaptive = add_quotient(w, step, sqrt(exp_avg_sq, MATH) + n[4], MATH)
     return tl.where(n[6] != 0, adaptive, tl.fma(exp_avg, n[5], w)), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def adadelta(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
+    """Adadelta. n: weight decay, rho, 1 - rho, eps, -lr."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    square = tl.fma(g * n[2], g, states[0] * n[1])
+    delta = div(sqrt(states[1] + n[3], MATH), sqrt(square + n[3], MATH), MATH) * g
+    return tl.fma(delta, n[4], w), (square, tl.fma(delta * n[2], delta, states[1] * n[1]))
+
+
+@triton.jit
+def adamax(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
+    """Adamax. n: weight decay, 1 - beta1 (or -beta1), beta2, eps, -lr / (1 - beta1^t)."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    NEAR: tl.constexpr = FLAGS[2]
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    exp_avg = _lerp(states[0], g, n[1], NEAR)
+    exp_inf = tl.maximum(states[1] * n[2], tl.abs(g) + n[3], propagate_nan=tl.PropagateNan.ALL)
+    return add_quotient(w, exp_avg * n[4], exp_inf, MATH), (exp_avg, exp_inf)
+
+
+@triton.jit
+def asgd(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
+    """Averaged SGD. n: weight decay, 1 - lambd * eta, -eta, mu."""
+    DECAY: tl.constexpr = FLAGS[0]
+    MAXIMIZE: tl.constexpr = FLAGS[1]
+    COPIES: tl.constexpr = FLAGS[2]  # the average is the weight
+    w, g = _decayed(w, g, n[0], DECAY, MAXIMIZE)
+    w = tl.fma(g, n[2], w * n[1])
+    if COPIES:
+        return w, (w,)
+    else:
+        return w, (states[0] + (w - states[0]) * n[3],)
+
+
+@triton.jit
+def rprop(w, g, states, n, FLAGS: tl.constexpr, MATH: tl.constexpr):
+    """Rprop. n: lr, eta_plus, eta_minus, the smallest and the largest step size."""
+    MAXIMIZE: tl.constexpr = FLAGS[0]
+    FIRST: tl.constexpr = FLAGS[1]  # step sizes start as the learning rate
+    if MAXIMIZE:
+        g = g * -1.0
+    agrees = g * states[0]
+    factor = tl.where(agrees > 0, n[1], tl.where(agrees < 0, n[2], 1.0))
+    if FIRST:
+        size = factor * n[0]
+    else:
+        size = states[1] * factor
+    size = tl.minimum(
+        tl.maximum(size, n[3], propagate_nan=tl.PropagateNan.ALL), n[4], propagate_nan=tl.PropagateNan.ALL
+    )
+    g = g * tl.where(agrees < 0, 0.0, 1.0)
+    sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
+    return tl.fma(sign, -size, w), (g, size)
