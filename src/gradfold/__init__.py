@@ -15,7 +15,20 @@ if TYPE_CHECKING:
     from .dist import replicate, spread
     from .errors import FoldError
     from .head import linear_cross_entropy, linear_log_probs
-    from .optim import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, export_masters, import_masters
+    from .optim import (
+        SGD,
+        Adagrad,
+        Adam,
+        AdamW,
+        Lion,
+        Muon,
+        NAdam,
+        RAdam,
+        RMSprop,
+        export_masters,
+        import_masters,
+        muon_groups,
+    )
     from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
 
@@ -27,6 +40,7 @@ __all__ = [
     "Fold",
     "FoldError",
     "Lion",
+    "Muon",
     "NAdam",
     "Plan",
     "PlanError",
@@ -39,6 +53,7 @@ __all__ = [
     "import_masters",
     "linear_cross_entropy",
     "linear_log_probs",
+    "muon_groups",
     "plan",
     "replicate",
     "spread",

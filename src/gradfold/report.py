@@ -129,7 +129,7 @@ def _backend(fold: FoldState) -> str:
     if isinstance(fold.backend, Routed):
         return f"{name}: {_routes(fold, fold.backend)}"
     trainable = [param for param in fold.params.values() if param.param.requires_grad]
-    if all(storage_of(param.param, optimizer.rule, param.group).weight is None for param in trainable):
+    if all(storage_of(param.param, optimizer.rule_of(param.group), param.group).weight is None for param in trainable):
         return name
     if any(not param.param.is_cpu for param in trainable):
         return f"{name}, coded steps in tensor operations"
@@ -144,7 +144,7 @@ def _routes(fold: FoldState, backend: Routed) -> str:
         for one in param.slices if param.param.requires_grad else ():
             if len(one.states) or one.lazy:
                 weight, states = one.stored(param.group)
-                ways[backend.route(weight, states, fold.optimizer.rule)] += 1
+                ways[backend.route(weight, states, fold.optimizer.rule_of(param.group))] += 1
     return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
 
@@ -195,7 +195,7 @@ def _row(
             found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
             kept_states += found.values()
             if found and not stored:
-                stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
+                stored = storage_of(param, fold.optimizer.rule_of(member.group), member.group).describe(found)
         if isinstance(fold.turns, Rotation):
             chunks = fold.turns.chunks_of(member)
     tapes = [] if member is None else [tape for one in member.slices if (tape := one.deferred)]

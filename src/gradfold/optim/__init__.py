@@ -6,6 +6,7 @@ from .base import RuleOptimizer
 from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
+from .muon import Muon, muon_groups
 from .torch_loads import watch_torch_loads
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Lion",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",
@@ -23,6 +25,7 @@ __all__ = [
     "export_masters",
     "from_torch",
     "import_masters",
+    "muon_groups",
 ]
 
 watch_torch_loads()

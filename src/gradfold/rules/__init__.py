@@ -4,6 +4,8 @@ from .adagrad import AdagradRule
 from .adam import AdamRule
 from .base import Group, Rule, State, number, on_device
 from .lion import LionRule
+from .matrix import MatrixRule
+from .muon import MuonRule
 from .nadam import NAdamRule
 from .radam import RAdamRule
 from .rmsprop import RMSpropRule
@@ -14,6 +16,8 @@ __all__ = [
     "AdamRule",
     "Group",
     "LionRule",
+    "MatrixRule",
+    "MuonRule",
     "NAdamRule",
     "RAdamRule",
     "RMSpropRule",
