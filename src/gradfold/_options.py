@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from .errors import FoldError
 
-OptimizerName = Literal["AdamW", "Adam", "SGD", "Lion", "RMSprop", "Adagrad", "NAdam", "RAdam"]
+OptimizerName = Literal["AdamW", "Adam", "SGD", "Lion", "RMSprop", "Adagrad", "NAdam", "RAdam", "Muon"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]
 Head = Literal["fold", "plain"]

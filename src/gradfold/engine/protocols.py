@@ -31,6 +31,11 @@ class Optimizer(Protocol):
         """Return the rule that steps the parameters of a group."""
         ...
 
+    @property
+    def members(self) -> Sequence[Optimizer]:
+        """The optimizers it stands for; itself, unless several share the fold."""
+        ...
+
     def optimizer_of(self, param: Parameter) -> Optimizer:
         """Return the optimizer that steps a parameter; itself, unless it stands for several."""
         ...

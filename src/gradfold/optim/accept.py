@@ -12,13 +12,13 @@ from gradfold.engine import unwrapped
 from gradfold.errors import FoldError
 
 from .base import RuleOptimizer
+from .several import Several
 
 # optimizers of torch without a counterpart here, and why
 _UNFOLDABLE = {
     "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
     "SparseAdam": "it needs sparse gradients",
     "Adafactor": "it looks at whole rows and columns of a gradient, not at single elements",
-    "Muon": "it orthogonalises a whole gradient matrix, not single elements",
     "ASGD": "gradfold has no rule for it yet",
     "Adadelta": "gradfold has no rule for it yet",
     "Adamax": "gradfold has no rule for it yet",
@@ -26,8 +26,20 @@ _UNFOLDABLE = {
 }
 
 
-def accepted(given: Any) -> RuleOptimizer:
-    """Return the optimizer to fold, which a framework may have wrapped.
+def accepted(given: Any) -> RuleOptimizer | Several:
+    """Return the optimizer to fold, or several as one; a framework may have wrapped them.
+
+    Raises:
+        FoldError: one is none of gradfold's, or folded already; two of them have a parameter in common.
+    """
+    if isinstance(given, list | tuple) and given:
+        members = [accepted_one(one) for one in given]
+        return members[0] if len(members) == 1 else Several(members)
+    return accepted_one(given)
+
+
+def accepted_one(given: Any) -> RuleOptimizer:
+    """Return one optimizer to fold, which a framework may have wrapped.
 
     Raises:
         FoldError: it is none of gradfold's, not a single one, or folded already.
@@ -67,8 +79,6 @@ def _several(given: Any) -> str:
     kinds = [type(one).__name__ for one in (given.values() if isinstance(given, Mapping) else given)]
     named = f" ({', '.join(kinds)})" if kinds else ""
     return (
-        f"optimizer={type(given).__name__} of {len(kinds)}{named}: fold takes one optimizer. Give one of gradfold's "
-        "all parameters, with the hyper-parameters of each kind in a param_group; or fold submodules apart, each with "
-        "an optimizer of its own: gradfold.fold(model.encoder, first, joint=True), gradfold.fold(model.head, second, "
-        "joint=True). A submodule that is not folded may train beside them with an optimizer of torch, Muon for example"
+        f"optimizer={type(given).__name__} of {len(kinds)}{named}: give one of gradfold's optimizers, or a list of "
+        "them with parameters of their own: gradfold.fold(model, [first, second])"
     )

@@ -92,6 +92,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return the optimizer that steps a parameter: of several in one fold, the one it was given to."""
         return self
 
+    @property
+    def members(self) -> tuple[RuleOptimizer, ...]:
+        """The optimizers of a fold that this one stands for: itself."""
+        return (self,)
+
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
         """Raise ValueError if a hyper-parameter of the group is out of range."""
@@ -103,7 +108,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         A GradScaler that looks for gradients is shown a group that stands for those of a folded model.
         """
         if self._fold is not None and not self._fold.paused and scaler_is_looking():
-            return self._fold.show_to_scaler()
+            return self._fold.show_to_scaler(self)
         return self.groups
 
     @param_groups.setter
@@ -154,7 +159,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     shared[id(group)] = GroupStep(group, self.rule_of(group))
                 self.apply(param, shared[id(group)])
         else:
-            self._fold.close()
+            self._fold.close(self)
         self._groups.clear()  # a parameter may move to another group between steps
         return loss
 
@@ -245,9 +250,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         fold = self._fold
         if fold is not None and not fold.paused:
-            refuse_drop(fold, fold.params.values(), "optimizer.zero_grad()")
-            note_zeros(fold, fold.params.values(), set_to_none)
-            drop(fold)
+            several = len(fold.optimizer.members) > 1
+            mine = [one for one in fold.params.values() if not several or fold.optimizer.optimizer_of(one.param) is self]
+            refuse_drop(fold, mine, "optimizer.zero_grad()")
+            note_zeros(fold, mine, set_to_none)
+            drop(fold, mine if several else None)
         super().zero_grad(set_to_none)
 
     def group_of(self, param: Parameter) -> dict[str, Any]:
@@ -347,6 +354,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._fold is None:
             return
         names = {id(param): name for name, param in self._fold.named_parameters().items()}
+        for other in self._fold.optimizer.members:
+            theirs = set() if other is self else {id(param) for group in other.groups for param in group["params"]}
+            for param in added:
+                if id(param) in theirs:
+                    raise FoldError(
+                        f"add_param_group: {names.get(id(param), 'a parameter')} is in the fold's {type(other).__name__} "
+                        "already, and would step twice"
+                    )
         added = [param for param in added if id(param) not in self._fold.params]  # others only change groups
         for param in added:
             if id(param) not in names:
