@@ -14,7 +14,7 @@ from .engine import FoldParam, FoldState, held, part_of
 from .engine.storage import storage_of
 from .head import HeadRow
 from .modules import FOLD_PARAM, why_not_foldable
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
 from .workset import Rotation
 
 
@@ -188,7 +188,7 @@ def _row(
     kept_states: list[Tensor] = []
     stored, chunks = "", ""
     if member is not None:
-        assert isinstance(fold.optimizer, RuleOptimizer)
+        assert isinstance(fold.optimizer, RuleOptimizer | Several)
         lazy = {one.region: one.lazy for one in member.slices}
         for region, states in fold.optimizer.slices_of(param):
             both = {**states, **lazy.get(region, {})}

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
-from gradfold.rules import Group, Rule, number, on_device
+from gradfold.rules import Group, MatrixRule, Rule, number, on_device
 
 from .protocols import HeldPart, Optimizer
 from .region import Region, RegionStates
@@ -167,6 +167,8 @@ class ParamStepper:
         if self.shard is not None:
             self._changed = self.param, self.shard.held
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
+        if isinstance(rule, MatrixRule) and (self.region is not None or self.shard is not None):
+            raise ValueError(_part_of_matrix(self.shard is not None))
         storage = allocate(view, states, rule, group, self.lazy, stream, place)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
         stepper = self.backend.prepare(weight, bound, rule, group)
@@ -295,6 +297,15 @@ class ParamStepper:
         if bound.count >= 0 and STEP not in rule.counters:  # only random bits need it
             counters[STEP] += 1
         return numbers
+
+
+def _part_of_matrix(spread: bool) -> str:
+    """Return the message about a part of a matrix, where the rule needs the whole."""
+    where = "is spread over ranks (FSDP2, tensor parallelism, replicate(own_states=True))" if spread else "is a slice"
+    return (
+        f"its rule orthogonalises whole matrices, and this one {where}; train it with another optimizer, such as AdamW "
+        '(rule="adamw" in its param_group), or keep it whole'
+    )
 
 
 _NONE: dict[str, Tensor] = {}

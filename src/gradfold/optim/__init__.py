@@ -7,6 +7,7 @@ from .classes import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
 from .muon import Muon, muon_groups
+from .several import Several
 from .torch_loads import watch_torch_loads
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "RuleOptimizer",
+    "Several",
     "StorageOptions",
     "TorchOptions",
     "export_masters",

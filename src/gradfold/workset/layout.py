@@ -14,6 +14,7 @@ from gradfold.codecs import WEIGHTS
 from gradfold.engine import FoldParam, FoldState, Region, how_spread, is_cut_alike, is_spread, largest_part
 from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
+from gradfold.rules import MatrixRule
 
 from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
@@ -45,6 +46,11 @@ class Layout:
             for slice_ in chunk:
                 member = self._by_name[slice_.name]
                 region = _region(slice_, member.param)
+                if region is not None and isinstance(fold.optimizer.rule_of(member.group), MatrixRule):
+                    raise FoldError(
+                        f"{member.name}{region}: {type(fold.optimizer.optimizer_of(member.param)).__name__} "
+                        "orthogonalises whole matrices, and a working set slices this one; name all of it in one chunk"
+                    )
                 if region is not None and is_spread(member.param):
                     _refuse_uneven(member, region)
                 self.slices[member].append((index, region))
@@ -95,7 +101,8 @@ class Layout:
             storage = storage_of(member.param, rule, member.group)
             grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
             size_bytes = weight_and_state_bytes(member)
-            made.append(Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain))
+            whole = isinstance(rule, MatrixRule)
+            made.append(Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain, whole))
         return made
 
     def name_of(self, slice_: Slice) -> str:
