@@ -269,7 +269,7 @@ def test_refusals():
     first, second, third = parts(model)
     one, two = gradfold.AdamW(first + second), gradfold.SGD(second + third)
     said = _refused([one, two], model)
-    assert re.search(r"2\.weight: is in two of the optimizers, optimizer\[0\] \(AdamW\) and optimizer\[1\] \(SGD\)", said)
+    assert "2.weight: is in two of the optimizers, optimizer[0] (AdamW) and optimizer[1] (SGD)" in said
     said = _refused([gradfold.AdamW(first), gradfold.SGD(second)], model)
     assert re.search(r"4\.weight: requires grad but is not in the optimizer.*fold\(model, \[first, second\]\)", said)
     said = _refused([gradfold.AdamW(first), torch.optim.SGD(second + third)], model)

@@ -1,6 +1,7 @@
 """Muon beside torch.optim.Muon: its formula, its storage, what it refuses, and the split of a model."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -53,7 +54,7 @@ def folded(model, fold=None, **muon):
 def layers(*sizes, dtype=torch.float64):
     """Linears without bias, so that all parameters are Muon's."""
     torch.manual_seed(0)
-    made = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)]
+    made = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(*[part for one in made for part in (one, nn.Tanh())]).to(dtype)
 
 
@@ -248,7 +249,7 @@ def test_products_in_fp32(monkeypatch, shape):
     got = orthogonal(direction, True)
     assert float((got - expected).norm() / expected.norm()) <= 2**-7
     values = torch.linalg.svdvals(got)
-    assert 0.6 < values.min() and values.max() < 1.3
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 # memory ---------------------------------------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ def test_working_set_takes_whole_matrices(by, axis):
     chunks = {} if by == "layer" else {"chunks": 3, "axis": axis}
     fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(by=by, interval=1, **chunks))
     before = copy.deepcopy(model)
-    for seed in range(3):
+    for _ in range(3):
         fold.backward(model(torch.ones(2, 12, dtype=torch.float64)).square().sum())
         optimizer.step()
         optimizer.zero_grad()
@@ -395,9 +396,7 @@ def test_a_slice_of_a_matrix():
     model = layers(12, 12)
     by = [[("0.weight", slice(0, 6))], [("0.weight", slice(6, 12))]]
     with pytest.raises(gradfold.FoldError, match=r"0.weight\[0:6\].*Muon orthogonalises whole matrices"):
-        gradfold.fold(
-            model, gradfold.Muon(model.parameters()), working_set=gradfold.WorkingSet(by=by, interval=1)
-        )
+        gradfold.fold(model, gradfold.Muon(model.parameters()), working_set=gradfold.WorkingSet(by=by, interval=1))
 
 
 REFUSED = {

@@ -46,7 +46,8 @@ class MatrixStepper:
         self.stored = [weight, *states]
         self.weight = values = weight.values
         self.coded = quantized(weight)
-        rows, columns = self.shape = values.shape
+        rows, columns = values.shape
+        self.shape = rows, columns
         self.dtype = torch.float32 if self.coded else accumulation_dtype(values.dtype)
         copied = not self.coded and any(one.values.dtype != self.dtype for one in self.stored)
         block = block_rows(scratch, rows, columns, 1 + copied, self.dtype)
@@ -147,9 +148,7 @@ class MatrixStepper:
         for original, copy in copies:
             original.copy_(copy)
 
-    def _encode(
-        self, one: Stored, tile: Tensor, key: Tensor | None, start: int, rows: slice, columns: slice
-    ) -> None:
+    def _encode(self, one: Stored, tile: Tensor, key: Tensor | None, start: int, rows: slice, columns: slice) -> None:
         width = self.shape[1]
         bits = None
         if key is not None:

@@ -163,7 +163,13 @@ class ParamStepper:
         return bind(self.view, storage, {**self.lazy, **self.states}, self.stream, group, self.place)
 
     def _bind(self, group: Group, settings: tuple[Any, ...]) -> _Bound:
-        rule, states, stream, view, place = self.optimizer.rule_of(group), self.states, self.stream, self.view, self.place
+        rule, states, stream, view, place = (
+            self.optimizer.rule_of(group),
+            self.states,
+            self.stream,
+            self.view,
+            self.place,
+        )
         if self.shard is not None:
             self._changed = self.param, self.shard.held
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)

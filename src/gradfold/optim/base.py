@@ -48,7 +48,7 @@ TORCH_ONLY = {"foreach": None, "capturable": False, "differentiable": False, "fu
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """Base of gradfold's optimizers: ``torch.optim.Optimizer`` semantics for one element-wise rule.
+    """Base of gradfold's optimizers: ``torch.optim.Optimizer`` semantics for one rule, or one for each param_group.
 
     Unfolded, ``step()`` reads ``.grad`` like any optimizer. In a fold, each parameter steps inside backward, and
     ``step()`` audits and closes the step.
@@ -251,7 +251,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         fold = self._fold
         if fold is not None and not fold.paused:
             several = len(fold.optimizer.members) > 1
-            mine = [one for one in fold.params.values() if not several or fold.optimizer.optimizer_of(one.param) is self]
+            mine = [
+                one for one in fold.params.values() if not several or fold.optimizer.optimizer_of(one.param) is self
+            ]
             refuse_drop(fold, mine, "optimizer.zero_grad()")
             note_zeros(fold, mine, set_to_none)
             drop(fold, mine if several else None)
@@ -358,10 +360,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             theirs = set() if other is self else {id(param) for group in other.groups for param in group["params"]}
             for param in added:
                 if id(param) in theirs:
-                    raise FoldError(
-                        f"add_param_group: {names.get(id(param), 'a parameter')} is in the fold's {type(other).__name__} "
-                        "already, and would step twice"
-                    )
+                    name, kind = names.get(id(param), "a parameter"), type(other).__name__
+                    raise FoldError(f"add_param_group: {name} is in the fold's {kind} already, and would step twice")
         added = [param for param in added if id(param) not in self._fold.params]  # others only change groups
         for param in added:
             if id(param) not in names:
@@ -552,7 +552,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         lost = 0
         for param in self._params:  # all of them before anything changes
             refuse_other_cut(saved.get(param, {}), regions[id(param)])
-            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule_of(owners[id(param)]), owners[id(param)]))
+            lost += underflowed(
+                saved.get(param, {}), storage_of(param, self.rule_of(owners[id(param)]), owners[id(param)])
+            )
             for region in regions[id(param)]:
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:

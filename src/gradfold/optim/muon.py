@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, cast
 
 from torch import Tensor, nn
 from torch.nn import UninitializedParameter
 
-from gradfold._options import StorageOptions
+from gradfold._options import OptimizerOptions, StorageOptions
 from gradfold.rules import AdamRule, MuonRule, Rule
 
 from .base import RuleOptimizer
@@ -96,7 +96,7 @@ class Muon(RuleOptimizer):
         for name in ("foreach", "fused", "differentiable", "capturable"):
             if name in storage:  # torch's Muon has none of them
                 raise TypeError(f"Muon() got an unexpected keyword argument {name!r}")
-        super().__init__(params, defaults, storage)
+        super().__init__(params, defaults, cast(OptimizerOptions, storage))
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule that steps the parameters of a group: its key ``rule`` names another than Muon."""
@@ -181,7 +181,18 @@ def muon_groups(model: nn.Module) -> tuple[Named, Named]:
 
 
 HEADS = frozenset(
-    {"lm_head", "head", "heads", "output", "output_layer", "embed_out", "unembed", "classifier", "score", "decoder_head"}
+    {
+        "lm_head",
+        "head",
+        "heads",
+        "output",
+        "output_layer",
+        "embed_out",
+        "unembed",
+        "classifier",
+        "score",
+        "decoder_head",
+    }
     | {"cls_head", "qa_outputs", "fc_out", "logits", "to_logits"}
 )
 

@@ -82,7 +82,7 @@ BASELINES: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
 
 
 def baselines_of(settings: Settings) -> list[str]:
-    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip. Muon is beside Muon."""
+    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip; Muon, for Muon."""
     waits = settings.accumulate > 1 or settings.clip_norm is not None
     left_out = {SteppedInHooks} if waits else set()
     if settings.optimizer != "Muon":

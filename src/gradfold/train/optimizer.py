@@ -45,7 +45,9 @@ def make_plain_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any]) -> 
     kind = getattr(torch.optim, recipe.name, None)
     if kind is None or "fused" not in inspect.signature(kind).parameters:
         model = getattr(parameters, "model", None)
-        return make_optimizer(recipe, parameters if recipe.name != "Muon" or model is None else groups_of(model, recipe))
+        return make_optimizer(
+            recipe, parameters if recipe.name != "Muon" or model is None else groups_of(model, recipe)
+        )
     return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True, **recipe.settings())
 
 

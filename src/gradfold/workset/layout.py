@@ -102,7 +102,9 @@ class Layout:
             grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
             size_bytes = weight_and_state_bytes(member)
             whole = isinstance(rule, MatrixRule)
-            made.append(Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain, whole))
+            made.append(
+                Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain, whole)
+            )
         return made
 
     def name_of(self, slice_: Slice) -> str:
