@@ -15,6 +15,7 @@ from .engine.storage import storage_of
 from .head import HeadRow
 from .modules import FOLD_PARAM, why_not_foldable
 from .optim import RuleOptimizer, Several
+from .rules import MatrixRule
 from .workset import Rotation
 
 
@@ -124,6 +125,13 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
 
 
 def _backend(fold: FoldState) -> str:
+    """Return the backend's name, how it steps parameters, and how many of them as whole matrices."""
+    trained = [param for param in fold.params.values() if param.param.requires_grad]
+    whole = sum(isinstance(fold.optimizer.rule_of(param.group), MatrixRule) for param in trained)
+    return _steps_of(fold) + (f"; {whole} orthogonalised as whole matrices" if whole else "")
+
+
+def _steps_of(fold: FoldState) -> str:
     """Return the backend's name, and how it steps parameters that a codec stores, if there are any."""
     name, optimizer = fold.backend.name, fold.optimizer
     if isinstance(fold.backend, Routed):

@@ -194,6 +194,7 @@ def test_autocast_and_hooked_parameters():
             stepper.step()
             stepper.zero_grad()
     assert fold.report().rows[0].route == "hooked"
+    assert "1 orthogonalised as whole matrices" in fold.report().backend
     assert distance(model, plain) <= 1e-2
 
 

@@ -29,8 +29,9 @@ from .context import FoldContext
 from .finish_step import agree, coefficients, finish_step, not_finite, refuse_capture, settle, step_rest
 from .gate import Demand
 from .grad_scaler import Marker
-from .live import dismiss, kinds_of, refuse_several
+from .live import dismiss, refuse_several
 from .loops import refuse_loop, refuse_micro_batch
+from .owing import counts_off, refuse_owing
 from .owned import given_gradients
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
@@ -101,7 +102,7 @@ class FoldState(FoldContext):
         """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
         if self.step.looked:
             return
-        self._refuse_owing("a forward")
+        refuse_owing(self, "a forward")
         self._auditor.refuse_wrappers()
         if not self.paused:
             self.step.loop, self.step.loop_looked = refuse_loop(self), True
@@ -195,7 +196,7 @@ class FoldState(FoldContext):
     def _begin(self, part: int) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
-        self._refuse_owing("a backward")
+        refuse_owing(self, "a backward")
         refuse_capture(self)
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
@@ -425,26 +426,12 @@ class FoldState(FoldContext):
                 round; a parameter was replaced or moved; a gradient was left over. On many ranks also if another one
                 has failed.
         """
-        if by in self.owing:
-            self.owing = tuple(one for one in self.owing if one is not by)
-            return
-        self._refuse_owing(f"another {type(by).__name__}.step()")
-        if self._is_first_of_torch(by):
+        if counts_off(self, by) or self._is_first_of_torch(by):
             return
         brought = self.step.open or bool(self.step.backwards)
         self._close_on_ranks()
         if brought:
             self.owing = tuple(one for one in self.optimizer.members if one is not by)
-
-    def _refuse_owing(self, before: str) -> None:
-        """Raise if an optimizer's ``step()`` is missing, although another one's has closed the step."""
-        if self.owing:
-            kinds = kinds_of(self.owing)
-            raise FoldError(
-                f"{before} without {kinds}.step(): the fold has {kinds_of(self.optimizer.members)}, and each needs one "
-                "step() for every step of the others. The parameters of all of them have stepped; call it before the "
-                "next forward, so that its hooks and its learning rate schedule count this step too"
-            )
 
     def _close_on_ranks(self) -> None:
         if self.ranks is None:
