@@ -12,6 +12,7 @@ times.
     coded    the same with states stored as --states says (int8)
 
     OMP_NUM_THREADS=1 python -m benchmarks.muon_time
+    OMP_NUM_THREADS=1 python -m benchmarks.muon_time --layers 1 --hidden 128 --rounds 2 --tokens 16    # a quick look
 
 On CPUs without bf16 instructions most of torch's time is the orthogonalisation in scalar code; gradfold multiplies
 large matrices in fp32 there (``backends/newton_schulz.py``). So directions of large matrices agree to a part in some
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256, help="tokens per step (default 256)")
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
+    parser.add_argument("--hidden", type=int, default=768, help="width, a multiple of 64 (default 768)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--methods", choices=METHODS[1:], nargs="+", default=METHODS[1:], help="beside torch")
     parser.add_argument("--states", choices=["bf16", "int8", "int4"], default="int8", help="of coded")
@@ -70,7 +72,8 @@ def main() -> None:
 
 def compare(methods: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows, a method each."""
-    config = llama_config(args.layers, False)
+    hidden = args.hidden
+    config = llama_config(args.layers, hidden=hidden, intermediate=hidden * 8 // 3, heads=hidden // 64)
     batch = random_batch(config, args.tokens)
     models = [llama(config, DTYPES[args.dtype]) for _ in methods]
     optimizers = [optimizer_of(method, model, args.states) for method, model in zip(methods, models, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from gradfold._options import OptimizerOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.codecs import FORMAT
 from gradfold.engine import (
+    FoldParam,
     FoldState,
     GroupStep,
     ParamStepper,
@@ -251,9 +252,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         fold = self._fold
         if fold is not None and not fold.paused:
             several = len(fold.optimizer.members) > 1
-            mine = [
-                one for one in fold.params.values() if not several or fold.optimizer.optimizer_of(one.param) is self
-            ]
+            mine: Collection[FoldParam] = fold.params.values()
+            if several:
+                mine = [one for one in mine if fold.optimizer.optimizer_of(one.param) is self]
             refuse_drop(fold, mine, "optimizer.zero_grad()")
             note_zeros(fold, mine, set_to_none)
             drop(fold, mine if several else None)

@@ -217,7 +217,10 @@ def _not_hidden(model: nn.Module) -> set[int]:
 def _output_of(model: nn.Module) -> nn.Module | None:
     """Return the head that a model of transformers names."""
     ask = getattr(model, "get_output_embeddings", None)
-    found = ask() if callable(ask) else None
+    try:
+        found = ask() if callable(ask) else None
+    except NotImplementedError:  # a wrapper that passes nothing on
+        return None
     return found if isinstance(found, nn.Module) else None
 
 
