@@ -52,7 +52,7 @@ class TorchMuon:
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
-    def state(self) -> dict[nn.Parameter, Any]:
+    def state(self) -> dict[Any, Any]:
         """The states of both."""
         return {param: states for optimizer in self.optimizers for param, states in optimizer.state.items()}
 
@@ -84,7 +84,7 @@ BASELINES: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
 def baselines_of(settings: Settings) -> list[str]:
     """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip; Muon, for Muon."""
     waits = settings.accumulate > 1 or settings.clip_norm is not None
-    left_out = {SteppedInHooks} if waits else set()
+    left_out: set[Any] = {SteppedInHooks} if waits else set()
     if settings.optimizer != "Muon":
-        left_out.add(TorchMuon)
+        left_out |= {TorchMuon}
     return [name for name, baseline in BASELINES.items() if baseline not in left_out]
