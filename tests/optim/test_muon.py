@@ -71,7 +71,7 @@ def train(model, optimizer, steps=4, seed=1, rows=8):
 # torch's formula ------------------------------------------------------------------------------------------------------
 
 
-@in_turn(2, scene=SCENES, kind=CHECKPOINTS)
+@in_turn(scene=SCENES, kind=CHECKPOINTS)
 def test_zoo_beside_torch(scene, kind):
     model, plain = twins(lambda: Net(scene))
     scene_run(plain, torchs(plain), kind, 20)
@@ -274,6 +274,7 @@ def test_scratch_is_counted_and_shared():
 PARAMETERS, EMBEDDINGS = 8_030_261_248, 2 * 128256 * 4096  # of Llama 3.1 8B; input and output
 
 
+@pytest.mark.slow
 def test_no_gradient_in_a_planned_step():
     settings = {"optimizer": "Muon", "batch": 1, "tokens": 16, "dtype": "bfloat16"}
     plan = gradfold.plan("llama-3.1-8b", **settings)
