@@ -26,12 +26,14 @@ if TYPE_CHECKING:
         Adamax,
         AdamW,
         Lion,
+        Muon,
         NAdam,
         RAdam,
         RMSprop,
         Rprop,
         export_masters,
         import_masters,
+        muon_groups,
     )
     from .planner import Plan, PlanError, plan
     from .workset import WorkingSet
@@ -48,6 +50,7 @@ __all__ = [
     "Fold",
     "FoldError",
     "Lion",
+    "Muon",
     "NAdam",
     "Plan",
     "PlanError",
@@ -62,6 +65,7 @@ __all__ = [
     "import_masters",
     "linear_cross_entropy",
     "linear_log_probs",
+    "muon_groups",
     "plan",
     "replicate",
     "spread",

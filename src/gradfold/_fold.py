@@ -15,6 +15,7 @@ from ._fold_checks import (
     refuse_head,
     refuse_parameters,
     refuse_parts,
+    refuse_several,
     refuse_working_set,
 )
 from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
@@ -44,7 +45,7 @@ from .workset import Rotation, Turn, WorkingSet
 
 def fold(
     model: nn.Module,
-    optimizer: RuleOptimizer,
+    optimizer: RuleOptimizer | Sequence[RuleOptimizer],
     *,
     accumulate: int = 1,
     clip_norm: float | None = None,
@@ -73,7 +74,9 @@ def fold(
     Args:
         model: Any module on one device, or spread over ranks by torch (DTensor, FSDP2). Its trainable parameters must
             be those of ``optimizer``.
-        optimizer: One of gradfold's optimizers, also as Accelerate or Lightning has wrapped it.
+        optimizer: One of gradfold's optimizers, also as Accelerate or Lightning has wrapped it; or a list of them, each
+            with parameters of its own. The first ``step()`` closes the step of all, and each needs one ``step()`` for
+            every step; ``clip_norm`` is the norm over all of them.
         accumulate: Backwards that one ``optimizer.step()`` sums, exactly. All but the last keep the terms of their
             gradients, or the summed gradient where that is smaller; parameters step during the last one.
         clip_norm: Clip the norm of all gradients together to this, exactly as ``torch.nn.utils.clip_grad_norm_``, which
@@ -122,7 +125,7 @@ def fold(
         A ``Fold``: reports, contexts and ``remove()``.
 
     Raises:
-        FoldError: An option is out of range; the optimizer's update is not element-wise; a trainable parameter is not
+        FoldError: An option is out of range; an optimizer is none of gradfold's; a trainable parameter is not
             in the optimizer, or the other way round; a module or parameter cannot be folded; a data-parallel wrapper is
             around the model. Nothing has been changed then.
 
@@ -201,7 +204,7 @@ def _fold_together(ranks: Ranks, make: Callable[[], tuple[Fold, Callable[[], Non
 
 def _fold(
     model: nn.Module,
-    optimizer: RuleOptimizer,
+    optimizer: RuleOptimizer | Sequence[RuleOptimizer],
     options: FoldOptions,
     working_set: WorkingSet | None,
     joint: bool,
@@ -217,15 +220,16 @@ def _fold(
     """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     refuse_head(head, head_keep_bytes)
     refuse_data(data)
-    optimizer = accepted(optimizer)
+    mine = accepted(optimizer)
     refuse_folded(model)
     named = dict(model.named_parameters())
-    in_optimizer = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    refuse_parameters(named, in_optimizer, optimizer)
+    refuse_several(mine, named, working_set, ranks)
+    in_optimizer = {id(param) for group in mine.param_groups for param in group["params"]}
+    refuse_parameters(named, in_optimizer, mine)
     if sharding is not None:
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip, replicas)
-    refuse_parts(optimizer, working_set, ranks, sharding)
+    refuse_parts(mine, working_set, ranks, sharding)
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -233,15 +237,15 @@ def _fold(
     if sharding is not None and data == "hook" and isinstance(chosen, Reference):
         # FSDP2 brings gradients that are there; only to scale them they are copied
         chosen.ahead = options.clip_norm is not None or options.clip_value is not None
-    state = FoldState(model, optimizer, chosen, options, joint, sharding)
+    state = FoldState(model, mine, chosen, options, joint, sharding)
     if replicas is not None and ranks is not None and data == "hook":
         state.reducer = replicas.reducer(state, ranks)
     else:
         state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
     rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
-    kept = {param: dict(states) for param, states in optimizer.state.items()}
-    place = optimizer._rotation
+    kept = {param: dict(states) for param, states in mine.state.items()}
+    place = mine._rotation
     made = Fold(state, [])
 
     def undo() -> None:
@@ -249,15 +253,15 @@ def _fold(
             made.remove()
         if rotation is not None:
             rotation.close()
-        optimizer.state.clear()
-        optimizer.state.update(kept)
-        optimizer._rotation = place
+        mine.state.clear()
+        mine.state.update(kept)
+        mine._rotation = place
 
     try:
         made._modules = swap(model, params)
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
         made._modules = [*changed, *made._modules]
-        optimizer._fold = state
+        mine._fold = state
         if rotation is None:
             for param in params.values():
                 param.arm()

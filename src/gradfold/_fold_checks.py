@@ -14,7 +14,7 @@ from .dist import Replicas
 from .engine import held, outside, refuse_other_model, refuse_owned, refuse_parameter
 from .errors import FoldError
 from .modules import FOLD_PARAM
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
 from .rules import WholeRule
 from .workset import WorkingSet
 
@@ -44,8 +44,44 @@ def refuse_folded(model: nn.Module) -> None:
             raise FoldError(f"{name or 'the model'}: is folded already; call remove() on that fold first")
 
 
+def refuse_several(
+    optimizer: RuleOptimizer | Several, named: Mapping[str, nn.Parameter], working_set: object, ranks: object
+) -> None:
+    """Raise for several optimizers that have a parameter in common, or in a fold that takes only one.
+
+    Args:
+        optimizer: the optimizer, or several as one.
+        named: all parameters of the model.
+        working_set: the fold's, or None.
+        ranks: those that step together, or None.
+    """
+    if not isinstance(optimizer, Several):
+        return
+    names = {id(param): name for name, param in named.items()}
+    owners: dict[int, int] = {}
+    for index, member in enumerate(optimizer.members):
+        for param in (param for group in member.groups for param in group["params"]):
+            first = owners.setdefault(id(param), index)
+            if first != index:
+                kinds = [type(optimizer.members[one]).__name__ for one in (first, index)]
+                raise FoldError(
+                    f"{names.get(id(param), f'a parameter of shape {tuple(param.shape)}')}: is in two of the "
+                    f"optimizers, optimizer[{first}] ({kinds[0]}) and optimizer[{index}] ({kinds[1]}), and would step "
+                    "twice; leave it out of one of them"
+                )
+    kinds = " and ".join(type(member).__name__ for member in optimizer.members)
+    what = None if working_set is None else "working_set="
+    if ranks is not None:
+        what = "many ranks"
+    if what is not None:
+        raise FoldError(
+            f"several optimizers ({kinds}) with {what}: give one, with param_groups of its own for each kind of "
+            'parameter; gradfold.Muon takes {"params": ..., "rule": "adamw"} for those that AdamW shall step'
+        )
+
+
 def refuse_parameters(
-    named: Mapping[str, nn.Parameter], in_optimizer: Collection[int], optimizer: RuleOptimizer
+    named: Mapping[str, nn.Parameter], in_optimizer: Collection[int], optimizer: RuleOptimizer | Several
 ) -> None:
     """Raise for parameters that cannot be folded, and where those of the model are not those of the optimizer.
 
@@ -107,11 +143,12 @@ def _refuse_overlap(named: Mapping[str, nn.Parameter]) -> None:
                 )
 
 
-def refuse_parts(optimizer: RuleOptimizer, working_set: object, ranks: object, sharding: object) -> None:
+def refuse_parts(optimizer: RuleOptimizer | Several, working_set: object, ranks: object, sharding: object) -> None:
     """Raise where an optimizer that needs whole gradients would step parts of them."""
-    if not isinstance(optimizer.rule, WholeRule):
+    whole = [one for one in optimizer.members if any(isinstance(one.rule_of(group), WholeRule) for group in one.groups)]
+    if not whole:
         return
-    name = type(optimizer).__name__
+    name = type(whole[0]).__name__
     if working_set is not None:
         raise FoldError(
             f"working_set= with {name}, which needs the whole gradient of a parameter: a slice has other statistics; "

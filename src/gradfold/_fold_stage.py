@@ -12,7 +12,7 @@ from ._fold import Fold, fold
 from .dist import ALONE, Ranks
 from .dist.stages import Stages, refuse_missing_stage, rename, stages_to_fold
 from .errors import FoldError
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
 from .optim.accept import accepted
 
 
@@ -72,7 +72,14 @@ def fold_stage(
         ...     optimizer.zero_grad()
     """
     stages = stages_to_fold(schedule)
-    optimizer = accepted(optimizer)
+    given = accepted(optimizer)
+    if isinstance(given, Several):
+        kinds = " and ".join(type(one).__name__ for one in given.members)
+        raise FoldError(
+            f"several optimizers ({kinds}): the stages of a pipeline take one, with a param_group for each kind of "
+            'parameter; gradfold.Muon takes {"params": ..., "rule": "adamw"} for those that AdamW shall step'
+        )
+    optimizer = given
     refuse_missing_stage(stages, optimizer)
     count = _torch.micro_batches(schedule)
     scale = 1.0 / count if schedule.scale_grads else 1.0

@@ -25,6 +25,7 @@ OptimizerName = Literal[
     "Adamax",
     "ASGD",
     "Rprop",
+    "Muon",
 ]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]

@@ -14,7 +14,8 @@ from .engine import FoldParam, FoldState, held, part_of
 from .engine.storage import storage_of
 from .head import HeadRow
 from .modules import FOLD_PARAM, READS, why_not_foldable
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
+from .rules import MatrixRule
 from .workset import Rotation
 
 
@@ -129,12 +130,19 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
 
 
 def _backend(fold: FoldState) -> str:
+    """Return the backend's name, how it steps parameters, and how many of them as whole matrices."""
+    trained = [param for param in fold.params.values() if param.param.requires_grad]
+    whole = sum(isinstance(fold.optimizer.rule_of(param.group), MatrixRule) for param in trained)
+    return _steps_of(fold) + (f"; {whole} orthogonalised as whole matrices" if whole else "")
+
+
+def _steps_of(fold: FoldState) -> str:
     """Return the backend's name, and how it steps parameters that a codec stores, if there are any."""
     name, optimizer = fold.backend.name, fold.optimizer
     if isinstance(fold.backend, Routed):
         return f"{name}: {_routes(fold, fold.backend)}"
     trainable = [param for param in fold.params.values() if param.param.requires_grad]
-    if all(storage_of(param.param, optimizer.rule, param.group).weight is None for param in trainable):
+    if all(storage_of(param.param, optimizer.rule_of(param.group), param.group).weight is None for param in trainable):
         return name
     if any(not param.param.is_cpu for param in trainable):
         return f"{name}, coded steps in tensor operations"
@@ -149,7 +157,7 @@ def _routes(fold: FoldState, backend: Routed) -> str:
         for one in param.slices if param.param.requires_grad else ():
             if len(one.states) or one.lazy:
                 weight, states = one.stored(param.group)
-                way = backend.route(weight, states, fold.optimizer.rule)
+                way = backend.route(weight, states, fold.optimizer.rule_of(param.group))
                 ways["reference (experts)" if param.by_expert and not way.startswith("reference") else way] += 1
     return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
@@ -198,14 +206,14 @@ def _row(
     kept_states: list[Tensor] = []
     stored, chunks = "", ""
     if member is not None:
-        assert isinstance(fold.optimizer, RuleOptimizer)
+        assert isinstance(fold.optimizer, RuleOptimizer | Several)
         lazy = {one.region: one.lazy for one in member.slices}
         for region, states in fold.optimizer.slices_of(param):
             both = {**states, **lazy.get(region, {})}
             found = {key: value for key, value in both.items() if isinstance(value, Tensor)}
             kept_states += found.values()
             if found and not stored:
-                stored = storage_of(param, fold.optimizer.rule, member.group).describe(found)
+                stored = storage_of(param, fold.optimizer.rule_of(member.group), member.group).describe(found)
         if isinstance(fold.turns, Rotation):
             chunks = fold.turns.chunks_of(member)
     tapes = [] if member is None else [tape for one in member.slices if (tape := one.deferred)]

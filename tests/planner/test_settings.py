@@ -24,7 +24,7 @@ ALWAYS_A_LIST = WorkingSet(chunks=2, always=["norm"])
         ({"accumulate": -1}, "accumulate=-1"),
         ({"dtype": "float16"}, "dtype='float16': one of 'float32'"),
         ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16"),
-        ({"optimizer": "Muon"}, "optimizer='Muon': one of AdamW"),
+        ({"optimizer": "Moun"}, "optimizer='Moun': one of AdamW"),
         ({"fold": False, "working_set": ALWAYS_A_LIST}, "working_set=.* with fold=False"),
         ({"fold": False, "clip": "two_pass"}, "clip='two_pass' with fold=False"),
     ],

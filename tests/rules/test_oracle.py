@@ -60,7 +60,8 @@ def test_rows_try_every_hyperparameter(name):
 
 def test_every_optimizer_has_rows():
     public = {name for name in gradfold.__all__ if inspect.isclass(getattr(gradfold, name))}
-    assert {name for name in public if issubclass(getattr(gradfold, name), torch.optim.Optimizer)} == set(NAMES)
+    optimizers = {name for name in public if issubclass(getattr(gradfold, name), torch.optim.Optimizer)}
+    assert optimizers == {*NAMES, "Adafactor", "Muon"}  # these look at whole gradients, and have tests of their own
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "Lion"])

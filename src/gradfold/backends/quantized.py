@@ -136,8 +136,8 @@ class QuantizedStepper:
 class Views:
     """The 2-D blocks of a weight and its states; of tensors that are not contiguous, copies that are written back."""
 
-    def __init__(self, stored: Sequence[Stored], shape: tuple[int, int]):
-        seen = matrix(stored[0].values.shape)
+    def __init__(self, stored: Sequence[Stored], shape: tuple[int, int], weight: Tensor | None = None):
+        seen = matrix((stored[0].values if weight is None else weight).shape)
         self.stored = stored
         self.each = seen.rows // shape[0]  # rows of the codecs in one row of a block
         self.widths = [

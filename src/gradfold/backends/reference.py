@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gradfold.codecs import matrix, weight_codec
-from gradfold.rules import Group, Rule, WholeRule
+from gradfold.rules import Group, MatrixRule, Rule, WholeRule
 
 from . import native
 from .compiled import CompiledStep, Experts, Operands
 from .contract import UNCHANGED, Backend, Change, StepNumbers, Stepper
 from .cpu_gemm import emulated
 from .fake_blocks import visited
+from .matrix import MatrixStepper
 from .norms import accumulation_dtype, certainly_finite, is_finite, norm_of, safe_magnitude, total_power
 from .quantized import QuantizedStepper, block_shape
 from .row_blocks import block_rows, sum_all, sum_rows
@@ -52,6 +53,8 @@ class Reference(Backend):
         """Bind one parameter, and allocate the scratch memory that its step will use."""
         if not weight.values.numel():
             return _step_nothing
+        if isinstance(rule, MatrixRule):
+            return MatrixStepper(self, self.scratch, weight, states, rule, group)
         if isinstance(rule, WholeRule):
             return WholeStepper(self.scratch, weight, states, rule, group)
         if quantized(weight):

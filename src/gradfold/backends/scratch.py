@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 TILE_ALIGNMENT = 8  # bytes: of the widest dtype
+CUT_ALIGNMENT = 256  # bytes: of memory that libraries' products read
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
 MOST_TILES = 256  # shapes of tiles that are remembered
 _CPU = torch.device("cpu")
@@ -64,6 +66,18 @@ class Scratch:
             self._tiles.clear()
         self._tiles[key] = made
         return made
+
+    def cut(self, wanted: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> list[Tensor]:
+        """Return one uninitialised tensor of each shape and dtype, all of them apart."""
+        starts, end = [], 0
+        for shape, dtype in wanted:
+            starts.append(end)
+            end += -(-math.prod(shape) * dtype.itemsize // CUT_ALIGNMENT) * CUT_ALIGNMENT
+        buffer = self.reserve(device, end)
+        return [
+            buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(starts, wanted, strict=True)
+        ]
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the buffers held now."""

@@ -16,7 +16,7 @@ from .plan_target import device_of, subject_of, with_batches
 if TYPE_CHECKING:
     from gradfold.planner.step import StepMemory
 
-COUNT = 3  # of `gradfold.planner.baselines.BASELINES`, which is not loaded here
+COUNT = 4  # of `gradfold.planner.baselines.BASELINES`, which is not loaded here
 Baselines = Callable[[], tuple["StepMemory", ...]]
 
 

@@ -177,6 +177,6 @@ def outside(name: str) -> str:
     """Return the message about a trainable parameter that is not in the optimizer."""
     return (
         f"{name}: requires grad but is not in the optimizer, so it would never step; add it with "
-        "optimizer.add_param_group, or freeze it with requires_grad_(False); where two optimizers share a model, fold "
-        "the submodules of each apart, with joint=True"
+        "optimizer.add_param_group, or freeze it with requires_grad_(False); where two optimizers share a model, give "
+        "fold both: gradfold.fold(model, [first, second])"
     )

@@ -44,6 +44,7 @@ class FoldContext(ABC):
         accumulate_while: tells whether a backward is not the last of its step; None: only these contexts do.
         segments: reentrant checkpoints and the like, by the id of their node.
         following: what clipping multiplies gradients by in the next step, for ``clip="delayed"``.
+        owing: of several optimizers, those whose ``step()`` has not been called since another one's closed the step.
         grad_norm: the norm of the last step; a tensor where the host has not waited for it.
         step: the open step.
         last_step: the step before, as long as some parameter remembers that it stepped in it.
@@ -76,6 +77,7 @@ class FoldContext(ABC):
         self.accumulate_while: Callable[[], bool] | None = None
         self.segments: dict[int, Segment] = {}
         self.following: dict[int, float | Tensor] = {}
+        self.owing: tuple[Optimizer, ...] = ()
         self.grad_norm: float | Tensor | None = None
         self.step = Step(optimizer, options)
         self.last_step: weakref.ref[Step] | None = None

@@ -12,6 +12,7 @@ from gradfold.errors import FoldError
 
 from .context import FoldContext
 from .gate import Demand
+from .protocols import Optimizer
 from .segments import outermost_root
 
 _LIVE: weakref.WeakValueDictionary[int, FoldContext] = weakref.WeakValueDictionary()  # in the order they were made
@@ -108,7 +109,12 @@ def _model_of(fold: FoldContext) -> str:
 def _of(fold: FoldContext) -> str:
     first = next(iter(fold.params.values()), None)
     of = f" ({first.name}, ...)" if first is not None else ""
-    return f"that of {_model_of(fold)}{of} with {type(fold.optimizer).__name__}"
+    return f"that of {_model_of(fold)}{of} with {kinds_of(fold.optimizer.members)}"
+
+
+def kinds_of(optimizers: Sequence[Optimizer]) -> str:
+    """Return the class names of optimizers, as words."""
+    return " and ".join(type(one).__name__ for one in optimizers)
 
 
 def names_of(names: Sequence[str]) -> str:

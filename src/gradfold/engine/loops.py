@@ -232,7 +232,7 @@ def _said(fold: FoldContext, name: str, value: Any) -> str:
 
 def _refuse_other_optimizer(loop: Loop, fold: FoldContext) -> None:
     steps = [unwrapped(optimizer) for optimizer in loop.optimizers if optimizer is not None]
-    if any(optimizer is fold.optimizer for optimizer in steps):
+    if any(optimizer is one for optimizer in steps for one in fold.optimizer.members):
         return
     mine = {id(param) for group in fold.optimizer.groups for param in group["params"]}
     for optimizer in steps:

@@ -43,7 +43,7 @@ class ParamSlice(ParamStepper):
         draw: str = "",
         shard: HeldPart | None = None,
     ):
-        super().__init__(param, fold.optimizer, fold.backend, region, draw, shard)
+        super().__init__(param, fold.optimizer.optimizer_of(param), fold.backend, region, draw, shard)
         self.fold = fold
         self.name = name if region is None else f"{name}{region}"
         self.owner: Any = None  # the FoldParam it is a slice of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -18,7 +18,6 @@ from .region import Region
 class Optimizer(Protocol):
     """The part of an optimizer that the engine uses."""
 
-    rule: ClassVar[Rule]
     state: Any
 
     _fold: Any
@@ -26,6 +25,19 @@ class Optimizer(Protocol):
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The ``param_groups``, whoever asks; a GradScaler is shown others."""
+        ...
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """Return the rule that steps the parameters of a group."""
+        ...
+
+    @property
+    def members(self) -> Sequence[Optimizer]:
+        """The optimizers it stands for; itself, unless several share the fold."""
+        ...
+
+    def optimizer_of(self, param: Parameter) -> Optimizer:
+        """Return the optimizer that steps a parameter; itself, unless it stands for several."""
         ...
 
     def group_of(self, param: Parameter) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from .gate import Demand
 from .grad_scaler import Marker
 from .live import dismiss, refuse_several
 from .loops import refuse_loop, refuse_micro_batch
+from .owing import counts_off, refuse_owing
 from .owned import given_gradients
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
@@ -102,6 +103,7 @@ class FoldState(FoldContext):
         """Raise for what would go wrong, before any weight moves; once per step, as the forward begins."""
         if self.step.looked:
             return
+        refuse_owing(self, "a forward")
         self._auditor.refuse_wrappers()
         if not self.paused:
             self.step.loop, self.step.loop_looked = refuse_loop(self), True
@@ -199,6 +201,7 @@ class FoldState(FoldContext):
     def _begin(self, part: int) -> Backward:
         """Examine the model and the step, as an outermost backward begins."""
         step, options = self.step, self.options
+        refuse_owing(self, "a backward")
         refuse_capture(self)
         if options.clip == "two_pass" and not (step.measuring or step.measured):
             raise FoldError("clip='two_pass' runs backward twice: call fold.backward(loss), not loss.backward()")
@@ -355,12 +358,17 @@ class FoldState(FoldContext):
                 "optimizer.step() first"
             )
 
-    def show_to_scaler(self) -> list[dict[str, Any]]:
-        """Return param_groups that stand for the gradients, for a GradScaler.
+    def show_to_scaler(self, by: Optimizer) -> list[dict[str, Any]]:
+        """Return param_groups that stand for the gradients, for a GradScaler: those of all optimizers of the fold.
+
+        Args:
+            by: the optimizer that it unscales.
 
         Raises:
             FoldError: weights step inside backward, where no scaler can stop them.
         """
+        if by in self.owing:  # another one's step() has closed the step, and with it this one's
+            return Marker().show(True, next(iter(self.params.values())).param.device)
         if not self.step.waits:
             raise FoldError(
                 "GradScaler: the folded backward has stepped the weights with gradients that were still scaled; fold "
@@ -409,16 +417,28 @@ class FoldState(FoldContext):
 
     # the end of the step ----------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, by: Optimizer) -> None:
         """Audit the step and open the next.
+
+        Of several optimizers the first whose ``step()`` is called closes the step, for all of them; the others' calls
+        are counted off, and none may be missing when the next forward or backward begins.
+
+        Args:
+            by: the optimizer whose ``step()`` was called.
 
         Raises:
             FoldError: a backward did not finish; a trainable parameter is not in the optimizer, or the other way
                 round; a parameter was replaced or moved; a gradient was left over. On many ranks also if another one
                 has failed.
         """
-        if self._is_first_of_torch():
+        if counts_off(self, by) or self._is_first_of_torch(by):
             return
+        brought = self.step.open or bool(self.step.backwards)
+        self._close_on_ranks()
+        if brought:
+            self.owing = tuple(one for one in self.optimizer.members if one is not by)
+
+    def _close_on_ranks(self) -> None:
         if self.ranks is None:
             self._close()
             return
@@ -433,24 +453,25 @@ class FoldState(FoldContext):
         finally:
             self.ranks.next_step()
 
-    def _is_first_of_torch(self) -> bool:
+    def _is_first_of_torch(self, by: Optimizer) -> bool:
         """Create the states that come with the first step, if this call is the one that asks for them; return that.
 
         torch's distributed checkpoints call ``step()`` of an optimizer that has no states, with gradients of zeros and
         a learning rate of zero, so that it has all that a checkpoint may bring.
         """
-        if self.step.open or self.step.backwards or self.optimizer.state:
+        if self.step.open or self.step.backwards or by.state:
             return False
-        trained = [param.param for param in self.params.values() if param.param.requires_grad]
+        mine = [one for one in self.params.values() if self.optimizer.optimizer_of(one.param) is by]
+        trained = [param.param for param in mine if param.param.requires_grad]
         if not trained or any(param.grad is None for param in trained):
             return False
-        if any(number(group["lr"]) for group in self.optimizer.groups) or any(
+        if any(number(group["lr"]) for group in by.groups) or any(
             bool(held(param.grad).any()) for param in trained if param.grad is not None
         ):
             return False
         for param in trained:
             param.grad = None
-        for one in self.slices():
+        for one in [one for param in mine for one in param.slices]:
             if one.lazy:
                 one.states.update(one.lazy)
                 one.lazy.clear()

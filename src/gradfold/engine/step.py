@@ -134,9 +134,8 @@ class Step:
         """Return a parameter's param_group, with what its parameters share in this step."""
         found = self._groups.get(id(param))
         if found is None:
-            rule = self.optimizer.rule
             for group in self.optimizer.groups:
-                shared = GroupStep(group, rule)
+                shared = GroupStep(group, self.optimizer.rule_of(group))
                 self._groups.update((id(member), shared) for member in group["params"])
             found = self._groups.get(id(param))
             if found is None:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
-from gradfold.rules import Group, Rule, WholeRule, number, on_device
+from gradfold.rules import Group, MatrixRule, Rule, WholeRule, number, on_device
 
 from .protocols import HeldPart, Optimizer
 from .region import Region, RegionStates
@@ -43,16 +43,18 @@ class GroupStep:
 
     Attributes:
         group: the group itself, which users may change at any time.
+        rule: the rule of its parameters.
         settings: the options that steppers depend on; the same object as long as none of them changes.
         capturable: whether counters and numbers stay on the device.
         numbers: the numbers of this step, by the counters they were computed from.
         changes: what happens to gradients before the rule, with and without the guard.
     """
 
-    __slots__ = ("capturable", "changes", "group", "numbers", "settings")
+    __slots__ = ("capturable", "changes", "group", "numbers", "rule", "settings")
 
     def __init__(self, group: dict[str, Any], rule: Rule):
         self.group = group
+        self.rule = rule
         self.settings = settings_of(group, rule)
         self.capturable = bool(group.get("capturable"))
         self.numbers: dict[Any, tuple[StepNumbers, tuple[float, ...]]] = {}
@@ -61,7 +63,7 @@ class GroupStep:
 
 def settings_of(group: Group, rule: Rule) -> tuple[Any, ...]:
     """Return the options of a param_group that steppers depend on; equal settings are the same object."""
-    made = (rule.states(group), rule.scratch_tiles(group), group.get("capturable"), *map(group.get, OPTIONS))
+    made = (rule, rule.states(group), rule.scratch_tiles(group), group.get("capturable"), *map(group.get, OPTIONS))
     return _SETTINGS.setdefault(made, made)
 
 
@@ -148,7 +150,7 @@ class ParamStepper:
             ValueError: the group has options that this parameter cannot have.
         """
         with plainly(self._device_type):
-            self._bound = self._bind(group, settings_of(group, self.optimizer.rule))
+            self._bound = self._bind(group, settings_of(group, self.optimizer.rule_of(group)))
 
     def release(self) -> None:
         """Let go of its states: with what was prepared for them they would live as long as this object does."""
@@ -157,11 +159,17 @@ class ParamStepper:
 
     def stored(self, group: Group) -> tuple[Stored, list[Stored]]:
         """Return the weight and the states as a backend takes them."""
-        storage = storage_of(self.view, self.optimizer.rule, group, self.place)
+        storage = storage_of(self.view, self.optimizer.rule_of(group), group, self.place)
         return bind(self.view, storage, {**self.lazy, **self.states}, self.stream, group, self.place)
 
     def _bind(self, group: Group, settings: tuple[Any, ...]) -> _Bound:
-        rule, states, stream, view, place = self.optimizer.rule, self.states, self.stream, self.view, self.place
+        rule, states, stream, view, place = (
+            self.optimizer.rule_of(group),
+            self.states,
+            self.stream,
+            self.view,
+            self.place,
+        )
         if isinstance(rule, WholeRule) and (self.shard is not None or self.region is not None):
             raise ValueError(
                 f"{rule.name} needs the whole gradient of a parameter, and steps here a part of it (of shape "
@@ -170,6 +178,8 @@ class ParamStepper:
         if self.shard is not None:
             self._changed = self.param, self.shard.held
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
+        if isinstance(rule, MatrixRule) and (self.region is not None or self.shard is not None):
+            raise ValueError(_part_of_matrix(self.shard is not None))
         storage = allocate(view, states, rule, group, self.lazy, stream, place)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
         stepper = self.backend.prepare(weight, bound, rule, group)
@@ -211,7 +221,7 @@ class ParamStepper:
     def _rebind(self, group: GroupStep) -> tuple[_Bound, dict[str, Tensor]]:
         """Bind anew, with lazy states moved to the optimizer; also return the states that were moved."""
         states, lazy = self.states, self.lazy
-        allocate(self.view, states, self.optimizer.rule, group.group, lazy, self.stream, self.place)
+        allocate(self.view, states, group.rule, group.group, lazy, self.stream, self.place)
         new = {name: lazy[name] for name in lazy if name not in states}  # a loaded state_dict may have brought them
         states.update(new)
         lazy.clear()
@@ -293,11 +303,20 @@ class ParamStepper:
         return found[0], before
 
     def _advance(self, bound: _Bound, group: GroupStep, fresh: bool) -> Any:
-        rule, counters = self.optimizer.rule, dict(bound.counters)
+        rule, counters = group.rule, dict(bound.counters)
         numbers = rule.advance(counters, group.group, fresh)
         if bound.count >= 0 and STEP not in rule.counters:  # only random bits need it
             counters[STEP] += 1
         return numbers
+
+
+def _part_of_matrix(spread: bool) -> str:
+    """Return the message about a part of a matrix, where the rule needs the whole."""
+    where = "is spread over ranks (FSDP2, tensor parallelism, replicate(own_states=True))" if spread else "is a slice"
+    return (
+        f"its rule orthogonalises whole matrices, and this one {where}; train it with another optimizer, such as AdamW "
+        '(rule="adamw" in its param_group), or keep it whole'
+    )
 
 
 _NONE: dict[str, Tensor] = {}

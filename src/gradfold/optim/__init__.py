@@ -6,6 +6,8 @@ from .base import RuleOptimizer
 from .classes import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop, Rprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
+from .muon import Muon, muon_groups
+from .several import Several
 from .torch_loads import watch_torch_loads
 
 __all__ = [
@@ -18,16 +20,19 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Lion",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "Several",
     "StorageOptions",
     "TorchOptions",
     "export_masters",
     "from_torch",
     "import_masters",
+    "muon_groups",
 ]
 
 watch_torch_loads()

@@ -12,17 +12,29 @@ from gradfold.engine import unwrapped
 from gradfold.errors import FoldError
 
 from .base import RuleOptimizer
+from .several import Several
 
 # optimizers of torch without a counterpart here, and why
 _UNFOLDABLE = {
     "LBFGS": "it evaluates the loss many times per step and looks at all parameters together",
     "SparseAdam": "it needs sparse gradients",
-    "Muon": "it orthogonalises a whole gradient matrix, not single elements",
 }
 
 
-def accepted(given: Any) -> RuleOptimizer:
-    """Return the optimizer to fold, which a framework may have wrapped.
+def accepted(given: Any) -> RuleOptimizer | Several:
+    """Return the optimizer to fold, or several as one; a framework may have wrapped them.
+
+    Raises:
+        FoldError: one is none of gradfold's, or folded already; two of them have a parameter in common.
+    """
+    if isinstance(given, list | tuple) and given:
+        members = [accepted_one(one) for one in given]
+        return members[0] if len(members) == 1 else Several(members)
+    return accepted_one(given)
+
+
+def accepted_one(given: Any) -> RuleOptimizer:
+    """Return one optimizer to fold, which a framework may have wrapped.
 
     Raises:
         FoldError: it is none of gradfold's, not a single one, or folded already.
@@ -62,8 +74,6 @@ def _several(given: Any) -> str:
     kinds = [type(one).__name__ for one in (given.values() if isinstance(given, Mapping) else given)]
     named = f" ({', '.join(kinds)})" if kinds else ""
     return (
-        f"optimizer={type(given).__name__} of {len(kinds)}{named}: fold takes one optimizer. Give one of gradfold's "
-        "all parameters, with the hyper-parameters of each kind in a param_group; or fold submodules apart, each with "
-        "an optimizer of its own: gradfold.fold(model.encoder, first, joint=True), gradfold.fold(model.head, second, "
-        "joint=True). A submodule that is not folded may train beside them with an optimizer of torch, Muon for example"
+        f"optimizer={type(given).__name__} of {len(kinds)}{named}: give one of gradfold's optimizers, or a list of "
+        "them with parameters of their own: gradfold.fold(model, [first, second])"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from gradfold._options import OptimizerOptions
 from gradfold.backends import DenseTerm, Reference, Scratch
 from gradfold.engine import (
+    FoldParam,
     FoldState,
     GroupStep,
     ParamStepper,
@@ -34,7 +35,7 @@ TORCH_ONLY = {"foreach": None, "capturable": False, "differentiable": False, "fu
 
 
 class RuleOptimizer(StateDicts):
-    """Base of gradfold's optimizers: ``torch.optim.Optimizer`` semantics for one element-wise rule.
+    """Base of gradfold's optimizers: ``torch.optim.Optimizer`` semantics for one rule, or one for each param_group.
 
     Unfolded, ``step()`` reads ``.grad`` like any optimizer. In a fold, each parameter steps inside backward, and
     ``step()`` audits and closes the step.
@@ -101,10 +102,10 @@ class RuleOptimizer(StateDicts):
             for param in stepping:
                 group = self.group_of(param)
                 if id(group) not in shared:
-                    shared[id(group)] = GroupStep(group, self.rule)
+                    shared[id(group)] = GroupStep(group, self.rule_of(group))
                 self.apply(param, shared[id(group)])
         else:
-            self._fold.close()
+            self._fold.close(self)
         self._groups.clear()  # a parameter may move to another group between steps
         return loss
 
@@ -127,7 +128,9 @@ class RuleOptimizer(StateDicts):
             )
         if grad.layout != torch.strided:
             raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
-        shared = shared or GroupStep(self.group_of(param), self.rule)
+        if shared is None:
+            group = self.group_of(param)
+            shared = GroupStep(group, self.rule_of(group))
         if self._fold is not None:
             for one in self._fold.params[id(param)].slices:
                 one.step_gradient(grad.detach(), shared)
@@ -193,7 +196,11 @@ class RuleOptimizer(StateDicts):
         """
         fold = self._fold
         if fold is not None and not fold.paused:
-            refuse_drop(fold, fold.params.values(), "optimizer.zero_grad()")
-            note_zeros(fold, fold.params.values(), set_to_none)
-            drop(fold)
+            several = len(fold.optimizer.members) > 1
+            mine: Collection[FoldParam] = fold.params.values()
+            if several:
+                mine = [one for one in mine if fold.optimizer.optimizer_of(one.param) is self]
+            refuse_drop(fold, mine, "optimizer.zero_grad()")
+            note_zeros(fold, mine, set_to_none)
+            drop(fold, mine if several else None)
         super().zero_grad(set_to_none)

@@ -13,6 +13,7 @@ from gradfold.errors import FoldError
 from . import classes
 from .accept import not_ours
 from .base import RuleOptimizer
+from .muon import Muon
 
 
 def from_torch(
@@ -25,8 +26,8 @@ def from_torch(
 
     Args:
         optimizer: One of torch's whose update is element-wise (``AdamW``, ``Adam``, ``SGD``, ``RMSprop``, ``Adagrad``,
-            ``NAdam``, ``RAdam``, ``Adadelta``, ``Adamax``, ``ASGD``, ``Rprop``), or ``Adafactor``; one of gradfold's is
-            returned as it is.
+            ``NAdam``, ``RAdam``, ``Adadelta``, ``Adamax``, ``ASGD``, ``Rprop``), ``Adafactor`` or ``Muon``; one of
+            gradfold's is returned as it is.
         name: Another optimizer of gradfold's to turn it into, "Lion" for instance, if it has no states yet.
         **storage: See ``StorageOptions``.
 
@@ -83,8 +84,8 @@ def _made(optimizer: torch.optim.Optimizer, name: str, storage: StorageOptions) 
     Raises:
         ValueError: an option is out of range.
     """
-    made: Any = getattr(classes, name)
-    known = made([torch.nn.Parameter(torch.zeros(1))], lr=1e-3).defaults.keys() | {
+    made: Any = Muon if name == "Muon" else getattr(classes, name)
+    known = made([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3).defaults.keys() | {
         "params",
         "param_names",
         "initial_lr",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.nn import Parameter, UninitializedParameter
@@ -30,6 +31,19 @@ class ParamGroups(torch.optim.Optimizer):
     _groups: dict[int, dict[str, Any]]  # by a parameter's id, until the next step
     _streams: dict[int, str]
 
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """Return the rule that steps the parameters of a group."""
+        return self.rule
+
+    @property
+    def members(self) -> tuple[Self, ...]:
+        """The optimizers of a fold that this one stands for: itself."""
+        return (self,)
+
+    def optimizer_of(self, param: Parameter) -> Self:
+        """Return the optimizer that steps a parameter: of several in one fold, the one it was given to."""
+        return self
+
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
         """Raise ValueError if a hyper-parameter of the group is out of range."""
@@ -41,7 +55,7 @@ class ParamGroups(torch.optim.Optimizer):
         A GradScaler that looks for gradients is shown a group that stands for those of a folded model.
         """
         if self._fold is not None and not self._fold.paused and scaler_is_looking():
-            return self._fold.show_to_scaler()
+            return self._fold.show_to_scaler(self)
         return self.groups
 
     @param_groups.setter
@@ -65,6 +79,10 @@ class ParamGroups(torch.optim.Optimizer):
             self._groups = {id(p): g for g in self.groups for p in g["params"]}
             group = self._groups[id(param)]
         return group
+
+    def _rule_and_group(self, param: Parameter) -> tuple[Rule, dict[str, Any]]:
+        group = self.group_of(param)
+        return self.rule_of(group), group
 
     def stream_of(self, param: Parameter) -> str:
         """Return a parameter's name in the streams of random bits.
@@ -92,7 +110,7 @@ class ParamGroups(torch.optim.Optimizer):
         for param in group["params"]:
             # fold() and step() report other parameters
             if param.is_floating_point() and not isinstance(param, UninitializedParameter):
-                storage = storage_of(param, self.rule, group)
+                storage = storage_of(param, self.rule_of(group), group)
                 frozen.update(storage.frozen)
                 if is_spread(param):
                     try:
@@ -151,6 +169,12 @@ class ParamGroups(torch.optim.Optimizer):
         if self._fold is None:
             return
         names = {id(param): name for name, param in self._fold.named_parameters().items()}
+        for other in self._fold.optimizer.members:
+            theirs = set() if other is self else {id(param) for group in other.groups for param in group["params"]}
+            for param in added:
+                if id(param) in theirs:
+                    name, kind = names.get(id(param), "a parameter"), type(other).__name__
+                    raise FoldError(f"add_param_group: {name} is in the fold's {kind} already, and would step twice")
         added = [param for param in added if id(param) not in self._fold.params]  # others only change groups
         for param in added:
             if id(param) not in names:

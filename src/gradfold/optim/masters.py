@@ -97,5 +97,6 @@ def _splits(model: nn.Module, optimizer: RuleOptimizer) -> Iterator[tuple[str, P
     """Yield name, parameter and codec of the master weight (None without one)."""
     known = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, param in model.named_parameters():
-        codec = storage_of(param, optimizer.rule, optimizer.group_of(param)).weight if id(param) in known else None
+        group = optimizer.group_of(param) if id(param) in known else None
+        codec = None if group is None else storage_of(param, optimizer.rule_of(group), group).weight
         yield name, param, codec if isinstance(codec, Split) else None

@@ -7,7 +7,7 @@ they are parts. So ``state_dict()`` shows every state but the counters as a DTen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -123,7 +123,10 @@ def _refuse_other_shapes(param: Parameter, states: States) -> None:
 
 
 def read_states(
-    saved: Mapping[Parameter, States], theirs: Sequence[Group], groups: Sequence[Group], rule: Rule
+    saved: Mapping[Parameter, States],
+    theirs: Sequence[Group],
+    groups: Sequence[Group],
+    rule_of: Callable[[Group], Rule],
 ) -> tuple[dict[Parameter, Any], str | None]:
     """Return saved states in today's format, as plain tensors of what this rank holds, and a warning to give.
 
@@ -131,7 +134,7 @@ def read_states(
         saved: Saved states by parameter; they are not changed.
         theirs: The saved param_groups.
         groups: The param_groups that they become.
-        rule: The optimizer's rule.
+        rule_of: Returns the rule of a group.
 
     Raises:
         ValueError: Of a parameter that is spread over ranks, as ``collected`` raises it.
@@ -146,7 +149,7 @@ def read_states(
     def shape_of(param: Parameter) -> tuple[int, ...]:
         return tuple(param.shape if id(param) in whole else held(param).shape)
 
-    found, said = upgraded(found, theirs, groups, rule, shape_of)
+    found, said = upgraded(found, theirs, groups, rule_of, shape_of)
     return {p: parts_here(p, states) if id(p) in whole else states for p, states in found.items()}, said
 
 
@@ -166,7 +169,7 @@ def initial_states(fold: FoldState, param: Parameter) -> dict[str, Any]:
     for one in () if fold.turns is None else fold.turns.unborn(param):  # slices that have not been awake
         states: dict[str, Any] = {}
         lazy: dict[str, Tensor] = {}
-        allocate(one.view, states, optimizer.rule, member.group, lazy, one.stream, one.place)
+        allocate(one.view, states, optimizer.rule_of(member.group), member.group, lazy, one.stream, one.place)
         found |= named({**states, **lazy} if STEP in states else states, one.region)
     return found
 

@@ -70,8 +70,8 @@ class StateDicts(ParamGroups):
         """Put DTensors in the place of what this rank holds of states, by a parameter's index."""
         for index, param in enumerate(self._params):
             if index in states and is_spread(param):
-                storage = storage_of(param, self.rule, self.group_of(param))
-                states[index] = spread(param, states[index], storage, self.rule)
+                rule, group = self._rule_and_group(param)
+                states[index] = spread(param, states[index], storage_of(param, rule, group), rule)
 
     def _current_rotation(self) -> Any:
         """Return the place in a working set's rotation: the fold's, or one that was loaded and waits for a fold."""
@@ -106,11 +106,12 @@ class StateDicts(ParamGroups):
         self, param: Parameter, name: str, whole: dict[Parameter, dict[str, Any]] | None = None
     ) -> dict[str, Any]:
         """Return one parameter's states as torch keeps them; ``whole``: those of all, where ranks keep shares."""
-        storage = storage_of(param, self.rule, self.group_of(param))
+        rule, group = self._rule_and_group(param)
+        storage = storage_of(param, rule, group)
         found = []
         for region, states in self.slices_of(param) if whole is None else [(None, whole.get(param, {}))]:
-            found.append((region, plain_states(view(param, region), states, storage, self.rule)))
-        return join(f"parameter {name}", held(param).detach(), found, self.rule)
+            found.append((region, plain_states(view(param, region), states, storage, rule)))
+        return join(f"parameter {name}", held(param).detach(), found, rule)
 
     def slices_of(self, param: Parameter) -> list[tuple[Region | None, dict[str, Any]]]:
         """Return a parameter's slices, and the states of each by plain name; a whole parameter is one slice (None)."""
@@ -197,7 +198,7 @@ class StateDicts(ParamGroups):
         if turns is not None:
             turns.check(rotation)
         groups = self._merged_groups(theirs)
-        saved, said = read_states(self._saved_states(state_dict), theirs, groups, self.rule)
+        saved, said = read_states(self._saved_states(state_dict), theirs, groups, self.rule_of)
         if turns is not None and any(saved.values()):
             turns.refuse_lost(rotation, lambda param, region: bool(states_of(saved.get(param, {}), region)))
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
@@ -206,7 +207,8 @@ class StateDicts(ParamGroups):
         lost = 0
         for param in self._params:  # all of them before anything changes
             refuse_other_cut(saved.get(param, {}), regions[id(param)])
-            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule, owners[id(param)]))
+            owner = owners[id(param)]
+            lost += underflowed(saved.get(param, {}), storage_of(param, self.rule_of(owner), owner))
             for region in regions[id(param)]:
                 states = self._placed(param, owners[id(param)], saved, region)
                 if turns is None and param in saved:
@@ -254,16 +256,17 @@ class StateDicts(ParamGroups):
                 f"state_dict has states of slices ({next(name for name in states if '[' in name)}): fold the model "
                 "with the working_set= they were saved with, then load them"
             )
-        storage = storage_of(param, self.rule, group)
+        rule = self.rule_of(group)
+        storage = storage_of(param, rule, group)
         if region is not None and states and not sliced(states):
             here = held(param).detach()
-            states = cut(here, place(here, states, storage, self.rule, type(self).__name__), region, storage)
+            states = cut(here, place(here, states, storage, rule, type(self).__name__), region, storage)
         else:
             states = states_of(states, region)
-        placed = place(view(param, region), states, storage, self.rule, type(self).__name__)
-        placed = begins_lazily(placed, storage, self.rule)
+        placed = place(view(param, region), states, storage, rule, type(self).__name__)
+        placed = begins_lazily(placed, storage, rule)
         if group.get("capturable"):  # counted where a CUDA graph counts
-            placed |= {name: placed[name].to(param.device) for name in storage.counters(self.rule) if name in placed}
+            placed |= {name: placed[name].to(param.device) for name in storage.counters(rule) if name in placed}
         if self._fold is not None and self._fold.reducer is not None and region is None:
             placed = self._fold.reducer.own_states(param, placed)
         return named(placed, region)
@@ -291,7 +294,7 @@ class StateDicts(ParamGroups):
         if number is None and {"state", "param_groups"} <= state.keys():  # torch's load_state_dict, or an old pickle
             states, groups = state["state"], state["param_groups"]
             refuse_cast(states.values())
-            found, said = read_states(states, groups, groups, self.rule)
+            found, said = read_states(states, groups, groups, self.rule_of)
             if said is not None:
                 warnings.warn(said, stacklevel=users_level())
             state["state"] = defaultdict(dict, {**states, **found})

@@ -74,7 +74,7 @@ def upgraded(
     saved: Mapping[Any, Mapping[str, Any]],
     theirs: Sequence[Group],
     ours: Sequence[Group],
-    rule: Rule,
+    rule_of: Callable[[Group], Rule],
     shape_of: Callable[[Parameter], tuple[int, ...]] = _shape_here,
 ) -> tuple[dict[Any, States], str | None]:
     """Convert states of an earlier format, and decode quantized states whose group asks for another form.
@@ -83,7 +83,7 @@ def upgraded(
         saved: Saved states by parameter; they are not changed. Sliced states are converted slice by slice.
         theirs: The saved param_groups, which ``refuse_newer`` has seen.
         ours: The param_groups that they become.
-        rule: The optimizer's rule.
+        rule_of: Returns the rule of a group.
         shape_of: Returns the shape of the parameter that its states fit; by default, of what this rank holds of it.
 
     Returns:
@@ -99,7 +99,7 @@ def upgraded(
         for param in present:
             found[param] = dict(saved[param])
             if number < FORMAT or any("." in key for key in saved[param]):
-                storage = storage_of(param, rule, our)
+                storage = storage_of(param, rule_of(our), our)
                 random |= number < FORMAT and any(storage.random)
                 found[param], names = _converted(shape_of(param), found[param], storage, their.get("states"))
                 converted |= {(id(param), name, kind) for name, kind in names}

@@ -35,7 +35,7 @@ def plan(
             module (copied), or a function that builds one.
         settings: how to train: a ``Settings`` or a recipe; None: the defaults of ``gradfold train``.
         device: "cuda" plans the step as an accelerator runs it, "cpu" as this processor does.
-        baselines: also trace the same batch with plain AdamW, AdamW stepped in hooks and 8-bit AdamW.
+        baselines: also trace the same batch with plain AdamW, AdamW in hooks, 8-bit AdamW and, for Muon, torch's.
         progress: called with a description of what is being traced.
         **changes: fields of ``settings`` to replace, such as ``batch=1``; they may also be given alone.
 

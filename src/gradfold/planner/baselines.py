@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradfold.optim import AdamW
+from gradfold.optim import AdamW, muon_groups
 
 from .settings import Settings
 
@@ -42,6 +42,31 @@ def plain(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
+class TorchMuon:
+    """torch.optim.Muon for the hidden matrices of a model, and torch's fused AdamW for the rest."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        matrices, others = muon_groups(parameters.model)  # type: ignore[attr-defined]
+        made = [torch.optim.Muon([param for _, param in matrices], lr=1e-5)] if matrices else []
+        self.optimizers = [*made, plain([param for _, param in others])] if others else made
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The states of both."""
+        return {param: states for optimizer in self.optimizers for param, states in optimizer.state.items()}
+
+    def step(self) -> None:
+        """Step both."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Let go of all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
 def eight_bit(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Stored gradients and states of 8 bits, as bitsandbytes and torchao have them."""
     return AdamW(parameters, lr=1e-5, states="int8")
@@ -51,11 +76,15 @@ BASELINES: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "plain AdamW": plain,
     "AdamW in hooks": SteppedInHooks,
     "8-bit AdamW": eight_bit,
+    "plain Muon": TorchMuon,
 }
 """Name -> what makes the optimizer."""
 
 
 def baselines_of(settings: Settings) -> list[str]:
-    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip."""
+    """Names of those that can do what is asked: a step in hooks can neither accumulate nor clip; Muon, for Muon."""
     waits = settings.accumulate > 1 or settings.clip_norm is not None
-    return [name for name, baseline in BASELINES.items() if not (waits and baseline is SteppedInHooks)]
+    left_out: set[Any] = {SteppedInHooks} if waits else set()
+    if settings.optimizer != "Muon":
+        left_out |= {TorchMuon}
+    return [name for name, baseline in BASELINES.items() if baseline not in left_out]

@@ -135,8 +135,13 @@ class Settings(GradientFields, StorageFields):
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> RuleOptimizer:
         """The optimizer; raises PlanError for settings that do not go together, or not with these weights."""
         kind = getattr(optimizers, self.optimizer)
+        given: Any = parameters
+        if self.optimizer == "Muon" and (model := getattr(parameters, "model", None)) is not None:
+            matrices, others = optimizers.muon_groups(model)
+            given = [{"params": matrices}, {"params": others, "rule": "adamw"}]
+            given = [group for group in given if group["params"]]
         try:
-            return kind(parameters, lr=1e-5, **self.options, **self.storage_options())
+            return kind(given, lr=1e-5, **self.options, **self.storage_options())
         except (TypeError, ValueError) as error:
             raise PlanError(f"{self.optimizer}: {error}") from None
 

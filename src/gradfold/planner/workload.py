@@ -221,6 +221,14 @@ def _takes(model: nn.Module, name: str) -> bool:
     return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
+class Trainable(list[nn.Parameter]):
+    """The parameters of a model that require a gradient; Muon asks for the model, to tell its hidden matrices."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.model = model
+
+
+def trainable(model: nn.Module) -> Trainable:
     """Return the parameters that require a gradient."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Trainable(model)

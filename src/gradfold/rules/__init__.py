@@ -8,6 +8,8 @@ from .adamax import AdamaxRule
 from .asgd import ASGDRule
 from .base import Group, Rule, State, number, on_device
 from .lion import LionRule
+from .matrix import MatrixRule
+from .muon import MuonRule
 from .nadam import NAdamRule
 from .radam import RAdamRule
 from .rmsprop import RMSpropRule
@@ -24,6 +26,8 @@ __all__ = [
     "AdamaxRule",
     "Group",
     "LionRule",
+    "MatrixRule",
+    "MuonRule",
     "NAdamRule",
     "RAdamRule",
     "RMSpropRule",

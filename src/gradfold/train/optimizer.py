@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.optim import muon_groups
 
 from .errors import RecipeError
 from .recipe_groups import OptimizerRecipe
@@ -44,8 +45,27 @@ def make_plain_optimizer(recipe: OptimizerRecipe, parameters: Iterable[Any]) -> 
     """
     kind = getattr(torch.optim, recipe.name, None)
     if kind is None or "fused" not in inspect.signature(kind).parameters:
-        return make_optimizer(recipe, parameters)
+        model = getattr(parameters, "model", None)
+        return make_optimizer(
+            recipe, parameters if recipe.name != "Muon" or model is None else groups_of(model, recipe)
+        )
     return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True, **recipe.settings())
+
+
+def groups_of(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
+    """Parameter groups as the recipe's optimizer takes them: Muon's hidden matrices, and what AdamW steps, apart."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.name != "Muon":
+        return groups
+    matrices, others = muon_groups(model)
+    ids = {id(parameter) for _, parameter in matrices}
+    adamw: dict[str, Any] = {"rule": "adamw", "lr": recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr}
+    split = [{"params": matrices, "weight_decay": recipe.weight_decay}]
+    for group in groups:
+        rest = [(name, parameter) for name, parameter in group["params"] if id(parameter) not in ids]
+        split.append({**group, **adamw, "params": rest})
+    assert sum(len(group["params"]) for group in split[1:]) == len(others)
+    return [group for group in split if group["params"]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -42,12 +42,13 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "ASGD": ("lambd", "alpha", "t0", "maximize"),
     "Rprop": ("etas", "step_sizes", "maximize"),
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
+    "Muon": ("momentum", "nesterov", "eps", "ns_steps", "adjust_lr_fn", "adamw_lr"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have (but Rprop, which has no
 weight decay). Adafactor's `eps` are two numbers, its defaults here."""
 
 
-FINITE_IN_FP32 = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay",
+FINITE_IN_FP32 = ("lr", "adamw_lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay",
                   "initial_accumulator_value", "momentum_decay", "beta2_decay", "d", "rho", "lambd", "t0")  # fmt: skip
 """Settings that meet weights, whose numbers end at 3.4e38."""
 
@@ -121,11 +122,11 @@ class OptimizerFields:
     eps: float | None = None
     """Epsilon, added to the denominator. None: the optimizer's default."""
     momentum: float | None = None
-    """SGD and RMSprop: momentum factor. None: the optimizer's default."""
+    """SGD, RMSprop and Muon: momentum factor. None: the optimizer's default."""
     dampening: float | None = None
     """SGD: dampening of the momentum. None: the optimizer's default."""
     nesterov: bool | None = None
-    """SGD: Nesterov momentum. None: the optimizer's default."""
+    """SGD and Muon: Nesterov momentum. None: the optimizer's default."""
     alpha: float | None = None
     """RMSprop: smoothing constant. ASGD: power of the learning rate's decay. None: the optimizer's default."""
     centered: bool | None = None
@@ -156,6 +157,12 @@ class OptimizerFields:
     """Adam and AdamW: use the AMSGrad variant. None: the optimizer's default."""
     maximize: bool | None = None
     """Maximize the objective instead of minimizing it. None: the optimizer's default."""
+    ns_steps: int | None = None
+    """Muon: Newton-Schulz iterations, below 100. None: the optimizer's default."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+    """Muon: learning rate by a matrix's shape. match_rms_adamw: as AdamW needs it. None: the optimizer's default."""
+    adamw_lr: float | None = None
+    """Muon: peak learning rate of what AdamW steps: embeddings, head, norms and biases. None: lr."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,10 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
         for name in FINITE_IN_FP32:
             if abs(getattr(self, name) or 0) > 3.4e38:
                 raise refused(self, name, "give a number that fp32 can hold, below 3.4e38")
+        if self.adamw_lr is not None and not self.adamw_lr > 0:
+            raise refused(self, "adamw_lr", "give a number above 0")
+        if self.ns_steps is not None and not 0 <= self.ns_steps < 100:
+            raise refused(self, "ns_steps", "give a whole number from 0 to 99")
         if self.weight_decay < 0:
             raise refused(self, "weight_decay", "give 0 or more")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
@@ -182,7 +193,7 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
         if self.name == "Rprop" and self.weight_decay:
             raise refused(self, "weight_decay", "leave it out: Rprop has no weight decay")
         known = OPTIMIZER_SETTINGS[self.name]
-        for name in self.settings():
+        for name in [*self.settings(), *(["adamw_lr"] if self.adamw_lr is not None else [])]:
             if name not in known:
                 raise RecipeError(
                     f"optimizer.{name} = {getattr(self, name)!r}: {self.name} has no such setting; "
@@ -191,7 +202,8 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
 
     def settings(self) -> dict[str, Any]:
         """What was chosen beside lr, weight_decay and storage, as keyword arguments of the optimizer."""
-        names = [f.name for f in dataclasses.fields(OptimizerFields) if f.name not in ("name", "lr", "weight_decay")]
+        apart = ("name", "lr", "weight_decay", "adamw_lr")
+        names = [f.name for f in dataclasses.fields(OptimizerFields) if f.name not in apart]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

@@ -38,7 +38,7 @@ from .model import (
     words_of,
 )
 from .objective import NextToken, Objective
-from .optimizer import make_optimizer, parameter_groups
+from .optimizer import groups_of, make_optimizer
 from .parallel import RunRanks
 from .preference import Preference, check_head, precompute
 from .readers import find_file
@@ -101,7 +101,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, r
     if steps < progress.step:
         raise CheckpointError(f"steps = {steps}: the checkpoint is at step {progress.step} already; raise steps")
     try:
-        groups = parameter_groups(model, recipe.optimizer.weight_decay)
+        groups = groups_of(model, recipe.optimizer)
         chosen = recipe.optimizer
         if saved is not None and chosen.master is not None and recipe.dtype != "bfloat16":
             chosen = dataclasses.replace(chosen, master=None)  # a run of 0.1, which let it do nothing

@@ -25,6 +25,7 @@ class Piece(NamedTuple):
         bytes: Bytes of all its elements, weight and states together; a float, because quantized states have scales.
         mate: The weight whose rows this vector belongs to (the weight of a Linear's bias).
         grain: Column slices begin on a multiple of this (blocks of a codec); rows can be cut anywhere.
+        uncut: Whether it is in one chunk as a whole: its rule looks at the whole matrix.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Piece(NamedTuple):
     bytes: float
     mate: str | None = None
     grain: int = 1
+    uncut: bool = False
 
 
 class Slice(NamedTuple):
@@ -315,7 +317,9 @@ def _items(pieces: Sequence[Piece], axis: str) -> list[_Item]:
             continue
         follow = tuple(mates.get(piece.name, ()))
         own, theirs = Fraction(piece.bytes), sum((Fraction(mate.bytes) for mate in follow), Fraction(0))
-        if axis == "out":
+        if piece.uncut:
+            items.append(_Item(piece, follow, -1, 1, 1, own + theirs, Fraction(0)))
+        elif axis == "out":
             extent = row_count(piece.shape)
             items.append(_Item(piece, follow, 0, extent, 1, (own + theirs) / extent, Fraction(0)))
         elif len(piece.shape) < 2:

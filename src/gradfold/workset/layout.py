@@ -14,6 +14,7 @@ from gradfold.codecs import WEIGHTS
 from gradfold.engine import FoldParam, FoldState, Region, how_spread, is_cut_alike, is_spread, largest_part
 from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
+from gradfold.rules import MatrixRule
 
 from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
 from .config import WorkingSet
@@ -45,6 +46,11 @@ class Layout:
             for slice_ in chunk:
                 member = self._by_name[slice_.name]
                 region = _region(slice_, member.param)
+                if region is not None and isinstance(fold.optimizer.rule_of(member.group), MatrixRule):
+                    raise FoldError(
+                        f"{member.name}{region}: {type(fold.optimizer.optimizer_of(member.param)).__name__} "
+                        "orthogonalises whole matrices, and a working set slices this one; name all of it in one chunk"
+                    )
                 if region is not None and is_spread(member.param):
                     _refuse_uneven(member, region)
                 self.slices[member].append((index, region))
@@ -89,13 +95,16 @@ class Layout:
             if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and bias.dim() == 1:
                 if id(weight) in names and id(bias) in names and weight.shape[0] == bias.shape[0]:
                     mates.setdefault(names[id(bias)], names[id(weight)])
-        rule = self.fold.optimizer.rule
         made = []
         for member in self.turning:
+            rule = self.fold.optimizer.rule_of(member.group)
             storage = storage_of(member.param, rule, member.group)
             grain = max([codec.block for codec in storage.codecs if codec is not None], default=1)
             size_bytes = weight_and_state_bytes(member)
-            made.append(Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain))
+            whole = isinstance(rule, MatrixRule)
+            made.append(
+                Piece(member.name, largest_part(member.param), size_bytes, mates.get(member.name), grain, whole)
+            )
         return made
 
     def name_of(self, slice_: Slice) -> str:
@@ -130,7 +139,7 @@ class Layout:
 
 def weight_and_state_bytes(member: FoldParam) -> float:
     """Return the bytes of a parameter and all of its states, on the rank that holds most of it."""
-    param, rule = member.param, member.fold.optimizer.rule
+    param, rule = member.param, member.fold.optimizer.rule_of(member.group)
     storage, shape = storage_of(param, rule, member.group), largest_part(param)
     codecs = [codec or WEIGHTS.get(param.dtype) for codec in storage.codecs]
     each = sum(param.element_size() if codec is None else codec.bytes_per_element(shape) for codec in codecs)
@@ -171,7 +180,7 @@ def _in_part(member: FoldParam, part: Any) -> Any:
 
 def _refuse_uneven(member: FoldParam, region: Region) -> None:
     """Raise if the slices that the ranks have of a parameter are no parts of one tensor, as a checkpoint needs them."""
-    storage = storage_of(member.param, member.fold.optimizer.rule, member.group)
+    storage = storage_of(member.param, member.fold.optimizer.rule_of(member.group), member.group)
     if not is_cut_alike(member.param, region, (storage.weight, *storage.codecs)):
         raise FoldError(
             f"{member.name}: cut along {how_spread(member.param)}, and the working set slices each rank's part at "

@@ -410,12 +410,12 @@ class Rotation(Layout):
             saved: what ``state_dict()`` returned.
             there: tells whether there are states of a slice.
         """
-        rule = self.fold.optimizer.rule
         if saved is None:
             return
 
         def kept(member: FoldParam) -> bool:
             """Return whether something is kept of it while it sleeps."""
+            rule = self.fold.optimizer.rule_of(member.group)
             if self.config.states == "keep" and any(not spec.lazy for spec in rule.states(member.group)):
                 return True
             return bool(storage_of(member.param, rule, member.group).residuals())
