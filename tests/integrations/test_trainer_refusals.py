@@ -31,8 +31,8 @@ def trainer(folder, model=None, **arguments):
     return plain_trainer(model or causal(), {**usual, **arguments}, Log(), **others)
 
 
-def adamax(model):
-    return {"optimizers": (torch.optim.Adamax(model.parameters()), None)}
+def sparse_adam(model):
+    return {"optimizers": (torch.optim.SparseAdam(model.parameters()), None)}
 
 
 # of the Trainer, of the fold, the message
@@ -107,8 +107,8 @@ def test_as_training_begins(tmp_path, name):
 def test_optimizers_that_cannot_be_folded(tmp_path):
     model = causal()
     start = copy.deepcopy(model)
-    made = gradfold.hf.fold_trainer(trainer(tmp_path, model, **adamax(model)))
-    with pytest.raises(gradfold.FoldError, match="Adamax cannot be folded: gradfold has no rule for it yet"):
+    made = gradfold.hf.fold_trainer(trainer(tmp_path, model, **sparse_adam(model)))
+    with pytest.raises(gradfold.FoldError, match="SparseAdam cannot be folded: it needs sparse gradients"):
         made.train()
     assert same_bits(model, start)
     model = causal()

@@ -335,7 +335,12 @@ AFTERWARDS = {  # what is done after fold(), what then runs, what is said before
     ),
     "the weight itself": (None, direct, "", f"{DIRECT} 2 times"),
     "logits": (None, from_logits, "", "its logits were computed, 2 times, and no loss from the head itself"),
-    "compiled": (None, "compiled", "", f"{DIRECT} 2 times"),
+    "compiled": (
+        None,
+        "compiled",
+        "",
+        "its logits were computed by compiled code; its weight stepped without a gradient",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from gradfold.train.checkpoint import (
     Progress,
     save_checkpoint,
 )
-from gradfold.train.optimizer import make_optimizer, parameter_groups
+from gradfold.train.optimizer import groups_of, make_optimizer
 from gradfold.train.recipe_groups import OptimizerRecipe, ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 from tests.train.tiny import build_model, recipe
@@ -20,8 +20,8 @@ class Parts:
         self.tokenizer, self.folder = tokenizer, folder
         self.recipe = recipe(folder, folder, checkpoint__keep=2)
         self.model = build_model()
-        settings = OptimizerRecipe(name=name, lr=1e-2)
-        self.optimizer = make_optimizer(settings, parameter_groups(self.model, 0.1))
+        settings = OptimizerRecipe(name=name, lr=1e-2, weight_decay=0.0 if name == "Rprop" else 0.1)
+        self.optimizer = make_optimizer(settings, groups_of(self.model, settings))
         self.scheduler = make_schedule(ScheduleRecipe(), self.optimizer, 100)
         gradfold.fold(self.model, self.optimizer)
         self.progress = Progress()

@@ -36,7 +36,8 @@ def test_states_come_back_to_the_bit(tokenizer, tmp_path, name):
 
     other = Parts(tokenizer, tmp_path, name, steps=0)
     other.model.load_state_dict(AutoModelForCausalLM.from_pretrained(path).state_dict())
-    assert not equal(other.tensors(), expected) or name == "SGD"
+    if name not in ("SGD", "Muon"):  # which have no states, or not all, before the first step
+        assert not equal(other.tensors(), expected)
     restore_run(read_checkpoint(path), other.model, other.optimizer, other.scheduler)
     assert equal(other.tensors(), expected)
     assert other.optimizer.param_groups[0]["lr"] == lr

@@ -167,7 +167,7 @@ class FoldParam:
 
     def others(self) -> bool:
         """Return whether a user's hook waits for a gradient that is never written, or that the gate takes away."""
-        return self.gate is not None and self.gate.others(self.folded)
+        return self.gate is not None and self.gate.others(self.folded and not self.uncertain)
 
     def __deepcopy__(self, memo: dict) -> None:
         """Return None: a copy of a module belongs to no fold."""

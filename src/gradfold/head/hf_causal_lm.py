@@ -76,6 +76,8 @@ class FoldedCausalHead:
                 why = f"its logits were computed, {_times(use.logits)}, and no loss from the head itself"
             elif dense:
                 why = f"its weight was used directly: a dense gradient was made {_times(dense)}"
+            elif param is not None and param.handed and param.fold.region_bytes:
+                why = "its logits were computed by compiled code; its weight stepped without a gradient"
         return HeadRow(self.name, "plain" if why else "folded", why, use.losses, use.logits, dense)
 
     def _replaced(self) -> str:

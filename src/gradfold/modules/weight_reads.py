@@ -74,6 +74,8 @@ def read_param(tensor: Any) -> FoldParam | None:
             return None
     if param.spread is not None or not param.leaf.is_contiguous():
         return None
+    if param.uncertain and _torch.gradient_hooks(param.leaf):  # they wait for a gradient, which others let it have
+        return None
     return usable(param)
 
 
