@@ -8,6 +8,7 @@ from .nadam import NAdamRule
 from .radam import RAdamRule
 from .rmsprop import RMSpropRule
 from .sgd import SGDRule
+from .sign import SignRule
 
 __all__ = [
     "AdagradRule",
@@ -19,6 +20,7 @@ __all__ = [
     "RMSpropRule",
     "Rule",
     "SGDRule",
+    "SignRule",
     "State",
     "number",
     "on_device",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from gradfold._options import INTERVAL, Axis, Offload, Order, WakingStates
+from gradfold._options import INTERVAL, REST_SCALE, Axis, Offload, Order, RateSchedule, RestBy, WakingStates
 from gradfold.errors import FoldError
 
 from .store import Store
@@ -45,6 +46,15 @@ class WorkingSet:
         prefetch: Number of chunks (0 or 1) whose states are copied to the device before their turn. The copy begins in
             the last backward of a turn, when the memory of the loss head is free again.
         seed: Seed of ``order="random"``.
+        schedule: Which learning rate a step uses. "round": what a scheduler (or you) have written into the param_groups
+            is taken once per round and holds for all its turns, so that every chunk trains with the same rate; in the
+            first round the k-th step of each turn uses what the k-th step of the first turn has used, which is where a
+            warm-up of at most ``interval`` steps belongs. "step": every step uses what the groups say then, and a
+            chunk's rate depends on where its turn falls.
+        rest: What weights do that sleep above the lowest one that is awake, whose gradients the backward passes anyway.
+            None: nothing. "sgd", "sign": they take small steps, along their gradient over its root mean square or along
+            its sign, for which neither gradient nor state is kept. Their inputs are saved as those of awake weights.
+        rest_scale: What the learning rate is multiplied by for these steps.
 
     Raises:
         FoldError: An argument is out of range.
@@ -69,6 +79,9 @@ class WorkingSet:
     folder: str | Path | None = None
     prefetch: int = 1
     seed: int = 0
+    schedule: RateSchedule = "round"
+    rest: RestBy | None = None
+    rest_scale: float = REST_SCALE
 
     def __post_init__(self) -> None:
         if isinstance(self.by, str):
@@ -95,6 +108,14 @@ class WorkingSet:
         _one_of("axis", self.axis, get_args(Axis))
         _one_of("order", self.order, get_args(Order))
         _one_of("states", self.states, get_args(WakingStates))
+        _one_of("schedule", self.schedule, get_args(RateSchedule))
+        if self.rest is not None:
+            _one_of("rest", self.rest, get_args(RestBy))
+        scale = self.rest_scale
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
+            raise FoldError(f"WorkingSet(rest_scale={scale!r}): a number above 0; to let what sleeps alone, rest=None")
+        if self.rest is None and scale != REST_SCALE:
+            raise FoldError(f"WorkingSet(rest_scale={scale!r}) with rest=None: does nothing; say rest='sgd' or 'sign'")
         if self.prefetch not in (0, 1):
             raise FoldError(f"WorkingSet(prefetch={self.prefetch!r}): 0 or 1 chunks ahead")
         if self.offload is None or isinstance(self.offload, str):

@@ -30,6 +30,7 @@ class Schedule:
         next: The chunk after it. It is fixed during a turn, so that it can be prefetched.
         step: Optimizer steps taken in this turn, 0..interval - 1.
         turn: Number of turns that have ended.
+        steps: Optimizer steps taken in all turns.
         norms: Running gradient norm of each chunk; None while unknown.
         last: Turn of each chunk's last visit; -1 for none.
 
@@ -50,6 +51,7 @@ class Schedule:
         self.chunks, self.interval, self.order, self.seed = chunks, interval, order, seed
         self.step = 0
         self.turn = 0
+        self.steps = 0
         self.norms: list[float | None] = [None] * chunks
         self.last = [-1] * chunks
         self.index = ORDERS[order](self, 0)
@@ -79,6 +81,7 @@ class Schedule:
             norm, before = math.sqrt(power), self.norms[self.index]
             self.norms[self.index] = norm if before is None else DECAY * before + (1 - DECAY) * norm
         self.step += 1
+        self.steps += 1
         if self.step < self.interval:
             return False
         before_index = self.index
@@ -90,7 +93,7 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return plain integers, floats and lists."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"order": self.order, **counts, "norms": list(self.norms), "last": list(self.last)}
+        return {"order": self.order, **counts, "steps": self.steps, "norms": list(self.norms), "last": list(self.last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved schedule. Another ``interval`` than the saved one applies from the next turn on.
@@ -111,6 +114,8 @@ class Schedule:
         norms: Any = state.get("norms")
         last: Any = state.get("last")
         good = all(_is_count(state.get(name)) for name in _COUNTS)
+        steps = state.get("steps", 0)  # earlier versions had none
+        good = good and _is_count(steps) and steps >= 0
         good = good and 0 <= state["index"] < self.chunks and 0 <= state["next"] < self.chunks
         good = good and state["turn"] >= 0 and state["step"] >= 0
         good = good and isinstance(norms, list | tuple) and isinstance(last, list | tuple)
@@ -119,6 +124,7 @@ class Schedule:
         good = good and all(_is_count(one) and -1 <= one <= state["turn"] for one in last)
         if not good:
             raise FoldError(f"the saved schedule is damaged: {dict(state)!r}")
+        self.steps = state.get("steps", state["turn"] * self.interval + state["step"])
         self.turn, self.step = state["turn"], min(state["step"], self.interval - 1)
         self.index, self.next = state["index"], state["next"]
         self.norms, self.last = [None if one is None else float(one) for one in norms], list(last)
