@@ -241,7 +241,7 @@ STORED = {
 def stored_run(kind, rest, offload=None, states="keep", axis="out"):
     dtype = torch.float32 if kind.startswith("fp32") else torch.bfloat16
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)).to(dtype)
+    model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).to(dtype)
     optimizer = gradfold.AdamW(model.named_parameters(), lr=1e-2, **STORED[kind])
     fold = gradfold.fold(
         model,
@@ -255,7 +255,7 @@ def stored_run(kind, rest, offload=None, states="keep", axis="out"):
 
 def stored_steps(model, optimizer, fold, dtype, steps):
     for step in steps:
-        x = torch.randn(16, 128, generator=torch.Generator().manual_seed(step)).to(dtype)
+        x = torch.randn(16, 256, generator=torch.Generator().manual_seed(step)).to(dtype)
         fold.backward(model(x).float().pow(2).mean())
         optimizer.step()
 
