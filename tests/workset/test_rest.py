@@ -101,11 +101,11 @@ def test_other_models(name, rest, chunks):
 @each_pair(
     rest=["sgd", "sign"],
     order=["forward", "backward", "random", "importance"],
-    by=["bytes", "layer"],
+    by=["bytes", "bands", "layer", "module"],
     options=[{}, {"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 2, "clip_norm": 0.05}, {"clip_value": 1e9}],
 )
 def test_orders_cuts_and_options(rest, order, by, options):
-    chunks = 4 if by == "bytes" else None
+    chunks = None if by == "layer" else 4 if by == "bytes" else 2
     check(lambda: Net("untied"), net_loss, 9, rest, fold_options=options, order=order, by=by, chunks=chunks)
 
 

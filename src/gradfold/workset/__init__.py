@@ -1,6 +1,6 @@
 """The moving working set: which slices of which parameters are active, which come next, where other states live."""
 
-from .chunks import cut_bytes, cut_layers
+from .chunks import cut_bands, cut_bytes, cut_layers, cut_modules
 from .config import WorkingSet
 from .disk import DiskStore, forget_folder
 from .host import HostStore
@@ -24,8 +24,10 @@ __all__ = [
     "Turn",
     "WorkingSet",
     "check_coverage",
+    "cut_bands",
     "cut_bytes",
     "cut_layers",
+    "cut_modules",
     "cut_own",
     "forget_folder",
 ]

@@ -1,4 +1,4 @@
-"""Cut a model's trainable bytes into chunks: evenly (ChunkFT), or by whole layers (BAdam, HiFT).
+"""Cut a model's trainable bytes into chunks: evenly (ChunkFT), by layers (BAdam, HiFT), or a band of every tensor.
 
 All arithmetic is exact (fractions), so every machine and every rank cuts alike.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 from gradfold.errors import FoldError
 
 from .items import Item, items_of
-from .pieces import Chunk, Piece, Slice, check_count, finish, mates_of, whole, with_elements
+from .pieces import Chunk, Piece, Slice, check_axis, check_count, finish, mates_of, whole, with_elements
 
 
 def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] = "out") -> list[Chunk]:
@@ -34,8 +34,7 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
     Raises:
         FoldError: An argument is out of range, or a chunk would be empty because it is smaller than one row.
     """
-    if axis not in ("out", "in"):
-        raise FoldError(f"axis={axis!r}: 'out' (rows) or 'in' (columns)")
+    check_axis(axis)
     check_count(chunks)
     pieces = with_elements(pieces)
     items = items_of(pieces, axis)
@@ -68,6 +67,46 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
     return finish(pieces, made)
 
 
+def cut_bands(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] = "out") -> list[Chunk]:
+    """Cut every tensor into as many bands as there are chunks: chunk k has the k-th band of all of them.
+
+    The cut k of a tensor lies at the place nearest to k / chunks of it where it may be cut: with ``axis="out"`` between
+    any two rows, with ``"in"`` between columns of matrices, at multiples of the grain. What is not cut at all (with
+    "in" vectors and scalars) goes to the chunks in turn. Mates are cut with their weight, as in ``cut_bytes``.
+
+    Args:
+        pieces: Trainable parameters in model order.
+        chunks: Number of chunks.
+        axis: "out" cuts rows, "in" columns.
+
+    Raises:
+        FoldError: An argument is out of range, or a chunk would be empty because no tensor has so many places to cut.
+    """
+    check_axis(axis)
+    check_count(chunks)
+    pieces = with_elements(pieces)
+    made: list[list[Slice]] = [[] for _ in range(chunks)]
+    whole_ones = 0
+    items = items_of(pieces, axis)
+    for item in items:
+        blocks = -(-item.extent // item.grain)
+        if blocks == 1:
+            made[whole_ones % chunks] += item.slices(0, item.extent)
+            whole_ones += 1
+            continue
+        cuts = [min(item.extent, (2 * k * blocks + chunks) // (2 * chunks) * item.grain) for k in range(chunks + 1)]
+        for chunk, (start, stop) in zip(made, pairwise(cuts), strict=True):
+            if start < stop:
+                chunk += item.slices(start, stop)
+    if not all(made):
+        most = max(whole_ones, *(-(-item.extent // item.grain) for item in items))
+        raise FoldError(
+            f"chunks={chunks}: no tensor has so many bands, and some chunk would be empty; at most {most}, or "
+            "by='bytes'"
+        )
+    return finish(pieces, made)
+
+
 def cut_layers(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk]:
     """Cut into whole layers.
 
@@ -81,19 +120,38 @@ def cut_layers(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk
     Raises:
         FoldError: There are more chunks than layers.
     """
+    return _cut_groups(pieces, chunks, _layer, "layers")
+
+
+def cut_modules(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk]:
+    """Cut into kinds of modules: those whose names differ in numbers only, as every layer's ``up_proj``, are together.
+
+    Args:
+        pieces: Trainable parameters in model order.
+        chunks: Number of chunks; kinds are joined in the order in which they first occur, as ``cut_layers`` joins
+            layers. None makes every kind a chunk.
+
+    Raises:
+        FoldError: There are more chunks than kinds.
+    """
+    return _cut_groups(pieces, chunks, _kind, "kinds of modules")
+
+
+def _cut_groups(pieces: Sequence[Piece], chunks: int | None, key: Callable[[str], str], what: str) -> list[Chunk]:
+    """Cut into groups of whole parameters, those whose weights' names have one key."""
     pieces = with_elements(pieces)
     mates = mates_of(pieces, "in")
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
-        groups.setdefault(_layer(mates.get(piece.name, piece.name)), []).append(piece)
-    layers = list(groups.values())
-    bounds = list(range(len(layers) + 1))
+        groups.setdefault(key(mates.get(piece.name, piece.name)), []).append(piece)
+    found = list(groups.values())
+    bounds = list(range(len(found) + 1))
     if chunks is not None:
         check_count(chunks)
-        if chunks > len(layers):
-            raise FoldError(f"chunks={chunks}: the model has {len(layers)} layers to train; at most that many, or None")
-        bounds = _even([sum((Fraction(piece.bytes) for piece in layer), Fraction(0)) for layer in layers], chunks)
-    return finish(pieces, [[whole(piece) for layer in layers[a:b] for piece in layer] for a, b in pairwise(bounds)])
+        if chunks > len(found):
+            raise FoldError(f"chunks={chunks}: the model has {len(found)} {what} to train; at most that many, or None")
+        bounds = _even([sum((Fraction(piece.bytes) for piece in group), Fraction(0)) for group in found], chunks)
+    return finish(pieces, [[whole(piece) for group in found[a:b] for piece in group] for a, b in pairwise(bounds)])
 
 
 def _layer(name: str) -> str:
@@ -102,6 +160,11 @@ def _layer(name: str) -> str:
         if part.isdecimal():
             return ".".join(parts[: index + 1])
     return name.rpartition(".")[0]
+
+
+def _kind(name: str) -> str:
+    owner = name.rpartition(".")[0]
+    return ".".join("*" if part.isdecimal() else part for part in owner.split("."))
 
 
 def _even(sizes: Sequence[Fraction], parts: int) -> list[int]:

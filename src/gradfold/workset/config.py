@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
-from gradfold._options import INTERVAL, REST_SCALE, Axis, Offload, Order, RateSchedule, RestBy, WakingStates
+from gradfold._options import INTERVAL, REST_SCALE, Axis, Cut, Offload, Order, RateSchedule, RestBy, WakingStates
 from gradfold.errors import FoldError
 
 from .store import Store
 
-Cut = Sequence[Sequence[str | tuple]]
+OwnCut = Sequence[Sequence[str | tuple]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,17 @@ class WorkingSet:
     2605.21177), layer-wise ones BAdam and HiFT.
 
     Args:
-        chunks: Number of chunks. None with ``by="layer"`` makes every layer a chunk.
+        chunks: Number of chunks. None with ``by="layer"`` or ``"module"`` makes every one a chunk.
         interval: Optimizer steps before the next chunk becomes active.
         by: How the model is cut. "bytes": weights and states in model order are one stream that is cut into equal
-            parts; tensors are sliced where a cut falls. "layer": whole layers. Or a list with one list per chunk, of
+            parts; tensors are sliced where a cut falls. "bands": of every tensor an equal band of rows (or columns), so
+            that all of backward runs in every turn, in the same memory. "layer": whole layers. "module": all modules
+            whose names differ in numbers only, as every layer's ``up_proj``. Or a list with one list per chunk, of
             parameter names, module names (for all parameters below), ``(name, slice(0, 512))`` for rows or
             ``(name, (slice(None), slice(0, 64)))`` for columns. Of a parameter that is spread over ranks, what each
             rank holds is cut, and a slice of the dimension that is spread stands for that fraction of each rank's part.
-        axis: With ``by="bytes"``, tensors are sliced by rows, the first dimension ("out": output features of a Linear),
-            or matrices by columns ("in").
+        axis: With ``by="bytes"`` and ``"bands"``, tensors are sliced by rows, the first dimension ("out": output
+            features of a Linear), or matrices by columns ("in").
         order: Order of the chunks. "forward" and "backward" go round; "random" draws a new order each round;
             "importance" prefers chunks with large gradients, and visits each within ``2 * chunks`` turns.
         always: Parameters whose name contains one of these strings, or matches it as a pattern, are always active.
@@ -70,7 +72,7 @@ class WorkingSet:
 
     chunks: int | None = None
     interval: int = INTERVAL
-    by: Literal["bytes", "layer"] | Cut = "bytes"
+    by: Cut | OwnCut = "bytes"
     axis: Axis = "out"
     order: Order = "forward"
     always: Sequence[str] = ()
@@ -83,19 +85,46 @@ class WorkingSet:
     rest: RestBy | None = None
     rest_scale: float = REST_SCALE
 
+    @classmethod
+    def for_quality(cls, chunks: int | None, **changes: Any) -> WorkingSet:
+        """Return the settings that are recommended where the loss counts most.
+
+        Rates by round, steps at rest by normalised SGD at a tenth of the rate, states that begin anew with each turn.
+        They follow from runs of one rate and one seed each; longer, tuned ones have to confirm them (docs).
+
+        Args:
+            chunks: Number of chunks.
+            **changes: Other arguments, in the place of these or beside them.
+        """
+        return cls(**{"chunks": chunks, "schedule": "round", "rest": "sgd", "states": "reset"} | changes)
+
+    @classmethod
+    def for_memory(cls, chunks: int | None, **changes: Any) -> WorkingSet:
+        """Return the settings that are recommended where memory counts most: what sleeps keeps nothing on the device.
+
+        Args:
+            chunks: Number of chunks.
+            **changes: Other arguments, in the place of these or beside them.
+        """
+        return cls(**{"chunks": chunks, "schedule": "round", "rest": None, "offload": "cpu"} | changes)
+
     def __post_init__(self) -> None:
         if isinstance(self.by, str):
-            _one_of("by", self.by, ("bytes", "layer"))
+            _one_of("by", self.by, get_args(Cut))
         elif not _is_cut(self.by):
             raise FoldError(
-                f"WorkingSet(by={self.by!r}): 'bytes', 'layer', or for each chunk a list of names and (name, slice)"
+                f"WorkingSet(by={self.by!r}): 'bytes', 'bands', 'layer', 'module', or for each chunk a list of names "
+                "and (name, slice)"
             )
-        if self.by != "bytes" and self.axis != "out":
-            raise FoldError(f"WorkingSet(axis={self.axis!r}) with by={self.by!r}: only by='bytes' slices by itself")
+        slices = self.by in ("bytes", "bands")
+        if not slices and self.axis != "out":
+            raise FoldError(
+                f"WorkingSet(axis={self.axis!r}) with by={self.by!r}: only by='bytes' and 'bands' slice by themselves"
+            )
         _whole("interval", self.interval, 1)
         if self.chunks is not None:
             _whole("chunks", self.chunks, 1)
-        elif self.by == "bytes":
+        elif slices:
             raise FoldError("WorkingSet(chunks=None): into how many chunks is the model cut?")
         elif not isinstance(self.by, str):
             object.__setattr__(self, "chunks", len(self.by))

@@ -16,7 +16,7 @@ from gradfold.engine import FoldParam, FoldState, Region, how_spread, is_cut_ali
 from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 
-from .chunks import cut_bytes, cut_layers
+from .chunks import cut_bands, cut_bytes, cut_layers, cut_modules
 from .config import WorkingSet
 from .own_cut import cut_own
 from .pieces import Chunk, Piece, Slice, check_coverage
@@ -61,11 +61,11 @@ class Layout:
         pieces = self.pieces()
         if not pieces:
             raise FoldError("working_set=: every trainable parameter is in always=, so that none takes turns")
-        if config.by == "bytes":
+        if config.by in ("bytes", "bands"):
             assert config.chunks is not None
-            chunks = cut_bytes(pieces, config.chunks, config.axis)
-        elif config.by == "layer":
-            chunks = cut_layers(pieces, config.chunks)
+            chunks = (cut_bytes if config.by == "bytes" else cut_bands)(pieces, config.chunks, config.axis)
+        elif isinstance(config.by, str):
+            chunks = (cut_layers if config.by == "layer" else cut_modules)(pieces, config.chunks)
         else:
             chunks = cut_own(pieces, [[self._own_name(member) for member in members] for members in config.by])
         check_coverage(pieces, chunks)

@@ -104,6 +104,12 @@ def _lines(start: int, stop: int, dim: int) -> str:
     return f"{('rows', 'columns')[dim] if dim < 2 else f'dimension {dim},'} {start}:{stop}"
 
 
+def check_axis(axis: str) -> None:
+    """Raise unless this names what is cut."""
+    if axis not in ("out", "in"):
+        raise FoldError(f"axis={axis!r}: 'out' (rows) or 'in' (columns)")
+
+
 def check_count(chunks: int) -> None:
     """Raise unless this is a number of chunks."""
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:

@@ -69,7 +69,7 @@ class Rotation(SliceStates):
         by = config.by if isinstance(config.by, str) else "hand"
         return (
             f"{len(self.chunks)} chunks of {min(sizes):.3f} to {max(sizes):.3f} MiB, by {by}"
-            f"{f' ({config.axis})' if by == 'bytes' else ''}, {config.order}, {config.interval} steps each; "
+            f"{f' ({config.axis})' if by in ('bytes', 'bands') else ''}, {config.order}, {config.interval} steps each; "
             f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}; "
             f"rates by {self.rates.kind}{self._held_rates()}{self._resting()}"
         )
