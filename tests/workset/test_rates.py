@@ -221,3 +221,11 @@ def test_report_tells_the_rates():
 def test_bad_settings_are_refused(bad):
     with pytest.raises(gradfold.FoldError, match=next(reversed(bad))):
         gradfold.WorkingSet(chunks=2, **bad)
+
+
+def test_presets():
+    quality, memory = gradfold.WorkingSet.for_quality(8), gradfold.WorkingSet.for_memory(8, interval=7)
+    assert (quality.chunks, quality.schedule, quality.rest, quality.rest_scale) == (8, "round", "sgd", 0.1)
+    assert quality.states == "reset"
+    assert (memory.rest, memory.offload, memory.interval) == (None, "cpu", 7)
+    assert gradfold.WorkingSet.for_quality(8, rest=None, states="keep") == gradfold.WorkingSet(chunks=8)

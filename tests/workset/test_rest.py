@@ -100,7 +100,7 @@ def test_other_models(name, rest, chunks):
 
 @each_pair(
     rest=["sgd", "sign"],
-    order=["forward", "backward", "random", "importance"],
+    order=["forward", "backward", "random", "importance", "sampled"],
     by=["bytes", "bands", "layer", "module"],
     options=[{}, {"accumulate": 3}, {"clip_norm": 0.05}, {"accumulate": 2, "clip_norm": 0.05}, {"clip_value": 1e9}],
 )

@@ -221,7 +221,8 @@ class WorkingSetRecipe:
     axis: Axis = "out"
     """Dimension that tensors are sliced along: rows (out), or columns of matrices (in)."""
     order: Order = "forward"
-    """Order of the chunks. importance: largest gradients first, and each chunk within two rounds."""
+    """Order of the chunks. importance: largest gradients first; sampled: drawn by the size of gradients. Both have each
+    chunk within two rounds."""
     always: tuple[str, ...] = ()
     """Parameters that always train: those whose names contain one of these, e.g. norm."""
     states: WakingStates = "keep"

@@ -37,7 +37,8 @@ class WorkingSet:
         axis: With ``by="bytes"`` and ``"bands"``, tensors are sliced by rows, the first dimension ("out": output
             features of a Linear), or matrices by columns ("in").
         order: Order of the chunks. "forward" and "backward" go round; "random" draws a new order each round;
-            "importance" prefers chunks with large gradients, and visits each within ``2 * chunks`` turns.
+            "importance" prefers chunks with large gradients, "sampled" draws them with a probability that follows the
+            root mean square of their gradients; both visit each within ``2 * chunks`` turns.
         always: Parameters whose name contains one of these strings, or matches it as a pattern, are always active.
         states: Optimizer states of a slice when it becomes active again: "keep" as they were, or "reset" to initial
             values.
@@ -47,7 +48,7 @@ class WorkingSet:
             contain the states themselves. On many ranks each has a folder of its own in it.
         prefetch: Number of chunks (0 or 1) whose states are copied to the device before their turn. The copy begins in
             the last backward of a turn, when the memory of the loss head is free again.
-        seed: Seed of ``order="random"``.
+        seed: Seed of ``order="random"`` and ``"sampled"``.
         schedule: Which learning rate a step uses. "round": what a scheduler (or you) have written into the param_groups
             is taken once per round and holds for all its turns, so that every chunk trains with the same rate; in the
             first round the k-th step of each turn uses what the k-th step of the first turn has used, which is where a

@@ -114,6 +114,15 @@ class Layout:
             total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / extent
         return total
 
+    def chunk_sizes(self) -> list[int]:
+        """Return the elements of each chunk; of what is spread over ranks, on the one that holds most."""
+        sizes = [0] * len(self.chunks)
+        for index, chunk in enumerate(self.chunks):
+            for name, dim, start, stop in chunk:
+                shape = largest_part(self._by_name[name].param) or (1,)
+                sizes[index] += math.prod(shape) // shape[dim] * (stop - start)
+        return sizes
+
     def trained_per_turn(self) -> list[int]:
         """Return how many elements each chunk trains on this rank, those that always train included."""
         trained = [sum(member.held.numel() for member in self.always)] * len(self.chunks)

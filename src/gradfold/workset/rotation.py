@@ -24,7 +24,6 @@ from .config import WorkingSet
 from .disk import DiskStore
 from .layout import name_of_region
 from .rates import Rates
-from .schedule import Schedule
 from .slice_states import SliceStates
 
 
@@ -96,7 +95,7 @@ class Rotation(SliceStates):
     @property
     def by_norm(self) -> bool:
         """Whether the order of the chunks follows from the norms of their gradients."""
-        return self.config.order == "importance"
+        return self.config.order in ("importance", "sampled")
 
     def turn(self) -> Turn:
         """Return which chunk is active, and for how long it has been."""
@@ -317,7 +316,7 @@ class Rotation(SliceStates):
             found = sorted(saved) if isinstance(saved, Mapping) else saved
             raise ValueError(f"state_dict['working_set'] has {found!r}, not the cut and the schedule")
         self.refuse_other_cut(saved["cut"])
-        trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
+        trial = self.new_schedule()
         try:
             trial.load_state_dict(saved["schedule"])
         except FoldError as error:

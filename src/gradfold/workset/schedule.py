@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from gradfold.errors import FoldError
 
 DECAY = 0.9  # decay of a chunk's running gradient norm per optimizer step
+
+FLOOR = 0.5  # of the probability of "sampled", spread evenly
 
 _COUNTS = ("chunks", "interval", "seed", "turn", "index", "next", "step")
 
@@ -22,8 +25,10 @@ class Schedule:
         interval: Optimizer steps per turn.
         order: "forward" or "backward"; "random": every cycle of ``chunks`` turns is a permutation drawn from (seed,
             cycle), and no chunk has two turns in a row; "importance": the chunk with the largest running gradient norm
-            is next, and every chunk has a turn within any ``2 * chunks`` turns.
-        seed: Seed of "random".
+            is next, and every chunk has a turn within any ``2 * chunks`` turns; "sampled": a chunk is drawn from (seed,
+            turn), with a probability that follows its running gradient norm, within the same bound.
+        seed: Seed of "random" and "sampled".
+        sizes: Number of elements of each chunk, by which "sampled" divides squared norms; None: all alike.
 
     Attributes:
         index: The active chunk.
@@ -42,13 +47,16 @@ class Schedule:
     next: int
     step: int
 
-    def __init__(self, chunks: int, interval: int, order: str = "forward", seed: int = 0):
+    def __init__(
+        self, chunks: int, interval: int, order: str = "forward", seed: int = 0, sizes: Sequence[int] | None = None
+    ):
         for name, value, least in (("chunks", chunks, 1), ("interval", interval, 1), ("seed", seed, None)):
             if not _is_count(value) or (least is not None and value < least):
                 raise FoldError(f"{name}={value!r}: an integer{'' if least is None else f', {least} or more'}")
         if order not in ORDERS:
             raise FoldError(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
         self.chunks, self.interval, self.order, self.seed = chunks, interval, order, seed
+        self.sizes = [1] * chunks if sizes is None else list(sizes)
         self.step = 0
         self.turn = 0
         self.steps = 0
@@ -102,10 +110,10 @@ class Schedule:
             state: What ``state_dict`` returned.
 
         Raises:
-            FoldError: Saved with another number of chunks, order or seed (of "random"), or damaged. Nothing is changed
-                then.
+            FoldError: Saved with another number of chunks, order or seed (of "random" and "sampled"), or damaged. Nothing is
+                changed then.
         """
-        for name in ("chunks", "order", *(["seed"] if self.order == "random" else [])):
+        for name in ("chunks", "order", *(["seed"] if self.order in ("random", "sampled") else [])):
             if name in state and state[name] != getattr(self, name):
                 raise FoldError(
                     f"{name}={getattr(self, name)!r}: the saved schedule has {name}={state[name]!r}; resume with that, "
@@ -178,9 +186,9 @@ def _importance(schedule: Schedule, turn: int) -> int:
       all, so it is
     never the oldest, unless it is the only one.
     """
-    chunks, last = schedule.chunks, schedule.last
-    oldest_first = sorted(range(chunks), key=lambda chunk: (last[chunk], chunk))
-    if any(last[chunk] + 2 * chunks <= turn + j for j, chunk in enumerate(oldest_first)):
+    last = schedule.last
+    oldest_first, due = _due(schedule, turn)
+    if due:
         return oldest_first[0]
 
     def weight(chunk: int) -> tuple[float, int]:
@@ -192,6 +200,40 @@ def _importance(schedule: Schedule, turn: int) -> int:
     return max((chunk for chunk in oldest_first if chunk != now), key=weight, default=0)
 
 
+def _due(schedule: Schedule, turn: int) -> tuple[list[int], bool]:
+    """Return the chunks, the one first that has waited longest, and whether its turn must be now (``_importance``)."""
+    chunks, last = schedule.chunks, schedule.last
+    oldest_first = sorted(range(chunks), key=lambda chunk: (last[chunk], chunk))
+    return oldest_first, any(last[chunk] + 2 * chunks <= turn + j for j, chunk in enumerate(oldest_first))
+
+
+def _sampled(schedule: Schedule, turn: int) -> int:
+    """Return a chunk drawn by its root mean square gradient, unless waiting could leave some chunk out for 2K turns.
+
+    Half of the probability is spread evenly, the other half by the norm over the root of the chunk's elements; a chunk
+    without a norm counts as the largest. The chunk that is awake is not drawn.
+    """
+    oldest_first, due = _due(schedule, turn)
+    if due:
+        return oldest_first[0]
+    others = [chunk for chunk in range(schedule.chunks) if not turn or chunk != schedule.index] or [0]
+    norms = [schedule.norms[chunk] for chunk in others]
+    found = [
+        None if norm is None else norm / math.sqrt(schedule.sizes[chunk])
+        for chunk, norm in zip(others, norms, strict=True)
+    ]
+    most = max((norm for norm in found if norm is not None), default=1.0) or 1.0
+    weights = [most if norm is None else norm for norm in found]
+    if not any(weights):
+        weights = [1.0] * len(others)
+    shares = [FLOOR / len(others) + (1 - FLOOR) * weight / sum(weights) for weight in weights]
+    drawn = int.from_bytes(hashlib.blake2b(f"{schedule.seed}.{turn}".encode(), digest_size=7).digest(), "big") / 2**56
+    for chunk, reached in zip(others, accumulate(shares), strict=True):
+        if drawn < reached:
+            return chunk
+    return others[-1]
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -201,4 +243,5 @@ ORDERS: dict[str, Callable[[Schedule, int], int]] = {
     "backward": _backward,
     "random": _random,
     "importance": _importance,
+    "sampled": _sampled,
 }

@@ -23,7 +23,7 @@ class SliceStates(Layout):
 
     def __init__(self, config: WorkingSet, fold: FoldState, rank: int | None = None):
         super().__init__(config, fold)
-        self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
+        self.schedule = self.new_schedule()
         self._held = HeldStore(config, rank)
         self.store = self._held.store
         self.rest = None if config.rest is None else Rest(config.rest, config.rest_scale)
@@ -42,6 +42,11 @@ class SliceStates(Layout):
             for name in states
             if (keep or name.startswith(f"{WEIGHT}.")) and not self._stays(name)
         }
+
+    def new_schedule(self) -> Schedule:
+        """Return a schedule at its beginning."""
+        config, sizes = self.config, self.chunk_sizes()
+        return Schedule(len(self.chunks), config.interval, config.order, config.seed, sizes)
 
     def at_rest(self, awake: Mapping[FoldParam, Sequence[ParamSlice]]) -> dict[FoldParam, list[ParamSlice]]:
         """Return the slices that rest: those that sleep of the lowest parameter that is awake, and of all above it.
