@@ -127,6 +127,18 @@ def test_step_is_as_before():
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in constant), strict=True))
 
 
+def test_one_chunk_is_as_without():
+    model = Net("untied")
+    optimizer = gradfold.AdamW(model.parameters(), lr=0.01)
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=1, interval=4))
+    scheduler = SCHEDULERS["cosine"](optimizer)
+    for step in range(10):
+        fold.backward(model.loss(batches(20)[step]))
+        assert used_now(fold)[0] == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
 def test_by_hand():
     """Without a scheduler the same holds: a rate set within a round counts from the next one on."""
     values = iter([0.01] * 13 + [0.002] * 40)

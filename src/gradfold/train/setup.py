@@ -261,7 +261,7 @@ def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
 def rate_is_held_for(fold: Any) -> Round | None:
     """For which rounds the fold's working set holds a learning rate; None: it holds none."""
     turns = None if fold is None else fold._state.turns
-    if not isinstance(turns, Rotation) or turns.rates.kind == "step":
+    if not isinstance(turns, Rotation) or not turns.rates.hold:
         return None
     return len(turns.chunks), turns.config.interval
 

@@ -10,6 +10,8 @@ round r, and k the step within the turn:
     r = 0, n > 0    f(k) of the first turn, so that a warm-up of at most I steps is every chunk's own;
                     while the schedule has climbed above all of these (a longer warm-up): the highest value so far
 
+With one chunk there is nothing to make equal, and every step uses what the group says.
+
 "Rate" stands for the group's ``lr`` and what schedules cycle beside it, ``momentum`` and ``betas``, together. The group
 itself stays the scheduler's, and the user's.
 """
@@ -49,9 +51,14 @@ class Rates:
         self.top: list[Values] = []
         self.used: list[list[float]] = [[] for _ in range(self._schedule.chunks)]
 
+    @property
+    def hold(self) -> bool:
+        """Whether anything is held; of one chunk every step is alike to it."""
+        return self.kind == "round" and self._schedule.chunks > 1
+
     def of(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """Return the param_groups with the values that the step uses which is open now."""
-        if self.kind == "step":
+        if not self.hold:
             return groups
         held = self._held([_values(group) for group in groups])
         return [{**group, **values} for group, values in zip(groups, held, strict=True)]

@@ -110,8 +110,8 @@ class Schedule:
             state: What ``state_dict`` returned.
 
         Raises:
-            FoldError: Saved with another number of chunks, order or seed (of "random" and "sampled"), or damaged. Nothing is
-                changed then.
+            FoldError: Saved with other chunks, another order or seed (of "random" and "sampled"), or damaged. Nothing
+                is changed then.
         """
         for name in ("chunks", "order", *(["seed"] if self.order in ("random", "sampled") else [])):
             if name in state and state[name] != getattr(self, name):
