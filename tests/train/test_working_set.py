@@ -1,5 +1,6 @@
 """A run with a working set: what it says and writes down, and what it leaves behind."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -78,6 +79,8 @@ def test_a_checkpoint_from_before_rounds_goes_on_by_step(tiny, texts, tmp_path, 
         saved = read_checkpoint(find_checkpoint(out))
         if strip:
             assert forgotten(saved.trainer["optimizer"], "rates") == 1
+            unsaid = dataclasses.replace(saved.recipe.working_set, schedule="round")  # its file does not say
+            saved = dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, working_set=unsaid))
             schedule = {}
         display, text = shown()
         train(recipe(tiny, texts, steps=11, **CUT, **schedule, schedule__name="constant"), out, saved, display)
