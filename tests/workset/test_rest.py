@@ -130,6 +130,59 @@ def test_always_awake_at_the_bottom(rest):
     assert len(resting_slices(fold)) == asleep
 
 
+@each_rest
+def test_a_norm_that_is_asked_for_counts_what_is_awake(rest):
+    plain, model = twins(lambda: Net("untied"))
+    optimizer = ours(model)
+    fold = gradfold.fold(
+        model,
+        optimizer,
+        timing="deferred",
+        working_set=gradfold.WorkingSet(chunks=3, interval=1, rest=rest),
+    )
+    for step in range(4):
+        plain.load_state_dict(model.state_dict())
+        plain.zero_grad()
+        net_loss(plain, step).backward()
+        active, resting = active_slices(fold), resting_slices(fold)
+        norm = SlicedTorch(plain).step(active)
+        plain.load_state_dict(model.state_dict())
+        net_loss(plain, step).backward()
+        rest_step(plain, resting, rest, 1e-3)
+        fold.backward(net_loss(model, step))
+        found = [fold.clip_grad_norm_(1e-3), torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)]
+        assert float(found[0]) == pytest.approx(norm, rel=1e-10)
+        assert float(found[1]) == pytest.approx(min(norm, 1e-3), rel=1e-2)
+        optimizer.step()
+        named, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
+        for name, dim, start, stop in resting:
+            one, other = (found[name].detach().narrow(dim, start, stop - start) for found in (named, theirs))
+            assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+@each_rest
+def test_paused_and_removed(rest):
+    """Inside ``paused()`` what rests steps by the same rule from ``.grad``; after ``remove()`` everything trains."""
+    plain, model = twins(lambda: Net("untied"))
+    optimizer = ours(model)
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=3, interval=1, rest=rest))
+    resting = resting_slices(fold)
+    with fold.paused():
+        net_loss(model, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    net_loss(plain, 0).backward()
+    rest_step(plain, resting, rest, 1e-3)
+    named, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
+    for name, dim, start, stop in resting:
+        one, other = (found[name].detach().narrow(dim, start, stop - start) for found in (named, theirs))
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+    fold.backward(net_loss(model, 1))
+    optimizer.step()
+    fold.remove()
+    assert all(param.requires_grad for param in model.parameters())
+
+
 def test_what_lies_below_sleeps_as_before():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     fold = gradfold.fold(
