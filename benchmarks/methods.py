@@ -21,12 +21,21 @@ CHUNKS, INTERVAL = 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A model with its optimizer; ``awake()`` returns how many parameters the next step trains."""
+    """A model with its optimizer.
+
+    Attributes:
+        model: the model.
+        optimizer: its optimizer.
+        awake: returns how many parameters the next step trains.
+        fold: the fold, if it is folded.
+        resting: returns how many more the next step moves, at rest.
+    """
 
     model: nn.Module
     optimizer: Any
     awake: Callable[[], int]
     fold: gradfold.Fold | None = None
+    resting: Callable[[], int] = lambda: 0
 
 
 def trainable_count(model: nn.Module) -> int:
@@ -40,13 +49,25 @@ def full(model: nn.Module, lr: float) -> Method:
     return Method(model, optimizer, lambda: trainable_count(model), fold_plain_head(model, optimizer))
 
 
-def working_set(model: nn.Module, lr: float) -> Method:
-    """Train a working set with folded AdamW."""
+def working_set(model: nn.Module, lr: float, **settings: Any) -> Method:
+    """Train a working set with folded AdamW; with the settings of the first release, unless others are given."""
+    settings = {"interval": INTERVAL, "schedule": "step"} | settings
+    if settings.get("by") != "layer":
+        settings["chunks"] = CHUNKS
     optimizer = gradfold.AdamW(model.parameters(), lr=lr, **ADAM)
-    fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=CHUNKS, interval=INTERVAL))
-    named = dict(model.named_parameters())
-    sizes = [sum(part(named[slice_.name], slice_).numel() for slice_ in chunk) for chunk in fold._state.turns.chunks]
-    return Method(model, optimizer, lambda: sizes[fold.working_set.chunk], fold)
+    fold = fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(**settings))
+
+    def moved(resting: bool) -> int:
+        slices = [one for one in fold._state.slices() if one.param.requires_grad and one.rests is resting]
+        return sum(one.view.numel() for one in slices)
+
+    return Method(model, optimizer, lambda: moved(False), fold, lambda: moved(True))
+
+
+def lisa_style(model: nn.Module, lr: float) -> Method:
+    """Train embedding and head always and one layer at a time, drawn at random, whose states begin anew."""
+    ends = [part for part in ("embed_tokens", "lm_head") if any(part in name for name, _ in model.named_parameters())]
+    return working_set(model, lr, by="layer", order="random", states="reset", always=ends)
 
 
 def badam(model: nn.Module, lr: float, blocks: dict[str, Any]) -> Method:

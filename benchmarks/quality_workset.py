@@ -3,13 +3,18 @@
     scratch    a Llama of 6.2 M parameters from random weights on Shakespeare (--texts: a folder of .txt files)
     finetune   SmolLM2-135M on Python's documentation
 
-Methods (``methods.py``): AdamW on everything, a working set (8 chunks, 4 steps each), BAdam (a layer at a time, 4
-steps each) and LoRA (peft, r = 16). All of them see the same batches for one suite and seed. Learning rates are tuned
-alike: with seed 0 every method walks the same list of rates from the same start, until both neighbours of its best
-rate have been tried and are worse. The best rate then runs with the other seeds. Runs are kept in
-results/quality_workset.json as they finish, and those that are there are not repeated. Needs badam and peft.
+Methods (``methods.py``): AdamW on everything; working sets of 8 chunks, 4 steps each, with the settings of the first
+release and with later ones; BAdam (a layer at a time, 4 steps each); BREAD's rule (BAdam's cut, and normalised SGD of
+what rests) and LISA-style sampling (embedding and head always, a random layer), as working sets; LoRA (peft, r = 16).
+All see the same batches for one suite and seed. Learning rates are tuned alike: with a seed that is not reported
+(--tune-seed) every method walks the same list of rates from the same start, until both neighbours of its best rate have
+been tried and are worse. The best rate then runs with the other seeds. --budget says what is equal (``budgets.py``).
+
+Runs are kept in results/quality_workset.json as they finish, and those that are there are not repeated, so a long
+job can be stopped, and cut into pieces by --suite, --method and --budget. Needs badam and peft for their rows.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality_workset --texts TEXTS
+    OMP_NUM_THREADS=1 python -m benchmarks.quality_workset --suite finetune --budget steps time --tune-seed 3
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import math
@@ -31,10 +37,23 @@ import torch
 from gradfold.errors import NonFiniteError
 from gradfold.train.recipe_groups import ScheduleRecipe
 from gradfold.train.schedule import make_schedule
+from gradfold.train.setup import rate_is_held_for
 
+from .budgets import BUDGETS, Budget, budget_of, joined_batch
 from .common import RESULTS, fill_table, print_table, read_rows, write_result
-from .datasets import Task, shakespeare, smollm2
-from .methods import CHUNKS, INTERVAL, Method, badam, distance_from_masked, full, lora, trainable_count, working_set
+from .datasets import Task, characters, shakespeare, smollm2
+from .methods import (
+    CHUNKS,
+    INTERVAL,
+    Method,
+    badam,
+    distance_from_masked,
+    full,
+    lisa_style,
+    lora,
+    trainable_count,
+    working_set,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 1.5e-1)
@@ -55,13 +74,27 @@ class Experiment:
 
 
 REFERENCE = "AdamW on everything"
-METHODS = {
+SET = f"working set, {CHUNKS} chunks x {INTERVAL} steps"
+ROUND: dict[str, Any] = {"schedule": "round"}
+SETS: dict[str, dict[str, Any]] = {
+    SET: {},
+    "working set, by round": ROUND,
+    "working set, by round, sgd at rest": ROUND | {"rest": "sgd"},
+    "working set, by round, sign at rest": ROUND | {"rest": "sign"},
+    "working set, for_quality": ROUND | {"rest": "sgd", "states": "reset"},
+    "working set, bands": {"by": "bands"},
+    "working set, bands by round": ROUND | {"by": "bands"},
+    "working set, kinds of modules by round": ROUND | {"by": "module"},
+    "BREAD's rule on layers": {"by": "layer", "order": "random", "states": "reset", "rest": "sgd"},
+}
+BADAM = f"BAdam, a layer x {INTERVAL} steps"
+METHODS: dict[str, tuple[Callable[..., Method], str | None]] = {
     REFERENCE: (full, None),
-    f"working set, {CHUNKS} chunks x {INTERVAL} steps": (working_set, None),
-    f"BAdam, a layer x {INTERVAL} steps": (badam, "badam"),
+    **{name: (functools.partial(working_set, **settings), None) for name, settings in SETS.items()},
+    BADAM: (badam, "badam"),
+    "LISA-style sampling": (lisa_style, None),
     "LoRA, r = 16": (lora, "peft"),
 }
-COLORS = dict(zip(METHODS, ("#444444", "#1f77b4", "#d95f02", "#7570b3"), strict=True))
 EXPERIMENTS = {
     "scratch": Experiment(
         "a Llama of 6.2 M from random weights, Shakespeare",
@@ -79,14 +112,36 @@ EXPERIMENTS = {
         lambda args, seed: smollm2(seed, length=64, held_out=24),
         {},
     ),
+    "finetune_long": Experiment(
+        "SmolLM2-135M, Python's documentation",
+        256,
+        128,
+        1.5e-4,
+        lambda args, seed: smollm2(seed, length=128, held_out=24),
+        {},
+    ),
+    "small": Experiment(
+        "a Llama of 1 M that reads characters",
+        96,
+        512,
+        1.5e-3,
+        lambda args, seed: characters(seed),
+        {"include_embedding": True, "include_lm_head": True},
+    ),
 }
+SUITES = ("scratch", "finetune")
+COLORS: dict[Any, str] = {full: "#444444", None: "#1f77b4", "badam": "#d95f02", "peft": "#7570b3"}
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=list(EXPERIMENTS))
+    parser.add_argument("--suite", choices=EXPERIMENTS, nargs="+", default=list(SUITES))
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--budget", choices=BUDGETS, nargs="+", default=["steps"], help="what is equal to AdamW's run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tune-seed", type=int, default=0, help="3 or more: a seed that is not reported")
+    parser.add_argument("--steps", type=int, help="of every run, to try the script; rows of other steps are kept apart")
     parser.add_argument("--texts", type=Path, help="folder of .txt files for the scratch suite")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_workset.json")
     parser.add_argument("--page", type=Path, default=DOCS / "working_sets.md", help="the page whose table is replaced")
@@ -95,7 +150,11 @@ def main() -> None:
     if "scratch" in args.suite and args.texts is None:
         parser.error("--suite scratch needs --texts")
     for name in args.suite:
-        compare_methods(args, name)
+        if args.steps:
+            EXPERIMENTS[name] = dataclasses.replace(EXPERIMENTS[name], steps=args.steps)
+        for budget in BUDGETS:
+            if budget in args.budget:
+                compare_methods(args, name, budget)
     if "scratch" in args.suite:
         check_exactness(args)
     rows = read_rows(args.out)
@@ -104,21 +163,31 @@ def main() -> None:
     picture(rows, args.picture)
 
 
-def compare_methods(args: argparse.Namespace, name: str) -> None:
-    """Tune every method with seed 0, then run all of them with each further seed."""
+def compare_methods(args: argparse.Namespace, name: str, budget: str) -> None:
+    """Tune every method with one seed, then run all of them with each of the seeds."""
     tasks: Tasks = {}
-    tried: dict[str, dict[float, float]] = {method: {} for method in METHODS}
+    # with another budget AdamW's run is the one of equal steps
+    methods = [method for method in args.method if budget == "steps" or method != REFERENCE]
+    start = dict.fromkeys(methods, EXPERIMENTS[name].start)
+    if budget != "steps":
+        missing = [method for method in (REFERENCE, *methods) if not rows_of(read_rows(args.out), name, method)]
+        if missing:
+            raise SystemExit(f"--budget {budget}: run --budget steps --method {missing[0]!r} first")
+        start = {method: best_rate(read_rows(args.out), name, method) for method in methods}
+    tried: dict[str, dict[float, float]] = {method: {} for method in methods}
     going = True
     while going:  # a rate for each in turn, so that they are alike should time run out
         going = False
         for method, known in tried.items():
-            if (lr := next_rate(known, EXPERIMENTS[name].start)) is not None:
-                known[lr] = run_once(args, name, method, 0, lr, tasks)
+            if (lr := next_rate(known, start[method])) is not None:
+                known[lr] = run_once(args, name, method, args.tune_seed, lr, tasks, budget)
                 going = True
-    for seed in range(1, args.seeds):
+    for seed in range(args.seeds):
+        if seed == args.tune_seed:
+            continue
         tasks.clear()
-        for method in METHODS:
-            run_once(args, name, method, seed, best_rate(read_rows(args.out), name, method), tasks)
+        for method in methods:
+            run_once(args, name, method, seed, best_rate(read_rows(args.out), name, method, budget), tasks, budget)
 
 
 def check_exactness(args: argparse.Namespace) -> None:
@@ -141,23 +210,32 @@ def next_rate(known: dict[float, float], start: float) -> float | None:
     return next((rate for rate in neighbours if rate not in known), None)
 
 
-def run_once(args: argparse.Namespace, name: str, method: str, seed: int, lr: float, tasks: Tasks) -> float:
+def run_once(
+    args: argparse.Namespace, name: str, method: str, seed: int, lr: float, tasks: Tasks, budget: str = "steps"
+) -> float:
     """Return the held-out loss of a run, and keep it in the file."""
-    suite = EXPERIMENTS[name]
-    for row in read_rows(args.out):
-        if (row["suite"], row["method"], row["seed"], row["lr"]) == (name, method, seed, lr):
+    suite, rows = EXPERIMENTS[name], read_rows(args.out)
+    key = (name, method, seed, lr, budget)
+    for row in rows:
+        if (row["suite"], row["method"], row["seed"], row["lr"], kind(row)) == key:
             return loss_of(row)
     if seed not in tasks:
         task = suite.task(args, seed)
         tasks[seed] = task, task.held_out(task.build("float32", seed))
     (task, before), (begin, package) = tasks[seed], METHODS[method]
-    model = task.build("float32", seed)
-    parameters = trainable_count(model)
-    torch.manual_seed(seed)  # BAdam's order, LoRA's adapters
+
+    def make() -> Method:
+        torch.manual_seed(seed)  # BAdam's order, LoRA's adapters
+        with contextlib.redirect_stdout(io.StringIO()):  # BAdam names its blocks
+            blocks = (suite.badam,) if method == BADAM else ()
+            return begin(task.build("float32", seed), lr, *blocks)
+
+    of = functools.partial(rows_of, rows, name)
+    given = budget_of(budget, suite.steps, task, make, of(method), of(REFERENCE), METHODS[REFERENCE][0])
+    one = make()
+    parameters = trainable_count(task.build("float32", seed))
     started = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):  # BAdam names its blocks
-        one = begin(model, lr, suite.badam) if method.startswith("BAdam") else begin(model, lr)
-        losses, awake = train_method(one, suite.steps, task)
+    losses, awake, resting = train_method(one, given, task)
     seconds = time.perf_counter() - started
     after = task.held_out(one.model) if all(map(math.isfinite, losses)) else math.nan
     row = {
@@ -166,40 +244,45 @@ def run_once(args: argparse.Namespace, name: str, method: str, seed: int, lr: fl
         "package": package and f"{package} {importlib.metadata.version(package)}",
         "seed": seed,
         "lr": lr,
-        "steps": suite.steps,
-        "tokens_per_step": suite.tokens,
+        "budget": budget,
+        "steps": given.steps,
+        "tokens_per_step": suite.tokens * given.batches,
+        "peak_live_bytes": given.peak_bytes,
         "parameters": parameters,
         "trained_per_step_mean": round(statistics.fmean(awake)),
         "trained_per_step_most": max(awake),
+        "resting_per_step_mean": round(statistics.fmean(resting)),
         "held_out_loss_before": before,
         "held_out_loss": after if math.isfinite(after) else None,
         "training_loss": [loss if math.isfinite(loss) else None for loss in losses],
         "training_seconds": round(seconds, 1),
     }
     write_result("quality_workset", [*read_rows(args.out), row], args.out)
-    print(f"{name} seed {seed} {method} lr {lr:g}: {before:.4f} -> {after:.4f}, {seconds:.1f} s", flush=True)
+    print(f"{name} {budget} seed {seed} {method} lr {lr:g}: {before:.4f} -> {after:.4f}, {seconds:.1f} s", flush=True)
     return loss_of(row)
 
 
-def train_method(one: Method, steps: int, task: Task) -> tuple[list[float], list[int]]:
-    """Return the training loss of every step, and how many parameters it trained."""
-    schedule = make_schedule(SCHEDULE, one.optimizer, steps)
-    losses, awake = [], []
-    for step in range(steps):
+def train_method(one: Method, given: Budget, task: Task) -> tuple[list[float], list[int], list[int]]:
+    """Return the training loss of every step, how many parameters it trained, and how many it moved at rest."""
+    schedule = make_schedule(SCHEDULE, one.optimizer, given.steps, lambda: rate_is_held_for(one.fold))
+    losses, awake, resting = [], [], []
+    for step in range(given.steps):
         awake.append(one.awake())
-        loss = one.model(**task.batch(step), use_cache=False).loss
-        losses.append(round(loss.item(), 5))
-        try:
-            loss.backward()
-        except NonFiniteError:
-            losses.append(math.nan)
-            break
-        one.optimizer.step()
-        one.optimizer.zero_grad()
-        schedule.step()
+        resting.append(one.resting())
+        with contextlib.redirect_stdout(io.StringIO()):  # BAdam names its blocks
+            loss = one.model(**joined_batch(task, step, given.batches), use_cache=False).loss
+            losses.append(round(loss.item(), 5))
+            try:
+                loss.backward()
+            except NonFiniteError:
+                losses.append(math.nan)
+                break
+            one.optimizer.step()
+            one.optimizer.zero_grad()
+            schedule.step()
     if one.fold is not None:
         one.fold.remove()
-    return losses, awake
+    return losses, awake, resting
 
 
 # results --------------------------------------------------------------------------------------------------------------
@@ -210,38 +293,69 @@ def loss_of(row: dict[str, Any]) -> float:
     return math.inf if row["held_out_loss"] is None else row["held_out_loss"]
 
 
-def best_rate(rows: list[dict[str, Any]], suite: str, method: str) -> float:
+def kind(row: dict[str, Any]) -> str:
+    """Return what a row has equal to AdamW's run; the oldest rows do not say."""
+    return row.get("budget", "steps")
+
+
+def tuned(rows: list[dict[str, Any]], suite: str, method: str, budget: str = "steps") -> list[dict[str, Any]]:
+    """Return the rows by which a method's rate was chosen: those of the last seed that several rates ran with."""
+    mine = [r for r in rows if (r["suite"], r["method"], kind(r)) == (suite, method, budget)]
+    rates = {seed: len({r["lr"] for r in mine if r["seed"] == seed}) for seed in {r["seed"] for r in mine}}
+    chosen = max(rates, key=lambda seed: (rates[seed] > 1, seed), default=None)
+    return [r for r in mine if r["seed"] == chosen]
+
+
+def best_rate(rows: list[dict[str, Any]], suite: str, method: str, budget: str = "steps") -> float:
     """Return the best learning rate of a method."""
-    tried = [r for r in rows if (r["suite"], r["method"], r["seed"]) == (suite, method, 0)]
-    return min(tried, key=loss_of)["lr"]
+    return min(tuned(rows, suite, method, budget), key=loss_of)["lr"]
 
 
-def rows_of(rows: list[dict[str, Any]], suite: str, method: str) -> list[dict[str, Any]]:
-    """Return a method's rows at its best learning rate, one per seed."""
-    mine = [r for r in rows if (r["suite"], r["method"]) == (suite, method)]
-    return [r for r in mine if r["lr"] == best_rate(rows, suite, method)] if mine else []
+def rows_of(rows: list[dict[str, Any]], suite: str, method: str, budget: str = "steps") -> list[dict[str, Any]]:
+    """Return a method's rows at its best learning rate, one per seed; a seed other than 0 that chose it is left out."""
+    mine = [r for r in rows if (r["suite"], r["method"], kind(r)) == (suite, method, budget)]
+    if not mine:
+        return []
+    best, chose = best_rate(rows, suite, method, budget), tuned(rows, suite, method, budget)[0]["seed"]
+    found = [r for r in mine if r["lr"] == best]
+    return [r for r in found if r["seed"] != chose or chose == 0] or found
+
+
+def above(rows: list[dict[str, Any]], suite: str, method: str, budget: str) -> str:
+    """Return how far a method ends above AdamW's run of the same seed: mean, least and largest; and after what."""
+    reference = {r["seed"]: loss_of(r) for r in rows_of(rows, suite, REFERENCE)}
+    mine = rows_of(rows, suite, method, budget)
+    found = [loss_of(r) - reference[r["seed"]] for r in mine if r["seed"] in reference]
+    if not found:
+        return "-"
+    said = f"{statistics.fmean(found):+.4f} ({min(found):+.4f} to {max(found):+.4f})"
+    if budget == "steps":
+        return said
+    return f"{said}, {mine[0]['steps']} x {mine[0]['tokens_per_step']} tokens"
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the table."""
+    """Return header and lines of the table; budgets that nobody has run have no column."""
     header = ["suite, method", "trained per step", "best rate", "tried", "seeds", "before", "after", "above AdamW"]
+    more = [budget for budget in BUDGETS if budget != "steps" and any(kind(row) == budget for row in rows)]
+    header += [f"at equal {budget}" for budget in more]
     lines = []
     for suite in EXPERIMENTS:
-        reference = {r["seed"]: loss_of(r) for r in rows_of(rows, suite, REFERENCE)}
         for method in METHODS:
             if mine := rows_of(rows, suite, method):
-                rates = sorted(r["lr"] for r in rows if (r["suite"], r["method"], r["seed"]) == (suite, method, 0))
+                rates = sorted(r["lr"] for r in tuned(rows, suite, method))
                 means = [statistics.fmean(r[k] for r in mine) for k in ("held_out_loss_before", "held_out_loss")]
-                above = [loss_of(r) - reference[r["seed"]] for r in mine if r["seed"] in reference]
+                resting = mine[0].get("resting_per_step_mean", 0)
                 lines.append(
                     [
                         f"{suite}, {method}",
-                        f"{mine[0]['trained_per_step_mean'] / 1e6:.2f} M",
+                        f"{mine[0]['trained_per_step_mean'] / 1e6:.2f} M"
+                        + (f", {resting / 1e6:.2f} M at rest" if resting else ""),
                         f"{mine[0]['lr']:g}",
                         f"{rates[0]:g} to {rates[-1]:g}",
                         str(len(mine)),
                         *(f"{mean:.4f}" for mean in means),
-                        f"{statistics.fmean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})" if above else "-",
+                        *(above(rows, suite, method, budget) for budget in ("steps", *more)),
                     ]
                 )
     return header, lines
@@ -255,11 +369,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     suites = [suite for suite in EXPERIMENTS if any(row["suite"] == suite for row in rows)]
-    fig, axes = plt.subplots(1, len(suites), figsize=(6 * len(suites), 3.2), layout="constrained", squeeze=False)
+    shown = [method for method in METHODS if any(rows_of(rows, suite, method) for suite in suites)]
+    size = (6 * len(suites), 1.2 + 0.5 * len(shown))
+    fig, axes = plt.subplots(1, len(suites), figsize=size, layout="constrained", squeeze=False)
     for axis, suite in zip(axes[0], suites, strict=True):
-        for place, (method, color) in enumerate(
-            zip(METHODS, ("#444444", "#1f77b4", "#d95f02", "#7570b3"), strict=True)
-        ):
+        for place, method in enumerate(shown):
+            color = COLORS[METHODS[method][0] if method == REFERENCE else METHODS[method][1]]
             mine = rows_of(rows, suite, method)
             losses = [loss_of(row) for row in mine]
             if losses:
@@ -268,14 +383,14 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(losses, [place] * len(losses), "o", color=color, markersize=5, alpha=0.75)
                 note = f"{mean:.3f}, lr {mine[0]['lr']:g}"
                 axis.annotate(note, (mean, place - 0.3), ha="center", va="bottom", fontsize=8, color=color)
-        every = rows_of(rows, suite, REFERENCE)
+        every = rows_of(rows, suite, REFERENCE) or [row for row in rows if row["suite"] == suite]
         before = statistics.fmean(row["held_out_loss_before"] for row in every)
         axis.axvline(before, color="#999999", linestyle=":", label=f"before training: {before:.3f}")
         axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0)
         axis.set_title(f"{EXPERIMENTS[suite].title}\n{EXPERIMENTS[suite].steps} steps", fontsize=9.5, loc="left")
         axis.set_xlabel("held-out loss, nats per token (left is better)", fontsize=9)
-        axis.set_yticks(range(len(METHODS)), list(METHODS) if axis is axes[0][0] else [""] * len(METHODS), fontsize=9)
-        axis.set_ylim(len(METHODS) - 0.5, -0.75)
+        axis.set_yticks(range(len(shown)), shown if axis is axes[0][0] else [""] * len(shown), fontsize=9)
+        axis.set_ylim(len(shown) - 0.5, -0.75)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25)

@@ -38,8 +38,11 @@ StateFormat = Literal["fp32", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["split8", "split16"]
 Axis = Literal["out", "in"]
-Order = Literal["forward", "backward", "random", "importance"]
+Cut = Literal["bytes", "bands", "layer", "module"]
+Order = Literal["forward", "backward", "random", "importance", "sampled"]
 WakingStates = Literal["keep", "reset"]
+RateSchedule = Literal["round", "step"]
+RestBy = Literal["sgd", "sign"]
 Offload = Literal["cpu", "disk"]
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
@@ -54,6 +57,8 @@ MAX_BATCH, MAX_TOKENS, MAX_ACCUMULATE = 2**20, 2**24, 2**20
 """Limits of sequences per micro-batch, tokens per sequence, and micro-batches per step: beyond, it is a slip."""
 INTERVAL = 4
 """Steps before the next chunk of a working set wakes."""
+REST_SCALE = 0.1
+"""What the learning rate is multiplied by for weights that rest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ class Row:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    route: str  # folded, hooked (a dense gradient is written), frozen; or asleep: not in the working set's active chunk
+    route: (
+        str  # folded, hooked (a dense gradient is written), frozen; or not in the working set's chunk: asleep, resting
+    )
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int  # of a parameter that is spread over ranks: of this rank's part, as all bytes here
     state_bytes: int  # on the device, in host memory or on disk
@@ -48,6 +50,7 @@ class ChunkRow:
     first: str  # name of its first slice
     last: str  # ... and of its last
     awake: bool
+    rate: str = ""  # the learning rate of its last step; "1e-05, 0.0001" where groups differ
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,8 +84,10 @@ class Report:
         text += [f"{row.name}: {row.route}, since {row.why}" for row in self.rows if row.why]
         text += map(str, self.heads)
         if self.chunks:
-            lines = [(str(c.index), c.first, c.last, _mib(c.bytes), "awake" if c.awake else "") for c in self.chunks]
-            text += ["", *_table(("chunk", "from", "to", "MiB", ""), lines, left=3)]
+            lines = [
+                (str(c.index), c.first, c.last, _mib(c.bytes), c.rate, "awake" if c.awake else "") for c in self.chunks
+            ]
+            text += ["", *_table(("chunk", "from", "to", "MiB", "lr", ""), lines, left=3)]
             text.append(
                 f"working set: {self.working_set}; sleeping states: {_mib(self.host_bytes)} MiB in host memory, "
                 f"{_mib(self.disk_bytes)} MiB on disk"
@@ -119,7 +124,9 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     for index, chunk in enumerate(turns.chunks):
         names = [turns.name_of(slice_) for slice_ in chunk]
         awake = index == turns.schedule.index
-        chunks.append(ChunkRow(index, turns.chunk_bytes(index), names[0], names[-1], awake))
+        chunks.append(
+            ChunkRow(index, turns.chunk_bytes(index), names[0], names[-1], awake, turns.rates.describe(index))
+        )
     return dataclasses.replace(
         made,
         chunks=tuple(chunks),
@@ -218,9 +225,12 @@ def _row(
             chunks = fold.turns.chunks_of(member)
     tapes = [] if member is None else [tape for one in member.slices if (tape := one.deferred)]
     asleep = member is not None and not member.slices
+    resting = member is not None and not asleep and all(one.rests for one in member.slices)
     frozen = member is None or not (asleep or param.requires_grad)
     route, why = "frozen" if frozen else "asleep", ""
-    if member is not None and not (frozen or asleep):
+    if member is not None and resting and not frozen:
+        route = "resting"
+    elif member is not None and not (frozen or asleep):
         route, why = _route(member, unfolded, replaced)
     here = held(param)
     return Row(

@@ -114,10 +114,27 @@ def test_with_other_settings(changes):
     assert sum(m.label == "forward" for m in predicted.memory.timeline.moments) == changes.get("accumulate", 1)
 
 
+@pytest.mark.parametrize("rest", ["sgd", pytest.param("sign", marks=slow)])
+def test_at_rest_the_inputs_above_are_kept_and_no_state(rest):
+    """Of the last chunk's turn nothing changes; in the first one's all weights want their inputs."""
+    without, with_rest = (
+        played(WorkingSet(chunks=4, interval=1, offload="cpu", rest=kind), layers=2) for kind in (None, rest)
+    )
+    assert resting(with_rest) == pytest.approx(resting(without), rel=0.01)
+    assert with_rest.host_bytes == without.host_bytes
+    most = [one.memory.most_bytes("activations") for one in (without, with_rest)]
+    assert most[1] > most[0]
+    most = [one.memory.most_bytes("states") for one in (without, with_rest)]
+    assert most[1] == pytest.approx(most[0], rel=0.01)
+    # norms are no folded modules: autograd writes the gradient of one of them at a time
+    assert with_rest.memory.most_bytes("gradients") <= without.memory.most_bytes("gradients") + 4096
+
+
 @slow
+@pytest.mark.parametrize("rest", [None, "sgd", "sign"])
 @pytest.mark.parametrize(("chunks", "offload"), [(2, None), (2, "cpu"), (5, None)])
-def test_on_a_processor_it_is_the_real_round(chunks, offload):
-    turns = WorkingSet(interval=1, chunks=chunks, offload=offload)
+def test_on_a_processor_it_is_the_real_round(chunks, offload, rest):
+    turns = WorkingSet(interval=1, chunks=chunks, offload=offload, rest=rest)
     subject, settings = find_subject(llama(1, **MODEL)), dataclasses.replace(SHORT, working_set=turns)
     model = subject.build(torch.float32, None)
     optimizer = settings.make_optimizer(trainable(model))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import gradfold
 from gradfold.train.data import prepare_data, split_rows
 from gradfold.train.errors import DataError
 from gradfold.train.optimizer import make_optimizer, parameter_groups
 from gradfold.train.recipe_groups import OptimizerRecipe, ScheduleRecipe
-from gradfold.train.schedule import lr_factor, make_schedule
+from gradfold.train.schedule import lr_factor, lr_factor_in_rounds, make_schedule, uneven_rounds
 from tests.train.test_packing import made_tokens
 from tests.train.tiny import build_model, recipe, sentence
 
@@ -109,6 +110,57 @@ def test_the_learning_rate(schedule, steps, factors):
             assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * factors[step])
         optimizer.step()
         scheduler.step()
+
+
+ROUNDS = [
+    (ScheduleRecipe("constant", warmup=0.0), 24, (2, 4), {0: 1.0, 7: 1.0, 8: 1.0, 23: 1.0}),
+    (ScheduleRecipe("linear", warmup=0.0), 24, (2, 4), {0: 1.0, 7: 1.0, 8: 2 / 3, 15: 2 / 3, 16: 1 / 3, 23: 1 / 3}),
+    # of 4 steps of warm-up each of two chunks takes 2, in its own first turn
+    (
+        ScheduleRecipe("constant", warmup=4.0),
+        24,
+        (2, 4),
+        {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 1 / 3, 7: 1.0, 8: 1.0},
+    ),
+    (ScheduleRecipe("linear", warmup=4.0), 24, (2, 4), {0: 1 / 3, 7: 1.0, 8: 0.8, 16: 0.4, 23: 0.4}),
+    (ScheduleRecipe("constant", warmup=16.0), 24, (2, 4), {0: 1 / 9, 7: 4 / 9, 8: 9 / 17, 15: 9 / 17, 16: 1.0}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "steps", "held", "factors"), ROUNDS)
+def test_the_learning_rate_in_rounds(schedule, steps, held, factors):
+    for step, factor in factors.items():
+        assert lr_factor_in_rounds(schedule, step, steps, held) == pytest.approx(factor)
+
+
+def test_what_a_scheduler_in_rounds_says_is_what_the_steps_use():
+    model = torch.nn.Linear(4, 4)
+    optimizer = gradfold.SGD(model.parameters(), lr=0.5)
+    fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2, interval=3))
+    scheduler = make_schedule(ScheduleRecipe("cosine", warmup=4.0), optimizer, 20, lambda: (2, 3))
+    for step in range(20):
+        own = optimizer.param_groups[0]["lr"]
+        assert own == pytest.approx(0.5 * lr_factor_in_rounds(ScheduleRecipe("cosine", warmup=4.0), step, 20, (2, 3)))
+        assert fold._state.turns.rates.peek(optimizer.param_groups)[0]["lr"] == own
+        fold.backward(model(torch.randn(2, 4)).sum())
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (64, None),
+        (32, None),
+        (40, "chunks train unequally long; steps = 32 or 64"),
+        (20, "never train; steps = 32 would"),
+    ],
+)
+def test_steps_that_are_no_whole_rounds(steps, said):
+    found = uneven_rounds(steps, (8, 4))
+    assert (
+        found is None if said is None else said in found and f"steps = {steps}: " in found and "8 chunks x 4" in found
+    )
 
 
 def test_norms_and_biases_do_not_decay():

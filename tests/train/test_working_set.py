@@ -1,5 +1,6 @@
 """A run with a working set: what it says and writes down, and what it leaves behind."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -39,6 +40,53 @@ def test_metrics_and_lines_say_which_chunk(tiny, texts, tmp_path, no_pictures):
     assert [line.partition("chunk ")[2][:3] for line in steps] == ["1/4"] * 2 + ["2/4"] * 2 + ["3/4"] * 2 + [
         "4/4"
     ] * 2 + ["1/4"] * 2
+
+
+def test_rates_hold_for_a_round_and_steps_are_remarked_on(tiny, texts, tmp_path, no_pictures):
+    display, text = shown()
+    train(recipe(tiny, texts, steps=20, **CUT), tmp_path / "run", None, display)
+    records = [record for record in read_metrics(tmp_path / "run" / METRICS) if "loss" in record]
+    rates = [record["lr"] for record in records]
+    assert len(set(rates[8:16])) == len(set(rates[16:])) == 1 and rates[16] < rates[8]
+    assert [rates[start : start + 2] for start in range(0, 8, 2)] == [rates[:2]] * 4
+    remark = "steps = 20: no whole number of rounds of 4 chunks x 2 steps (working_set.interval), so that chunks train"
+    assert f"{remark} unequally long; steps = 16 or 24 would do" in text.getvalue()
+    display, text = shown()
+    train(recipe(tiny, texts, steps=8, **CUT, working_set__schedule="step"), tmp_path / "two", None, display)
+    records = [record for record in read_metrics(tmp_path / "two" / METRICS) if "loss" in record]
+    assert len({record["lr"] for record in records}) == 8
+    assert "whole number of rounds" not in text.getvalue() and "rates by step" in text.getvalue()
+
+
+def forgotten(tree, key):
+    """Delete a key of a packed tree, whose dictionaries are lists of pairs, wherever it is; tell how often it was."""
+    if isinstance(tree, dict):
+        return sum(forgotten(one, key) for one in tree.values())
+    if not isinstance(tree, list):
+        return 0
+    found = [one for one in tree if isinstance(one, list) and len(one) == 2 and one[0] == key]
+    tree[:] = [one for one in tree if one not in found]
+    return len(found) + sum(forgotten(one, key) for one in tree)
+
+
+def test_a_checkpoint_from_before_rounds_goes_on_by_step(tiny, texts, tmp_path, no_pictures):
+    """Its optimizer's state says nothing of rates, and its rates go on as they began."""
+    ends = []
+    for name, strip in (("whole", False), ("earlier", True)):
+        out = tmp_path / name
+        schedule = {"working_set__schedule": "step"}
+        train(recipe(tiny, texts, steps=5, **CUT, **schedule, schedule__name="constant"), out, None, shown()[0])
+        saved = read_checkpoint(find_checkpoint(out))
+        if strip:
+            assert forgotten(saved.trainer["optimizer"], "rates") == 1
+            unsaid = dataclasses.replace(saved.recipe.working_set, schedule="round")  # its file does not say
+            saved = dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, working_set=unsaid))
+            schedule = {}
+        display, text = shown()
+        train(recipe(tiny, texts, steps=11, **CUT, **schedule, schedule__name="constant"), out, saved, display)
+        ends.append([r["lr"] for r in read_metrics(out / METRICS) if "loss" in r])
+        assert ("it was made with, before schedule= was there" in text.getvalue()) == strip
+    assert ends[0] == ends[1]
 
 
 def test_the_bar_says_which_chunk(tiny, texts, tmp_path, no_pictures):

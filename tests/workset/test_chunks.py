@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradfold.errors import FoldError
-from gradfold.workset import Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from gradfold.workset import Piece, Slice, check_coverage, cut_bands, cut_bytes, cut_layers, cut_modules, cut_own
 
 
 def linear(name, n, k, per=12.0, bias=True, grain=1):
@@ -253,3 +253,48 @@ def test_coverage_of_slices_that_are_not_there():
         check_coverage(pieces, [(Slice("l.weight", 0, 0, 9),)])
     with pytest.raises(FoldError, match="no trainable"):
         check_coverage(pieces, [(Slice("other", 0, 0, 9),)])
+
+
+# bands and kinds of modules -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(models(), st.sampled_from([1, 2, 3, 7]), st.sampled_from(["out", "in"]))
+def test_bands_of_every_tensor_and_every_element_once(pieces, k, axis):
+    try:
+        chunks = cut_bands(pieces, k, axis)
+    except FoldError as error:  # then the number that it names works
+        fewer = int(str(error).split("at most ")[1].split(",")[0])
+        assert 1 <= fewer < k
+        chunks, k = cut_bands(pieces, fewer, axis), fewer
+    assert len(chunks) == k and all(chunks)
+    assert all(n == 1 for counts in elements(pieces, chunks).values() for n in counts.values())
+    for piece in pieces:
+        if piece.mate is not None or len(piece.shape) != 2 or k == 1:
+            continue
+        dim, grain = (0, 1) if axis == "out" else (1, piece.grain)
+        extent = piece.shape[dim]
+        for index, chunk in enumerate(chunks):
+            for part in (part for part in chunk if part.name == piece.name and extent > grain):
+                assert abs(part.start - index * extent / k) <= grain
+                assert abs(part.stop - (index + 1) * extent / k) <= grain
+
+
+def test_bands_take_their_bias_along():
+    assert cut_bands(linear("l", 10, 3), 2, "out") == [
+        (Slice("l.weight", 0, 0, 5), Slice("l.bias", 0, 0, 5)),
+        (Slice("l.weight", 0, 5, 10), Slice("l.bias", 0, 5, 10)),
+    ]
+
+
+def test_kinds_of_modules():
+    names = ["embed", *(f"layers.{i}.{kind}" for i in range(3) for kind in ("attn.q", "attn.k", "mlp.up"))]
+    pieces = [piece for name in names for piece in linear(name, 4, 4)]
+    chunks = cut_modules(pieces)
+    assert [{part.name.rpartition(".")[0] for part in chunk} for chunk in chunks] == [
+        {"embed"},
+        *({f"layers.{i}.{kind}" for i in range(3)} for kind in ("attn.q", "attn.k", "mlp.up")),
+    ]
+    assert len(cut_modules(pieces, 2)) == 2
+    with pytest.raises(FoldError, match=r"chunks=5: the model has 4 kinds of modules"):
+        cut_modules(pieces, 5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gradfold.errors import FoldError
 from gradfold.workset import Schedule
 
-ORDERS = ["forward", "backward", "random", "importance"]
+ORDERS = ["forward", "backward", "random", "importance", "sampled"]
 POWERS = st.sampled_from([None, 0.0, 1.0, 4.0, 1e300, 1e-300, math.nan, math.inf, -1.0])
 
 
@@ -56,10 +56,10 @@ def test_random_depends_on_the_seed():
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.integers(1, 8), st.data())
-def test_importance_visits_every_chunk_in_any_2k_turns(k, data):
+@given(st.sampled_from(["importance", "sampled"]), st.integers(1, 8), st.data())
+def test_importance_visits_every_chunk_in_any_2k_turns(order, k, data):
     # powers drawn per step: an adversary who sees the schedule could do no more than choose them
-    made = turns(Schedule(k, 1, "importance", 0), 10 * k, lambda index: data.draw(POWERS))
+    made = turns(Schedule(k, 1, order, 0), 10 * k, lambda index: data.draw(POWERS))
     for start in range(8 * k + 1):
         assert set(made[start : start + 2 * k]) == set(range(k))
 
@@ -79,6 +79,17 @@ def test_importance_prefers_the_largest_and_is_cyclic_without_norms():
     assert min(made.count(1), made.count(3)) > 2 * max(made.count(i) for i in (0, 2, 4))
     assert turns(Schedule(4, 1, "importance", 0), 12, lambda i: None) == [0, 1, 2, 3] * 3
     assert turns(Schedule(4, 1, "importance", 0), 12, lambda i: 7.0) == [0, 1, 2, 3] * 3
+
+
+def test_sampled_follows_the_norm_of_an_element_and_the_seed():
+    many = [turns(Schedule(5, 1, "sampled", seed), 400, lambda i: 100.0 if i in (1, 3) else 1.0) for seed in (0, 0, 1)]
+    assert many[0] == many[1] != many[2]
+    assert min(many[0].count(1), many[0].count(3)) > 1.4 * max(many[0].count(i) for i in (0, 2, 4))
+    assert all(a != b for a, b in itertools.pairwise(many[0]))
+    by_size = turns(Schedule(3, 1, "sampled", 0, [1, 1, 10000]), 600, lambda i: 1.0)
+    assert by_size.count(2) < 0.8 * by_size.count(0)
+    zeros = turns(Schedule(3, 1, "sampled", 0), 90, lambda i: 0.0)
+    assert min(map(zeros.count, range(3))) > 20
 
 
 @settings(max_examples=60, deadline=None)

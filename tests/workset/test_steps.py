@@ -135,6 +135,14 @@ def test_padding_and_four_dimensions(chunks, axis):
     check(Padded, loss, chunks + 1, chunks=chunks, axis=axis)
 
 
+@each_pair(name=["llama", "llama_tied", "gpt2"], by=["bands", "module"], axis=["out", "in"])
+def test_bands_and_kinds_of_modules(name, by, axis):
+    make, loss = MODELS[name]
+    axes = {"axis": axis} if by == "bands" else {}
+    fold, seen = check(lambda: make().train(), loss, 5, by=by, chunks=4, **axes)
+    assert seen == {tuple(slice_) for chunk in fold._state.turns.chunks for slice_ in chunk}
+
+
 def test_by_layer_and_by_hand():
     loss = lambda m, step: m.loss(batches(20)[step % 20])  # noqa: E731
     check(lambda: Net("untied"), loss, 10, by="layer")

@@ -31,7 +31,10 @@ SETTINGS = {
     "sequence_length": "tokens",
 }
 """Field of a recipe -> the setting of a plan that a search may have changed."""
-WORKING_SET = ("chunks", "interval", "by", "axis", "order", "always", "states", "offload", "prefetch")
+WORKING_SET = (
+    *("chunks", "interval", "by", "axis", "order", "always", "states", "offload", "prefetch"),
+    *("schedule", "rest", "rest_scale"),
+)
 
 
 def recipe_of(recipe: Recipe, settings: Settings) -> Recipe:

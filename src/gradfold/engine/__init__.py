@@ -14,6 +14,7 @@ from .param_slice import ParamSlice
 from .parameters import refuse_parameter
 from .protocols import HeldPart, Reducer, Turns
 from .region import Region
+from .resting import Rest, RestingSlice
 from .shard import Shard, held, is_spread, part_of
 from .spread import (
     as_dtensor,
@@ -41,6 +42,8 @@ __all__ = [
     "ParamStepper",
     "Reducer",
     "Region",
+    "Rest",
+    "RestingSlice",
     "Shard",
     "Turns",
     "allocate",

@@ -143,7 +143,7 @@ def _options(fold: FoldState) -> str:
 def _all_are_in(fold: FoldState, params: Collection[FoldParam]) -> bool:
     """Return whether every parameter whose gradient the step has, or had, is among these."""
     given = set(params)
-    brought = [param for param in fold.params.values() if any(_has(fold, one) for one in param.slices)]
+    brought = [param for param in fold.params.values() if any(_has(fold, one) for one in param.slices if not one.rests)]
     return all(param in given for param in brought)
 
 
@@ -167,7 +167,7 @@ def _norm(
         )
     powers: list[PowerSum] = []
     owned: list[PowerSum] = []  # of these, the ones that this rank counts
-    for one in (one for param in params for one in param.slices):
+    for one in (one for param in params for one in param.slices if not one.rests):
         before = len(powers)
         if (kept := one.deferred) is not None and kept:
             powers.append(_measured(fold, one, norm_type))

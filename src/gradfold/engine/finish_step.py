@@ -117,11 +117,13 @@ def refuse_capture(fold: FoldContext) -> None:
 def settle(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     """Fetch the norms that are still on the device, with one wait, and note which of them are not finite."""
     step = fold.step
-    pending = [key for key, power in step.power_sums.items() if isinstance(power, PendingSum)]
+    everything = {**step.power_sums, **step.resting_sums} if step.resting_sums else step.power_sums
+    pending = [key for key, power in everything.items() if isinstance(power, PendingSum)]
     if not pending:
         return
-    found = dict(zip(pending, resolve([step.power_sums[key] for key in pending]), strict=True))
-    step.power_sums.update(found)
+    found = dict(zip(pending, resolve([everything[key] for key in pending]), strict=True))
+    for sums in (step.power_sums, step.resting_sums):
+        sums.update({key: power for key, power in found.items() if key in sums})
     bad = {key for key, power in found.items() if not math.isfinite(power)}
     if step.guarded and bad:
         named = set(step.nonfinite)
@@ -141,7 +143,7 @@ def _measure(fold: FoldContext, slices: Sequence[ParamSlice]) -> None:
     norm_type = step.power_type
     with torch.no_grad():
         for one in slices:
-            if step.known and step.known.get(one) == norm_type:
+            if one.rests or (step.known and step.known.get(one) == norm_type):
                 continue
             step.power_sums[one] = fold.backend.power(one.view, step.deferred[one].peek(), norm_type)
 

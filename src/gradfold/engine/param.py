@@ -90,9 +90,9 @@ class FoldParam:
         self.device_type = param.device.type
         _PARAMS[id(param)] = self
 
-    def slice(self, region: Region | None, draw: str = "") -> ParamSlice:
+    def slice(self, region: Region | None, draw: str = "", kind: type[ParamSlice] = ParamSlice) -> ParamSlice:
         """Return a new slice of this parameter; ``draw`` names a random stream of its own."""
-        made = ParamSlice(self.fold, self.param, self.name, region, draw, self.shard)
+        made = kind(self.fold, self.param, self.name, region, draw, self.shard)
         made.owner = self
         return made
 
@@ -437,6 +437,8 @@ class FoldParam:
         weight = self.weight
         assert weight is not None
         if step.measuring or step.defers or self.late or more or one.region is not None or one in step.deferred:
+            return False
+        if one.rests or any(other.rests for other in weight.slices):  # by another rule
             return False
         sums = [term for term in arrived if isinstance(term, BiasTerm)]
         if len(sums) < len(arrived) or not backward.terms.get(weight) or weight.param in step.biases:

@@ -32,7 +32,13 @@ from .stepper import GroupStep, ParamStepper, plainly
 
 
 class ParamSlice(ParamStepper):
-    """A parameter of a fold, or a region of it, which steps at once or keeps its terms for ``optimizer.step()``."""
+    """A parameter of a fold, or a region of it, which steps at once or keeps its terms for ``optimizer.step()``.
+
+    Attributes:
+        rests: whether it sleeps, and only takes the stateless steps of ``resting.py``.
+    """
+
+    rests = False
 
     def __init__(
         self,

@@ -236,6 +236,15 @@ class Turns(Protocol):
         """Whether the order of the slices follows from the norms of their gradients."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps have been counted."""
+        ...
+
+    def rates_of(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the param_groups with the learning rates, and what is cycled beside them, of the open step."""
+        ...
+
     def look(self) -> None:
         """Take a changed ``requires_grad`` as the user's, and set again what the working set has set."""
         ...

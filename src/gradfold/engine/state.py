@@ -334,11 +334,12 @@ class FoldState(FoldContext):
             self._flush()  # where it has reached nothing but through segments
         finally:
             settle(self, slices)
-            sums = dict(self.step.power_sums)
+            sums, resting = dict(self.step.power_sums), dict(self.step.resting_sums)
             self.new_step()
         step = self.step
-        step.power_sums = sums
-        step.nonfinite = [one.name for one in slices if not math.isfinite(float(sums.get(one, 0.0)))]
+        step.power_sums, step.resting_sums = sums, resting
+        found = {**sums, **resting}
+        step.nonfinite = [one.name for one in slices if not math.isfinite(float(found.get(one, 0.0)))]
         if self.ranks is not None:
             agree(self, slices, "fold.backward()")
         if step.nonfinite:
@@ -517,7 +518,7 @@ class FoldState(FoldContext):
         self._marker.take()
         if self.segments:
             self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
-        self.step = Step(self.optimizer, self.options, self.parts, self.scale)
+        self.step = Step(self.optimizer, self.options, self.parts, self.scale, self.turns)
 
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""

@@ -16,7 +16,7 @@ from .backward import Backward
 from .clipping import change_for
 from .deferred import DeferredGrads, StorageHolders
 from .owned import Copies
-from .protocols import Optimizer
+from .protocols import Optimizer, Turns
 from .segments import Segment
 from .stepper import GroupStep
 
@@ -65,11 +65,21 @@ class Step:
         follows: whether the step before was closed, and nothing has cleared its gradients yet, where there are any.
         told: whether all ranks know that one of them has failed in it.
         bounded: whether the caller takes the elements of gradients for clipped.
+        turns: the working set, which may hold hyper-parameters for a round.
+        resting_sums: the sum of squares of the gradient of slices that rest; no part of any norm.
     """
 
-    def __init__(self, optimizer: Optimizer, options: FoldOptions, parts: int = 1, scale: float = 1.0):
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: FoldOptions,
+        parts: int = 1,
+        scale: float = 1.0,
+        turns: Turns | None = None,
+    ):
         self.optimizer = optimizer
         self.options = options
+        self.turns = turns
         self.backwards: dict[int, Backward] = {}
         self.counts = [0] * parts
         self.part = 0
@@ -83,6 +93,7 @@ class Step:
         self.measuring = False
         self.measured = False
         self.power_sums: dict[Any, PowerSum] = {}
+        self.resting_sums: dict[Any, PowerSum] = {}
         self.agreed: dict[int, float] | None = None
         self.nonfinite: list[str] = []
         self.coefficients: dict[int, float | Tensor] = {}
@@ -134,8 +145,10 @@ class Step:
         """Return a parameter's param_group, with what its parameters share in this step."""
         found = self._groups.get(id(param))
         if found is None:
-            for group in self.optimizer.groups:
-                shared = GroupStep(group, self.optimizer.rule_of(group))
+            groups = self.optimizer.groups
+            held = groups if self.turns is None else self.turns.rates_of(groups)
+            for group, hyper in zip(groups, held, strict=True):
+                shared = GroupStep(group, self.optimizer.rule_of(group), hyper)
                 self._groups.update((id(member), shared) for member in group["params"])
             found = self._groups.get(id(param))
             if found is None:

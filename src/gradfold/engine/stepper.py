@@ -48,13 +48,17 @@ class GroupStep:
         capturable: whether counters and numbers stay on the device.
         numbers: the numbers of this step, by the counters they were computed from.
         changes: what happens to gradients before the rule, with and without the guard.
+        hyper: the group's hyper-parameters in this step: its own, or those that a working set holds for a round.
+        resting: the same for slices that rest, once one of them has asked (``resting.py``).
     """
 
-    __slots__ = ("capturable", "changes", "group", "numbers", "rule", "settings")
+    __slots__ = ("capturable", "changes", "group", "hyper", "numbers", "resting", "rule", "settings")
 
-    def __init__(self, group: dict[str, Any], rule: Rule):
+    def __init__(self, group: dict[str, Any], rule: Rule, hyper: Group | None = None):
         self.group = group
         self.rule = rule
+        self.hyper: Group = group if hyper is None else hyper
+        self.resting: GroupStep | None = None
         self.settings = settings_of(group, rule)
         self.capturable = bool(group.get("capturable"))
         self.numbers: dict[Any, tuple[StepNumbers, tuple[float, ...]]] = {}
@@ -187,8 +191,21 @@ class ParamStepper:
         keys = [*counted, *storage.residuals()]
         for spec, codec in zip(storage.specs, storage.codecs, strict=True):
             keys += keys_of(spec.name, codec).values()
-        addressed = not hasattr(view, "fake_mode")
         found = [(self.key(key), states[key]) for key in keys if key in states]
+        counters = [(name, states[name]) for name in counted]
+        count = counted.index(STEP) if any(storage.random) else -1
+        return self._bound_to(settings, found, stepper, counters, count)
+
+    def _bound_to(
+        self,
+        settings: tuple[Any, ...],
+        found: list[tuple[str, Tensor]],
+        stepper: Stepper,
+        counters: Sequence[tuple[str, Tensor]] = (),
+        count: int = -1,
+    ) -> _Bound:
+        """Return what was looked up, with the addresses by which it is known to be up to date."""
+        addressed = not hasattr(self.held, "fake_mode")
         if not self.optimizer.state[self.param]:
             del self.optimizer.state[self.param]  # torch has no entry for a parameter that keeps nothing
         return _Bound(
@@ -197,9 +214,9 @@ class ParamStepper:
             [(key, tensor, tensor.data_ptr() if addressed else 0) for key, tensor in found],
             self.held.data_ptr() if addressed else 0,
             addressed,
-            [(name, states[name]) for name in counted],
-            [_cell(states[name]) for name in counted],
-            counted.index(STEP) if any(storage.random) else -1,
+            list(counters),
+            [_cell(counter) for _, counter in counters],
+            count,
             stepper,
         )
 
@@ -304,7 +321,7 @@ class ParamStepper:
 
     def _advance(self, bound: _Bound, group: GroupStep, fresh: bool) -> Any:
         rule, counters = group.rule, dict(bound.counters)
-        numbers = rule.advance(counters, group.group, fresh)
+        numbers = rule.advance(counters, group.hyper, fresh)
         if bound.count >= 0 and STEP not in rule.counters:  # only random bits need it
             counters[STEP] += 1
         return numbers

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import gradfold
-from gradfold._options import INTERVAL
+from gradfold._options import INTERVAL, REST_SCALE
 from gradfold.engine import unwrapped
 from gradfold.errors import FoldError
 from gradfold.optim import RuleOptimizer, from_torch
@@ -314,6 +314,9 @@ def working_set(
     offload: Any = None,
     folder: Any = None,
     prefetch: int = 1,
+    schedule: Any = "round",
+    rest: Any = None,
+    rest_scale: float = REST_SCALE,
     **options: Any,
 ) -> Any:
     """Fold a Trainer with a working set: one chunk of the model trains at a time, then the next.
@@ -334,6 +337,9 @@ def working_set(
         offload: see there; "disk" keeps states in ``output_dir/working_set`` unless ``folder`` is given.
         folder: see there.
         prefetch: see there.
+        schedule: see there; with "round" the scheduler's rate is taken once per round.
+        rest: see there.
+        rest_scale: see there.
         **options: as for ``fold_trainer``, ``states="int8"`` for instance.
 
     Returns:
@@ -360,6 +366,9 @@ def working_set(
         folder=folder,
         prefetch=prefetch,
         seed=seed,
+        schedule=schedule,
+        rest=rest,
+        rest_scale=rest_scale,
     )
     if trainer is not None:
         return fold_trainer(trainer, working_set=made, **options)

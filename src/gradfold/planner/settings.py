@@ -173,9 +173,10 @@ class Settings(GradientFields, StorageFields):
         elif self.head == "plain":
             words.append("plain head")
         if (turns := self.working_set) is not None:
-            cut = f"{turns.chunks} chunks" if turns.chunks is not None else "a chunk for each layer"
+            cut = f"{turns.chunks} chunks" if turns.chunks is not None else f"a chunk for each {turns.by}"
             where = {None: "on the device", "cpu": "in host memory", "disk": "on disk"}.get(turns.offload, "elsewhere")  # type: ignore[arg-type]
-            words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}")
+            rest = "" if turns.rest is None else f", {turns.rest} at rest"
+            words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}{rest}")
         if self.ranks > 1:
             words.append(f"one of {self.ranks} ranks ({self.parallel})")
         if self.preference is not None:

@@ -125,7 +125,8 @@ class _Round:
             run_step(self.model, self.optimizer, self.batch, self.fold, loss=_sum_of_awake, micro_batches=parts)
 
     def _awake(self) -> list[Tensor]:
-        return [t for states in self.optimizer.state.values() for t in states.values() if isinstance(t, Tensor)]
+        awake = (one for one in self.fold._state.slices() if not one.rests)  # masters that rest are with the optimizer
+        return [t for one in awake for t in one.states.values() if isinstance(t, Tensor)]
 
     def _asleep(self) -> list[Tensor]:
         turning = self.rotation.turning

@@ -15,6 +15,7 @@ from .radam import RAdamRule
 from .rmsprop import RMSpropRule
 from .rprop import RpropRule
 from .sgd import SGDRule
+from .sign import SignRule
 from .whole import WholeRule
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "RpropRule",
     "Rule",
     "SGDRule",
+    "SignRule",
     "State",
     "WholeRule",
     "number",

@@ -45,7 +45,7 @@ from .readers import find_file
 from .recipe import Recipe
 from .recipe_file import differing_fields
 from .run import Run
-from .schedule import make_schedule
+from .schedule import Round, make_schedule, uneven_rounds
 from .stream import StreamedData, prepare_stream
 from .tokens import ENCODING
 from .trackers import check_trackers
@@ -109,15 +109,18 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, r
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     objective = make_objective(recipe, data, model, device, saved, progress, display)
-    scheduler = make_schedule(recipe.schedule, optimizer, steps)
     fold = make_fold(recipe, model, optimizer, own_folder(out, ranks)) if recipe.fold else None
     try:
+        scheduler = make_schedule(recipe.schedule, optimizer, steps, lambda: rate_is_held_for(fold))
         seed_all(recipe.seed)
         if ranks is not None and ranks.shares > 1:  # dropout of other rows
             torch.manual_seed(recipe.seed + ranks.rank)
         if saved is not None:
             for remark in restore_run(saved, model, optimizer, scheduler, fold):
                 display.note(remark)
+        if (turn := None if fold is None else fold.working_set) is not None:
+            if said := uneven_rounds(steps, (turn.chunks, turn.interval)):
+                display.note(said)
     except BaseException:
         forget_states(fold, out)
         raise
@@ -253,6 +256,14 @@ def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
         if working_set is None:
             raise
         raise RecipeError(_by_option(str(error))) from None
+
+
+def rate_is_held_for(fold: Any) -> Round | None:
+    """For which rounds the fold's working set holds a learning rate; None: it holds none."""
+    turns = None if fold is None else fold._state.turns
+    if not isinstance(turns, Rotation) or not turns.rates.hold:
+        return None
+    return len(turns.chunks), turns.config.interval
 
 
 def _by_option(said: str) -> str:

@@ -1,9 +1,11 @@
 """The moving working set: which slices of which parameters are active, which come next, where other states live."""
 
-from .chunks import Chunk, Own, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .chunks import cut_bands, cut_bytes, cut_layers, cut_modules
 from .config import WorkingSet
 from .disk import DiskStore, forget_folder
 from .host import HostStore
+from .own_cut import cut_own
+from .pieces import Chunk, Own, Piece, Slice, check_coverage
 from .rotation import Rotation, Turn
 from .schedule import Schedule
 from .store import ResidentStore, Store
@@ -22,8 +24,10 @@ __all__ = [
     "Turn",
     "WorkingSet",
     "check_coverage",
+    "cut_bands",
     "cut_bytes",
     "cut_layers",
+    "cut_modules",
     "cut_own",
     "forget_folder",
 ]

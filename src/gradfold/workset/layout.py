@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -16,8 +17,10 @@ from gradfold.engine.storage import storage_of
 from gradfold.errors import FoldError
 from gradfold.rules import MatrixRule
 
-from .chunks import Chunk, Piece, Slice, check_coverage, cut_bytes, cut_layers, cut_own
+from .chunks import cut_bands, cut_bytes, cut_layers, cut_modules
 from .config import WorkingSet
+from .own_cut import cut_own
+from .pieces import Chunk, Piece, Slice, check_coverage
 
 
 class Layout:
@@ -64,11 +67,11 @@ class Layout:
         pieces = self.pieces()
         if not pieces:
             raise FoldError("working_set=: every trainable parameter is in always=, so that none takes turns")
-        if config.by == "bytes":
+        if config.by in ("bytes", "bands"):
             assert config.chunks is not None
-            chunks = cut_bytes(pieces, config.chunks, config.axis)
-        elif config.by == "layer":
-            chunks = cut_layers(pieces, config.chunks)
+            chunks = (cut_bytes if config.by == "bytes" else cut_bands)(pieces, config.chunks, config.axis)
+        elif isinstance(config.by, str):
+            chunks = (cut_layers if config.by == "layer" else cut_modules)(pieces, config.chunks)
         else:
             chunks = cut_own(pieces, [[self._own_name(member) for member in members] for members in config.by])
         check_coverage(pieces, chunks)
@@ -120,6 +123,15 @@ class Layout:
             total += weight_and_state_bytes(self._by_name[name]) * (stop - start) / extent
         return total
 
+    def chunk_sizes(self) -> list[int]:
+        """Return the elements of each chunk; of what is spread over ranks, on the one that holds most."""
+        sizes = [0] * len(self.chunks)
+        for index, chunk in enumerate(self.chunks):
+            for name, dim, start, stop in chunk:
+                shape = largest_part(self._by_name[name].param) or (1,)
+                sizes[index] += math.prod(shape) // shape[dim] * (stop - start)
+        return sizes
+
     def trained_per_turn(self) -> list[int]:
         """Return how many elements each chunk trains on this rank, those that always train included."""
         trained = [sum(member.held.numel() for member in self.always)] * len(self.chunks)
@@ -135,6 +147,40 @@ class Layout:
         found = sorted({index for index, _ in self.slices[member]})
         joined = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
         return f"{found[0]}-{found[-1]}" if joined else ", ".join(map(str, found))
+
+    def saved_cut(self) -> list[list[list[Any]]]:
+        """Return the cut as lists of [name, dim, start, stop].
+
+        A slice of what a rank holds of a parameter has a fifth entry, which says how the parameter is spread: the cut
+        is another one on another mesh. A whole parameter is the same on any.
+        """
+        return [[self._saved_slice(*slice_) for slice_ in chunk] for chunk in self.chunks]
+
+    def _saved_slice(self, name: str, dim: int, start: int, stop: int) -> list[Any]:
+        param = self._by_name[name].param
+        if not (how := how_spread(param)):
+            return [name, dim, start, stop]
+        if (start, stop) == (0, largest_part(param)[dim]):
+            return [name, 0, 0, param.shape[0]]
+        return [name, dim, start, stop, how]
+
+    def refuse_other_cut(self, saved: list[Any]) -> None:
+        """Raise ValueError if a saved cut is another one."""
+        if saved != self.saved_cut():
+            raise ValueError(
+                f"state_dict is of {len(saved)} chunks cut otherwise than the {len(self.chunks)} of this "
+                f"working_set={self._difference(saved)}; fold with the one it was saved with (the cut depends "
+                "on chunks=, by=, axis=, always=, on how states are stored, and, where tensors are sliced, on how they "
+                "are spread over ranks), or load it without its 'working_set' to begin a new rotation"
+            )
+
+    def _difference(self, saved: list[Any]) -> str:
+        """Return the first slice that is not the same in a saved cut, in words."""
+        for index, (there, here) in enumerate(itertools.zip_longest(saved, self.saved_cut(), fillvalue=[])):
+            for one, other in itertools.zip_longest(there, here):
+                if one != other:
+                    return f" (chunk {index} has {_in_words(one)} there, {_in_words(other)} here)"
+        return ""
 
 
 def weight_and_state_bytes(member: FoldParam) -> float:
@@ -192,3 +238,13 @@ def _refuse_uneven(member: FoldParam, region: Region) -> None:
 def name_of_region(member: FoldParam, region: Region | None) -> str:
     """Return the name under which a store keeps the states of a slice."""
     return member.name if region is None else f"{member.name}{region}"
+
+
+def _in_words(slice_: Any) -> str:
+    """Return a slice of a cut as ``name[start:stop]``, or whatever a damaged cut has in its place."""
+    match slice_:
+        case [name, dim, start, stop]:
+            return f"{name}{Region(dim, start, stop)}"
+        case [name, dim, start, stop, how]:
+            return f"{name}{Region(dim, start, stop)} of each rank's part, along {how}"
+    return "nothing" if slice_ is None else repr(slice_)

@@ -10,30 +10,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gc
-import itertools
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from gradfold._io import FolderLock
-from gradfold.codecs import WEIGHT
-from gradfold.engine import FoldParam, FoldState, ParamSlice, Region, how_spread, largest_part
-from gradfold.engine.storage import storage_of
-from gradfold.errors import FoldError
+from gradfold.engine import FoldParam, FoldState, ParamSlice, Region
+from gradfold.errors import FoldError, users_level
+from gradfold.rules import number
 
 from .config import WorkingSet
 from .disk import DiskStore
-from .files import sole_user
-from .host import HostStore
-from .layout import Layout, name_of_region
-from .schedule import Schedule
-from .store import ResidentStore, Store
-
-_STORES: weakref.WeakValueDictionary[int, Rotation] = weakref.WeakValueDictionary()  # users, by id of their own Store
+from .layout import name_of_region
+from .rates import Rates
+from .slice_states import SliceStates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Turn:
     interval: int  # optimizer steps in a turn
 
 
-class Rotation(Layout):
+class Rotation(SliceStates):
     """The working set of one fold."""
 
     def __init__(self, config: WorkingSet, fold: FoldState, rank: int | None = None):
@@ -57,18 +48,19 @@ class Rotation(Layout):
             fold: the fold.
             rank: which of the ranks this is that step together; each keeps files of its own. None: there is only one.
         """
-        super().__init__(config, fold)
-        self._rank = rank
-        self.schedule = Schedule(len(self.chunks), config.interval, config.order, config.seed)
-        self._lock: FolderLock | None = None
-        self.store = self._store()
+        if config.rest is not None and rank is not None:
+            raise FoldError(
+                f"WorkingSet(rest={config.rest!r}) on many ranks: weights that rest step by what one rank has of their "
+                "gradient; use rest=None"
+            )
+        super().__init__(config, fold, rank)
         self.awake: dict[FoldParam, bool] = {}  # the values of requires_grad that were set here
-        self.frozen: set[FoldParam] = set()  # parameters that take turns and that the user has frozen
         self._let_inputs: list[Any] = []  # transformers' models that made embeddings' outputs require grad
         self._fetching = False
         self._owed: float | None = None  # the power of a step that has not been counted yet
         self._waking = False  # the last chunk is asleep, and the next one not awake yet
         self._loading = False
+        self.rates = Rates(config.schedule, self.schedule)
 
     def describe(self) -> str:
         """Return the settings, in one line."""
@@ -76,62 +68,47 @@ class Rotation(Layout):
         by = config.by if isinstance(config.by, str) else "hand"
         return (
             f"{len(self.chunks)} chunks of {min(sizes):.3f} to {max(sizes):.3f} MiB, by {by}"
-            f"{f' ({config.axis})' if by == 'bytes' else ''}, {config.order}, {config.interval} steps each; "
-            f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}"
+            f"{f' ({config.axis})' if by in ('bytes', 'bands') else ''}, {config.order}, {config.interval} steps each; "
+            f"states {config.states}, offload {config.offload}, prefetch {config.prefetch}; "
+            f"rates by {self.rates.kind}{self._held_rates()}{self._resting()}"
         )
+
+    def _held_rates(self) -> str:
+        """Return which rates hold now, beside those that the groups have, in words."""
+        own = self.fold.optimizer.groups
+        used, theirs = (
+            ", ".join(dict.fromkeys(f"{number(group['lr']):.4g}" for group in groups))
+            for groups in (self.rates.peek(own), own)
+        )
+        return f": lr {used}" + (f" (param_groups: {theirs})" if theirs != used else "")
+
+    def _resting(self) -> str:
+        rest = self.rest
+        return "" if rest is None else f"; what sleeps above the lowest awake steps by {rest.by} at {rest.scale:g} lr"
 
     def settings(self) -> str:
         """Return what must be equal on all ranks for their chunks to take turns together."""
         config = self.config
-        kept = f"order={config.order!r}, states={config.states!r}, seed={config.seed}"
+        kept = f"order={config.order!r}, states={config.states!r}, seed={config.seed}, schedule={config.schedule!r}"
         return f"WorkingSet(chunks={len(self.chunks)}, interval={config.interval}, {kept})"
 
     @property
     def by_norm(self) -> bool:
         """Whether the order of the chunks follows from the norms of their gradients."""
-        return self.config.order == "importance"
+        return self.config.order in ("importance", "sampled")
 
     def turn(self) -> Turn:
         """Return which chunk is active, and for how long it has been."""
         return Turn(self.schedule.index, len(self.chunks), self.schedule.step, self.config.interval)
 
-    def _store(self) -> Store:
-        config = self.config
-        if config.offload == "disk":
-            assert config.folder is not None
-            folder = Path(config.folder)
-            if self._rank is not None:
-                folder = folder / f"rank-{self._rank}"
-            lock = self._hold(folder)
-            try:
-                store = DiskStore(folder, lock)
-                store.prune()  # files of an earlier run are of no use: state_dict() holds the states themselves
-            except FoldError:
-                self.close()
-                raise
-            return store
-        if config.offload == "cpu":
-            return HostStore()
-        if config.offload is None:
-            return ResidentStore()
-        store = config.offload  # the user's
-        if id(store) in _STORES:
-            gc.collect()  # a fold that nobody refers to any more lives on until then
-        if id(store) in _STORES:
-            raise FoldError(
-                f"WorkingSet(offload={store!r}): another fold keeps its states there, under the same names; give each "
-                "fold a store of its own, or call remove() on the other one first"
-            )
-        if isinstance(store, DiskStore):
-            self._hold(store.folder)
-        _STORES[id(store)] = self
-        return store
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps have been counted."""
+        return self.schedule.steps
 
-    def _hold(self, folder: Path) -> FolderLock:
-        """Hold a folder as long as this lives, or until ``close()``."""
-        self._lock = lock = sole_user(folder)
-        weakref.finalize(self, lock.close)  # a fold may be collected without remove()
-        return lock
+    def rates_of(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the param_groups with the learning rates, and what is cycled beside them, of the open step."""
+        return self.rates.of(groups)
 
     # turns ------------------------------------------------------------------------------------------------------------
 
@@ -142,7 +119,7 @@ class Rotation(Layout):
         """
         optimizer = self.fold.optimizer
         saved = optimizer.state_dict()  # with the place in a rotation, if such a state_dict was loaded before folding
-        self.fold.turns = self
+        self.fold.turns = self.fold.step.turns = self
         optimizer.state.clear()
         for member in self.turning:
             member.slices = []
@@ -172,13 +149,6 @@ class Rotation(Layout):
         if isinstance(self.store, DiskStore):
             self.store.close()
         self.close()
-
-    def close(self) -> None:
-        """Release the folder, or the store, so that another fold can have it."""
-        if self._lock is not None:
-            self._lock.close()
-        if _STORES.get(id(self.store)) is self:
-            del _STORES[id(self.store)]
 
     def look(self) -> None:
         """Note changes of ``requires_grad`` as the user's, and set again what this working set sets."""
@@ -233,6 +203,7 @@ class Rotation(Layout):
                 many ranks it is raised on all of them, and only ``optimizer.step()`` tries again.
         """
         if self._owed is None and not self._waking:
+            self.rates.note(self.fold.optimizer.groups)
             self._owed = power
         self._catch_up()
 
@@ -272,6 +243,8 @@ class Rotation(Layout):
                 for one in slices[member]:
                     if tensors := self.store.take(one.name, member.param.device):
                         state[member.param].update(tensors)
+        for member, resting in self.at_rest(slices).items():
+            slices[member] += resting
         for member in self.turning:  # now that all of them have their states: none may begin anew for want of a file
             member.slices = slices[member]
             self._set(member, bool(member.slices) and member not in self.frozen)
@@ -284,15 +257,10 @@ class Rotation(Layout):
         """A name that keeps random bits apart where states and step counts begin anew as a chunk wakes."""
         return f"turn {self.schedule.woke}" if self.config.states == "reset" else ""
 
-    def _kept(self, one: ParamSlice) -> dict[str, Any]:
-        """Return what is kept of a slice after its turn: its states, or only a master's residual ("reset")."""
-        keep = self.config.states == "keep"
-        states = one.states
-        return {one.key(name): states[name] for name in states if keep or name.startswith(f"{WEIGHT}.")}
-
     def _sleep(self) -> None:
         """Take slices and states from the active parameters; if the store raises, from none of them."""
-        active = [one for member in self.turning for one in member.slices]
+        slices = [one for member in self.turning for one in member.slices]
+        active = [one for one in slices if not one.rests]
         put: list[str] = []
         try:
             with self._on_all_ranks("putting a chunk to sleep"):
@@ -305,7 +273,9 @@ class Rotation(Layout):
                 self.store.drop(name)  # they are with the optimizer, and may step again there
             raise
         for one in active:
-            one.states.clear()
+            for name in [name for name in one.states if not self._stays(name)]:
+                del one.states[name]
+        for one in slices:
             one.release()
         for member in self.turning:
             member.slices = []
@@ -331,55 +301,12 @@ class Rotation(Layout):
 
     # states -----------------------------------------------------------------------------------------------------------
 
-    def _sleeping(self, member: FoldParam, stepping: bool = False) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Yield the names of slices whose states the store has, and those states.
-
-        Args:
-            member: a parameter.
-            stepping: return tensors that may be changed; otherwise they are only read.
-        """
-        look = self.store.detached if stepping and isinstance(self.store, DiskStore) else self.store.peek
-        for _, region in self.slices[member]:
-            name = name_of_region(member, region)
-            if (tensors := look(name)) is not None:
-                yield name, tensors
-
-    def regions(self, param: nn.Parameter) -> list[Region | None]:
-        """Return every slice of a parameter; None: the whole."""
-        member = self.fold.params.get(id(param))
-        return [region for _, region in self.slices[member]] if member in self.slices else [None]
-
-    def states(self, param: nn.Parameter) -> dict[str, Any]:
-        """Return the states of all its slices, active or not, to be read."""
-        found = dict(self.fold.optimizer.state.get(param, {}))
-        member = self.fold.params.get(id(param))
-        if member in self.slices:
-            for _, tensors in self._sleeping(member):
-                found |= tensors
-        return found
-
     def state_dict(self) -> dict[str, Any]:
         """Return the cut and the place in its rotation, as plain numbers and names."""
         schedule = copy.deepcopy(self.schedule)
         if self._owed is not None:  # a run that goes on from here changes chunks as it loads
             schedule.stepped(self._owed)
-        return {"cut": self._saved_cut(), "schedule": schedule.state_dict()}
-
-    def _saved_cut(self) -> list[list[list[Any]]]:
-        """Return the cut as lists of [name, dim, start, stop].
-
-        A slice of what a rank holds of a parameter has a fifth entry, which says how the parameter is spread: the cut
-        is another one on another mesh. A whole parameter is the same on any.
-        """
-        return [[self._saved_slice(*slice_) for slice_ in chunk] for chunk in self.chunks]
-
-    def _saved_slice(self, name: str, dim: int, start: int, stop: int) -> list[Any]:
-        param = self._by_name[name].param
-        if not (how := how_spread(param)):
-            return [name, dim, start, stop]
-        if (start, stop) == (0, largest_part(param)[dim]):
-            return [name, 0, 0, param.shape[0]]
-        return [name, dim, start, stop, how]
+        return {"cut": self.saved_cut(), "schedule": schedule.state_dict(), "rates": self.rates.state_dict()}
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
         """Raise ValueError if this ``state_dict()`` is of another cut or order."""
@@ -388,69 +315,13 @@ class Rotation(Layout):
         if not isinstance(saved, Mapping) or not {"cut", "schedule"} <= saved.keys():
             found = sorted(saved) if isinstance(saved, Mapping) else saved
             raise ValueError(f"state_dict['working_set'] has {found!r}, not the cut and the schedule")
-        if saved["cut"] != self._saved_cut():
-            raise ValueError(
-                f"state_dict is of {len(saved['cut'])} chunks cut otherwise than the {len(self.chunks)} of this "
-                f"working_set={self._difference(saved['cut'])}; fold with the one it was saved with (the cut depends "
-                "on chunks=, by=, axis=, always=, on how states are stored, and, where tensors are sliced, on how they "
-                "are spread over ranks), or load it without its 'working_set' to begin a new rotation"
-            )
-        trial = Schedule(len(self.chunks), self.config.interval, self.config.order, self.config.seed)
+        self.refuse_other_cut(saved["cut"])
+        trial = self.new_schedule()
         try:
             trial.load_state_dict(saved["schedule"])
         except FoldError as error:
             raise ValueError(f"state_dict: {error}") from None
-
-    def refuse_lost(
-        self, saved: Mapping[str, Any] | None, there: Callable[[nn.Parameter, Region | None], bool]
-    ) -> None:
-        """Raise ValueError if a chunk has had its turn, and its states are not there: it would silently begin anew.
-
-        Args:
-            saved: what ``state_dict()`` returned.
-            there: tells whether there are states of a slice.
-        """
-        if saved is None:
-            return
-
-        def kept(member: FoldParam) -> bool:
-            """Return whether something is kept of it while it sleeps."""
-            rule = self.fold.optimizer.rule_of(member.group)
-            if self.config.states == "keep" and any(not spec.lazy for spec in rule.states(member.group)):
-                return True
-            return bool(storage_of(member.param, rule, member.group).residuals())
-
-        for index, last in enumerate(saved["schedule"]["last"]):
-            slices = [
-                (member, region)
-                for member, regions in self.slices.items()
-                for chunk, region in regions
-                if chunk == index and kept(member)
-            ]
-            if last >= 0 and slices and not any(there(member.param, region) for member, region in slices):
-                raise ValueError(
-                    f"state_dict has no states of chunk {index} ({slices[0][0].name} ...), which has had its turn; a "
-                    "distributed checkpoint must be loaded into optimizer.state_dict() of the folded model, and given "
-                    "to optimizer.load_state_dict() (torch's set_optimizer_state_dict drops what sleeps)"
-                )
-
-    def unborn(self, param: nn.Parameter) -> list[ParamSlice]:
-        """Return the slices of a parameter that have no states yet, and will get some when they wake."""
-        member = self.fold.params.get(id(param))
-        if member not in self.slices or member in self.frozen or self.config.states == "reset":
-            return []  # "reset": they begin anew as they wake
-        known = self.states(param)
-        asleep = [region for index, region in self.slices[member] if index != self.schedule.index]
-        slices = [member.slice(region) for region in asleep]
-        return [one for one in slices if not any(one.key(key.partition("[")[0]) == key for key in known)]
-
-    def _difference(self, saved: list[Any]) -> str:
-        """Return the first slice that is not the same in a saved cut, in words."""
-        for index, (there, here) in enumerate(itertools.zip_longest(saved, self._saved_cut(), fillvalue=[])):
-            for one, other in itertools.zip_longest(there, here):
-                if one != other:
-                    return f" (chunk {index} has {_in_words(one)} there, {_in_words(other)} here)"
-        return ""
+        Rates(self.config.schedule, trial).load_state_dict(saved.get("rates"))
 
     def load(
         self,
@@ -474,25 +345,30 @@ class Rotation(Layout):
             member.disarm()
         if saved is not None:
             self.schedule.load_state_dict(saved["schedule"])
+            self.rates.load_state_dict(saved.get("rates"))
+            if self.rates.kind != self.config.schedule:
+                earlier = "" if "rates" in saved else ", before schedule= was there"
+                warnings.warn(
+                    f"WorkingSet(schedule={self.config.schedule!r}): the state_dict goes on with the "
+                    f"{self.rates.kind!r} it was made with{earlier}; to change that, load it without its "
+                    "'working_set', which begins a new rotation",
+                    stacklevel=users_level(),
+                )
+        else:
+            self.rates = Rates(self.config.schedule, self.schedule)
         self._fetching, self._owed = False, None
         optimizer = self.fold.optimizer
         with self._on_all_ranks("loading a working set's states"):
             for member in self.fold.params.values():
                 for index, region in self.slices.get(member, [(self.schedule.index, None)]):
                     if found := states(member.param, region):
-                        if index == self.schedule.index:
-                            optimizer.state[member.param].update(found)
-                        else:
-                            self.store.put(name_of_region(member, region), found)
+                        asleep = index != self.schedule.index
+                        away = {name: one for name, one in found.items() if asleep and not self._stays(name)}
+                        if len(away) < len(found):
+                            optimizer.state[member.param].update(
+                                (name, one) for name, one in found.items() if name not in away
+                            )
+                        if away:
+                            self.store.put(name_of_region(member, region), away)
         self._loading = False
         self._wake()
-
-
-def _in_words(slice_: Any) -> str:
-    """Return a slice of a cut as ``name[start:stop]``, or whatever a damaged cut has in its place."""
-    match slice_:
-        case [name, dim, start, stop]:
-            return f"{name}{Region(dim, start, stop)}"
-        case [name, dim, start, stop, how]:
-            return f"{name}{Region(dim, start, stop)} of each rank's part, along {how}"
-    return "nothing" if slice_ is None else repr(slice_)

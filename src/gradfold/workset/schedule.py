@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from gradfold.errors import FoldError
 
 DECAY = 0.9  # decay of a chunk's running gradient norm per optimizer step
+
+FLOOR = 0.5  # of the probability of "sampled", spread evenly
 
 _COUNTS = ("chunks", "interval", "seed", "turn", "index", "next", "step")
 
@@ -22,14 +25,17 @@ class Schedule:
         interval: Optimizer steps per turn.
         order: "forward" or "backward"; "random": every cycle of ``chunks`` turns is a permutation drawn from (seed,
             cycle), and no chunk has two turns in a row; "importance": the chunk with the largest running gradient norm
-            is next, and every chunk has a turn within any ``2 * chunks`` turns.
-        seed: Seed of "random".
+            is next, and every chunk has a turn within any ``2 * chunks`` turns; "sampled": a chunk is drawn from (seed,
+            turn), with a probability that follows its running gradient norm, within the same bound.
+        seed: Seed of "random" and "sampled".
+        sizes: Number of elements of each chunk, by which "sampled" divides squared norms; None: all alike.
 
     Attributes:
         index: The active chunk.
         next: The chunk after it. It is fixed during a turn, so that it can be prefetched.
         step: Optimizer steps taken in this turn, 0..interval - 1.
         turn: Number of turns that have ended.
+        steps: Optimizer steps taken in all turns.
         norms: Running gradient norm of each chunk; None while unknown.
         last: Turn of each chunk's last visit; -1 for none.
 
@@ -41,15 +47,19 @@ class Schedule:
     next: int
     step: int
 
-    def __init__(self, chunks: int, interval: int, order: str = "forward", seed: int = 0):
+    def __init__(
+        self, chunks: int, interval: int, order: str = "forward", seed: int = 0, sizes: Sequence[int] | None = None
+    ):
         for name, value, least in (("chunks", chunks, 1), ("interval", interval, 1), ("seed", seed, None)):
             if not _is_count(value) or (least is not None and value < least):
                 raise FoldError(f"{name}={value!r}: an integer{'' if least is None else f', {least} or more'}")
         if order not in ORDERS:
             raise FoldError(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
         self.chunks, self.interval, self.order, self.seed = chunks, interval, order, seed
+        self.sizes = [1] * chunks if sizes is None else list(sizes)
         self.step = 0
         self.turn = 0
+        self.steps = 0
         self.norms: list[float | None] = [None] * chunks
         self.last = [-1] * chunks
         self.index = ORDERS[order](self, 0)
@@ -79,6 +89,7 @@ class Schedule:
             norm, before = math.sqrt(power), self.norms[self.index]
             self.norms[self.index] = norm if before is None else DECAY * before + (1 - DECAY) * norm
         self.step += 1
+        self.steps += 1
         if self.step < self.interval:
             return False
         before_index = self.index
@@ -90,7 +101,7 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return plain integers, floats and lists."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"order": self.order, **counts, "norms": list(self.norms), "last": list(self.last)}
+        return {"order": self.order, **counts, "steps": self.steps, "norms": list(self.norms), "last": list(self.last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved schedule. Another ``interval`` than the saved one applies from the next turn on.
@@ -99,10 +110,10 @@ class Schedule:
             state: What ``state_dict`` returned.
 
         Raises:
-            FoldError: Saved with another number of chunks, order or seed (of "random"), or damaged. Nothing is changed
-                then.
+            FoldError: Saved with other chunks, another order or seed (of "random" and "sampled"), or damaged. Nothing
+                is changed then.
         """
-        for name in ("chunks", "order", *(["seed"] if self.order == "random" else [])):
+        for name in ("chunks", "order", *(["seed"] if self.order in ("random", "sampled") else [])):
             if name in state and state[name] != getattr(self, name):
                 raise FoldError(
                     f"{name}={getattr(self, name)!r}: the saved schedule has {name}={state[name]!r}; resume with that, "
@@ -111,6 +122,8 @@ class Schedule:
         norms: Any = state.get("norms")
         last: Any = state.get("last")
         good = all(_is_count(state.get(name)) for name in _COUNTS)
+        steps = state.get("steps", 0)  # earlier versions had none
+        good = good and _is_count(steps) and steps >= 0
         good = good and 0 <= state["index"] < self.chunks and 0 <= state["next"] < self.chunks
         good = good and state["turn"] >= 0 and state["step"] >= 0
         good = good and isinstance(norms, list | tuple) and isinstance(last, list | tuple)
@@ -119,6 +132,7 @@ class Schedule:
         good = good and all(_is_count(one) and -1 <= one <= state["turn"] for one in last)
         if not good:
             raise FoldError(f"the saved schedule is damaged: {dict(state)!r}")
+        self.steps = state.get("steps", state["turn"] * self.interval + state["step"])
         self.turn, self.step = state["turn"], min(state["step"], self.interval - 1)
         self.index, self.next = state["index"], state["next"]
         self.norms, self.last = [None if one is None else float(one) for one in norms], list(last)
@@ -172,9 +186,9 @@ def _importance(schedule: Schedule, turn: int) -> int:
       all, so it is
     never the oldest, unless it is the only one.
     """
-    chunks, last = schedule.chunks, schedule.last
-    oldest_first = sorted(range(chunks), key=lambda chunk: (last[chunk], chunk))
-    if any(last[chunk] + 2 * chunks <= turn + j for j, chunk in enumerate(oldest_first)):
+    last = schedule.last
+    oldest_first, due = _due(schedule, turn)
+    if due:
         return oldest_first[0]
 
     def weight(chunk: int) -> tuple[float, int]:
@@ -186,6 +200,40 @@ def _importance(schedule: Schedule, turn: int) -> int:
     return max((chunk for chunk in oldest_first if chunk != now), key=weight, default=0)
 
 
+def _due(schedule: Schedule, turn: int) -> tuple[list[int], bool]:
+    """Return the chunks, the one first that has waited longest, and whether its turn must be now (``_importance``)."""
+    chunks, last = schedule.chunks, schedule.last
+    oldest_first = sorted(range(chunks), key=lambda chunk: (last[chunk], chunk))
+    return oldest_first, any(last[chunk] + 2 * chunks <= turn + j for j, chunk in enumerate(oldest_first))
+
+
+def _sampled(schedule: Schedule, turn: int) -> int:
+    """Return a chunk drawn by its root mean square gradient, unless waiting could leave some chunk out for 2K turns.
+
+    Half of the probability is spread evenly, the other half by the norm over the root of the chunk's elements; a chunk
+    without a norm counts as the largest. The chunk that is awake is not drawn.
+    """
+    oldest_first, due = _due(schedule, turn)
+    if due:
+        return oldest_first[0]
+    others = [chunk for chunk in range(schedule.chunks) if not turn or chunk != schedule.index] or [0]
+    norms = [schedule.norms[chunk] for chunk in others]
+    found = [
+        None if norm is None else norm / math.sqrt(schedule.sizes[chunk])
+        for chunk, norm in zip(others, norms, strict=True)
+    ]
+    most = max((norm for norm in found if norm is not None), default=1.0) or 1.0
+    weights = [most if norm is None else norm for norm in found]
+    if not any(weights):
+        weights = [1.0] * len(others)
+    shares = [FLOOR / len(others) + (1 - FLOOR) * weight / sum(weights) for weight in weights]
+    drawn = int.from_bytes(hashlib.blake2b(f"{schedule.seed}.{turn}".encode(), digest_size=7).digest(), "big") / 2**56
+    for chunk, reached in zip(others, accumulate(shares), strict=True):
+        if drawn < reached:
+            return chunk
+    return others[-1]
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -195,4 +243,5 @@ ORDERS: dict[str, Callable[[Schedule, int], int]] = {
     "backward": _backward,
     "random": _random,
     "importance": _importance,
+    "sampled": _sampled,
 }
