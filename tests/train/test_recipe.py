@@ -77,7 +77,7 @@ BAD_FIELDS = [
     (WorkingSetRecipe, {"chunks": 4, "interval": 0}, "working_set.interval = 0: give a whole number, 1 or more"),
     (WorkingSetRecipe, {"chunks": 4, "prefetch": 2}, "working_set.prefetch = 2: give 0 or 1"),
     (WorkingSetRecipe, {"chunks": 4, "prefetch": -1}, "working_set.prefetch = -1: give 0 or 1"),
-    (WorkingSetRecipe, {"chunks": 4, "by": "rows"}, "working_set.by = 'rows': takes bytes, layer"),
+    (WorkingSetRecipe, {"chunks": 4, "by": "rows"}, "working_set.by = 'rows': takes bytes, bands, layer, module"),
     (WorkingSetRecipe, {"chunks": 4, "axis": "up"}, "working_set.axis = 'up': takes out, in"),
     (WorkingSetRecipe, {"chunks": 4, "order": "up"}, "working_set.order = 'up': takes forward, backward, random, imp"),
     (WorkingSetRecipe, {"chunks": 4, "states": "drop"}, "working_set.states = 'drop': takes keep, reset"),
@@ -218,9 +218,12 @@ def test_every_example_loads(path):
 def test_each_setting_of_a_working_set_counts_as_a_difference():
     base = unflatten({"working_set.chunks": 4}, Recipe())
     others = {"chunks": 5, "interval": 2, "by": "layer", "axis": "in", "order": "random", "always": ("norm",),
-              "states": "reset", "offload": "cpu", "prefetch": 0}  # fmt: skip
+              "states": "reset", "offload": "cpu", "prefetch": 0, "schedule": "step", "rest": "sgd",
+              "rest_scale": 0.5}  # fmt: skip
     assert others.keys() == {spec.name for spec in dataclasses.fields(WorkingSetRecipe)}
     for name, value in others.items():
+        if name == "rest_scale":  # which does nothing alone
+            base = unflatten({"working_set.rest": "sgd"}, base)
         assert list(differing_fields(base, unflatten({f"working_set.{name}": value}, base))) == [f"working_set.{name}"]
     taken = {spec.name: spec.default for spec in dataclasses.fields(gradfold.WorkingSet)}
     assert others.keys() | {"folder", "seed"} == taken.keys()
