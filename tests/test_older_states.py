@@ -91,6 +91,15 @@ def of_groups(optimizer, wanted):
     return [{k: group[k] for k in saved if k != "gradfold"} for group, saved in zip(groups, wanted, strict=True)]
 
 
+def turns(found):
+    """A working set's place, without what it did not keep then: rates of a round, and how many steps it has taken."""
+    kept = found["optimizer"].get("working_set")
+    if kept is None:
+        return None
+    schedule = {name: value for name, value in kept["schedule"].items() if name != "steps"}
+    return {**{name: value for name, value in kept.items() if name != "rates"}, "schedule": schedule}
+
+
 @pytest.mark.parametrize("of, case", BIT_FOR_BIT)
 def test_all_states_come_back(of, case):
     saved = load(of, case)["before"]
@@ -102,7 +111,7 @@ def test_all_states_come_back(of, case):
     same(found["optimizer"]["state"], saved["optimizer"]["state"])
     groups = [{k: v for k, v in group.items() if k != "gradfold"} for group in saved["optimizer"]["param_groups"]]
     same(of_groups(optimizer, groups), groups)
-    same(found["optimizer"].get("working_set"), saved["optimizer"].get("working_set"))
+    same(turns(found), saved["optimizer"].get("working_set"))
 
 
 def goes_on(of, case, model, optimizer, fold):
@@ -111,7 +120,7 @@ def goes_on(of, case, model, optimizer, fold):
     same(found["weights"], wanted["weights"], exactly)
     same(found["optimizer"]["state"], wanted["optimizer"]["state"], exactly)
     same(found["fold"], wanted["fold"], exactly, NORMS)
-    same(found["optimizer"].get("working_set"), wanted["optimizer"].get("working_set"), exactly, NORMS)
+    same(turns(found), wanted["optimizer"].get("working_set"), exactly, NORMS)
 
 
 @pytest.mark.parametrize("of, case", BIT_FOR_BIT)
@@ -158,7 +167,7 @@ def test_states_of_format_1_are_converted(case):
     put_with_warning(case, saved, model, optimizer, fold)
     now, then = make.snapshot(model, optimizer, fold), saved
     same(now["weights"], then["weights"])
-    same(now["optimizer"].get("working_set"), then["optimizer"].get("working_set"))
+    same(turns(now), then["optimizer"].get("working_set"))
     then, now = then["optimizer"]["state"], now["optimizer"]["state"]
     kept = [{i: {k: v for k, v in one.items() if "_sq" not in k} for i, one in of.items()} for of in (now, then)]
     same(*kept)
