@@ -26,6 +26,7 @@ OptimizerName = Literal[
     "ASGD",
     "Rprop",
     "Muon",
+    "AdamWScheduleFree",
 ]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]

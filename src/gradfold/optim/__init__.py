@@ -3,7 +3,7 @@
 from gradfold._options import StorageOptions, TorchOptions
 
 from .base import RuleOptimizer
-from .classes import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop, Rprop
+from .classes import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, AdamWScheduleFree, Lion, NAdam, RAdam, RMSprop, Rprop
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
 from .muon import Muon, muon_groups
@@ -18,6 +18,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "Adamax",
     "Lion",
     "Muon",

@@ -14,6 +14,7 @@ from .nadam import NAdamRule
 from .radam import RAdamRule
 from .rmsprop import RMSpropRule
 from .rprop import RpropRule
+from .schedule_free import ScheduleFreeRule, warmed
 from .sgd import SGDRule
 from .whole import WholeRule
 
@@ -34,8 +35,10 @@ __all__ = [
     "RpropRule",
     "Rule",
     "SGDRule",
+    "ScheduleFreeRule",
     "State",
     "WholeRule",
     "number",
     "on_device",
+    "warmed",
 ]

@@ -192,6 +192,13 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
             require_at_least(self, 0, "small_size")
         if self.name == "Rprop" and self.weight_decay:
             raise refused(self, "weight_decay", "leave it out: Rprop has no weight decay")
+        if self.name == "AdamWScheduleFree":
+            raise refused(
+                self,
+                "name",
+                "a run evaluates and saves the weights that train, and here these are others than those to use "
+                "(optimizer.eval()); take AdamW, or a loop of your own",
+            )
         known = OPTIMIZER_SETTINGS[self.name]
         for name in [*self.settings(), *(["adamw_lr"] if self.adamw_lr is not None else [])]:
             if name not in known:
