@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from .modules import compile_layers
     from .optim import (
         ASGD,
+        LAMB,
+        LARS,
         SGD,
         Adadelta,
         Adafactor,
         Adagrad,
         Adam,
         Adamax,
+        AdamMini,
         AdamW,
         AdamWScheduleFree,
         Lion,
@@ -41,11 +44,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
     "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamW",
     "AdamWScheduleFree",
     "Adamax",

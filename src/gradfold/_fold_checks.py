@@ -168,8 +168,8 @@ def _refuse_out_of_reach(optimizer: AdamWScheduleFree, working_set: object, rank
     """Raise where ``optimizer.eval()`` could not find the average of every weight."""
     if ranks is not None or sharding is not None:
         raise FoldError(
-            "AdamWScheduleFree on several ranks: optimizer.eval() and train() move whole weights, and a rank has a part "
-            "of their states; use gradfold.AdamW, or train on one rank"
+            "AdamWScheduleFree on several ranks: optimizer.eval() and train() move whole weights, and a rank has "
+            "a part of their states; use gradfold.AdamW, or train on one rank"
         )
     if not isinstance(working_set, WorkingSet):
         return
@@ -180,6 +180,6 @@ def _refuse_out_of_reach(optimizer: AdamWScheduleFree, working_set: object, rank
         )
     if masters := [group["master"] for group in optimizer.groups if group.get("master") is not None]:
         raise FoldError(
-            f"working_set= with AdamWScheduleFree(master={masters[0]!r}): optimizer.eval() would have to change masters "
-            "that sleep; leave out one of them"
+            f"working_set= with AdamWScheduleFree(master={masters[0]!r}): optimizer.eval() would have to change "
+            "masters that sleep; leave out one of them"
         )

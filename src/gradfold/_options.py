@@ -27,6 +27,9 @@ OptimizerName = Literal[
     "Rprop",
     "Muon",
     "AdamWScheduleFree",
+    "AdamMini",
+    "LAMB",
+    "LARS",
 ]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]

@@ -4,9 +4,12 @@ from .adadelta import AdadeltaRule
 from .adafactor import AdafactorRule
 from .adagrad import AdagradRule
 from .adam import AdamRule
+from .adam_mini import AdamMiniRule
 from .adamax import AdamaxRule
 from .asgd import ASGDRule
 from .base import Group, Rule, State, number, on_device
+from .lamb import LambRule
+from .lars import LarsRule
 from .lion import LionRule
 from .matrix import MatrixRule
 from .muon import MuonRule
@@ -23,9 +26,12 @@ __all__ = [
     "AdadeltaRule",
     "AdafactorRule",
     "AdagradRule",
+    "AdamMiniRule",
     "AdamRule",
     "AdamaxRule",
     "Group",
+    "LambRule",
+    "LarsRule",
     "LionRule",
     "MatrixRule",
     "MuonRule",
