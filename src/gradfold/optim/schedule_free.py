@@ -101,6 +101,8 @@ class AdamWScheduleFree(RuleOptimizer):
         two_betas(group)
         if not group["betas"][0] > 0.0:
             raise ValueError(f"betas={group['betas']}: the first must be above 0, or the average cannot be found again")
+        if group.get("maximize"):
+            raise ValueError("maximize=True: AdamWScheduleFree has no such option; negate the loss")
         if group.get("capturable"):
             raise ValueError(
                 "capturable=True: AdamWScheduleFree counts on the host; leave it out, or use gradfold.AdamW"
