@@ -279,3 +279,35 @@ def test_slices_without_their_fold_are_refused():
     fold.remove()
     with pytest.raises(gradfold.FoldError, match="states of slices"):
         optimizer.eval()
+
+
+def test_beside_another_optimizer():
+    """One of two in eval mode refuses a backward that reaches its weights, and no other."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer, adamw = gradfold.AdamWScheduleFree(model[0].parameters()), gradfold.AdamW(model[1].parameters())
+    gradfold.fold(model, [optimizer, adamw])
+    optimizer.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(gradfold.FoldError, match=r"a backward in eval mode.*optimizer\.train\(\)"):
+        model(torch.ones(2, 3)).sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    optimizer.zero_grad()
+    adamw.zero_grad()
+    optimizer.train()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    adamw.step()
+    assert not any(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_optimizer_of_torch_becomes_one():
+    model = nn.Linear(3, 3)
+    made = gradfold.optim.from_torch(torch.optim.AdamW(model.parameters(), lr=0.02), name="AdamWScheduleFree")
+    assert type(made) is gradfold.AdamWScheduleFree
+    assert (made.param_groups[0]["lr"], made.param_groups[0]["train_mode"]) == (0.02, True)
+    optimizer = torch.optim.SGD(model.parameters(), maximize=True)
+    with pytest.raises(gradfold.FoldError, match=r"maximize=True: gradfold\.AdamWScheduleFree has no such option"):
+        gradfold.optim.from_torch(optimizer, name="AdamWScheduleFree")
+    assert type(optimizer) is torch.optim.SGD
+    with pytest.raises(ValueError, match="maximize=True: AdamWScheduleFree has no such option"):
+        gradfold.AdamWScheduleFree([{"params": model.parameters(), "maximize": True}])
