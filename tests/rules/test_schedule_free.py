@@ -98,7 +98,7 @@ def test_it_equals_the_paper(way, kind):
     assert distance(model, plain) < 1e-10
 
 
-@pytest.mark.parametrize("offload", [None, "cpu", "disk"])
+@pytest.mark.parametrize("offload", [None, pytest.param("cpu", marks=pytest.mark.slow), "disk"])
 def test_a_working_set(offload, tmp_path):
     """Both weights of what sleeps, too: chunks that have stepped, and one that has not."""
     model, plain, optimizer, _ = pair("untied")
