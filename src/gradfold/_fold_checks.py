@@ -14,7 +14,7 @@ from .dist import Replicas
 from .engine import held, outside, refuse_other_model, refuse_owned, refuse_parameter
 from .errors import FoldError
 from .modules import FOLD_PARAM
-from .optim import RuleOptimizer, Several
+from .optim import AdamWScheduleFree, RuleOptimizer, Several
 from .rules import WholeRule
 from .workset import WorkingSet
 
@@ -144,7 +144,10 @@ def _refuse_overlap(named: Mapping[str, nn.Parameter]) -> None:
 
 
 def refuse_parts(optimizer: RuleOptimizer | Several, working_set: object, ranks: object, sharding: object) -> None:
-    """Raise where an optimizer that needs whole gradients would step parts of them."""
+    """Raise where an optimizer would step parts of parameters that it cannot step, or not reach all of a weight."""
+    for one in optimizer.members:
+        if isinstance(one, AdamWScheduleFree):
+            _refuse_out_of_reach(one, working_set, ranks, sharding)
     whole = [one for one in optimizer.members if any(isinstance(one.rule_of(group), WholeRule) for group in one.groups)]
     if not whole:
         return
@@ -158,4 +161,25 @@ def refuse_parts(optimizer: RuleOptimizer | Several, working_set: object, ranks:
         raise FoldError(
             f"{name} on several ranks: it needs the whole gradient of a parameter, and a rank steps a part of it; use "
             "gradfold.AdamW, or train on one rank"
+        )
+
+
+def _refuse_out_of_reach(optimizer: AdamWScheduleFree, working_set: object, ranks: object, sharding: object) -> None:
+    """Raise where ``optimizer.eval()`` could not find the average of every weight."""
+    if ranks is not None or sharding is not None:
+        raise FoldError(
+            "AdamWScheduleFree on several ranks: optimizer.eval() and train() move whole weights, and a rank has "
+            "a part of their states; use gradfold.AdamW, or train on one rank"
+        )
+    if not isinstance(working_set, WorkingSet):
+        return
+    if working_set.states == "reset":
+        raise FoldError(
+            "WorkingSet(states='reset') with AdamWScheduleFree: a chunk that goes to sleep would lose z, and with it "
+            "the average that optimizer.eval() looks for; use states='keep'"
+        )
+    if masters := [group["master"] for group in optimizer.groups if group.get("master") is not None]:
+        raise FoldError(
+            f"working_set= with AdamWScheduleFree(master={masters[0]!r}): optimizer.eval() would have to change "
+            "masters that sleep; leave out one of them"
         )

@@ -26,6 +26,10 @@ OptimizerName = Literal[
     "ASGD",
     "Rprop",
     "Muon",
+    "AdamWScheduleFree",
+    "AdamMini",
+    "LAMB",
+    "LARS",
 ]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Clip = Literal["exact", "two_pass", "delayed"]

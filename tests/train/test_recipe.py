@@ -99,6 +99,7 @@ BAD_FIELDS = [
     (ScheduleRecipe, {"warmup": -1}, "schedule.warmup = -1.0"),
     (ScheduleRecipe, {"warmup": 1.5}, "schedule.warmup = 1.5: give a fraction of all steps"),
     (ScheduleRecipe, {"final": 2}, "schedule.final = 2.0"),
+    (OptimizerRecipe, {"name": "AdamWScheduleFree"}, "optimizer.name = 'AdamWScheduleFree': a run evaluates"),
     (TextRecipe, {"held_out": 1.0}, "text.held_out = 1.0"),
     (TextRecipe, {"too_long": "crop"}, "text.too_long = 'crop': takes error, truncate, drop"),
     (CheckpointRecipe, {"keep": 0}, "checkpoint.keep = 0: give a whole number, 1 or more"),
@@ -238,7 +239,7 @@ def test_options_have_one_default_wherever_they_stand():
                 assert given[spec.name].default == spec.default, (kind, spec.name)
     storage = {spec.name for spec in dataclasses.fields(StorageFields)}
     assert storage <= StorageOptions.__annotations__.keys()
-    assert set(OPTIMIZER_SETTINGS) == set(OPTIMIZERS)
+    assert set(OPTIMIZER_SETTINGS) == set(OPTIMIZERS) - {"AdamWScheduleFree"}  # refused: a run saves what trains
 
 
 def test_only_what_changes_the_run_counts_as_a_difference():

@@ -14,7 +14,7 @@ from gradfold.rules import Group, WholeRule
 
 from .contract import UNCHANGED, Change, StepNumbers
 from .fake_blocks import visited
-from .norms import accumulation_dtype, is_finite, norm_of
+from .norms import accumulation_dtype, certainly_finite, is_finite, norm_of
 from .quantized import Views, block_shape
 from .row_blocks import block_rows, sum_rows
 from .scratch import Scratch
@@ -36,7 +36,8 @@ class WholeStepper:
         self.rows, self.columns = block_shape(self.values)
         self.dtype = torch.float32 if quantized(weight) else accumulation_dtype(self.values.dtype)
         self.copied = quantized(weight) or self.values.dtype != self.dtype or not self.values.is_contiguous()
-        others = rule.scratch_tiles(group) + self.copied
+        self._temporaries = rule.scratch_tiles(group)
+        others = self._temporaries + self.copied
         self.block = block_rows(scratch, self.rows, self.columns, 1 + others, self.dtype)
         whole = (self.rows + others * self.block) * self.columns * self.dtype.itemsize
         self.kept = whole <= scratch.limit_bytes
@@ -48,7 +49,10 @@ class WholeStepper:
         rule, n, states = self.rule, numbers.on_host, self.states
         work, copy, grads = self._tiles()
         sums, squares, key = rule.begin(self.values, self.dtype, n), 0.0, self.weight.key(numbers.count)
-        for index in range(rule.looks):
+        looks = rule.looks
+        if not looks and (self.kept or (change.guarded and not certainly_finite(terms, self.values.dtype))):
+            looks = 1  # only to know that it is finite, before the first weight moves
+        for index in range(looks):
             for start, stop, grad in self._gradient(terms, grads, index == 0):
                 rows = self._index_range(start, stop)
                 if index == 0:
@@ -58,23 +62,34 @@ class WholeStepper:
                     squares += norm**2
                 if index == 0 or not self.kept:
                     change.apply(grad)
-                weight, _ = self._lend(start, stop, copy)
-                rule.look(index, sums, weight, self._shaped(grad), states, rows, self._shaped(work[: stop - start]), n)
-            rule.looked(index, sums, states, n)
+                if rule.looks:
+                    weight, _ = self._lend(start, stop, copy)
+                    tiles = self._parts(work, stop - start)
+                    rule.look(index, sums, weight, self._shaped(grad), states, rows, tiles, n)
+            if rule.looks:
+                rule.looked(index, sums, states, n)
         for start, stop, grad in self._gradient(terms, grads, False):
+            if not looks:
+                squares += norm_of(grad) ** 2
             if not self.kept:
                 change.apply(grad)
             weight, lent = self._lend(start, stop, copy)
-            rows, tile = self._index_range(start, stop), self._shaped(work[: stop - start])
-            rule.apply(sums, weight, self._shaped(grad), states, rows, tile, n)
+            rows, tiles = self._index_range(start, stop), self._parts(work, stop - start)
+            rule.apply(sums, weight, self._shaped(grad), states, rows, tiles, n)
             self._store(start, stop, weight, lent, key)
         return squares
 
     def _tiles(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rule's tile, one for a copy of the weight (empty if it steps in place), and the gradient's."""
+        """Return the rule's tiles, one for a copy of the weight (empty if it steps in place), and the gradient's."""
         (buffer,) = self.scratch.tiles(1, self._height, self.columns, self.dtype, self.values.device)
         copies = self.block if self.copied else 0
-        return buffer[: self.block], buffer[self.block : self.block + copies], buffer[self.block + copies :]
+        first = self._temporaries * self.block
+        return buffer[:first], buffer[first : first + copies], buffer[first + copies :]
+
+    def _parts(self, work: Tensor, rows: int) -> list[Tensor]:
+        """Return the rule's tiles for a block of so many rows."""
+        starts = range(0, work.shape[0], self.block)
+        return [self._shaped(work[start : start + rows]) for start in starts]
 
     def _gradient(self, terms: Sequence[GradTerm], tile: Tensor, first: bool) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the gradient a block of rows at a time: first row, the row after the last, and the tile."""

@@ -44,6 +44,10 @@ class Optimizer(Protocol):
         """Return the param_group a parameter belongs to."""
         ...
 
+    def refuse_step(self, what: str) -> None:
+        """Raise if the optimizer cannot step now and ``what``, a backward or ``optimizer.step()``, would let it."""
+        ...
+
     def stream_of(self, param: Parameter) -> str:
         """Return a parameter's name in the streams of random bits."""
         ...

@@ -153,6 +153,7 @@ class FoldState(FoldContext):
         if not self.step.loop_looked:  # no folded module was called; the caller may be on another thread
             self.step.loop, self.step.loop_looked = refuse_loop(self, everywhere=True), True
             refuse_schedule(self, everywhere=True)
+        self.optimizer.refuse_step("a backward")
         refuse_micro_batch(self.step.loop, self)
         if not self.compiled and _torch.has_compiled():
             self.compiled = True

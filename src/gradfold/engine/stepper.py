@@ -390,11 +390,11 @@ def allocate(
         How weight and states are stored.
     """
     storage = storage_of(param, rule, group, place)
-    scalar = counter_dtype()
     for name, start in storage.counters(rule).items():
         if name not in state:
             # as torch: on the device only where a CUDA graph has to find it there
             start = rule.start_of(name, start, group)
+            scalar = counter_dtype(name, rule)
             state[name] = torch.tensor(start, dtype=scalar, device=param.device if group.get("capturable") else None)
     for spec, codec in zip(storage.specs, storage.codecs, strict=True):
         keys = list(keys_of(spec.name, codec).values())

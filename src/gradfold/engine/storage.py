@@ -67,9 +67,10 @@ class Storage(NamedTuple):
         return " + ".join(dict.fromkeys(kinds))
 
 
-def counter_dtype() -> torch.dtype:
-    """Return the dtype of counters, as torch's optimizers choose it."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def counter_dtype(name: str, rule: Rule) -> torch.dtype:
+    """Return the dtype of a counter, as torch's optimizers choose it."""
+    wide = torch.get_default_dtype() == torch.float64 or name in rule.exact_counters
+    return torch.float64 if wide else torch.float32
 
 
 def storage_of(param: Tensor, rule: Rule, group: Group, place: Place | None = None) -> Storage:
@@ -123,6 +124,7 @@ def _storage(
                 f"states={states!r}: state {spec.name!r} must be fp32: {spec.exact}; use states='fp32'"
                 f"{' (or centered=False)' if 'centered' in spec.exact else ''}"
             )
+    codecs = [WEIGHTS[torch.float32] if spec.wide else codec for spec, codec in zip(specs, codecs, strict=True)]
     asked = rounding == "stochastic"
     random = (
         weight.stochastic and (asked or (rounding is None and master is not None)),

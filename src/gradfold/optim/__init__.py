@@ -3,7 +3,25 @@
 from gradfold._options import StorageOptions, TorchOptions
 
 from .base import RuleOptimizer
-from .classes import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop, Rprop
+from .classes import (
+    ASGD,
+    LAMB,
+    LARS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamMini,
+    AdamW,
+    AdamWScheduleFree,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 from .from_torch import from_torch
 from .masters import export_masters, import_masters
 from .muon import Muon, muon_groups
@@ -12,12 +30,16 @@ from .torch_loads import watch_torch_loads
 
 __all__ = [
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
     "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamW",
+    "AdamWScheduleFree",
     "Adamax",
     "Lion",
     "Muon",

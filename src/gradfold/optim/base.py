@@ -85,6 +85,7 @@ class RuleOptimizer(StateDicts):
         Raises:
             FoldError: the audit found a parameter that did not, or could not, step as it should.
         """
+        self.refuse_step("optimizer.step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -129,6 +130,7 @@ class RuleOptimizer(StateDicts):
         if grad.layout != torch.strided:
             raise FoldError(f"a {grad.layout} gradient for a parameter of shape {tuple(param.shape)}: use sparse=False")
         if shared is None:
+            self.refuse_step("optimizer.step()")
             group = self.group_of(param)
             shared = GroupStep(group, self.rule_of(group))
         if self._fold is not None:

@@ -39,7 +39,7 @@ def place(param: Tensor, saved: Mapping[str, Any], storage: Storage, rule: Rule,
     _refuse_foreign(saved, storage, rule, kind)
     counters = storage.counters(rule)
     residuals = storage.residuals()
-    placed = {name: _counter(value) for name, value in saved.items() if name in counters}
+    placed = {name: _counter(value, counter_dtype(name, rule)) for name, value in saved.items() if name in counters}
     if saved.keys() - set(residuals):  # torch's SGD saves no step, which the random bits need
         placed |= {name: torch.tensor(start) for name, start in counters.items() if name not in placed}
     known = dict(zip((spec.name for spec in storage.specs), storage.codecs, strict=True))
@@ -73,11 +73,11 @@ def _refuse_foreign(saved: Mapping[str, Any], storage: Storage, rule: Rule, kind
         )
 
 
-def _counter(value: Any) -> Tensor:
+def _counter(value: Any, wanted: torch.dtype) -> Tensor:
     """Return a counter in the dtype it counts in: torch's optimizers load NAdam's ``mu_product`` in the weight's."""
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=counter_dtype())
-    dtype = counter_dtype() if value.is_floating_point() else value.dtype
+        return torch.tensor(float(value), dtype=wanted)
+    dtype = wanted if value.is_floating_point() else value.dtype
     return value.detach().to("cpu", dtype, copy=True)
 
 
@@ -127,7 +127,8 @@ def _state(param: Tensor, name: str, saved: Mapping[str, Any], codec: Codec | No
     shape = shapes.get(name, tuple(param.shape))
     _check_shape(name, value, shape, param)
     if codec is None or isinstance(codec, Plain):
-        chosen = storage.fixed or squares_in_fp16(value.dtype, storage.specs)
+        wide = any(spec.wide for spec in storage.specs if spec.name == name)
+        chosen = storage.fixed or squares_in_fp16(value.dtype, storage.specs) or (wide and value.dtype.itemsize < 4)
         if codec is None:
             dtype = param.dtype if chosen else value.dtype
         else:

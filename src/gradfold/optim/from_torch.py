@@ -82,6 +82,7 @@ def _made(optimizer: torch.optim.Optimizer, name: str, storage: StorageOptions) 
     """Return a new optimizer of gradfold's with copies of the groups.
 
     Raises:
+        FoldError: it maximizes, and the new one could not.
         ValueError: an option is out of range.
     """
     made: Any = Muon if name == "Muon" else getattr(classes, name)
@@ -90,6 +91,8 @@ def _made(optimizer: torch.optim.Optimizer, name: str, storage: StorageOptions) 
         "param_names",
         "initial_lr",
     }
+    if "maximize" not in known and any(group.get("maximize") for group in optimizer.param_groups):
+        raise FoldError(f"maximize=True: gradfold.{name} has no such option, and would minimize; negate the loss")
     same = name == type(optimizer).__name__
     groups = [{key: value for key, value in g.items() if same or key in known} for g in optimizer.param_groups]
     found = made(groups, lr=optimizer.defaults["lr"], **storage)

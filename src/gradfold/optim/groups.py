@@ -44,6 +44,9 @@ class ParamGroups(torch.optim.Optimizer):
         """Return the optimizer that steps a parameter: of several in one fold, the one it was given to."""
         return self
 
+    def refuse_step(self, what: str) -> None:
+        """Raise FoldError if the optimizer cannot step now and ``what``, which would step it, has begun."""
+
     @staticmethod
     def validate(group: dict[str, Any]) -> None:
         """Raise ValueError if a hyper-parameter of the group is out of range."""

@@ -59,6 +59,11 @@ class Several:
             found = self._owners[id(param)]
         return found
 
+    def refuse_step(self, what: str) -> None:
+        """Raise if one of them cannot step now."""
+        for member in self.members:
+            member.refuse_step(what)
+
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule that steps the parameters of a group."""
         return next(m for m in self.members if any(one is group for one in m.groups)).rule_of(group)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .base import State, next_step, number
-from .whole import WholeRule
+from .whole import WholeRule, squares
 
 
 class AdafactorNumbers(NamedTuple):
@@ -102,13 +102,13 @@ class AdafactorRule(WholeRule):
             sums.col = torch.zeros((*lead, 1, columns), dtype=dtype, device=weight.device)
         return sums
 
-    def look(self, index, sums, weight, grad, states, rows, work, numbers):
+    def look(self, index, sums, weight, grad, states, rows, scratch, numbers):
         """Take squares: of the weight and along rows and columns of the gradient; then of the update."""
         if index == 1:
-            update = self._update(sums, grad, states, rows, work, numbers)
-            sums.update_squares += _squares(update)
+            update = self._update(sums, grad, states, rows, scratch[0], numbers)
+            sums.update_squares += squares(update)
             return
-        sums.weight_squares += _squares(weight)
+        sums.weight_squares += squares(weight)
         if sums.row is not None:
             sums.row[rows] = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).square_()
             along = torch.linalg.vector_norm(grad, dim=-2, keepdim=True).square_()
@@ -127,10 +127,10 @@ class AdafactorRule(WholeRule):
                 state.copy_(found)
             sums.row.div_(sums.row.mean(dim=-2, keepdim=True).clamp_(min=sums.eps1))
 
-    def apply(self, sums, weight, grad, states, rows, work, numbers):
+    def apply(self, sums, weight, grad, states, rows, scratch, numbers):
         """Update one tile of the weight in place, and a vector's second moments."""
         n = numbers
-        update = self._update(sums, grad, states, rows, work, n)
+        update = self._update(sums, grad, states, rows, scratch[0], n)
         if sums.row is None:
             variance = states[0]
             variance.copy_(torch.lerp(variance.to(grad.dtype), grad * grad, n.rate))
@@ -148,7 +148,3 @@ class AdafactorRule(WholeRule):
         else:
             torch.mul(sums.row[rows], sums.col_at(rows), out=work)
         return work.clamp_(min=sums.eps1**2).rsqrt_().mul_(grad)
-
-
-def _squares(tile: Tensor) -> float:
-    return number(torch.linalg.vector_norm(tile)) ** 2

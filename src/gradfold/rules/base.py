@@ -25,6 +25,7 @@ class State(NamedTuple):
         exact: Why it cannot be stored in fewer bits than fp32, in words; empty if it can.
         dims: Which weights have it: "any"; "matrix", of two or more dimensions; "vector", of fewer.
         over: The dimension it is a mean over, where its shape has a 1; None: of the weight's shape.
+        wide: Kept in fp32 at least, whatever the weight's dtype and ``states=`` are.
     """
 
     name: str
@@ -34,6 +35,7 @@ class State(NamedTuple):
     exact: str = ""
     dims: Literal["any", "matrix", "vector"] = "any"
     over: int | None = None
+    wide: bool = False
 
     def kept_for(self, shape: Sequence[int]) -> bool:
         """Return whether a weight of this shape has the state."""
@@ -89,6 +91,7 @@ class Rule:
         counters: Scalar states and their initial values.
         kept: Weight-shaped states that are kept whatever the hyper-parameters.
         optional: Weight-shaped states that are kept with some hyper-parameters.
+        exact_counters: Counters that are float64, whatever torch's default dtype is.
     """
 
     name: ClassVar[str]
@@ -96,6 +99,7 @@ class Rule:
 
     kept: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()
+    exact_counters: ClassVar[frozenset[str]] = frozenset()
 
     def states(self, group: Group) -> tuple[State, ...]:
         """List the weight-shaped states that the group's hyper-parameters ask for, in the order ``update`` takes them.

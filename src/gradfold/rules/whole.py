@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Rule
+from .base import Rule, number
+
+FP32 = "a rule that looks at whole gradients works on it as it is stored"  # why its states take no fewer bits
 
 
 class WholeRule(Rule):
@@ -27,13 +29,13 @@ class WholeRule(Rule):
     steps whole parameters only: working sets and parameters that are spread over ranks are refused.
 
     Attributes:
-        looks: Number of passes over the gradient before the one that applies it.
+        looks: Number of passes over the gradient before the one that applies it; 0: it needs whole rows, no more.
     """
 
     looks: ClassVar[int] = 1
 
     def scratch_tiles(self, group):
-        """Return 1: the tile ``work``."""
+        """Return how many temporary tiles ``look`` and ``apply`` need beside the gradient's."""
         return 1
 
     def begin(self, weight: Tensor, dtype: torch.dtype, numbers: Any) -> Any:
@@ -54,10 +56,10 @@ class WholeRule(Rule):
         grad: Tensor,
         states: Sequence[Tensor],
         rows: slice,
-        work: Tensor,
+        scratch: Sequence[Tensor],
         numbers: Any,
     ) -> None:
-        """Take what pass ``index`` needs of a tile; nothing but ``sums`` and ``work`` may change.
+        """Take what pass ``index`` needs of a tile; nothing but ``sums`` and ``scratch`` may change.
 
         Args:
             index: Number of the pass, from 0.
@@ -66,7 +68,7 @@ class WholeRule(Rule):
             grad: The tile of the gradient.
             states: The whole states.
             rows: Indices of the tile in the first dimension.
-            work: A tile with arbitrary contents.
+            scratch: ``scratch_tiles(group)`` tiles with arbitrary contents.
             numbers: What ``advance`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__}.look")
@@ -81,8 +83,24 @@ class WholeRule(Rule):
         grad: Tensor,
         states: Sequence[Tensor],
         rows: slice,
-        work: Tensor,
+        scratch: Sequence[Tensor],
         numbers: Any,
     ) -> None:
-        """Update one tile of the weight in place; arguments as ``look`` takes them."""
+        """Update one tile of the weight in place; arguments as ``look`` takes them.
+
+        The gradient may be overwritten.
+        """
         raise NotImplementedError(f"{type(self).__name__}.apply")
+
+
+class Norms:
+    """Sums of squares of a whole weight, and of what it is compared with."""
+
+    def __init__(self):
+        self.weight = 0.0
+        self.other = 0.0
+
+
+def squares(tile: Tensor) -> float:
+    """Return the sum of squares of a tile."""
+    return number(torch.linalg.vector_norm(tile)) ** 2

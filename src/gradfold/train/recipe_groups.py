@@ -46,6 +46,9 @@ OPTIMIZER_SETTINGS: dict[str, tuple[str, ...]] = {
     "ASGD": ("lambd", "alpha", "t0", "maximize"),
     "Rprop": ("etas", "step_sizes", "maximize"),
     "RAdam": ("betas", "eps", "decoupled_weight_decay", "maximize"),
+    "AdamMini": ("betas", "eps", "maximize"),
+    "LAMB": ("betas", "eps", "maximize"),
+    "LARS": ("momentum", "trust_coefficient", "eps", "maximize"),
     "Muon": ("momentum", "nesterov", "eps", "ns_steps", "adjust_lr_fn", "adamw_lr"),
 }
 """Which settings each optimizer has beside `lr` and `weight_decay`, which all have (but Rprop, which has no
@@ -53,7 +56,8 @@ weight decay). Adafactor's `eps` are two numbers, its defaults here."""
 
 
 FINITE_IN_FP32 = ("lr", "adamw_lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay",
-                  "initial_accumulator_value", "momentum_decay", "beta2_decay", "d", "rho", "lambd", "t0")  # fmt: skip
+                  "initial_accumulator_value", "momentum_decay", "beta2_decay", "d", "rho", "lambd", "t0",
+                  "trust_coefficient")  # fmt: skip
 """Settings that meet weights, whose numbers end at 3.4e38."""
 
 
@@ -126,7 +130,7 @@ class OptimizerFields:
     eps: float | None = None
     """Epsilon, added to the denominator. None: the optimizer's default."""
     momentum: float | None = None
-    """SGD, RMSprop and Muon: momentum factor. None: the optimizer's default."""
+    """SGD, RMSprop, LARS and Muon: momentum factor. None: the optimizer's default."""
     dampening: float | None = None
     """SGD: dampening of the momentum. None: the optimizer's default."""
     nesterov: bool | None = None
@@ -145,6 +149,8 @@ class OptimizerFields:
     """Adafactor: exponent of the second moments' decay, 0 or less. None: the optimizer's default."""
     d: float | None = None
     """Adafactor: largest root mean square of an update. None: the optimizer's default."""
+    trust_coefficient: float | None = None
+    """LARS: size of a step relative to the weight. None: the optimizer's default."""
     rho: float | None = None
     """Adadelta: decay rate of the averages. None: the optimizer's default."""
     lambd: float | None = None
@@ -196,6 +202,13 @@ class OptimizerRecipe(StorageFields, OptimizerFields):
             require_at_least(self, 0, "small_size")
         if self.name == "Rprop" and self.weight_decay:
             raise refused(self, "weight_decay", "leave it out: Rprop has no weight decay")
+        if self.name == "AdamWScheduleFree":
+            raise refused(
+                self,
+                "name",
+                "a run evaluates and saves the weights that train, and here these are others than those to use "
+                "(optimizer.eval()); take AdamW, or a loop of your own",
+            )
         known = OPTIMIZER_SETTINGS[self.name]
         for name in [*self.settings(), *(["adamw_lr"] if self.adamw_lr is not None else [])]:
             if name not in known:
