@@ -233,7 +233,8 @@ class Triton(Backend):
         return tile_configs.max_tokens(tensors.stored_bytes, self.where)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
-        if self.always or source.kind != tile_configs.PRODUCT or source.constants.get("GATHERS"):
+        products = source.kind in (tile_configs.PRODUCT, tile_configs.GROUPED)
+        if self.always or not products or source.constants.get("GATHERS"):
             return True
         dtype = torch.float32 if source.operand_bytes == 4 else weight.dtype
         return source.tokens <= self._max_tokens(tensors, dtype)

@@ -35,7 +35,7 @@ class GroupedLaunch(NamedTuple):
 
     def programs(self, where: str) -> int:
         """Return the number of programs; each writes one norm."""
-        config = tile_configs.tile_config(tile_configs.PRODUCT, self.source.operand_bytes, where)
+        config = tile_configs.tile_config(tile_configs.GROUPED, self.source.operand_bytes, where)
         return self.experts * counts_of(self.tensors, config)[0]
 
     def arguments(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -92,7 +92,7 @@ def grouped_launch(terms: Sequence[GradTerm], tensors: Tensors, where: str) -> G
     if weight is None:
         return None
     size = first.left.element_size()
-    config = tile_configs.tile_config(tile_configs.PRODUCT, size, where)
+    config = tile_configs.tile_config(tile_configs.GROUPED, size, where)
     described = describable(MatmulTerm(first.left, first.right), where)
     left, right = first.left, first.right
     left_rows, right_rows = (
@@ -110,7 +110,7 @@ def grouped_launch(terms: Sequence[GradTerm], tensors: Tensors, where: str) -> G
     constants = {"PRODUCTS": min(2, len(products)), "DESCRIBED": int(described)}
     mean = sum(term.left.shape[0] for term in products) // max(1, first.offsets.shape[0])
     held = tuple(t for term in products for t in term.tensors)
-    return GroupedLaunch(weight, Source(tile_configs.PRODUCT, given, constants, size, mean, held), first.experts)
+    return GroupedLaunch(weight, Source(tile_configs.GROUPED, given, constants, size, mean, held), first.experts)
 
 
 def _together(term: GradTerm) -> GroupedTerm | None:

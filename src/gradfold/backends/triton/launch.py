@@ -175,7 +175,7 @@ class Source(NamedTuple):
     """Where a launch takes its gradient from.
 
     Attributes:
-        kind: PRODUCT, GATHER or DENSE, for the tile table.
+        kind: PRODUCT, GROUPED, GATHER or DENSE, for the tile table.
         arguments: The kernel's arguments ``left`` to ``denses``.
         constants: Compile-time constants.
         operand_bytes: Bytes of an element of the operands.
