@@ -46,9 +46,9 @@ def keeps_its_promises(job):
     row = kernels.measure_kernel(job)
     assert row["problems"] == []
     assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
-    if job.kind == tile_configs.PRODUCT and job.operands == "bf16":
+    if job.kind in (tile_configs.PRODUCT, tile_configs.GROUPED) and job.operands == "bf16":
         assert row["matrix"] == MATRIX[job.arch]
-    if job.arch == 90 and job.kind == tile_configs.PRODUCT and job.operands == "bf16":
+    if job.arch == 90 and job.kind in (tile_configs.PRODUCT, tile_configs.GROUPED) and job.operands == "bf16":
         assert row["programs_per_multiprocessor"] >= 2
     return row
 
@@ -67,7 +67,8 @@ def test_every_kernel(job):
 def test_every_row_of_the_table_is_compiled_on_some_processor():
     compiled = {(job.kind, 4 if job.operands == "fp32" else 2, job.family) for job in kernels.every()}
     assert compiled >= {row for row in tile_configs._TILE_CONFIGS if row[2] != "amd"}
-    assert {kind for kind, _, _ in compiled} == {tile_configs.PRODUCT, tile_configs.GATHER, tile_configs.DENSE}
+    kinds = {tile_configs.PRODUCT, tile_configs.GROUPED, tile_configs.GATHER, tile_configs.DENSE}
+    assert {kind for kind, _, _ in compiled} == kinds
 
 
 def test_stores_are_those_of_weight_states_and_norm():
@@ -75,6 +76,16 @@ def test_stores_are_those_of_weight_states_and_norm():
     elements = job.tiles.bn * job.tiles.bk
     expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
     assert inspect_ptx.bytes_by_argument(inspect_ptx.stores(compile_kernel(job).asm["ttir"])) == expected
+
+
+def test_experts_store_no_more(monkeypatch):
+    """In tiles that compile quickly, of which one program takes one expert's."""
+    tiny = tile_configs.TileConfig(16, 128, 16, 0, warps=4, stages=1)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), tiny)
+    row = kernels.measure_kernel(KernelJob(90, kind=tile_configs.GROUPED, rule="Lion", states="bf16"))
+    assert row["problems"] == [] and row["matrix"] == "wgmma"
+    assert row["stored_arguments"] == ["firsts.0", "firsts.1", "norms"]
+    assert row["stored_bytes_per_element"] == 4 + 4 / (16 * 128)
 
 
 def test_norm_only_stores_one_number():

@@ -215,17 +215,29 @@ class Triton(Backend):
         """Write the gradient to ``out``, or add it, by the reference backend."""
         self.reference.gradient(weight, terms, out, add)
 
-    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
+    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule, by_expert: bool = False) -> str:
         """Describe how such a parameter is stepped, for ``Fold.report()``."""
         reason = why_not([weight, *states], rule)
         if reason is not None:
             return f"reference ({reason})"
+        if by_expert:
+            return self._route_of_experts([weight, *states])
         if self.always or weight.values.dim() != 2:
             return "registers"
         tensors = tensors_of([weight, *states])
         assert tensors is not None
         limit = self._max_tokens(tensors, weight.values.dtype)
         return "row blocks" if limit == 0 else f"registers up to {limit} tokens, then row blocks"
+
+    def _route_of_experts(self, stored: Sequence[Stored]) -> str:
+        tensors = tensors_of(stored)
+        assert tensors is not None
+        if not takes_layout(tensors, stored[0].values.shape):
+            return "reference (experts with rows narrower than a block of their codec)"
+        limit = self._max_tokens(tensors, stored[0].values.dtype)
+        if self.always:
+            return "registers, by expert"
+        return f"registers up to {limit} tokens an expert, then reference" if limit else "reference (experts)"
 
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:

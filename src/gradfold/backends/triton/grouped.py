@@ -15,7 +15,7 @@ from gradfold.backends.terms import GradTerm, MatmulTerm
 from . import tile_configs
 from .kernels import tiles
 from .kernels.grouped import fold_grouped
-from .launch import Source, Tensors, arguments, counts_of, describable, one_dtype, table, tensors_of
+from .launch import Source, Tensors, arguments, counts_of, describable, one_dtype, table
 
 _ABSENT = ("BIASED", "BIAS_FLAGS", "BIAS_FORMATS", "BIAS_RANDOM")  # constants of the main kernel alone
 
@@ -73,10 +73,9 @@ def by_expert(tensors: Tensors, experts: int, rows: int, columns: int) -> Tensor
     )
 
 
-def takes_layout(stored: Sequence[Any]) -> bool:
-    """Return whether the kernel of experts takes such a weight and states."""
-    tensors, shape = tensors_of(stored), stored[0].values.shape
-    return len(shape) == 3 and tensors is not None and by_expert(tensors, *shape) is not None
+def takes_layout(tensors: Tensors, shape: Sequence[int]) -> bool:
+    """Return whether the kernel of experts takes a weight of this shape, stored so."""
+    return len(shape) == 3 and by_expert(tensors, *shape) is not None
 
 
 def grouped_launch(terms: Sequence[GradTerm], tensors: Tensors, where: str) -> GroupedLaunch | None:

@@ -33,9 +33,7 @@ def product_of(
     """Do ``product`` over the tokens from begin on."""
     left += begin.to(tl.int64) * left_stride
     right += begin.to(tl.int64) * right_stride
-    return product(
-        acc, left, right, count, left_stride, right_stride, n0, k0, N, K, BN, BK, BT, PRECISION, EVEN, WIDEN
-    )
+    return product(acc, left, right, count, left_stride, right_stride, n0, k0, N, K, BN, BK, BT, PRECISION, EVEN, WIDEN)
 
 
 @triton.jit
