@@ -135,10 +135,15 @@ def compile_kernel(job: KernelJob) -> CompiledKernel:
     tensors = tensors_of([weight] if job.norm_only else [weight, *states])
     assert tensors is not None, f"{job.id}: not stored as kernels know it"
     use = use_of(job)
-    grouped = grouped_launch([use], tensors, job.family) if isinstance(use, GroupedTerm) else None
-    source = source_of([use], tensors.rows, tensors.columns, weight.values, job.family)
-    assert source is not None or grouped is not None, f"{job.id}: no kernel takes this gradient"
-    made = functools.partial(arguments, tensors, source) if grouped is None else grouped.arguments
+    made: Any
+    if isinstance(use, GroupedTerm):
+        grouped = grouped_launch([use], tensors, job.family)
+        assert grouped is not None, f"{job.id}: no kernel takes these experts"
+        function, made = fold_grouped, grouped.arguments
+    else:
+        source = source_of([use], tensors.rows, tensors.columns, weight.values, job.family)
+        assert source is not None, f"{job.id}: no kernel takes this gradient"
+        function, made = fold_step, functools.partial(arguments, tensors, source)
     norms = torch.empty(counts_of(tensors, job.tiles)[0])
     if job.norm_only:
         positions, constants = made(None, (), norms, norms, job.family)
@@ -155,7 +160,7 @@ def compile_kernel(job: KernelJob) -> CompiledKernel:
             bias = Bias(along, flags, scalars)
         positions, constants = made(twin, flags, scalars, norms, job.family, bias=bias)
     with compiling_for(job.arch):
-        kernel: Any = (fold_step if grouped is None else fold_grouped).warmup(*positions, grid=(1,), **constants)
+        kernel: Any = function.warmup(*positions, grid=(1,), **constants)
     tile = job.tiles.bn * job.tiles.bk
     allowed = {"norms": norms.element_size()}
     if not job.norm_only:

@@ -36,7 +36,8 @@ def tiles(monkeypatch):
 
 def first_quick(values, quick=1):
     """The table with all but the first few marked slow."""
-    return [value if i < quick else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=() if i < quick else pytest.mark.slow) for i, row in enumerate(rows)]
 
 
 small = pytest.mark.usefixtures("tiles")

@@ -18,7 +18,7 @@ TERM = tl.constexpr(6)  # left, right, offsets, tokens, left's stride, right's s
 
 @triton.jit
 def tokens_of(offsets, expert, tokens):
-    """Return where an expert's tokens begin, and how many they are. offsets: ``[E]``, where each expert's tokens end."""
+    """Return where an expert's tokens begin, and how many they are. offsets: ``[E]``, where each one's end."""
     begin = tl.load(offsets + (expert - 1), mask=expert > 0, other=0).to(tl.int32)
     end = tl.minimum(tl.load(offsets + expert).to(tl.int32), tokens)
     return begin, tl.maximum(end - begin, 0)
