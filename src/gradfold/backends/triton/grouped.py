@@ -92,7 +92,8 @@ def grouped_launch(terms: Sequence[GradTerm], tensors: Tensors, where: str) -> G
         return None
     size = first.left.element_size()
     config = tile_configs.tile_config(tile_configs.GROUPED, size, where)
-    described = describable(MatmulTerm(first.left, first.right), where)
+    # of fp32 operands, without matrix units, two loops cost more than descriptors save
+    described = size == 2 and describable(MatmulTerm(first.left, first.right), where)
     left, right = first.left, first.right
     left_rows, right_rows = (
         (_described(left, config.bt, config.bn), _described(right, config.bt, config.bk))
