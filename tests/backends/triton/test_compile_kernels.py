@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 import gradfold
-from benchmarks import inspect_ptx, kernels
+from benchmarks import compile_kernels, inspect_ptx, kernels
 from benchmarks.compile_kernels import CompiledKernel, KernelJob, compile_kernel, compiling_for
 from gradfold.backends import UNCHANGED, DenseTerm, Scratch
 from gradfold.backends.triton import Triton, backend, batched, tile_configs
@@ -86,6 +86,17 @@ def test_experts_store_no_more(monkeypatch):
     assert row["problems"] == [] and row["matrix"] == "wgmma"
     assert row["stored_arguments"] == ["firsts.0", "firsts.1", "norms"]
     assert row["stored_bytes_per_element"] == 4 + 4 / (16 * 128)
+
+
+@pytest.mark.parametrize("kind", [tile_configs.PRODUCT, tile_configs.GROUPED])
+def test_a_weight_of_one_row_compiles(monkeypatch, kind):
+    """Its dY has a stride of 1, which Triton hands to the kernel as a constant."""
+    tiny = tile_configs.TileConfig(16, 128, 16, 0, warps=4, stages=1)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), tiny)
+    kept = compile_kernels.stored_by
+    monkeypatch.setattr(compile_kernels, "stored_by", lambda job: kept(job, (1, compile_kernels.COLUMNS)))
+    monkeypatch.setattr(compile_kernels, "ROWS", 1)
+    assert compile_kernel(KernelJob(90, kind=kind, rule="Lion", states="bf16")).asm["cubin"]
 
 
 def test_norm_only_stores_one_number():
