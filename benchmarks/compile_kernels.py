@@ -7,6 +7,7 @@ gives the kernel's arguments. Only the driver is replaced, by one that says whic
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,14 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import gradfold
-from gradfold.backends import DenseTerm, GatherTerm, MatmulTerm, Stored
+from gradfold.backends import DenseTerm, GatherTerm, GroupedTerm, MatmulTerm, Stored
 from gradfold.backends.triton import tile_configs
+from gradfold.backends.triton.grouped import grouped_launch
+from gradfold.backends.triton.kernels.grouped import fold_grouped
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.launch import Bias, arguments, counts_of, source_of, tensors_of
 from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.engine.storage import allocate_residuals, allocate_state, bind, storage_of
 
 ROWS, COLUMNS, TOKENS = 256, 4096, 1024  # multiples of 16, as a model's: compiled for any such
+EXPERTS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -130,11 +134,19 @@ def compile_kernel(job: KernelJob) -> CompiledKernel:
     weight, states, rule, numbers = stored_by(job)
     tensors = tensors_of([weight] if job.norm_only else [weight, *states])
     assert tensors is not None, f"{job.id}: not stored as kernels know it"
-    source = source_of([use_of(job)], tensors.rows, tensors.columns, weight.values, job.family)
-    assert source is not None, f"{job.id}: no kernel takes this gradient"
+    use = use_of(job)
+    made: Any
+    if isinstance(use, GroupedTerm):
+        grouped = grouped_launch([use], tensors, job.family)
+        assert grouped is not None, f"{job.id}: no kernel takes these experts"
+        function, made = fold_grouped, grouped.arguments
+    else:
+        source = source_of([use], tensors.rows, tensors.columns, weight.values, job.family)
+        assert source is not None, f"{job.id}: no kernel takes this gradient"
+        function, made = fold_step, functools.partial(arguments, tensors, source)
     norms = torch.empty(counts_of(tensors, job.tiles)[0])
     if job.norm_only:
-        positions, constants = arguments(tensors, source, None, (), norms, norms, job.family)
+        positions, constants = made(None, (), norms, norms, job.family)
     else:
         twin = twin_of(rule)
         assert twin is not None, f"{job.id}: no twin"
@@ -146,9 +158,9 @@ def compile_kernel(job: KernelJob) -> CompiledKernel:
             along = tensors_of([first, *others])
             assert along is not None, f"{job.id}: the bias is not stored as kernels know it"
             bias = Bias(along, flags, scalars)
-        positions, constants = arguments(tensors, source, twin, flags, scalars, norms, job.family, bias=bias)
+        positions, constants = made(twin, flags, scalars, norms, job.family, bias=bias)
     with compiling_for(job.arch):
-        kernel: Any = fold_step.warmup(*positions, grid=(1,), **constants)
+        kernel: Any = function.warmup(*positions, grid=(1,), **constants)
     tile = job.tiles.bn * job.tiles.bk
     allowed = {"norms": norms.element_size()}
     if not job.norm_only:
@@ -162,6 +174,7 @@ def compile_kernel(job: KernelJob) -> CompiledKernel:
 
 def stored_by(job: KernelJob, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple[Stored, list[Stored], Any, Any]:
     """Return weight, states, rule and one step's numbers, as a folded optimizer has them during training."""
+    shape = (EXPERTS, *shape) if job.kind == tile_configs.GROUPED else shape
     param = torch.nn.Parameter(torch.empty(shape, dtype=DTYPES[job.weight]))
     options = {"states": job.states, "rounding": job.rounding, "master": job.master}
     optimizer = getattr(gradfold, job.rule)([param], lr=1e-3, **options, **dict(job.hyper))
@@ -176,14 +189,17 @@ def stored_by(job: KernelJob, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> tuple
     return weight, states, rule, numbers
 
 
-def use_of(job: KernelJob) -> MatmulTerm | GatherTerm | DenseTerm:
+def use_of(job: KernelJob) -> MatmulTerm | GroupedTerm | GatherTerm | DenseTerm:
     """Return the gradient term of a job."""
     dtype = DTYPES[job.operands]
     if job.kind == tile_configs.GATHER:
         return GatherTerm(torch.zeros(TOKENS, dtype=torch.int64), torch.empty(TOKENS, COLUMNS, dtype=dtype))
     if job.kind == tile_configs.DENSE:
         return DenseTerm(torch.empty(ROWS, COLUMNS, dtype=dtype))
-    return MatmulTerm(torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype))
+    sides = torch.empty(TOKENS, ROWS, dtype=dtype), torch.empty(TOKENS, COLUMNS, dtype=dtype)
+    if job.kind == tile_configs.GROUPED:
+        return GroupedTerm(*sides, torch.full((EXPERTS,), TOKENS, dtype=torch.int32))
+    return MatmulTerm(*sides)
 
 
 def _bytes_per_element(stored: list[Stored]) -> dict[str, float]:

@@ -102,6 +102,7 @@ def usual() -> Iterator[KernelJob]:
         if arch != 90:
             yield from (KernelJob(arch, **STORAGES[i]) for i in (1, 4))
             yield KernelJob(arch, operands="fp32", **STORAGES[0])
+            yield KernelJob(arch, kind=tile_configs.GROUPED, **STORAGES[3])
 
 
 def every() -> Iterator[KernelJob]:
@@ -120,6 +121,9 @@ def on(arch: int) -> Iterator[KernelJob]:
     )
     yield from (KernelJob(arch, operands=operands, norm_only=True) for operands in ("bf16", "fp32"))
     yield from (KernelJob(arch, biased=True, **STORAGES[i]) for i in (1, 3))
+    yield from (KernelJob(arch, kind=tile_configs.GROUPED, **STORAGES[i]) for i in (1, 2, 3, 4, 5))
+    yield KernelJob(arch, kind=tile_configs.GROUPED, operands="fp32", **STORAGES[0])
+    yield KernelJob(arch, kind=tile_configs.GROUPED, norm_only=True)
 
 
 def main() -> None:
@@ -230,7 +234,7 @@ def problems(
         yield f"spills {row['stack_bytes']} bytes ({row['spill_instructions']} instructions)"
     if row["shared_bytes"] > PROCESSORS[job.arch].program_shared_bytes:
         yield f"{row['shared_bytes']} bytes of shared memory do not fit"
-    if job.arch == 90 and (job.kind, job.operands) == (tile_configs.PRODUCT, "bf16"):
+    if job.arch == 90 and job.kind in (tile_configs.PRODUCT, tile_configs.GROUPED) and job.operands == "bf16":
         if row["programs_per_multiprocessor"] < 2:
             yield f"{row['programs_per_multiprocessor']} program per multiprocessor"
     most = MOST_INSTRUCTIONS.get((job.master, job.states))

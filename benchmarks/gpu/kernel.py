@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -29,7 +30,8 @@ from gradfold.backends import (
     StepNumbers,
     Stored,
 )
-from gradfold.backends.triton import Triton, interpreted, launch, tile_configs
+from gradfold.backends.triton import Triton, grouped, interpreted, launch, tile_configs
+from gradfold.backends.triton.kernels.grouped import fold_grouped
 from gradfold.backends.triton.kernels.step import fold_step
 from gradfold.backends.triton.scalars import flags_of, scalars_of, twin_of
 from gradfold.codecs import WEIGHTS, Plain, matrix
@@ -189,14 +191,17 @@ def using(config: tile_configs.TileConfig | None) -> Iterator[None]:
     asked = tile_configs.tile_config
 
     def answer(source: str, operand_bytes: int, where: str) -> tile_configs.TileConfig:
-        return config if source == tile_configs.PRODUCT else asked(source, operand_bytes, where)
+        return config if source in (tile_configs.PRODUCT, tile_configs.GROUPED) else asked(source, operand_bytes, where)
 
     with mock.patch.object(tile_configs, "tile_config", answer):
         yield
 
 
 class Launch:
-    """One prepared launch of ``fold_step``; calling it steps the cell in place and returns the compiled kernel."""
+    """One prepared launch of ``fold_step``, or of ``fold_grouped`` for experts.
+
+    Calling it steps the cell in place and returns the compiled kernel.
+    """
 
     def __init__(
         self,
@@ -213,17 +218,21 @@ class Launch:
             tensors = launch.tensors_of(stored)
             twin = twin_of(cell.rule)
             assert tensors is not None and twin is not None, "no kernel takes this storage or rule"
-            source = launch.source_of(uses, tensors.rows, tensors.columns, weight.values, where)
+            experts = grouped.grouped_launch(uses, tensors, where)
+            if experts is not None:
+                source = experts.source
+            else:
+                source = launch.source_of(uses, tensors.rows, tensors.columns, weight.values, where)
             assert source is not None, "no kernel takes these uses"
             self.config = tile_configs.tile_config(source.kind, source.operand_bytes, where)
             stream = next((one.stream for one in stored if one.stream is not None), None)
             step = 0 if stream is None else stream.step
             scalars = scalars_of(twin, cell.numbers, step, weight.values.device)
-            (self.tiles,) = launch.counts_of(tensors, self.config)
+            self.kernel: Any = fold_step if experts is None else fold_grouped
+            self.tiles = launch.counts_of(tensors, self.config)[0] if experts is None else experts.programs(where)
             self.norms = torch.full((self.tiles,), float("nan"), device=weight.values.device)
-            self.positions, self.constants = launch.arguments(
-                tensors,
-                source,
+            arguments = functools.partial(launch.arguments, tensors, source) if experts is None else experts.arguments
+            self.positions, self.constants = arguments(
                 twin,
                 flags_of(twin, cell.numbers),
                 scalars,
@@ -239,7 +248,7 @@ class Launch:
 
     def __call__(self) -> Any:
         """Launch the kernel."""
-        return fold_step[(self.tiles,)](*self.positions, **self.constants)
+        return self.kernel[(self.tiles,)](*self.positions, **self.constants)
 
 
 @triton.jit

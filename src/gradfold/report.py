@@ -164,8 +164,8 @@ def _routes(fold: FoldState, backend: Routed) -> str:
         for one in param.slices if param.param.requires_grad else ():
             if len(one.states) or one.lazy:
                 weight, states = one.stored(param.group)
-                way = backend.route(weight, states, fold.optimizer.rule_of(param.group))
-                ways["reference (experts)" if param.by_expert and not way.startswith("reference") else way] += 1
+                way = backend.route(weight, states, fold.optimizer.rule_of(param.group), param.by_expert)
+                ways["reference (experts)" if param.piecewise and not way.startswith("reference") else way] += 1
     return "; ".join(f"{count} in {way}" for way, count in ways.most_common()) or "nothing steps"
 
 

@@ -256,7 +256,7 @@ def test_frozen(frozen):
 class InKernels(Reference):
     """Says of every parameter that a kernel steps it, as the Triton backend may."""
 
-    def route(self, weight, states, rule):
+    def route(self, weight, states, rule, by_expert=False):
         return "registers"
 
 

@@ -24,7 +24,7 @@ import gradfold
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.kernel import Cell, Launch, gradient_by_kernel, rounds_once
 from benchmarks.gpu.worker import Case, Failed
-from gradfold.backends import DenseTerm, GatherTerm, GradTerm, MatmulTerm
+from gradfold.backends import DenseTerm, GatherTerm, GradTerm, GroupedTerm, MatmulTerm
 from gradfold.engine import Region
 
 REPEATS = 20
@@ -38,6 +38,7 @@ UNITS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "split8": 2.0**-14, "split16": 2.0**
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUND, ODD, SMALL = (256, 512), (252, 507), (3, 5)
+EXPERTS, ODD_EXPERTS = (6, 256, 512), (5, 200, 331)
 
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (gradfold.AdamW, {"weight_decay": 0.1}),
@@ -85,6 +86,12 @@ def examples() -> list[Example]:
     masters = (None, "split8", "split16")
     kinds = [(m, s) for m in masters for s in ("int8", "int4", "bf16", "fp32")]
     found = [Example(states=s, master=m, rounding="stochastic", shape=ROUND, tokens=512) for m, s in kinds]
+    experts = [(EXPERTS, "stochastic", 512), (ODD_EXPERTS, None, 123)]
+    found += [
+        Example(states="int8", rounding=rounding, shape=shape, tokens=tokens, source=source)
+        for shape, rounding, tokens in experts
+        for source in ("experts", "experts x 2")
+    ]
     found += [Example(states=s, master=m) for m, s in kinds]
     found += [Example(dtype="fp32", operand=o, states=s) for o, s in (("fp32", None), ("bf16", "int8"))]
     found += [Example(dtype="fp16", operand="fp16", states=s) for s in (None, "int8")]
@@ -108,6 +115,7 @@ def dry_examples() -> list[Example]:
         Example(states="int8", master="split8", rounding="stochastic", shape=(34, 140), tokens=7),
         Example(dtype="fp32", operand="fp32", states="int4", source="mixed", shape=(40, 130), tokens=7),
         Example(dtype="fp32", rule="lion", states="fp32", source="dense", shape=(34, 130), operand="fp32"),
+        Example(states="int8", rounding="stochastic", shape=(3, 34, 140), tokens=16, source="experts x 2"),
         Example(states="int8", shape=(40, 256), tokens=1, region=Region(1, 128, 256)),
     ]
 
@@ -171,7 +179,7 @@ def check_example(example: Example, context: Context) -> dict[str, Any]:
 
 def uses_of(example: Example, shape: tuple[int, ...]) -> list[GradTerm]:
     """Return the terms of the gradient, on the CPU."""
-    rows, columns = (1, shape[0]) if len(shape) == 1 else shape
+    rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
     dtype, tokens = DTYPES[example.operand], example.tokens
 
     def product(tokens: int) -> GradTerm:
@@ -184,6 +192,14 @@ def uses_of(example: Example, shape: tuple[int, ...]) -> list[GradTerm]:
         grad = _poisoned(rows, columns, dtype)
         return DenseTerm(grad.reshape(shape) if len(shape) == 1 else grad)
 
+    def experts(tokens: int) -> GradTerm:
+        """Some have no token, and the last tokens no expert."""
+        ends = torch.randint(0, max(1, tokens - 2), (shape[0],)).sort().values
+        ends[1] = ends[0]
+        return GroupedTerm(_poisoned(tokens, rows, dtype), _poisoned(tokens, columns, dtype), ends.to(torch.int32))
+
+    if example.source.startswith("experts"):
+        return [experts(tokens), experts(70)][: 1 + example.source.endswith("x 2")]
     kinds: dict[str, list[GradTerm]] = {
         "product": [product(tokens)],
         "product x 3": [product(tokens), product(1), product(70)],
@@ -226,6 +242,10 @@ def truth_of(uses: list[GradTerm], shape: torch.Size) -> Tensor:
     for use in uses:
         if isinstance(use, MatmulTerm):
             total += (use.left.double().t() @ use.right.double()).view(shape)
+        elif isinstance(use, GroupedTerm):
+            for expert in range(use.experts):
+                for left, right in use.products(expert):
+                    total[expert] += left.double().t() @ right.double()
         elif isinstance(use, GatherTerm):
             grad = use.grad.double()
             if use.padding_idx is not None:

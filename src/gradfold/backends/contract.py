@@ -178,6 +178,13 @@ class Backend(ABC):
 class Routed(Protocol):
     """A backend that has several ways to step a parameter, and can name the one it takes."""
 
-    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
-        """Return in words how the parameter steps: "registers", or "reference (float64)" with the reason."""
+    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule, by_expert: bool = False) -> str:
+        """Return in words how the parameter steps: "registers", or "reference (float64)" with the reason.
+
+        Args:
+            weight: the parameter, or a slice of it.
+            states: its states.
+            rule: the optimizer's rule.
+            by_expert: whether its terms are of experts whose tokens lie together.
+        """
         ...

@@ -54,7 +54,8 @@ class FoldParam:
         read_unseen: whether code that is not folded may read it inside a reentrant checkpoint.
         handed: how often its gate has run with terms of folded modules.
         dense: how often it has run with a dense gradient.
-        by_expert: whether it has had terms of experts, which no GPU kernel takes.
+        by_expert: whether it has had terms of experts, whose tokens lie together.
+        piecewise: whether it has had terms of single experts, which no GPU kernel takes.
         gate: the hook; None while the parameter is frozen, and after ``remove()``.
         parts: the parts of the model that use it (``FoldContext.parts``).
         late: whether it always waits for ``optimizer.step()``: several stages of a pipeline use it.
@@ -82,7 +83,7 @@ class FoldParam:
         self._segments: set[Segment] = set()  # reentrant checkpoints that read it in their first pass
         self.read_unseen = False
         self.handed = self.dense = 0
-        self.by_expert = False
+        self.by_expert = self.piecewise = False
         self.parts: tuple[int, ...] = (0,)
         self.late = False
         self.placement = param.shape, param.dtype, param.device

@@ -43,7 +43,10 @@ def _demand(ctx: Any, param: FoldParam, wanted: bool) -> Demand:
 def _give(ctx: Any, param: FoldParam, demand: Demand, term: ExpertsTerm, weight: Tensor) -> Tensor | None:
     """Hand over the term, or return the whole gradient where autograd.grad asks for one."""
     if demand is Demand.STEP:
-        param.by_expert = True
+        if isinstance(term, PiecesTerm):
+            param.piecewise = True
+        else:
+            param.by_expert = True
         param.hand(term, ctx)
         return None
     return term.dense(weight)

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 import gradfold
-from benchmarks import inspect_ptx, kernels
+from benchmarks import compile_kernels, inspect_ptx, kernels
 from benchmarks.compile_kernels import CompiledKernel, KernelJob, compile_kernel, compiling_for
 from gradfold.backends import UNCHANGED, DenseTerm, Scratch
 from gradfold.backends.triton import Triton, backend, batched, tile_configs
@@ -46,9 +46,9 @@ def keeps_its_promises(job):
     row = kernels.measure_kernel(job)
     assert row["problems"] == []
     assert row["stored_arguments"][-1] == "seconds.2" or "seconds.1" not in row["stored_arguments"]
-    if job.kind == tile_configs.PRODUCT and job.operands == "bf16":
+    if job.kind in (tile_configs.PRODUCT, tile_configs.GROUPED) and job.operands == "bf16":
         assert row["matrix"] == MATRIX[job.arch]
-    if job.arch == 90 and job.kind == tile_configs.PRODUCT and job.operands == "bf16":
+    if job.arch == 90 and job.kind in (tile_configs.PRODUCT, tile_configs.GROUPED) and job.operands == "bf16":
         assert row["programs_per_multiprocessor"] >= 2
     return row
 
@@ -67,7 +67,8 @@ def test_every_kernel(job):
 def test_every_row_of_the_table_is_compiled_on_some_processor():
     compiled = {(job.kind, 4 if job.operands == "fp32" else 2, job.family) for job in kernels.every()}
     assert compiled >= {row for row in tile_configs._TILE_CONFIGS if row[2] != "amd"}
-    assert {kind for kind, _, _ in compiled} == {tile_configs.PRODUCT, tile_configs.GATHER, tile_configs.DENSE}
+    kinds = {tile_configs.PRODUCT, tile_configs.GROUPED, tile_configs.GATHER, tile_configs.DENSE}
+    assert {kind for kind, _, _ in compiled} == kinds
 
 
 def test_stores_are_those_of_weight_states_and_norm():
@@ -75,6 +76,27 @@ def test_stores_are_those_of_weight_states_and_norm():
     elements = job.tiles.bn * job.tiles.bk
     expected = {"norms": 4, "firsts.0": 2 * elements, "firsts.1": 4 * elements}
     assert inspect_ptx.bytes_by_argument(inspect_ptx.stores(compile_kernel(job).asm["ttir"])) == expected
+
+
+def test_experts_store_no_more(monkeypatch):
+    """In tiles that compile quickly, of which one program takes one expert's."""
+    tiny = tile_configs.TileConfig(16, 128, 16, 0, warps=4, stages=1)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), tiny)
+    row = kernels.measure_kernel(KernelJob(90, kind=tile_configs.GROUPED, rule="Lion", states="bf16"))
+    assert row["problems"] == [] and row["matrix"] == "wgmma"
+    assert row["stored_arguments"] == ["firsts.0", "firsts.1", "norms"]
+    assert row["stored_bytes_per_element"] == 4 + 4 / (16 * 128)
+
+
+@pytest.mark.parametrize("kind", [tile_configs.PRODUCT, tile_configs.GROUPED])
+def test_a_weight_of_one_row_compiles(monkeypatch, kind):
+    """Its dY has a stride of 1, which Triton hands to the kernel as a constant."""
+    tiny = tile_configs.TileConfig(16, 128, 16, 0, warps=4, stages=1)
+    monkeypatch.setitem(tile_configs._TILE_CONFIGS, (tile_configs.PRODUCT, 2, "hopper"), tiny)
+    kept = compile_kernels.stored_by
+    monkeypatch.setattr(compile_kernels, "stored_by", lambda job: kept(job, (1, compile_kernels.COLUMNS)))
+    monkeypatch.setattr(compile_kernels, "ROWS", 1)
+    assert compile_kernel(KernelJob(90, kind=kind, rule="Lion", states="bf16")).asm["cubin"]
 
 
 def test_norm_only_stores_one_number():

@@ -32,6 +32,7 @@ class Shard(NamedTuple):
 SHARDS = {
     "rules and storages": Shard(["test_repairs.py", "test_rules.py", "test_storages.py"], 135, 238),
     "gradients and folds": Shard(["test_gradients.py", "test_changes.py", "test_folds.py", "test_heads.py"], 130, 360),
+    "experts": Shard(["test_grouped.py"], 26, 18),
 }
 FILES = [file for shard in SHARDS.values() for file in shard.files]
 QUICK_OLDEST = 60

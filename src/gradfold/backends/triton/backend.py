@@ -21,6 +21,8 @@ from gradfold.rules import Group, Rule
 
 from . import tile_configs
 from .batched import PLAIN_FORMATS, by_kind, small, step_batched
+from .grouped import GroupedLaunch, grouped_launch, is_grouped, takes_layout
+from .kernels.grouped import fold_grouped
 from .kernels.step import fold_step
 from .launch import (
     Bias,
@@ -88,6 +90,11 @@ class Triton(Backend):
         one = terms[0] if len(terms) == 1 and isinstance(terms[0], MatmulTerm) else None
         if one is not None and self._takes(one, weight, tensors):
             return self._launch_prepared(stepper, one, flags, scalars, change)[0]
+        if is_grouped(terms):
+            experts = grouped_launch(terms, tensors, self.where)
+            if experts is None or not self._in_registers(tensors, experts.source, weight):
+                return stepper.by_reference()(terms, numbers, change)
+            return self._launch_grouped(experts, stepper.twin, flags, scalars, change)
         if weight.dim() == 2 and not all(term.in_registers for term in terms):
             return self._by_rows(tensors, terms, stepper.twin, flags, scalars, change)
         source = source_of(terms, tensors.rows, tensors.columns, weight, self.where)
@@ -192,6 +199,8 @@ class Triton(Backend):
         """Sum ``|g| ** norm_type`` over the gradient: squares in the kernel, other orders by the reference backend."""
         plain = Stored.plain(weight)
         tensors = tensors_of([plain]) if norm_type == 2 and why_not([plain]) is None else None
+        if tensors is not None and (experts := grouped_launch(terms, tensors, self.where)) is not None:
+            return self._launch_grouped(experts, None, (), tensors.words.view(torch.float32), UNCHANGED)
         source = None if tensors is None else source_of(terms, tensors.rows, tensors.columns, weight, self.where)
         if tensors is None or source is None:
             return self.reference.power(weight, terms, norm_type)
@@ -206,11 +215,13 @@ class Triton(Backend):
         """Write the gradient to ``out``, or add it, by the reference backend."""
         self.reference.gradient(weight, terms, out, add)
 
-    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule) -> str:
+    def route(self, weight: Stored, states: Sequence[Stored], rule: Rule, by_expert: bool = False) -> str:
         """Describe how such a parameter is stepped, for ``Fold.report()``."""
         reason = why_not([weight, *states], rule)
         if reason is not None:
             return f"reference ({reason})"
+        if by_expert:
+            return self._route_of_experts([weight, *states])
         if self.always or weight.values.dim() != 2:
             return "registers"
         tensors = tensors_of([weight, *states])
@@ -218,13 +229,24 @@ class Triton(Backend):
         limit = self._max_tokens(tensors, weight.values.dtype)
         return "row blocks" if limit == 0 else f"registers up to {limit} tokens, then row blocks"
 
+    def _route_of_experts(self, stored: Sequence[Stored]) -> str:
+        tensors = tensors_of(stored)
+        assert tensors is not None
+        if not takes_layout(tensors, stored[0].values.shape):
+            return "reference (experts with rows narrower than a block of their codec)"
+        limit = self._max_tokens(tensors, stored[0].values.dtype)
+        if self.always:
+            return "registers, by expert"
+        return f"registers up to {limit} tokens an expert, then reference" if limit else "reference (experts)"
+
     def _max_tokens(self, tensors: Tensors, operands: torch.dtype) -> int:
         if operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
             return 0  # without tensor cores, a library product is faster
         return tile_configs.max_tokens(tensors.stored_bytes, self.where)
 
     def _in_registers(self, tensors: Tensors, source: Source, weight: Tensor) -> bool:
-        if self.always or source.kind != tile_configs.PRODUCT or source.constants["GATHERS"]:
+        products = source.kind in (tile_configs.PRODUCT, tile_configs.GROUPED)
+        if self.always or not products or source.constants.get("GATHERS"):
             return True
         dtype = torch.float32 if source.operand_bytes == 4 else weight.dtype
         return source.tokens <= self._max_tokens(tensors, dtype)
@@ -296,6 +318,28 @@ class Triton(Backend):
             kernel = fold_step[(counts[0],)](*positions, **constants)
         launched = CompiledLaunch(fold_step.arg_names, kernel, positions, constants)
         return [PendingSum(part) for part in norms.split(counts)], launched
+
+    def _launch_grouped(
+        self, experts: GroupedLaunch, twin: Twin | None, flags: tuple[int, ...], scalars: Tensor, change: Change
+    ) -> PendingSum:
+        """Compile if need be, and launch; gives the norms."""
+        programs = experts.programs(self.where)
+        norms = torch.empty(programs, dtype=torch.float32, device=scalars.device)
+        positions, constants = experts.arguments(
+            twin,
+            flags,
+            scalars,
+            norms,
+            self.where,
+            scale=change.scale,
+            limit=change.clip_value,
+            guarded=change.guarded,
+            tf32=bool(torch.backends.cuda.matmul.allow_tf32),
+            interpreted=interpreted(),
+        )
+        with _on(scalars.device):
+            fold_grouped[(programs,)](*positions, **constants)
+        return PendingSum(norms)
 
 
 def why_not(stored: Sequence[Stored], rule: Rule | None = None) -> str | None:

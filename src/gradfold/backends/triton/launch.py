@@ -175,7 +175,7 @@ class Source(NamedTuple):
     """Where a launch takes its gradient from.
 
     Attributes:
-        kind: PRODUCT, GATHER or DENSE, for the tile table.
+        kind: PRODUCT, GROUPED, GATHER or DENSE, for the tile table.
         arguments: The kernel's arguments ``left`` to ``denses``.
         constants: Compile-time constants.
         operand_bytes: Bytes of an element of the operands.
@@ -200,7 +200,7 @@ def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor
     denses = [term.grad.reshape(rows, columns) for term in terms if isinstance(term, DenseTerm)]
     operands = [t for term in products for t in (term.left, term.right)]
     for kind in (operands, [term.grad for term in gathers], denses):
-        if len({t.dtype for t in kind}) > 1 or any(t.dtype not in _PLAIN or not _adjacent(t) for t in kind):
+        if not one_dtype(kind):
             return None
     kind = tile_configs.PRODUCT if products else tile_configs.GATHER if gathers else tile_configs.DENSE
     operand_bytes = max([t.element_size() for t in operands or [term.grad for term in gathers]], default=2)
@@ -217,9 +217,9 @@ def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor
         len(products) - 1,
         len(gathers) - 1,
         len(denses) - 1,
-        _table([_product(term) for term in products[1:]], weight.device, nothing),
-        _table(sorted_[1:], weight.device, nothing),
-        _table([(grad, grad.stride(0)) for grad in denses[1:]], weight.device, nothing),
+        table([_product(term) for term in products[1:]], weight.device, nothing),
+        table(sorted_[1:], weight.device, nothing),
+        table([(grad, grad.stride(0)) for grad in denses[1:]], weight.device, nothing),
     )
     constants = {
         "PRODUCTS": min(2, len(products)),
@@ -230,6 +230,12 @@ def source_of(terms: Sequence[GradTerm], rows: int, columns: int, weight: Tensor
     held = tuple(t for row in sorted_ for t in row if isinstance(t, Tensor))
     tokens = sum(term.left.shape[0] for term in products)
     return Source(kind, arguments, constants, operand_bytes, tokens, held)
+
+
+def one_dtype(operands: Sequence[Tensor]) -> bool:
+    """Return whether operands have one dtype that kernels know, and rows of adjacent columns."""
+    same = len({t.dtype for t in operands}) <= 1
+    return same and all(t.dtype in _PLAIN and _adjacent(t) for t in operands)
 
 
 def _adjacent(t: Tensor) -> bool:
@@ -266,7 +272,7 @@ def _sorted(term: GatherTerm, rows: int, bn: int) -> tuple[Any, ...]:
     return ids, order, torch.searchsorted(ids, edges), term.grad, term.grad.stride(0), term.first, padding
 
 
-def _table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:
+def table(rows: Sequence[Sequence[Any]], device: torch.device, nothing: Tensor) -> Tensor:
     """Copy pointers and numbers to an int64 tensor on the device."""
     if not rows:
         return nothing

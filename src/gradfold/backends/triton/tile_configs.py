@@ -42,6 +42,7 @@ class TileConfig(NamedTuple):
 
 DESCRIPTORS = ("hopper", "blackwell")  # families whose hardware copies tiles by descriptor
 PRODUCT, GATHER, DENSE = "product", "gather", "dense"  # gradient sources of a launch
+GROUPED = "grouped"  # products of experts, in the tiles of a product
 
 # (gradient source, bytes of an operand's element, processor family)
 _TILE_CONFIGS: dict[tuple[str, int, str], TileConfig] = {
@@ -69,7 +70,7 @@ def tile_config(source: str, operand_bytes: int, where: str) -> TileConfig:
     """Return the tiles of a launch.
 
     Args:
-        source: PRODUCT, GATHER or DENSE.
+        source: PRODUCT, GROUPED, GATHER or DENSE.
         operand_bytes: Bytes of an element of the product's operands.
         where: A processor family, from ``family``.
     """

@@ -47,8 +47,8 @@ def product(
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(tl.trans(b), a, acc, input_precision=PRECISION)
-        left += BT * left_stride.to(tl.int64)
-        right += BT * right_stride.to(tl.int64)
+        left += BT * tl.cast(left_stride, tl.int64)
+        right += BT * tl.cast(right_stride, tl.int64)
     return acc
 
 
