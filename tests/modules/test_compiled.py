@@ -156,10 +156,8 @@ TRAINED = [
         for options in (
             {},
             {"accumulate": 2},
-            {"clip_norm": 0.1, "clip": "two_pass"},
             {"accumulate": 3, "clip_norm": 0.1},
         )
-        if not (how == "whole" and "clip" in options)  # runs backward twice
     ),
 ]
 
@@ -167,7 +165,8 @@ TRAINED = [
 @pytest.mark.parametrize(("kind", "how", "options"), TRAINED)
 def test_transformers(kind, how, options):
     assert train(kind, how, **options) <= CLOSE
-    assert graphs() <= (2 if how == "whole" or kind != "t5" else 4)  # one length, then all others
+    kinds = 1 if how == "whole" or kind != "t5" else 4  # T5's layers: with a bias of their own or not, twice
+    assert graphs() <= 2 * kinds  # one length, then all others
 
 
 @pytest.mark.slow
@@ -178,7 +177,11 @@ def test_inductor(kind):
     exact = MODELS[kind]().double().train()
     eager = copy.deepcopy(exact).float()
     model = copy.deepcopy(eager)
-    optimizers = [torchs(exact), torchs(eager), ours(model)]
+    # eps: where a gradient is rounding noise, Adam's first steps would decide by it, in eager torch too
+    kinds = (torch.optim.AdamW, torch.optim.AdamW, gradfold.AdamW)
+    optimizers = [
+        kind(one.parameters(), lr=1e-2, eps=1e-4) for kind, one in zip(kinds, (exact, eager, model), strict=True)
+    ]
     gradfold.fold(model, optimizers[-1], head="plain")
     gradfold.compile_layers(model, fullgraph=True)
     generator = torch.Generator().manual_seed(1)
