@@ -26,6 +26,8 @@ from gradfold.backends import GatherTerm, GradTerm, MatmulTerm
 from gradfold.engine import Demand, FoldParam, held
 from gradfold.errors import FoldError
 
+from .routing import as_autocast
+
 HANDLE = "_gradfold_handle"  # attribute of a folded module: its weight's number, a tensor that graphs take as an input
 
 _NUMBERS = itertools.count()
@@ -89,8 +91,8 @@ class _Product(torch.autograd.Function):
         used = weight
         if torch.is_autocast_enabled(ctx.kind):
             dtype = torch.get_autocast_dtype(ctx.kind)
-            x, used = _as_autocast(x, dtype), _as_autocast(weight, dtype)
-            bias = None if bias is None else _as_autocast(bias, dtype)
+            x, used = as_autocast(x, dtype), as_autocast(weight, dtype)
+            bias = None if bias is None else as_autocast(bias, dtype)
         ctx.save_for_backward(x, weight, handle)
         ctx.set_materialize_grads(False)
         with _torch.below_autograd(), torch.autocast(ctx.kind, enabled=False):
@@ -131,10 +133,6 @@ class _Lookup(torch.autograd.Function):
             ids, weight, handle = ctx.saved_tensors
             torch.ops.gradfold.hand_rows(dY, ids, weight, handle, ctx.padding)
         return (None,) * 4
-
-
-def _as_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 # what a graph hands over, as its backward runs ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from gradfold import _torch
 from gradfold.backends import Convolution, ConvTerm, weight_gradient
 from gradfold.engine import Demand, FoldParam
 
-from .linear import as_autocast
+from .routing import as_autocast
 from .weight_reads import WeightReads, accepts, arguments_of, read_param, reads
 
 

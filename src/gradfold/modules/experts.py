@@ -30,8 +30,7 @@ from gradfold.backends import (
 from gradfold.engine import Demand, FoldParam, held, is_spread
 from gradfold.nn.grouped_linear import grouped_linear
 
-from .linear import as_autocast
-from .routing import Folded, is_plain, not_a_view, routed
+from .routing import Folded, as_autocast, is_plain, not_a_view, routed
 
 Grads = tuple[Tensor | None, ...]
 

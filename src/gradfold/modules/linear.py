@@ -13,7 +13,7 @@ from gradfold.backends import MatmulTerm, linear, multiply, rows
 from gradfold.engine import Demand, FoldParam
 
 from . import compiled
-from .routing import Folded, is_plain, not_a_view, routed
+from .routing import Folded, as_autocast, is_plain, not_a_view, routed
 
 
 @_torch.unwatched
@@ -115,11 +115,6 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 def _spread_affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """Multiply DTensors; torch decides what is sent."""
     return F.linear(x, weight.t() if transposed else weight, bias)
-
-
-def as_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast would: floating tensors except double."""
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 class FoldedLinear(Folded):

@@ -70,6 +70,11 @@ def not_a_view(y: torch.Tensor) -> torch.Tensor:
     return _torch.unsafe_view(y) if _torch.is_view(y) and not is_spread(y) else y
 
 
+def as_autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast as autocast would: floating tensors except double."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
 class Folded:
     """Base of the folded classes; copies and pickles of a folded module are plain modules."""
 

@@ -24,8 +24,8 @@ from gradfold.backends import MatmulTerm, RowsTerm, columns_of, linear, multiply
 from gradfold.engine import Demand, FoldParam, is_spread, param_of
 
 from .embedding import FoldedLookup
-from .linear import as_autocast, folded_conv1d, folded_linear
-from .routing import is_plain, not_a_view, usable
+from .linear import folded_conv1d, folded_linear
+from .routing import as_autocast, is_plain, not_a_view, usable
 
 Handler = Callable[["WeightReads", tuple, dict], Any]
 
