@@ -1,6 +1,6 @@
 """Step time with a working set, compared with torch's fused AdamW on all weights, and with BAdam.
 
-The three take one step each in turn. The working set's chunk (and BAdam's block) changes with every step, so that the
+All take one step each in turn. The working set's chunk (and BAdam's block) changes with every step, so that the
 mean over a round covers every depth of backward. Reports each method's mean over whole rounds as a fraction of torch's
 mean over the same steps.
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import gradfold
+from gradfold._options import RestBy
 
 from .common import (
     DTYPES,
@@ -44,6 +46,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--axis", choices=["out", "in"], nargs="+", default=["out"])
+    parser.add_argument(
+        "--rest", choices=get_args(RestBy), nargs="*", default=["sgd"], help="also with rest= each of these"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/workset_time.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,11 +60,13 @@ def main() -> None:
     peer = PEERS["adamw"]
     plain = llama(config, DTYPES[args.dtype])
     steps["torch"] = make_step(plain, peer.torch(plain.parameters(), lr=1e-4, **peer.torch_options), batch)
-    for axis in args.axis:
+    for axis, rest in itertools.product(args.axis, dict.fromkeys([None, *args.rest])):
         model = llama(config, DTYPES[args.dtype])
         optimizer = gradfold.AdamW(model.parameters(), lr=1e-4)
-        fold_plain_head(model, optimizer, working_set=gradfold.WorkingSet(chunks=args.chunks, axis=axis))
-        steps[name := f"working set, {axis}"] = make_step(model, optimizer, batch)
+        working_set = gradfold.WorkingSet(chunks=args.chunks, axis=axis, rest=rest)
+        fold_plain_head(model, optimizer, working_set=working_set)
+        name = f"working set, {axis}{f', {rest} at rest' if rest else ''}"
+        steps[name] = make_step(model, optimizer, batch)
         blocks[name] = args.chunks
     if importlib.util.find_spec("badam"):
         steps["badam"], blocks["badam"] = badam_step(config, args.dtype, batch)
