@@ -32,7 +32,7 @@ WORKERS ?= auto
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
+.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format docs clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -72,6 +72,10 @@ format: setup-dev ## rewrite to the house style
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.stamp-docs ## build the documentation into site/, strictly, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m docs.tools.links site
+
 setup: $(VENV)/.stamp-demo ## a virtual environment that trains and plots
 setup-dev: $(VENV)/.stamp-dev ## the same with what tests and lint need
 ifeq ($(shell uname -s),Linux)
@@ -98,6 +102,10 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	$(PIP) --no-deps $(FRAMEWORKS)
 	@touch $@
 
+$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-torch
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
 	@touch $@
@@ -109,7 +117,7 @@ $(VENV)-oldest/.stamp-dev: pyproject.toml Makefile
 	@touch $@
 
 clean: ## remove caches and builds
-	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site .pytest_cache .ruff_cache .import_linter_cache
 	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## and the virtual environment
