@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import textwrap
@@ -38,7 +39,7 @@ def docs_of_fields(kind: type) -> dict[str, str]:
     for base in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:]):
+        for field, below in itertools.pairwise(body.body):
             named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             if named and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 found[field.target.id] = " ".join(str(below.value.value).split())
@@ -135,10 +136,8 @@ def command_line() -> str:
     ]
     for name, (module, _) in COMMANDS.items():
         lines += ["", f"## gradfold {name}", ""]
-        described = DESCRIBED.get(name)
-        lines += (
-            _of_records() if described is None else _of_recipes(getattr(importlib.import_module(module), described))
-        )
+        home = importlib.import_module(module)
+        lines += _of_recipes(getattr(home, DESCRIBED[name])) if name in DESCRIBED else _of_records()
     return "\n".join(lines) + "\n"
 
 

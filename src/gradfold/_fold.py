@@ -132,9 +132,9 @@ def fold(
     Example:
         >>> optimizer = gradfold.AdamW(model.parameters(), lr=2e-5)
         >>> fold = gradfold.fold(model, optimizer, accumulate=4, clip_norm=1.0)
-        >>> for batch in loader:
-        ...     model(**batch).loss.backward()
-        ...     if batch_is_the_fourth:
+        >>> for number, batch in enumerate(loader, 1):
+        ...     (model(**batch).loss / 4).backward()
+        ...     if number % 4 == 0:
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """

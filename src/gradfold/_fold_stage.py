@@ -62,7 +62,7 @@ def fold_stage(
             Nothing has been changed then.
 
     Example:
-        >>> stage = PipelineStage(part, rank, world, device)
+        >>> stage = PipelineStage(part, rank, world, device)  # doctest: +SKIP
         >>> schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=loss_fn)
         >>> optimizer = gradfold.AdamW(part.named_parameters(), lr=2e-5)
         >>> fold = gradfold.fold_stage(schedule, optimizer, clip_norm=1.0)

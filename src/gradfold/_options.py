@@ -160,6 +160,10 @@ class StorageOptions(TypedDict, total=False):
         seed: Seed of the random bits for stochastic rounding; two runs with the same seed round alike.
         capturable: As in torch: step counters live on the device of the weights, and a learning rate that is a tensor
             is read there, so that a CUDA graph can capture folded steps.
+
+    Example:
+        >>> options: gradfold.optim.StorageOptions = {"states": "int8", "rounding": "stochastic"}
+        >>> optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, **options)
     """
 
     states: StateFormat | None
@@ -177,6 +181,9 @@ class TorchOptions(TypedDict, total=False):
         foreach: One of torch's implementations. It changes nothing here; a state_dict hands it on to torch.
         fused: The same. RMSprop, NAdam and RAdam have no such implementation in torch, and refuse it as torch does.
         differentiable: Only False: the rules run without grad.
+
+    Example:
+        >>> optimizer = gradfold.AdamW(model.parameters(), lr=1e-5, fused=True)  # accepted, and changes nothing
     """
 
     foreach: bool | None

@@ -25,8 +25,15 @@ def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.d
         scratch_bytes: the most bytes of temporary memory that one parameter's step may take.
         devices: devices of the parameters.
 
+    Returns:
+        The backend.
+
     Raises:
         FoldError: the name is unknown, or that backend cannot run here.
+
+    Example:
+        >>> gradfold.backends.choose("reference", scratch_bytes=2**20).name
+        'reference'
     """
     if not isinstance(backend, str):
         return backend

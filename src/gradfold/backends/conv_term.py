@@ -18,7 +18,19 @@ from .terms import GradTerm, largest
 
 
 class Convolution(NamedTuple):
-    """What a convolution does, as ``torch.convolution`` takes it."""
+    """What a convolution does, as ``torch.convolution`` takes it.
+
+    Attributes:
+        stride: Stride along each dimension.
+        padding: Padding along each dimension.
+        dilation: Dilation along each dimension.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed one: what is added to one side of the output.
+        groups: Number of groups of channels.
+
+    Example:
+        >>> gradfold.backends.Convolution((1, 1), (0, 0), (1, 1), False, (0, 0), groups=1)
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -29,7 +41,21 @@ class Convolution(NamedTuple):
 
 
 class ConvTerm(GradTerm):
-    """The gradient of a weight ``[rows, channels, *kernel]`` that was convolved with x."""
+    """The gradient of a weight ``[rows, channels, *kernel]`` that was convolved with x.
+
+    Args:
+        x: The convolution's input, ``[B, C, *size]``.
+        grad: The gradient of its output, ``[B, C', *size']``.
+        shape: Shape of the weight, or of those of its rows and channels that the term is of.
+        how: What the convolution does.
+        first: The row of the convolution's weight that is row 0 here.
+
+    Example:
+        >>> how = gradfold.backends.Convolution((1,), (0,), (1,), False, (0,), 1)
+        >>> term = gradfold.backends.ConvTerm(torch.randn(2, 3, 9), torch.randn(2, 4, 7), (4, 3, 3), how)
+        >>> tile = torch.empty(2, 9)
+        >>> term.write(tile, 0, 2)  # the first two output channels
+    """
 
     in_registers = False
 
@@ -133,6 +159,21 @@ class ConvTerm(GradTerm):
 
 
 def weight_gradient(x: Tensor, grad: Tensor, shape: Sequence[int], how: Convolution) -> Tensor:
-    """Return the gradient of a convolution's weight of this shape."""
+    """Return the gradient of a convolution's weight of this shape.
+
+    Args:
+        x: The convolution's input, ``[B, C, *size]``.
+        grad: The gradient of its output, ``[B, C', *size']``.
+        shape: Shape of the weight.
+        how: What the convolution does.
+
+    Returns:
+        The gradient, of that shape.
+
+    Example:
+        >>> how = gradfold.backends.Convolution((1,), (0,), (1,), False, (0,), 1)
+        >>> gradfold.backends.weight_gradient(torch.randn(2, 3, 9), torch.randn(2, 4, 7), (4, 3, 3), how).shape
+        torch.Size([4, 3, 3])
+    """
     like = x.new_empty(()).expand(*shape)  # its numbers are not read
     return torch.ops.aten.convolution_backward(grad, x, like, None, *how, (False, True, False))[1]

@@ -26,7 +26,16 @@ _played = False
 
 @contextlib.contextmanager
 def as_accelerator() -> Iterator[None]:
-    """A context in which tensors of the CPU stand for those of a GPU, for plans, whose fake tensors are on the CPU."""
+    """A context in which tensors of the CPU stand for those of a GPU, for plans, whose fake tensors are on the CPU.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> with gradfold.backends.as_accelerator():
+        ...     gradfold.backends.on_accelerator(torch.zeros(1))
+        True
+    """
     global _played
     before, _played = _played, True
     try:
@@ -36,7 +45,18 @@ def as_accelerator() -> Iterator[None]:
 
 
 def on_accelerator(x: Tensor) -> bool:
-    """Return whether this is a GPU's tensor, or stands for one."""
+    """Return whether this is a GPU's tensor, or stands for one.
+
+    Args:
+        x: A tensor.
+
+    Returns:
+        True or False.
+
+    Example:
+        >>> gradfold.backends.on_accelerator(torch.zeros(1))
+        False
+    """
     return _played or x.device.type != "cpu"
 
 
@@ -51,6 +71,13 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: ``[*, N]``.
         b: ``[N, K]``, of the same dtype.
+
+    Returns:
+        ``[*, K]``.
+
+    Example:
+        >>> gradfold.backends.multiply(torch.ones(5, 3), torch.ones(3, 4)).shape
+        torch.Size([5, 4])
     """
     if a.dtype.itemsize != 2 or not emulated(a) or _torch.is_batched(a):  # in-place sums have no batching rules
         return a @ b
@@ -69,6 +96,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x: ``[*, K]``.
         weight: ``[N, K]``.
         bias: ``[N]``, or None.
+
+    Returns:
+        ``[*, N]``.
+
+    Example:
+        >>> gradfold.backends.linear(torch.ones(2, 5, 4), torch.ones(3, 4), None).shape
+        torch.Size([2, 5, 3])
     """
     if x.dtype.itemsize != 2:
         return F.linear(x, weight, bias)
@@ -95,6 +129,12 @@ def accumulate(tile: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
         left: ``[T, r]``.
         right: ``[T, C]``.
         beta: 0 or 1.
+
+    Example:
+        >>> tile = torch.zeros(3, 4)
+        >>> gradfold.backends.accumulate(tile, torch.ones(5, 3), torch.ones(5, 4), beta=1)
+        >>> tile[0].tolist()
+        [5.0, 5.0, 5.0, 5.0]
     """
     if tile.dtype == left.dtype:
         torch.addmm(tile, left.t(), right, beta=beta, out=tile)

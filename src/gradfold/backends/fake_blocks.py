@@ -15,6 +15,17 @@ def visited(starts: Sequence[T], like: Tensor) -> Sequence[T]:
 
     A fake tensor has no values, and every block between takes the memory that the second one takes. So a step of a
     large model is predicted in seconds (``gradfold.plan``).
+
+    Args:
+        starts: First row of each block.
+        like: The tensor that is computed.
+
+    Returns:
+        Those that must be computed.
+
+    Example:
+        >>> gradfold.backends.visited([0, 8, 16, 24], torch.zeros(32))
+        [0, 8, 16, 24]
     """
     if len(starts) < 4 or not hasattr(like, "fake_mode"):
         return starts

@@ -29,6 +29,10 @@ class ExpertsTerm(GradTerm):
         rows: R.
         columns: C.
         transposed: whether the module's input is ``left``, as for a weight that is multiplied as ``x @ weight[e]``.
+
+    Example:
+        >>> issubclass(gradfold.backends.GroupedTerm, gradfold.backends.ExpertsTerm)
+        True
     """
 
     any_rows = True
@@ -154,6 +158,11 @@ class GroupedTerm(_TwoSides):
         right: ``[T, C]``.
         offsets: ``[E]``, integers: where each expert's tokens end, as of ``torch.nn.functional.grouped_mm``. Tokens
             after the last one belong to no expert.
+
+    Example:
+        >>> term = gradfold.backends.GroupedTerm(torch.randn(5, 4), torch.randn(5, 2), torch.tensor([2, 2, 5]))
+        >>> [term.tokens(expert) for expert in range(3)]
+        [2, 0, 3]
     """
 
     def __init__(self, left: Tensor, right: Tensor, offsets: Tensor):
@@ -219,6 +228,11 @@ class BatchedTerm(_TwoSides):
     Args:
         left: ``[E, T, R]``.
         right: ``[E, T, C]``.
+
+    Example:
+        >>> term = gradfold.backends.BatchedTerm(torch.randn(3, 5, 4), torch.randn(3, 5, 2))
+        >>> term.experts, term.rows, term.columns
+        (3, 4, 2)
     """
 
     def __init__(self, left: Tensor, right: Tensor):
@@ -264,6 +278,11 @@ class PiecesTerm(ExpertsTerm):
         experts: E.
         pieces: of each use the expert, left ``[t, R]`` and right ``[t, C]``; at least one.
         shape: R and C.
+
+    Example:
+        >>> term = gradfold.backends.PiecesTerm(2, [(1, torch.randn(5, 4), torch.randn(5, 2))], (4, 2))
+        >>> term.tokens(0), term.tokens(1)
+        (0, 5)
     """
 
     def __init__(self, experts: int, pieces: Sequence[tuple[int, Tensor, Tensor]], shape: tuple[int, int]):
@@ -358,7 +377,19 @@ class PiecesTerm(ExpertsTerm):
 
 
 def edges_of(offsets: Tensor, tokens: int) -> list[int]:
-    """Return 0 and the offsets ``[E]``, on the host; those of fake tensors, without values, spread tokens evenly."""
+    """Return 0 and the offsets ``[E]``, on the host; those of fake tensors, without values, spread tokens evenly.
+
+    Args:
+        offsets: ``[E]``, integers: where each expert's tokens end.
+        tokens: Number of tokens.
+
+    Returns:
+        E + 1 integers.
+
+    Example:
+        >>> gradfold.backends.edges_of(torch.tensor([2, 2, 5]), 5)
+        [0, 2, 2, 5]
+    """
     experts = offsets.shape[0]
     if hasattr(offsets, "fake_mode"):
         return [tokens * edge // experts for edge in range(experts + 1)]

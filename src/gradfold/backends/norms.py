@@ -30,7 +30,15 @@ Tiles = Callable[[], Iterator[Tensor]]
 
 
 class PendingSum:
-    """A gradient's sum of squares that is still on the device, as the norms of its tiles; NaN: a tile is not finite."""
+    """A gradient's sum of squares that is still on the device, as the norms of its tiles; NaN: a tile is not finite.
+
+    Args:
+        tiles: The norms of the tiles, fp32, in any shape.
+
+    Example:
+        >>> gradfold.backends.PendingSum(torch.tensor([3.0, 4.0])).tensor().item()
+        25.0
+    """
 
     def __init__(self, tiles: Tensor):
         self.tiles = tiles  # fp32, in any shape
@@ -45,10 +53,22 @@ class PendingSum:
 
 
 PowerSum = float | PendingSum
+"""A gradient's sum of squares, known or still on its device."""
 
 
 def resolve(powers: Sequence[PowerSum]) -> list[float]:
-    """Return all of them as floats, with one wait for each device that has some."""
+    """Return all of them as floats, with one wait for each device that has some.
+
+    Args:
+        powers: Sums of squares, known or pending.
+
+    Returns:
+        The sums, in the same order.
+
+    Example:
+        >>> gradfold.backends.resolve([1.0, gradfold.backends.PendingSum(torch.tensor([3.0, 4.0]))])
+        [1.0, 25.0]
+    """
     found = [power if isinstance(power, float) else 0.0 for power in powers]
     devices: dict[torch.device, list[int]] = {}
     for index, power in enumerate(powers):
@@ -64,14 +84,36 @@ def resolve(powers: Sequence[PowerSum]) -> list[float]:
 
 
 def total(powers: Sequence[PowerSum]) -> Tensor:
-    """Return the sum of all of them, 0-d float64 on the device, without waiting for it."""
+    """Return the sum of all of them, 0-d float64 on the device, without waiting for it.
+
+    Args:
+        powers: Sums of squares, known or pending; at least one is pending.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> gradfold.backends.total([1.0, gradfold.backends.PendingSum(torch.tensor([3.0, 4.0]))]).item()
+        26.0
+    """
     pending = [power.tensor() for power in powers if isinstance(power, PendingSum)]
     known = sum(power for power in powers if isinstance(power, float))
     return torch.stack(pending).sum() + known
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which gradients are summed: fp32 for 16-bit weights, else the weight's own."""
+    """Return the dtype in which gradients are summed: fp32 for 16-bit weights, else the weight's own.
+
+    Args:
+        dtype: Dtype of the weight.
+
+    Returns:
+        The dtype of the sum.
+
+    Example:
+        >>> gradfold.backends.accumulation_dtype(torch.bfloat16)
+        torch.float32
+    """
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
@@ -173,6 +215,17 @@ def safe_magnitude(terms: Sequence[GradTerm], dtype: torch.dtype) -> float:
     """Return a magnitude below which a gradient's elements are finite in ``dtype`` and in the terms' own dtypes.
 
     Under autocast a product has the precision of its operands, and fp16 ends at 65504.
+
+    Args:
+        terms: The terms of the gradient.
+        dtype: Dtype in which it is summed.
+
+    Returns:
+        The magnitude.
+
+    Example:
+        >>> gradfold.backends.safe_magnitude([gradfold.backends.DenseTerm(torch.ones(3))], torch.float32) > 1e30
+        True
     """
     limit = _SAFE[dtype]
     for term in terms:

@@ -11,7 +11,23 @@ from .terms import GradTerm
 
 
 class RowsTerm(GradTerm):
-    """A term of rows ``first`` to ``first + count`` of a weight, seen as a matrix of its first dimension's rows."""
+    """A term of rows ``first`` to ``first + count`` of a weight, seen as a matrix of its first dimension's rows.
+
+    Args:
+        part: A term of a weight ``[count, columns]``.
+        first: First row of the part in the whole weight.
+        count: Number of rows.
+        each: Columns of the part for each index of the weight's second dimension.
+
+    Example:
+        >>> part = gradfold.backends.DenseTerm(torch.ones(2, 4))
+        >>> term = gradfold.backends.RowsTerm(part, first=1, count=2)
+        >>> term.prepare([0], 4)
+        >>> tile = torch.empty(4, 4)
+        >>> term.write(tile, 0, 4)
+        >>> tile[:, 0].tolist()
+        [0.0, 1.0, 1.0, 0.0]
+    """
 
     prepares = True
     in_registers = False  # no kernel begins in the middle of a weight
@@ -89,5 +105,16 @@ class RowsTerm(GradTerm):
 
 
 def columns_of(weight: Tensor) -> int:
-    """Return the columns of a weight seen as a matrix of its first dimension's rows."""
+    """Return the columns of a weight seen as a matrix of its first dimension's rows.
+
+    Args:
+        weight: A weight of any shape.
+
+    Returns:
+        Number of columns.
+
+    Example:
+        >>> gradfold.backends.columns_of(torch.zeros(4, 3, 2))
+        6
+    """
     return math.prod(weight.shape[1:])

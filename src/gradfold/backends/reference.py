@@ -37,7 +37,15 @@ VECTOR = 64  # elements: a multiple of every processor's vector width
 
 
 class Reference(Backend):
-    """Steps parameters by blocks of rows in one reused scratch buffer, on any device and in any floating dtype."""
+    """Steps parameters by blocks of rows in one reused scratch buffer, on any device and in any floating dtype.
+
+    Args:
+        scratch: The memory of its tiles.
+
+    Example:
+        >>> backend = gradfold.backends.Reference(gradfold.backends.Scratch(limit_bytes=2**20))
+        >>> fold = gradfold.fold(model, optimizer, backend=backend)
+    """
 
     name = "reference"
 

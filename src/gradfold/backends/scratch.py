@@ -11,6 +11,7 @@ from torch import Tensor
 TILE_ALIGNMENT = 8  # bytes: of the widest dtype
 CUT_ALIGNMENT = 256  # bytes: of memory that libraries' products read
 DEFAULT_SCRATCH_BYTES = 8 * 2**20
+"""The most bytes that one parameter's step takes, unless ``fold(scratch_bytes=)`` says otherwise."""
 MOST_TILES = 256  # shapes of tiles that are remembered
 _CPU = torch.device("cpu")
 
@@ -20,6 +21,14 @@ class Scratch:
 
     Args:
         limit_bytes: the most bytes that one parameter's tiles shall take together.
+
+    Raises:
+        ValueError: The limit is not above 0.
+
+    Example:
+        >>> scratch = gradfold.backends.Scratch(limit_bytes=2**20)
+        >>> [tile.shape for tile in scratch.tiles(2, 4, 8, torch.float32, torch.device("cpu"))]
+        [torch.Size([4, 8]), torch.Size([4, 8])]
     """
 
     def __init__(self, limit_bytes: int = DEFAULT_SCRATCH_BYTES):

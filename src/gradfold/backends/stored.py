@@ -10,15 +10,27 @@ from torch import Tensor
 
 from gradfold.codecs import Codec, Parts, Stream, matrix
 
-VALUES = "values"  # the part that is the weight itself, and the only one of a state kept as torch keeps it
+VALUES = "values"
+"""The part that is the weight itself, and the only one of a state kept as torch keeps it."""
 
 
 class Place(NamedTuple):
-    """The place of a slice in its parameter. The random bits that round an element depend on it."""
+    """The place of a slice in its parameter. The random bits that round an element depend on it.
 
-    shape: tuple[int, ...]  # of the whole parameter
-    offset: int  # of the slice's first element in the parameter, counted in elements
-    stride: int  # elements from one index of the parameter's first dimension to the next
+    Attributes:
+        shape: Shape of the whole parameter.
+        offset: Place of the slice's first element in the parameter, counted in elements.
+        stride: Elements from one index of the parameter's first dimension to the next.
+
+    Example:
+        >>> place = gradfold.backends.Place((1024, 256), offset=512 * 256, stride=256)  # its second half
+        >>> place.row_offset(0, (512, 256))
+        131072
+    """
+
+    shape: tuple[int, ...]
+    offset: int
+    stride: int
 
     def row_stride(self, shape: Sequence[int]) -> int | None:
         """Return how far the rows that codecs see (``codecs.matrix``) in a slice of this shape are apart.
@@ -43,12 +55,22 @@ class Stored(NamedTuple):
 
     Without a codec it is a tensor of the weight's shape in any dtype, rounded to nearest, as torch's optimizers keep
     their states.
+
+    Attributes:
+        parts: The stored tensors by name.
+        codec: How they are stored. None: as they are.
+        stream: The random bits that round it. None: to nearest.
+        place: Of a slice, its place in the parameter. None: a whole parameter.
+
+    Example:
+        >>> gradfold.backends.Stored.plain(torch.zeros(3, 4)).values.shape
+        torch.Size([3, 4])
     """
 
     parts: Parts
     codec: Codec | None = None
-    stream: Stream | None = None  # the random bits that round it; None: rounded to nearest
-    place: Place | None = None  # of a slice; None: a whole parameter
+    stream: Stream | None = None
+    place: Place | None = None
 
     @classmethod
     def plain(cls, values: Tensor) -> Stored:

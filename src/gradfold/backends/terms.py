@@ -61,7 +61,13 @@ class Made(ABC):
 
 
 class GradTerm(Made):
-    """One term of a weight's gradient."""
+    """One term of a weight's gradient.
+
+    Example:
+        >>> term = gradfold.backends.MatmulTerm(torch.randn(5, 3), torch.randn(5, 4))  # dY and X of a Linear
+        >>> isinstance(term, gradfold.backends.GradTerm)
+        True
+    """
 
     prepares: ClassVar[bool] = False  # whether ``prepare`` must be called before rows are computed
     reads_weight: ClassVar[bool] = False  # whether it reads rows of the weight, which must not have stepped yet
@@ -94,36 +100,75 @@ class GradTerm(Made):
 
     @abstractmethod
     def replaced(self, tensors: Sequence[Tensor]) -> GradTerm:
-        """Return the same term with other ``tensors``, given in the order of ``self.tensors``."""
+        """Return the same term with other ``tensors``, given in the order of ``self.tensors``.
+
+        Args:
+            tensors: The tensors in their place.
+        """
 
     @abstractmethod
     def narrowed(self, dim: int, start: int, stop: int) -> GradTerm:
-        """Return the term of ``start`` to ``stop`` along the weight's ``dim``; nothing is copied."""
+        """Return the term of ``start`` to ``stop`` along the weight's ``dim``; nothing is copied.
+
+        Args:
+            dim: Dimension of the weight.
+            start: First index.
+            stop: One past the last index.
+        """
 
     @abstractmethod
     def write(self, tile: Tensor, start: int, stop: int) -> None:
-        """Write rows ``[start, stop)`` of the term into ``tile`` ``[stop - start, columns]``."""
+        """Write rows ``[start, stop)`` of the term into ``tile`` ``[stop - start, columns]``.
+
+        Args:
+            tile: Memory for these rows; what it holds is replaced.
+            start: First row.
+            stop: One past the last row.
+        """
 
     @abstractmethod
     def add(self, tile: Tensor, start: int, stop: int) -> None:
-        """Add rows ``[start, stop)`` of the term to ``tile`` ``[stop - start, columns]``."""
+        """Add rows ``[start, stop)`` of the term to ``tile`` ``[stop - start, columns]``.
+
+        Args:
+            tile: Memory that holds a sum for these rows.
+            start: First row.
+            stop: One past the last row.
+        """
 
     @abstractmethod
     def bound(self) -> float:
         """Return a bound on the magnitude of every element, NaN if one of the tensors is not finite."""
 
     def prepare(self, starts: Sequence[int], rows: int) -> None:
-        """Get ready to compute row blocks that begin at ``starts``; the last one ends at ``rows``."""
+        """Get ready to compute row blocks that begin at ``starts``; the last one ends at ``rows``.
+
+        Args:
+            starts: First row of each block, in order.
+            rows: Number of rows.
+        """
 
     def detach_from(self, storages: Container[int]) -> None:
-        """Copy tensors that lie in one of these storages of weights, which may step before this term is read."""
+        """Copy tensors that lie in one of these storages of weights, which may step before this term is read.
+
+        Args:
+            storages: Addresses of storages.
+        """
 
     def reshaped(self, shape: tuple[int, int]) -> GradTerm:
-        """Return the term of the weight seen as a matrix of ``shape``."""
+        """Return the term of the weight seen as a matrix of ``shape``.
+
+        Args:
+            shape: Rows and columns.
+        """
         return self
 
     def whole(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the gradient itself, if it is in memory already, contiguous and in ``dtype``; else None."""
+        """Return the gradient itself, if it is in memory already, contiguous and in ``dtype``; else None.
+
+        Args:
+            dtype: The dtype in which it is asked for.
+        """
         return None
 
     def written_out(self) -> GradTerm:
@@ -131,7 +176,11 @@ class GradTerm(Made):
         return self
 
     def map(self, change: Callable[[Tensor], Tensor]) -> GradTerm:
-        """Return the same term with ``change`` applied to each of its tensors."""
+        """Return the same term with ``change`` applied to each of its tensors.
+
+        Args:
+            change: Takes a tensor and returns the one in its place.
+        """
         return self._like_me(self.replaced([change(tensor) for tensor in self.tensors]))
 
     def without_history(self) -> GradTerm:
@@ -140,7 +189,13 @@ class GradTerm(Made):
         return self.map(lambda t: t.detach() if id(t) in theirs else t) if theirs else self
 
     def narrow(self, dim: int, start: int, stop: int) -> GradTerm:
-        """Return ``narrowed(...)``, made on the same stream."""
+        """Return ``narrowed(...)``, made on the same stream.
+
+        Args:
+            dim: Dimension of the weight.
+            start: First index.
+            stop: One past the last index.
+        """
         return self._like_me(self.narrowed(dim, start, stop))
 
     def _like_me(self, made: GradTerm) -> GradTerm:
@@ -153,7 +208,19 @@ class GradTerm(Made):
 
 
 class MatmulTerm(GradTerm):
-    """``left.T @ right``, for a weight ``[R, C]``: of a Linear, left = dY and right = X."""
+    """``left.T @ right``, for a weight ``[R, C]``: of a Linear, left = dY and right = X.
+
+    Args:
+        left: ``[T, R]``.
+        right: ``[T, C]``.
+
+    Example:
+        >>> dY, X = torch.randn(5, 3), torch.randn(5, 4)
+        >>> tile = torch.empty(2, 4)
+        >>> gradfold.backends.MatmulTerm(dY, X).write(tile, 0, 2)  # the first two rows of dY.T @ X
+        >>> torch.allclose(tile, (dY.T @ X)[:2], atol=1e-6)
+        True
+    """
 
     transposed: bool = False  # of a Conv1D, left = X and right = dY
 
@@ -213,7 +280,22 @@ class MatmulTerm(GradTerm):
 
 
 class GatherTerm(GradTerm):
-    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing."""
+    """The gradient of an embedding ``[V, H]``: row ``ids[t]`` gets ``grad[t]``, ``padding_idx`` nothing.
+
+    Args:
+        ids: Integers of any shape, T in all.
+        grad: The gradient of the embedded tokens, ``[*, H]``.
+        padding_idx: The id that gets nothing. None: there is none.
+        first: The row of the weight that is row 0 here; ids of other rows are passed over.
+
+    Example:
+        >>> term = gradfold.backends.GatherTerm(torch.tensor([1, 1, 0]), torch.ones(3, 4))
+        >>> term.prepare([0], 2)
+        >>> tile = torch.empty(2, 4)
+        >>> term.write(tile, 0, 2)
+        >>> tile[:, 0].tolist()
+        [1.0, 2.0]
+    """
 
     prepares = True
 
@@ -296,7 +378,16 @@ class GatherTerm(GradTerm):
 
 
 class DenseTerm(GradTerm):
-    """A gradient that autograd has written out, of the weight's own shape."""
+    """A gradient that autograd has written out, of the weight's own shape.
+
+    Args:
+        grad: The gradient, of the weight's shape.
+
+    Example:
+        >>> term = gradfold.backends.DenseTerm(torch.ones(3, 4))
+        >>> tile = torch.empty(2, 4)
+        >>> term.write(tile, 1, 3)
+    """
 
     any_rows = True
 
@@ -352,6 +443,13 @@ class BiasTerm(Made):
     """The gradient of a bias ``[R]``: the sum of ``left``'s rows, which the weight's kernel can also compute.
 
     A backend gets it by ``Backend.step_along``, or as a dense gradient (``resolved``).
+
+    Args:
+        left: ``[T, R]``, the gradient of the module's output.
+
+    Example:
+        >>> gradfold.backends.BiasTerm(torch.ones(5, 3)).resolved().grad
+        tensor([5., 5., 5.])
     """
 
     def __init__(self, left: Tensor):
@@ -371,12 +469,34 @@ class BiasTerm(Made):
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return ``[*, C]`` as ``[T, C]``, also for C = 0, where ``reshape(-1, C)`` fails."""
+    """Return ``[*, C]`` as ``[T, C]``, also for C = 0, where ``reshape(-1, C)`` fails.
+
+    Args:
+        x: Of any shape.
+
+    Returns:
+        A view where there can be one.
+
+    Example:
+        >>> gradfold.backends.rows(torch.zeros(2, 5, 4)).shape
+        torch.Size([10, 4])
+    """
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def largest(x: Tensor) -> float:
-    """Return the largest magnitude; NaN if an element is NaN or infinite (zero times infinity would be NaN)."""
+    """Return the largest magnitude; NaN if an element is NaN or infinite (zero times infinity would be NaN).
+
+    Args:
+        x: Of any shape.
+
+    Returns:
+        The magnitude; 0.0 for no elements.
+
+    Example:
+        >>> gradfold.backends.largest(torch.tensor([1.0, -3.0]))
+        3.0
+    """
     if not x.numel():
         return 0.0
     lowest, highest = torch.aminmax(x)
@@ -389,6 +509,16 @@ def gemm_ready(x: Tensor) -> Tensor:
     """Return ``x`` with strides that a GEMM reads in place, so that no row block copies it again.
 
     ``loss.sum()`` hands down an expanded gradient whose strides are zero.
+
+    Args:
+        x: 2-D.
+
+    Returns:
+        ``x``, or a contiguous copy.
+
+    Example:
+        >>> gradfold.backends.gemm_ready(torch.ones(1, 1).expand(3, 4)).stride()
+        (4, 1)
     """
     row, column = x.stride()
     return x if column == 1 and row >= x.shape[1] else x.contiguous()

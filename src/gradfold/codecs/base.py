@@ -9,20 +9,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128  # elements that share a scale, along a row
+BLOCK = 128
+"""Elements that share a scale, along a row."""
 
 Parts = dict[str, Tensor]
+"""The stored tensors of a weight or a state, by name."""
 
 
 class Part(NamedTuple):
-    """Shape and dtype of one stored tensor."""
+    """Shape and dtype of one stored tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
+        dtype: Its dtype.
+
+    Example:
+        >>> gradfold.codecs.state_codec("int8", signed=True).parts((4, 256))["scales"]
+        Part(shape=(4, 2), dtype=torch.float32)
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Matrix(NamedTuple):
-    """A parameter seen as rows times columns; the rows are the dimensions ``lead``."""
+    """A parameter seen as rows times columns; the rows are the dimensions ``lead``.
+
+    Attributes:
+        lead: The dimensions that are rows.
+        columns: Number of columns.
+
+    Example:
+        >>> gradfold.codecs.matrix((64, 32, 3, 3))
+        Matrix(lead=(64,), columns=288)
+    """
 
     lead: tuple[int, ...]
     columns: int
@@ -41,6 +61,13 @@ def matrix(shape: Sequence[int]) -> Matrix:
 
     Args:
         shape: Shape of a parameter.
+
+    Returns:
+        The dimensions that are rows, and the number of columns.
+
+    Example:
+        >>> gradfold.codecs.matrix((64, 256))
+        Matrix(lead=(64,), columns=256)
     """
     shape = tuple(shape)
     keep = max(0, len(shape) - 1)
@@ -61,6 +88,14 @@ class Codec:
         name: Name in messages and reports.
         block: Column slices begin on a multiple of this.
         stochastic: Whether ``encode`` uses random bits; otherwise it always rounds to nearest.
+
+    Example:
+        >>> codec = gradfold.codecs.state_codec("int8", signed=True)
+        >>> parts = codec.encode(torch.randn(4, 256))
+        >>> {name: tuple(part.shape) for name, part in parts.items()}
+        {'codes': (4, 256), 'scales': (4, 2)}
+        >>> codec.decode(parts, 256).shape
+        torch.Size([4, 256])
     """
 
     name: str
@@ -102,7 +137,11 @@ class Codec:
     # storage ----------------------------------------------------------------------------------------------------------
 
     def parts(self, shape: Sequence[int]) -> dict[str, Part]:
-        """Return shape and dtype of every part for a parameter's shape."""
+        """Return shape and dtype of every part for a parameter's shape.
+
+        Args:
+            shape: Shape of the parameter.
+        """
         lead, columns = matrix(shape)
         return {name: Part((*lead, width), dtype) for name, (width, dtype) in self.widths(columns).items()}
 
@@ -113,6 +152,9 @@ class Codec:
             shape: Shape of the parameter.
             device: Device of the parts.
             init: Initial value.
+
+        Returns:
+            The parts by name.
         """
         made = {
             name: torch.zeros(part.shape, dtype=part.dtype, device=device) for name, part in self.parts(shape).items()
@@ -124,12 +166,24 @@ class Codec:
         return made
 
     def bytes_per_element(self, shape: Sequence[int]) -> float:
-        """Return stored bytes per element of a shape, with scales and padding; 0 for an empty shape."""
+        """Return stored bytes per element of a shape, with scales and padding; 0 for an empty shape.
+
+        Args:
+            shape: Shape of the parameter.
+        """
         stored = sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts(shape).values())
         return stored / max(1, math.prod(shape))
 
     def rows_of(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:
-        """View the parts of a parameter as 2-D ``[rows, width]``."""
+        """View the parts of a parameter as 2-D ``[rows, width]``.
+
+        Args:
+            parts: The parts of a parameter, as they are stored.
+            shape: Shape of the parameter.
+
+        Returns:
+            The same memory, 2-D.
+        """
         rows, widths = matrix(shape).rows, self.widths(matrix(shape).columns)
         return {name: parts[name].view(rows, width) for name, (width, _) in widths.items()}
 
@@ -141,6 +195,9 @@ class Codec:
             columns: Columns of the whole logical matrix.
             rows: Rows to take.
             cut: Columns to take, with start and stop given; None takes all.
+
+        Returns:
+            Views of the parts.
 
         Raises:
             ValueError: The cut splits a block.

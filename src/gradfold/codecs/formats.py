@@ -35,6 +35,14 @@ def written_by(codec: Codec, number: int) -> Codec:
     Args:
         codec: A codec of today.
         number: The format, 1 to ``FORMAT``.
+
+    Returns:
+        A codec that decodes what that format stored.
+
+    Example:
+        >>> codec = gradfold.codecs.state_codec("int8", signed=False)
+        >>> gradfold.codecs.written_by(codec, gradfold.codecs.FORMAT) is codec
+        True
     """
     return _EARLIER.get(number, {}).get(codec, codec)
 

@@ -16,6 +16,14 @@ class Plain(Codec):
     bf16 keeps 8 significant bits. Where the gradient is zero, a second moment with beta2 = 0.999 changes by at most
     2^-10 of itself, which is less than half of bf16's resolution of 2^-8. Rounded to nearest it never decays; rounded
     stochastically it decays on average. NaN, infinities and subnormal numbers are kept.
+
+    Args:
+        name: Name of the codec.
+        dtype: Dtype in which values are stored.
+
+    Example:
+        >>> gradfold.codecs.Plain("bf16", torch.bfloat16).bytes_per_element((4, 256))
+        2.0
     """
 
     def __init__(self, name: str, dtype: torch.dtype):

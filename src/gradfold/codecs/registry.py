@@ -10,16 +10,20 @@ from .int8 import INT8_SIGNED, INT8_UNSIGNED
 from .plain import BF16, FP16, FP32
 from .split import SPLIT8, SPLIT16, Split
 
-# states=... -> (codec of a state with both signs, such as exp_avg; codec of a state >= 0, such as exp_avg_sq)
 STATES: dict[str, tuple[Codec, Codec]] = {
     "fp32": (FP32, FP32),
     "bf16": (BF16, BF16),
     "int8": (INT8_SIGNED, INT8_UNSIGNED),
     "int4": (INT4_SIGNED, INT4_UNSIGNED),
 }
+"""``states=`` -> the codec of a state with both signs, such as exp_avg, and of one that is never negative."""
+
 MASTERS: dict[str, Split] = {"split8": SPLIT8, "split16": SPLIT16}
+"""``master=`` -> the codec of the weight."""
+
 HALVES = ("fp16", "float16", "half", "torch.float16")
 WEIGHTS: dict[torch.dtype, Codec] = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
+"""Dtype of a weight without a master -> its codec."""
 
 
 def state_codec(states: str, signed: bool) -> Codec:
@@ -29,8 +33,15 @@ def state_codec(states: str, signed: bool) -> Codec:
         states: "fp32", "bf16", "int8" or "int4".
         signed: Whether the state takes both signs (a first moment).
 
+    Returns:
+        The codec.
+
     Raises:
         ValueError: The name is unknown.
+
+    Example:
+        >>> gradfold.codecs.state_codec("int8", signed=False).bytes_per_element((4, 256))
+        1.03125
     """
     if states not in STATES:
         fp16 = "; fp16 cannot hold the squares of small gradients" if str(states) in HALVES else ""
@@ -46,8 +57,15 @@ def weight_codec(dtype: torch.dtype, master: str | None = None) -> Codec:
         dtype: dtype of the weight.
         master: None, "split8" or "split16".
 
+    Returns:
+        The codec.
+
     Raises:
         ValueError: The name is unknown, the weight of a master is not bf16, or no codec takes the dtype.
+
+    Example:
+        >>> gradfold.codecs.weight_codec(torch.bfloat16, "split8").name
+        'split8'
     """
     if master is not None:
         if master not in MASTERS:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 BITS = 16  # random bits per element: as many as fp32 has beyond bf16
-WEIGHT = "weight"  # name of the weight's stream; a state's stream has the name of the state
+WEIGHT = "weight"
+"""Name of the weight's stream; a state's stream has the name of the state."""
 
 _GOLDEN = 0x9E3779B1 - 2**32  # as int32
 _MIX1 = 0x85EBCA6B - 2**32
@@ -49,6 +50,11 @@ class Stream(NamedTuple):
         shared: Hash of (seed, parameter), the same for all streams of the parameter.
         own: Hash of (seed, parameter, stream).
         step: Number of the step.
+
+    Example:
+        >>> stream = gradfold.codecs.Stream.of(seed=0, step=1, parameter="head.weight", stream="exp_avg")
+        >>> stream.key().shape
+        torch.Size([2])
     """
 
     shared: int
@@ -75,7 +81,22 @@ class Stream(NamedTuple):
 
 
 def stream_key(seed: int, step: int, parameter: str, stream: str, device: torch.device | str | None = None) -> Tensor:
-    """Return ``Stream.of(...).key(device)``."""
+    """Return ``Stream.of(...).key(device)``.
+
+    Args:
+        seed: The optimizer's seed.
+        step: Number of the step.
+        parameter: Name of the parameter.
+        stream: "weight", or the name of a state.
+        device: Device of the key.
+
+    Returns:
+        int32 ``[2]``.
+
+    Example:
+        >>> gradfold.codecs.stream_key(seed=0, step=1, parameter="head.weight", stream="weight").shape
+        torch.Size([2])
+    """
     return Stream.of(seed, step, parameter, stream).key(device)
 
 
@@ -104,6 +125,13 @@ def row_offsets(
         row_stride: Columns of the whole parameter.
         first_column: First column of the tile.
         device: Device of the result.
+
+    Returns:
+        int64 ``[rows]``.
+
+    Example:
+        >>> gradfold.codecs.row_offsets(range(2, 4), row_stride=256)
+        tensor([512, 768])
     """
     index = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     return index * row_stride + first_column
@@ -116,6 +144,14 @@ def random_bits(key: Tensor, offsets: Tensor, columns: int) -> Tensor:
         key: int32 ``[2]``, from ``Stream.key``.
         offsets: int64 ``[rows]``, the offset of each row's first element (``row_offsets``).
         columns: Columns of the tile.
+
+    Returns:
+        int32 ``[rows, columns]`` in [0, 65536).
+
+    Example:
+        >>> key = gradfold.codecs.stream_key(seed=0, step=1, parameter="head.weight", stream="weight")
+        >>> gradfold.codecs.random_bits(key, gradfold.codecs.row_offsets(range(4), row_stride=256), columns=256).shape
+        torch.Size([4, 256])
     """
     at = offsets[:, None] + torch.arange(columns, dtype=torch.int64, device=offsets.device)
     words = random_words(key, at >> 1)
@@ -129,6 +165,14 @@ def random_words(key: Tensor, pairs: Tensor) -> Tensor:
     Args:
         key: int32 ``[2]``, from ``Stream.key``.
         pairs: int64, half the offset of each even element.
+
+    Returns:
+        int32, in the shape of ``pairs``.
+
+    Example:
+        >>> key = gradfold.codecs.stream_key(seed=0, step=1, parameter="head.weight", stream="weight")
+        >>> gradfold.codecs.random_words(key, torch.arange(8)).dtype
+        torch.int32
     """
     low, high = pairs.to(torch.int32), (pairs >> 32).to(torch.int32)  # the first conversion wraps
     x = (low + key[0]) * _GOLDEN
@@ -153,8 +197,16 @@ def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         bits: int32 in [0, 65536), one per element.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
 
+    Returns:
+        The rounded values, of ``dtype``.
+
     Raises:
         ValueError: Another dtype.
+
+    Example:
+        >>> bits = torch.randint(65536, (4,), dtype=torch.int32)
+        >>> gradfold.codecs.round_stochastic(torch.full((4,), 1.001), bits, torch.bfloat16).dtype
+        torch.bfloat16
     """
     if dtype == torch.bfloat16:
         return _to_bfloat16(x, bits)

@@ -30,7 +30,16 @@ _PANE_ELEMENTS = 2**20  # elements dithered at a time, to bound temporary memory
 
 
 class Split(Codec):
-    """A bf16 weight, the part ``values``, and an integer ``residual``."""
+    """A bf16 weight, the part ``values``, and an integer ``residual``.
+
+    Args:
+        name: Name of the codec.
+        residual_dtype: ``torch.int8`` keeps 8 more bits, ``torch.int16`` all 16 that bf16 drops.
+
+    Example:
+        >>> gradfold.codecs.Split("split8", torch.int8).bytes_per_element((4, 256))
+        3.0
+    """
 
     def __init__(self, name: str, residual_dtype: torch.dtype):
         self.name = name
@@ -78,6 +87,11 @@ def dither(residual: Tensor, weight: Tensor, key: Tensor, offset: int = 0, row_s
         key: int32 ``[2]``, from ``Stream.key``.
         offset: Offset of a slice in its parameter, in elements.
         row_stride: Distance between rows in the parameter, in elements; None for the residual's own columns.
+
+    Example:
+        >>> weight = torch.randn(4, 256).bfloat16()
+        >>> residual = torch.zeros(4, 256, dtype=torch.int8)
+        >>> gradfold.codecs.dither(residual, weight, gradfold.codecs.stream_key(0, 0, "head.weight", "weight"))
     """
     if hasattr(residual, "fake_mode"):  # a fake tensor has no values
         return
@@ -95,12 +109,38 @@ def dither(residual: Tensor, weight: Tensor, key: Tensor, offset: int = 0, row_s
 
 
 def export_master(codec: Split, weight: Tensor, residual: Tensor) -> Tensor:
-    """Return the fp32 master of a bf16 weight and its residual, in the weight's shape."""
+    """Return the fp32 master of a bf16 weight and its residual, in the weight's shape.
+
+    Args:
+        codec: The codec of the weight, which says how wide a residual is.
+        weight: The bf16 weight.
+        residual: Its residual, of the same shape.
+
+    Returns:
+        fp32, in the weight's shape.
+
+    Example:
+        >>> codec = gradfold.codecs.MASTERS["split16"]
+        >>> parts = codec.encode(torch.full((1, 4), 0.1))
+        >>> gradfold.codecs.export_master(codec, parts["values"], parts["residual"])
+        tensor([[0.1000, 0.1000, 0.1000, 0.1000]])
+    """
     return codec.decode({"values": weight.detach(), "residual": residual}, 0)
 
 
 def import_master(codec: Split, master: Tensor, weight: Tensor, residual: Tensor) -> None:
-    """Write an fp32 master into a bf16 weight and its residual, rounded to nearest."""
+    """Write an fp32 master into a bf16 weight and its residual, rounded to nearest.
+
+    Args:
+        codec: The codec of the weight, which says how wide a residual is.
+        master: fp32, in the weight's shape.
+        weight: The bf16 weight; it is overwritten.
+        residual: Its residual; it is overwritten.
+
+    Example:
+        >>> weight, residual = torch.zeros(1, 4).bfloat16(), torch.zeros(1, 4, dtype=torch.int8)
+        >>> gradfold.codecs.import_master(gradfold.codecs.MASTERS["split8"], torch.full((1, 4), 0.1), weight, residual)
+    """
     with torch.no_grad():
         for name, value in codec.encode(master.detach().to(torch.float32)).items():
             {"values": weight, "residual": residual}[name].copy_(value)

@@ -54,7 +54,7 @@ def replicate(
             or has DTensors.
 
     Example:
-        >>> torch.distributed.init_process_group()  # under torchrun
+        >>> torch.distributed.init_process_group()  # doctest: +SKIP
         >>> gradfold.replicate(model)
         >>> optimizer = gradfold.AdamW(model.named_parameters(), lr=2e-5)
         >>> fold = gradfold.fold(model, optimizer)

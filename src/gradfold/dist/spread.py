@@ -26,7 +26,7 @@ def spread(model: nn.Module, mesh: Any, kind: Parallel) -> nn.Module:
             Nothing has changed then.
 
     Example:
-        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))  # doctest: +SKIP
         >>> model = gradfold.spread(model, mesh, "tp")
         >>> fold = gradfold.fold(model, gradfold.AdamW(model.named_parameters()))
     """

@@ -145,6 +145,7 @@ def linear_log_probs(
         IndexError: A label is no word of the vocabulary. On an accelerator its loss is NaN instead.
 
     Example:
+        >>> hidden = model.model(input_ids).last_hidden_state  # [B, S, H]
         >>> log_probs = gradfold.linear_log_probs(hidden, model.lm_head.weight, input_ids, shift=True)
         >>> sequence_log_probs = log_probs.sum(-1)  # [B]
     """

@@ -56,6 +56,7 @@ class FoldCallback:
 
     Example:
         >>> fold = gradfold.lightning.Fold(states="int8")
+        >>> import lightning  # doctest: +SKIP
         >>> trainer = lightning.Trainer(callbacks=[fold], gradient_clip_val=1.0, accumulate_grad_batches=4)
         >>> trainer.fit(module, loader)
     """

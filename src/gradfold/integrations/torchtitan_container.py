@@ -40,9 +40,10 @@ class FoldedOptimizers(torch.optim.Optimizer):
         FoldError: What ``gradfold.fold`` raises; several parts without a schedule.
 
     Example:
+        >>> import functools
         >>> make = functools.partial(gradfold.AdamW, lr=3e-4, weight_decay=0.1)
-        >>> optimizers = FoldedOptimizers(model_parts, make, schedule=pp_schedule, clip_norm=1.0)
-        >>> lr_schedulers = [LambdaLR(optimizer, warm_up) for optimizer in optimizers]
+        >>> optimizers = gradfold.torchtitan.FoldedOptimizers([model], make, clip_norm=1.0)
+        >>> schedules = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in optimizers]
     """
 
     def __init__(
@@ -86,7 +87,16 @@ class FoldedOptimizers(torch.optim.Optimizer):
         self.optimizers[0].zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip as ``Fold.clip_grad_norm_`` does, by the norm over all parts and ranks, and return it."""
+        """Clip as ``Fold.clip_grad_norm_`` does, by the norm over all parts and ranks.
+
+        Args:
+            max_norm: The largest norm.
+            norm_type: Order of the norm.
+            error_if_nonfinite: Raise if the norm is not finite.
+
+        Returns:
+            The norm before clipping, 0-d.
+        """
         return self.fold.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def state_dict(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class FoldMixin:
         fold: the ``gradfold.Fold``, from when the training begins.
 
     Example:
+        >>> import transformers  # doctest: +SKIP
         >>> class Mine(gradfold.hf.FoldMixin, transformers.Trainer):
         ...     fold_options = {"states": "int8"}
         >>> trainer = Mine(model, args, train_dataset=dataset)
@@ -82,6 +83,10 @@ class FoldMixin:
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """Return the optimizer of gradfold's that ``args.optim`` names, and its arguments as Trainer reads them.
 
+        Args:
+            args: The Trainer's ``TrainingArguments``.
+            model: The model, if Trainer gives it.
+
         Raises:
             FoldError: it cannot be folded, or ``optim_args`` has something that it does not take.
         """
@@ -101,6 +106,13 @@ class FoldMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer as the class behind this one does, and fold it into the model.
+
+        Args:
+            args: What Trainer gives.
+            kwargs: What Trainer gives.
+
+        Returns:
+            The optimizer, as Accelerate has wrapped it.
 
         Raises:
             FoldError: something of the Trainer cannot be folded. Nothing has changed then.
@@ -271,7 +283,7 @@ def fold_trainer(trainer: Any, **options: Any) -> Any:
             changed then.
 
     Example:
-        >>> trainer = SFTTrainer(model, args=SFTConfig(...), train_dataset=dataset)
+        >>> trainer = SFTTrainer(model, args=SFTConfig(...), train_dataset=dataset)  # doctest: +SKIP
         >>> trainer = gradfold.hf.fold_trainer(trainer, states="int8")
         >>> trainer.train()
     """
@@ -349,6 +361,7 @@ def working_set(
         FoldError: as ``fold_trainer`` and ``WorkingSet`` do.
 
     Example:
+        >>> trainer = SFTTrainer(model, args=SFTConfig(...), train_dataset=dataset)  # doctest: +SKIP
         >>> trainer = gradfold.hf.working_set(trainer, chunks=16, interval=50, offload="cpu", states="int8")
     """
     if offload == "disk" and folder is None and trainer is not None:

@@ -39,6 +39,26 @@ class RuleOptimizer(StateDicts):
 
     Unfolded, ``step()`` reads ``.grad`` like any optimizer. In a fold, each parameter steps inside backward, and
     ``step()`` audits and closes the step.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or param_groups, as in torch.
+        defaults: Hyper-parameters of groups that do not give them.
+        storage: How weights and states are stored, and torch's implementation options: ``StorageOptions``,
+            ``TorchOptions``.
+
+    Raises:
+        TypeError: An unknown keyword argument.
+
+    Example:
+        >>> class Momentum(gradfold.optim.RuleOptimizer):
+        ...     rule = gradfold.rules.SGDRule()
+        ...     torch_only = ()
+        ...
+        ...     def __init__(self, params, lr=0.1, momentum=0.9, **storage):
+        ...         defaults = {"lr": lr, "momentum": momentum, "dampening": 0.0, "nesterov": False}
+        ...         super().__init__(params, defaults | {"weight_decay": 0.0, "maximize": False}, storage)
+        >>> optimizer = Momentum(model.parameters())
+        >>> fold = gradfold.fold(model, optimizer)
     """
 
     rule: ClassVar[Rule]
@@ -162,6 +182,9 @@ class RuleOptimizer(StateDicts):
 
     def allocate(self, param: Parameter) -> None:
         """Create the missing states of a parameter that steps without a fold.
+
+        Args:
+            param: One of the optimizer's parameters.
 
         Raises:
             ValueError: its group has options that it cannot have.

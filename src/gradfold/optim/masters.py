@@ -31,6 +31,7 @@ def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tens
         are spread over ranks are DTensors.
 
     Example:
+        >>> optimizer = gradfold.AdamW(model.bfloat16().parameters(), lr=1e-5, master="split8")
         >>> torch.save(gradfold.export_masters(model, optimizer), "masters.pt")
     """
     masters = {}
@@ -60,7 +61,9 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
             changed then.
 
     Example:
-        >>> gradfold.import_masters(model, optimizer, torch.load("masters.pt"))
+        >>> masters = {name: param.detach().clone() for name, param in model.named_parameters()}  # fp32
+        >>> optimizer = gradfold.AdamW(model.bfloat16().parameters(), lr=1e-5, master="split16")
+        >>> gradfold.import_masters(model, optimizer, masters)
     """
     if optimizer._turns is not None:
         raise ValueError(

@@ -18,6 +18,15 @@ class Several:
     """Optimizers with parameters of their own, in one fold.
 
     Each keeps its groups, states and state_dict. The fold asks here whose a parameter or a group is.
+
+    Args:
+        members: The optimizers, in the order in which the user gave them.
+
+    Example:
+        >>> half = len(list(model.parameters())) // 2
+        >>> first, second = list(model.parameters())[:half], list(model.parameters())[half:]
+        >>> both = [gradfold.SGD(first, lr=1e-2), gradfold.AdamW(second, lr=1e-3)]
+        >>> gradfold.optim.Several(both).optimizer_of(second[0]) is both[1]
     """
 
     def __init__(self, members: Sequence[RuleOptimizer]):

@@ -6,7 +6,14 @@ from typing import Any
 
 
 class PlanError(RuntimeError):
-    """A model that cannot be found or traced, a setting out of range, a budget that nothing fits; says the way out."""
+    """A model that cannot be found or traced, a setting out of range, a budget that nothing fits; says the way out.
+
+    Example:
+        >>> try:
+        ...     gradfold.plan("no-such-model", batch=1, tokens=16)
+        ... except gradfold.PlanError as error:
+        ...     print(error)
+    """
 
 
 class NothingFits(PlanError):

@@ -131,9 +131,20 @@ class Subject:
 
 
 def find_subject(model: Any) -> Subject:
-    """A model: its name (a preset, a folder, a config.json, a hub id), a transformers config, a module or its builder.
+    """Find what is to be planned: a model by name or by hand.
 
-    Raises PlanError, saying what it could be.
+    Args:
+        model: The name of a preset, a folder, a config.json or a hub id; a transformers config; a module; or a function
+            that builds one.
+
+    Returns:
+        The subject: its name, its config or module, and how to build it of fake tensors.
+
+    Raises:
+        PlanError: No such model; the message says what it could be.
+
+    Example:
+        >>> subject = gradfold.planner.find_subject(model.config)
     """
     if isinstance(model, (str, Path)):
         return _named(str(model))

@@ -16,7 +16,23 @@ from .step import StepMemory
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory of one training step, predicted. All sizes are in bytes, `moved_bytes_per_step` on average."""
+    """The memory of one training step, predicted; ``gradfold.plan`` makes it. All sizes are in bytes.
+
+    Attributes:
+        model: Name of the model.
+        settings: The way to train that was planned.
+        dtype: Dtype of weights and arithmetic, by its name in torch.
+        device: "cuda": as an accelerator runs the step; "cpu": as this processor does.
+        predicted: Live bytes over the step, parameters, host and disk bytes, and ``moved_bytes_per_step``, an average.
+        allocated: What torch's caching allocator makes of the same events, simulated.
+        baselines: The same step of plain AdamW, and of others that were asked for.
+        seconds: Time that making the plan took.
+
+    Example:
+        >>> plan = gradfold.plan(model, batch=1, tokens=16, states="int8")
+        >>> plan.peak_bytes, plan.moment, plan.memory.at_peak()["states"]
+        >>> plan.fits(24 * 2**30)
+    """
 
     model: str
     settings: Settings
@@ -52,11 +68,15 @@ class Plan:
         """Whether the card has enough, and `margin` of it to spare.
 
         `allocated.reserved_bytes` may be more where the allocator fragments; `gradfold plan` leaves `search.MARGIN`.
+
+        Args:
+            budget_bytes: Memory of the card.
+            margin: Part of it that must stay free, 0 to 1.
         """
         return self.device_bytes <= budget_bytes * (1 - margin)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `gradfold plan --json` prints."""
+        """Return what ``gradfold plan --json`` prints."""
         return {
             "model": self.model,
             "parameters": self.predicted.parameters,
@@ -80,7 +100,12 @@ class Plan:
     def plot(
         self, path: str | PathLike[str], budget_bytes: int | None = None, *, more: Sequence[StepMemory] = ()
     ) -> None:
-        """Draw the step of plain AdamW above this one's, on one scale; `more` steps below, with their labels.
+        """Draw the step of plain AdamW above this one's, on one scale.
+
+        Args:
+            path: File to write, .png, .svg or .pdf.
+            budget_bytes: Draw a line at this size. None: no line.
+            more: Steps to draw below, with their labels.
 
         Raises:
             ValueError: there is no baseline.

@@ -40,10 +40,17 @@ MOST_TRACED = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Settings(GradientFields, StorageFields):
-    """One way to train, as far as memory goes.
+    """One way to train, as far as memory goes: a frozen dataclass whose fields are checked when it is made.
+
+    Attributes:
+        working_set: The working set. None: every weight trains in every step.
 
     Raises:
         PlanError: naming the setting and its value.
+
+    Example:
+        >>> settings = gradfold.planner.Settings(tokens=16, batch=1, states="int8", checkpointing=True)
+        >>> settings.describe(), settings.describe_batches()
     """
 
     tokens: int = SEQUENCE_LENGTH
@@ -129,11 +136,28 @@ class Settings(GradientFields, StorageFields):
         return self.working_set is None
 
     def torch_dtype(self, model_dtype: torch.dtype | None) -> torch.dtype:
-        """Of weights, for a model that is published in `model_dtype`."""
+        """Of weights, for a model that is published in `model_dtype`.
+
+        Args:
+            model_dtype: What the model is published in. None: unknown.
+
+        Returns:
+            The dtype of weights.
+        """
         return model_dtype or torch.bfloat16 if self.dtype is None else getattr(torch, self.dtype)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> RuleOptimizer:
-        """The optimizer; raises PlanError for settings that do not go together, or not with these weights."""
+        """Make the optimizer.
+
+        Args:
+            parameters: The parameters it steps.
+
+        Returns:
+            One of gradfold's optimizers.
+
+        Raises:
+            PlanError: Settings do not go together, or not with these weights.
+        """
         kind = getattr(optimizers, self.optimizer)
         given: Any = parameters
         if self.optimizer == "Muon" and (model := getattr(parameters, "model", None)) is not None:
@@ -148,7 +172,17 @@ class Settings(GradientFields, StorageFields):
     def make_fold(
         self, model: nn.Module, optimizer: RuleOptimizer, working_set: WorkingSet | None, backend: str = "reference"
     ) -> Fold:
-        """Folded as these settings say, but for the working set, of which a trace takes one that it can watch."""
+        """Fold a model as these settings say, but for the working set, of which a trace takes one that it can watch.
+
+        Args:
+            model: The model.
+            optimizer: The optimizer of its parameters.
+            working_set: The working set. None: none.
+            backend: As in ``gradfold.fold``.
+
+        Returns:
+            The fold.
+        """
         return fold(
             model,
             optimizer,
@@ -160,11 +194,11 @@ class Settings(GradientFields, StorageFields):
         )
 
     def describe_batches(self) -> str:
-        """What one step is given: "8 x 512 tokens", "4 batches of 8 x 512 tokens"."""
+        """Return what one step is given: "8 x 512 tokens", "4 batches of 8 x 512 tokens"."""
         return batches_of_tokens(self.batch, self.tokens, self.accumulate, paired=self.preference is not None)
 
     def describe(self) -> str:
-        """In one line."""
+        """Return the settings in one line."""
         words = [self.optimizer if self.states is None else f"{self.optimizer}, {self.states} states"]
         if self.master is not None:
             words.append(f"{self.master} masters")

@@ -97,13 +97,26 @@ def step_memory(
 ) -> StepMemory:
     """Predict a training step's memory by running the real step on fake tensors. Touches no weight, allocates none.
 
-    `model`: a module (copied as fake tensors), a function that builds one, or a transformers config. `optimizer`: makes
-    the optimizer from the parameters, e.g. `lambda params: gradfold.AdamW(params, lr=1e-4)`. `batch`: keyword arguments
-    of the model as a mapping of tensors (anything else is given to `loss` only), real or fake; only shapes and dtypes
-    are read, and whether a mask masks anything. `fold`: False for a plain step, True for `gradfold.fold(model,
-    optimizer)`, or a function that does it. `loss(model, batch)` defaults to `model(**batch).loss`. `micro_batches`:
-    how many forwards and backwards, each of `batch`, come before `optimizer.step()`. Raises what the model's own code
-    raises on fake tensors, above all `DataDependentOutputException` where it looks at values.
+    Args:
+        model: A module, which is copied as fake tensors; a function that builds one; or a transformers config.
+        optimizer: Makes the optimizer from the parameters.
+        batch: Keyword arguments of the model as a mapping of tensors, real or fake; anything else is given to ``loss``
+            only. Only shapes and dtypes are read, and whether a mask masks anything.
+        fold: False for a plain step, True for ``gradfold.fold(model, optimizer)``, or a function that folds.
+        loss: ``loss(model, batch)``. None: ``model(**batch).loss``.
+        label: Name of the result. None: "folded" or "plain".
+        micro_batches: Forwards and backwards, each of ``batch``, before ``optimizer.step()``.
+
+    Returns:
+        Live bytes over the step.
+
+    Raises:
+        Exception: What the model's own code raises on fake tensors, above all ``DataDependentOutputException`` where it
+            looks at values.
+
+    Example:
+        >>> memory = gradfold.planner.step_memory(model, lambda params: gradfold.AdamW(params, lr=1e-4), batch)
+        >>> memory.peak_bytes, memory.peak_phase
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_batch = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), without_idle_mask(batch))
@@ -143,6 +156,24 @@ def measure_step(
     The warm-up lets lazily made states and scratch come into being. `fold`, `batch`, `loss` and `micro_batches` as in
     `step_memory`; leave `fold=False` for a model that is folded already or whose hooks step it. A fold made here is
     removed again.
+
+    Args:
+        model: The model. It is trained.
+        optimizer: Its optimizer.
+        batch: Keyword arguments of the model as a mapping of tensors; anything else is given to ``loss`` only.
+        fold: True for ``gradfold.fold(model, optimizer)``, a function that folds, or False for a model that is folded
+            already.
+        loss: ``loss(model, batch)``. None: ``model(**batch).loss``.
+        label: Name of the result. None: "folded" or "plain".
+        warm_up_steps: Steps before the one that is counted.
+        micro_batches: Forwards and backwards, each of ``batch``, before ``optimizer.step()``.
+
+    Returns:
+        Live bytes over the last step.
+
+    Example:
+        >>> memory = gradfold.planner.measure_step(model, optimizer, batch, fold=True)
+        >>> memory.peak_bytes, memory.at_peak()["gradients"]
     """
     loss = loss or _loss_of_model
     made_fold = None

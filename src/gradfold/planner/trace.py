@@ -113,16 +113,23 @@ class Timeline:
 class LiveBytes(TorchDispatchMode):
     """Dispatch mode that counts the bytes of live storages, their peak, and a timeline by category.
 
-    with LiveBytes() as live:
-        live.track(model, optimizer)
-        live.moment("forward"); loss = model(x).sum()
-        live.moment("backward"); loss.backward()
-    live.peak_bytes, live.timeline()
-
     A storage is counted from the operator that returns it, while that operator's inputs are still alive. One that
     existed before (and was not given to `track`) is counted when an operator first touches it. With fake tensors, enter
     this mode inside `FakeTensorMode`. With `timeline=False` only `now_bytes` and `peak_bytes` are kept. `place` says in
     which module we are, whenever it is asked.
+
+    Args:
+        timeline: Keep the timeline. False: only ``now_bytes`` and ``peak_bytes``.
+        place: Says in which module we are, whenever it is asked. None: places are not known.
+
+    Example:
+        >>> with gradfold.planner.LiveBytes() as live:
+        ...     live.track(model, optimizer)
+        ...     live.moment("forward")
+        ...     loss = model(**batch).loss
+        ...     live.moment("backward")
+        ...     loss.backward()
+        >>> live.peak_bytes, live.timeline().moments
     """
 
     def __init__(self, timeline: bool = True, place: Callable[[], str] | None = None):

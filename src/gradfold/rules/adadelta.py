@@ -30,7 +30,13 @@ class AdadeltaNumbers(NamedTuple):
 
 
 class AdadeltaRule(Rule):
-    """Adadelta: steps in units of earlier steps."""
+    """Adadelta: steps in units of earlier steps.
+
+    Example:
+        >>> group = gradfold.Adadelta(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdadeltaRule().states(group)]
+        ['square_avg', 'acc_delta']
+    """
 
     name = "adadelta"
     kept = frozenset({"square_avg", "acc_delta"})

@@ -63,7 +63,13 @@ class AdafactorSums:
 
 
 class AdafactorRule(WholeRule):
-    """Adafactor: second moments of a matrix from the means of its rows and columns, and a bounded update."""
+    """Adafactor: second moments of a matrix from the means of its rows and columns, and a bounded update.
+
+    Example:
+        >>> group = gradfold.Adafactor(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdafactorRule().states(group)]
+        ['row_var', 'col_var', 'variance']
+    """
 
     name = "adafactor"
     optional = frozenset({"row_var", "col_var", "variance"})

@@ -30,7 +30,13 @@ class AdagradNumbers(NamedTuple):
 
 
 class AdagradRule(Rule):
-    """Adagrad with learning-rate decay."""
+    """Adagrad with learning-rate decay.
+
+    Example:
+        >>> group = gradfold.Adagrad(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdagradRule().states(group)]
+        ['sum']
+    """
 
     name = "adagrad"
     kept = frozenset({"sum"})

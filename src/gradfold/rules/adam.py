@@ -37,7 +37,13 @@ class AdamNumbers(NamedTuple):
 
 
 class AdamRule(Rule):
-    """Adam; ``decoupled_weight_decay=True`` in the group makes it AdamW."""
+    """Adam; ``decoupled_weight_decay=True`` in the group makes it AdamW.
+
+    Example:
+        >>> group = gradfold.AdamW(model.parameters(), amsgrad=True).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdamRule().states(group)]
+        ['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq']
+    """
 
     name = "adam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})

@@ -37,7 +37,13 @@ class AdamMiniNumbers(NamedTuple):
 
 
 class AdamMiniRule(WholeRule):
-    """AdamW with one second moment for each row of a matrix."""
+    """AdamW with one second moment for each row of a matrix.
+
+    Example:
+        >>> group = gradfold.AdamMini(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdamMiniRule().states(group)]  # of matrices, of vectors
+        ['exp_avg', 'exp_avg_sq', 'exp_avg_sq']
+    """
 
     name = "adam_mini"
     kept = frozenset({"exp_avg", "exp_avg_sq"})

@@ -30,7 +30,13 @@ class AdamaxNumbers(NamedTuple):
 
 
 class AdamaxRule(Rule):
-    """Adam with a decaying maximum of magnitudes in the place of the second moment."""
+    """Adam with a decaying maximum of magnitudes in the place of the second moment.
+
+    Example:
+        >>> group = gradfold.Adamax(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.AdamaxRule().states(group)]
+        ['exp_avg', 'exp_inf']
+    """
 
     name = "adamax"
     kept = frozenset({"exp_avg", "exp_inf"})

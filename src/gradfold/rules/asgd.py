@@ -34,7 +34,13 @@ class ASGDNumbers(NamedTuple):
 
 
 class ASGDRule(Rule):
-    """SGD with a decaying learning rate, and an average of the weights beside them."""
+    """SGD with a decaying learning rate, and an average of the weights beside them.
+
+    Example:
+        >>> group = gradfold.ASGD(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.ASGDRule().states(group)]
+        ['ax']
+    """
 
     name = "asgd"
     kept = frozenset({"ax"})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Group = Mapping[str, Any]
+"""A param_group of an optimizer."""
 
 
 class State(NamedTuple):
@@ -26,6 +27,10 @@ class State(NamedTuple):
         dims: Which weights have it: "any"; "matrix", of two or more dimensions; "vector", of fewer.
         over: The dimension it is a mean over, where its shape has a 1; None: of the weight's shape.
         wide: Kept in fp32 at least, whatever the weight's dtype and ``states=`` are.
+
+    Example:
+        >>> gradfold.rules.State("exp_avg_sq", signed=False).shape_for((4, 256))
+        (4, 256)
     """
 
     name: str
@@ -58,6 +63,14 @@ def on_device() -> Iterator[None]:
 
     ``Rule.advance`` then returns 0-d float64 tensors for every number computed from them. A CUDA graph can capture
     that.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> with gradfold.rules.on_device():
+        ...     gradfold.rules.number(torch.tensor(0.5))
+        tensor(0.5000, dtype=torch.float64)
     """
     global _on_device
     before, _on_device = _on_device, True
@@ -71,6 +84,16 @@ def number(value: float | Tensor) -> float:
     """Convert a hyper-parameter or counter to a float; inside ``on_device()`` a tensor stays a tensor.
 
     A fake tensor has no value: it becomes 0.5, for which the arithmetic of every rule is finite.
+
+    Args:
+        value: A hyper-parameter or a counter.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> gradfold.rules.number(torch.tensor(0.5))
+        0.5
     """
     if isinstance(value, Tensor):
         if _on_device and not hasattr(value, "fake_mode"):
@@ -92,6 +115,24 @@ class Rule:
         kept: Weight-shaped states that are kept whatever the hyper-parameters.
         optional: Weight-shaped states that are kept with some hyper-parameters.
         exact_counters: Counters that are float64, whatever torch's default dtype is.
+
+    Example:
+        >>> class Plain(gradfold.rules.Rule):
+        ...     name = "plain"
+        ...     counters = {}
+        ...
+        ...     def states(self, group):
+        ...         return ()
+        ...
+        ...     def advance(self, counters, group, fresh):
+        ...         return group["lr"]
+        ...
+        ...     def update(self, weight, grad, states, numbers, scratch):
+        ...         weight.add_(grad, alpha=-numbers)
+        >>> class PlainSGD(gradfold.optim.RuleOptimizer):
+        ...     rule = Plain()
+        ...     torch_only = ()
+        >>> fold = gradfold.fold(model, PlainSGD(model.parameters(), {"lr": 0.1}))
     """
 
     name: ClassVar[str]
@@ -106,6 +147,9 @@ class Rule:
 
         Args:
             group: A param_group of the optimizer.
+
+        Returns:
+            The states.
         """
         raise NotImplementedError(f"{type(self).__name__}.states")
 
@@ -116,11 +160,18 @@ class Rule:
             name: Name of the state.
             value: What ``states`` or ``counters`` say.
             group: A param_group of the optimizer.
+
+        Returns:
+            The initial value.
         """
         return value
 
     def scratch_tiles(self, group: Group) -> int:
-        """Return how many temporary tiles ``update`` needs beside the gradient tile."""
+        """Return how many temporary tiles ``update`` needs beside the gradient tile.
+
+        Args:
+            group: A param_group of the optimizer.
+        """
         return 1
 
     def advance(self, counters: MutableMapping[str, Tensor], group: Group, fresh: bool) -> Any:
@@ -151,7 +202,11 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__}.update")
 
     def fuses(self, weight: Tensor) -> bool:
-        """Return whether torch has a fused kernel of this rule for the weight."""
+        """Return whether torch has a fused kernel of this rule for the weight.
+
+        Args:
+            weight: The tile of the weight.
+        """
         return type(self).fused is not Rule.fused
 
     def as_fused(self) -> Rule | None:
@@ -159,7 +214,14 @@ class Rule:
         return None
 
     def fused(self, weight: Tensor, grad: Tensor, states: Sequence[Tensor], numbers: Any) -> None:
-        """Do the same update with torch's fused kernel: contiguous tensors, and the gradient is left unchanged."""
+        """Do the same update with torch's fused kernel: contiguous tensors, and the gradient is left unchanged.
+
+        Args:
+            weight: Tile of the weight.
+            grad: Gradient of the tile.
+            states: One tile for each of ``states(group)``.
+            numbers: What ``advance`` returned.
+        """
         raise NotImplementedError(f"{type(self).__name__}.fused")
 
 

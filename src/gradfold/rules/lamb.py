@@ -36,7 +36,13 @@ class LambNumbers(NamedTuple):
 
 
 class LambRule(WholeRule):
-    """Adam whose update has the norm of the weight."""
+    """Adam whose update has the norm of the weight.
+
+    Example:
+        >>> group = gradfold.LAMB(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.LambRule().states(group)]
+        ['exp_avg', 'exp_avg_sq']
+    """
 
     name = "lamb"
     kept = frozenset({"exp_avg", "exp_avg_sq"})

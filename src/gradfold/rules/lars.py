@@ -31,7 +31,13 @@ class LarsNumbers(NamedTuple):
 
 
 class LarsRule(WholeRule):
-    """SGD whose learning rate follows the norms of a parameter and of its gradient."""
+    """SGD whose learning rate follows the norms of a parameter and of its gradient.
+
+    Example:
+        >>> group = gradfold.LARS(model.parameters(), lr=0.1, momentum=0.9).param_groups[0]
+        >>> [state.name for state in gradfold.rules.LarsRule().states(group)]
+        ['momentum_buffer']
+    """
 
     name = "lars"
     optional = frozenset({"momentum_buffer"})

@@ -28,7 +28,13 @@ class LionNumbers(NamedTuple):
 
 
 class LionRule(Rule):
-    """Lion: the sign of an interpolated momentum, with decoupled weight decay."""
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay.
+
+    Example:
+        >>> group = gradfold.Lion(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.LionRule().states(group)]
+        ['exp_avg']
+    """
 
     name = "lion"
     kept = frozenset({"exp_avg"})

@@ -17,6 +17,10 @@ class MatrixRule(Rule):
     is complete, the backend orthogonalises it as the step's numbers say (``ns_coefficients``, ``ns_steps``, ``eps``).
     ``apply`` then moves rows of the weight. Where rows are cut changes nothing, so that only the direction, and what
     the backend needs to work on it, has to be in memory as a whole.
+
+    Example:
+        >>> issubclass(gradfold.rules.MuonRule, gradfold.rules.MatrixRule)
+        True
     """
 
     def scratch_tiles(self, group):

@@ -33,7 +33,14 @@ class MuonNumbers(NamedTuple):
 
 
 class MuonRule(MatrixRule):
-    """Momentum whose singular values are made equal, with decoupled weight decay."""
+    """Momentum whose singular values are made equal, with decoupled weight decay.
+
+    Example:
+        >>> matrices, others = gradfold.muon_groups(model)
+        >>> group = gradfold.Muon(matrices).param_groups[0]
+        >>> [state.name for state in gradfold.rules.MuonRule().states(group)]
+        ['momentum_buffer']
+    """
 
     name = "muon"
     kept = frozenset({"momentum_buffer"})

@@ -35,7 +35,13 @@ class NAdamNumbers(NamedTuple):
 
 
 class NAdamRule(Rule):
-    """Adam with Nesterov momentum."""
+    """Adam with Nesterov momentum.
+
+    Example:
+        >>> group = gradfold.NAdam(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.NAdamRule().states(group)]
+        ['exp_avg', 'exp_avg_sq']
+    """
 
     name = "nadam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})

@@ -36,7 +36,13 @@ class RAdamNumbers(NamedTuple):
 
 
 class RAdamRule(Rule):
-    """Adam that divides by ``sqrt(exp_avg_sq)`` only once the variance of that estimate is finite."""
+    """Adam that divides by ``sqrt(exp_avg_sq)`` only once the variance of that estimate is finite.
+
+    Example:
+        >>> group = gradfold.RAdam(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.RAdamRule().states(group)]
+        ['exp_avg', 'exp_avg_sq']
+    """
 
     name = "radam"
     kept = frozenset({"exp_avg", "exp_avg_sq"})

@@ -37,7 +37,13 @@ class RMSpropNumbers(NamedTuple):
 
 
 class RMSpropRule(Rule):
-    """RMSprop with optional momentum and centering."""
+    """RMSprop with optional momentum and centering.
+
+    Example:
+        >>> group = gradfold.RMSprop(model.parameters(), momentum=0.9).param_groups[0]
+        >>> [state.name for state in gradfold.rules.RMSpropRule().states(group)]
+        ['square_avg', 'momentum_buffer']
+    """
 
     name = "rmsprop"
     kept = frozenset({"square_avg"})

@@ -35,7 +35,13 @@ class RpropNumbers(NamedTuple):
 
 
 class RpropRule(Rule):
-    """A step size for each element, which grows while its gradient keeps its sign."""
+    """A step size for each element, which grows while its gradient keeps its sign.
+
+    Example:
+        >>> group = gradfold.Rprop(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.RpropRule().states(group)]
+        ['prev', 'step_size']
+    """
 
     name = "rprop"
     kept = frozenset({"prev", "step_size"})

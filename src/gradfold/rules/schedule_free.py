@@ -40,7 +40,13 @@ class ScheduleFreeNumbers(NamedTuple):
 
 
 class ScheduleFreeRule(Rule):
-    """AdamW without a schedule, by an average of the weights: the weight is y, and z is a state."""
+    """AdamW without a schedule, by an average of the weights: the weight is y, and z is a state.
+
+    Example:
+        >>> group = gradfold.AdamWScheduleFree(model.parameters()).param_groups[0]
+        >>> [state.name for state in gradfold.rules.ScheduleFreeRule().states(group)]
+        ['z', 'exp_avg_sq']
+    """
 
     name = "schedule_free"
     kept = frozenset({"z", "exp_avg_sq"})
@@ -88,5 +94,17 @@ class ScheduleFreeRule(Rule):
 
 
 def warmed(step: float, group: Any) -> float:
-    """Return the part of the learning rate that warm-up leaves in this step, counted from 1."""
+    """Return the part of the learning rate that warm-up leaves in this step, counted from 1.
+
+    Args:
+        step: Number of the step, from 1.
+        group: A param_group, for its ``warmup_steps``.
+
+    Returns:
+        A part, above 0 and at most 1.
+
+    Example:
+        >>> gradfold.rules.warmed(5, {"warmup_steps": 10})
+        0.5
+    """
     return min(1.0, step / group["warmup_steps"]) if group["warmup_steps"] else 1.0

@@ -31,7 +31,13 @@ class SGDNumbers(NamedTuple):
 
 
 class SGDRule(Rule):
-    """SGD with momentum, dampening and Nesterov momentum."""
+    """SGD with momentum, dampening and Nesterov momentum.
+
+    Example:
+        >>> group = gradfold.SGD(model.parameters(), momentum=0.9).param_groups[0]
+        >>> [state.name for state in gradfold.rules.SGDRule().states(group)]
+        ['momentum_buffer']
+    """
 
     name = "sgd"
     optional = frozenset({"momentum_buffer"})

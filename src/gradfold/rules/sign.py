@@ -22,7 +22,16 @@ class SignNumbers(NamedTuple):
 
 
 class SignRule(Rule):
-    """Every element moves by the learning rate, against the sign of its gradient."""
+    """Every element moves by the learning rate, against the sign of its gradient.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> rule = gradfold.rules.SignRule()
+        >>> numbers = rule.advance({}, {"lr": 0.5, "maximize": False}, True)
+        >>> rule.update(weight, torch.tensor([2.0, -3.0]), (), numbers, ())
+        >>> weight.tolist()
+        [-0.5, 0.5]
+    """
 
     name = "sign"
     counters: ClassVar = {}

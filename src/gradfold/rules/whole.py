@@ -30,6 +30,10 @@ class WholeRule(Rule):
 
     Attributes:
         looks: Number of passes over the gradient before the one that applies it; 0: it needs whole rows, no more.
+
+    Example:
+        >>> gradfold.rules.AdafactorRule.looks, gradfold.rules.AdamMiniRule.looks
+        (2, 0)
     """
 
     looks: ClassVar[int] = 1
@@ -45,6 +49,9 @@ class WholeRule(Rule):
             weight: The whole weight as it is stored, for its shape, dtype and device.
             dtype: The dtype of tiles.
             numbers: What ``advance`` returned.
+
+        Returns:
+            The object that ``look`` and ``apply`` take as ``sums``.
         """
         raise NotImplementedError(f"{type(self).__name__}.begin")
 
@@ -74,7 +81,14 @@ class WholeRule(Rule):
         raise NotImplementedError(f"{type(self).__name__}.look")
 
     def looked(self, index: int, sums: Any, states: Sequence[Tensor], numbers: Any) -> None:
-        """End pass ``index``: every tile has been looked at, and the gradient is finite if that is asked for."""
+        """End pass ``index``: every tile has been looked at, and the gradient is finite if that is asked for.
+
+        Args:
+            index: Number of the pass, from 0.
+            sums: What ``begin`` returned.
+            states: The whole states; those of rows and columns may change.
+            numbers: What ``advance`` returned.
+        """
 
     def apply(
         self,
@@ -86,9 +100,16 @@ class WholeRule(Rule):
         scratch: Sequence[Tensor],
         numbers: Any,
     ) -> None:
-        """Update one tile of the weight in place; arguments as ``look`` takes them.
+        """Update one tile of the weight in place.
 
-        The gradient may be overwritten.
+        Args:
+            sums: What ``begin`` returned.
+            weight: The tile of the weight.
+            grad: The tile of the gradient; may be overwritten.
+            states: The whole states.
+            rows: Indices of the tile in the first dimension.
+            scratch: ``scratch_tiles(group)`` tiles with arbitrary contents.
+            numbers: What ``advance`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__}.apply")
 

@@ -31,8 +31,16 @@ def cut_bytes(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
         chunks: Number of chunks.
         axis: "out" cuts rows, "in" columns.
 
+    Returns:
+        The slices of each chunk, in model order.
+
     Raises:
         FoldError: An argument is out of range, or a chunk would be empty because it is smaller than one row.
+
+    Example:
+        >>> pieces = [gradfold.workset.Piece("weight", (16, 8), bytes=1536)]
+        >>> gradfold.workset.cut_bytes(pieces, 2)[0]
+        (Slice(name='weight', dim=0, start=0, stop=8),)
     """
     check_axis(axis)
     check_count(chunks)
@@ -79,8 +87,16 @@ def cut_bands(pieces: Sequence[Piece], chunks: int, axis: Literal["out", "in"] =
         chunks: Number of chunks.
         axis: "out" cuts rows, "in" columns.
 
+    Returns:
+        The slices of each chunk, in model order.
+
     Raises:
         FoldError: An argument is out of range, or a chunk would be empty because no tensor has so many places to cut.
+
+    Example:
+        >>> pieces = [gradfold.workset.Piece(name, (16, 8), bytes=1536) for name in ("a", "b")]
+        >>> [len(chunk) for chunk in gradfold.workset.cut_bands(pieces, 4)]
+        [2, 2, 2, 2]
     """
     check_axis(axis)
     check_count(chunks)
@@ -117,8 +133,16 @@ def cut_layers(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chunk
         chunks: Number of chunks; neighbouring layers are joined so that the largest chunk is as small as possible, and
             the others as equal as that allows. None makes every layer a chunk.
 
+    Returns:
+        The slices of each chunk, in model order.
+
     Raises:
         FoldError: There are more chunks than layers.
+
+    Example:
+        >>> pieces = [gradfold.workset.Piece(f"layers.{i}.weight", (16, 8), bytes=1536) for i in range(4)]
+        >>> len(gradfold.workset.cut_layers(pieces))
+        4
     """
     return _cut_groups(pieces, chunks, _layer, "layers")
 
@@ -131,8 +155,17 @@ def cut_modules(pieces: Sequence[Piece], chunks: int | None = None) -> list[Chun
         chunks: Number of chunks; kinds are joined in the order in which they first occur, as ``cut_layers`` joins
             layers. None makes every kind a chunk.
 
+    Returns:
+        The slices of each chunk, in model order.
+
     Raises:
         FoldError: There are more chunks than kinds.
+
+    Example:
+        >>> names = [f"layers.{i}.{kind}.weight" for i in range(4) for kind in ("up", "down")]
+        >>> pieces = [gradfold.workset.Piece(name, (16, 8), bytes=1536) for name in names]
+        >>> len(gradfold.workset.cut_modules(pieces))
+        2
     """
     return _cut_groups(pieces, chunks, _kind, "kinds of modules")
 

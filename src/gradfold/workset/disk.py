@@ -39,6 +39,13 @@ class DiskStore:
 
     Raises:
         FoldError: The folder cannot be created or read.
+
+    Example:
+        >>> store = gradfold.workset.DiskStore("sleeping-states")
+        >>> store.put("head.weight", {"exp_avg": torch.ones(4)})
+        >>> store.take("head.weight", "cpu")["exp_avg"].tolist()
+        [1.0, 1.0, 1.0, 1.0]
+        >>> store.close()
     """
 
     def __init__(self, folder: str | Path, lock: FolderLock | None = None):
@@ -221,7 +228,15 @@ class DiskStore:
 
 
 def forget_folder(folder: Path) -> None:
-    """Delete the files of a ``DiskStore`` unless somebody holds its folder, and the folder if nothing else is in it."""
+    """Delete the files of a ``DiskStore`` unless somebody holds its folder, and the folder if nothing else is in it.
+
+    Args:
+        folder: The folder.
+
+    Example:
+        >>> import pathlib
+        >>> gradfold.workset.forget_folder(pathlib.Path("sleeping-states"))
+    """
     with contextlib.suppress(OSError, FoldError):  # what is left does no harm
         if not folder.is_dir():
             return

@@ -14,6 +14,12 @@ class HostStore:
     """Copies states of a CUDA device on a side stream, in both directions; states of a CPU are kept as they are.
 
     All CUDA tensors of one key must be on one device.
+
+    Example:
+        >>> store = gradfold.workset.HostStore()
+        >>> store.put("head.weight", {"exp_avg": torch.ones(4)})
+        >>> store.keys()
+        ['head.weight']
     """
 
     def __init__(self) -> None:

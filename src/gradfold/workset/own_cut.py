@@ -20,8 +20,17 @@ def cut_own(pieces: Sequence[Piece], sets: Sequence[Sequence[Own]]) -> list[Chun
         pieces: Trainable parameters in model order.
         sets: The members of each chunk.
 
+    Returns:
+        The slices of each chunk, in model order.
+
     Raises:
         FoldError: A name is unknown, a slice is out of range or has a step, or an element is in no chunk or in two.
+
+    Example:
+        >>> pieces = [gradfold.workset.Piece(name, (16, 8), bytes=1536) for name in ("a", "b")]
+        >>> chunks = gradfold.workset.cut_own(pieces, [["a", ("b", slice(0, 4))], [("b", slice(4, 16))]])
+        >>> len(chunks)
+        2
     """
     pieces = with_elements(pieces)
     by_name = {piece.name: piece for piece in pieces}

@@ -20,6 +20,9 @@ class Piece(NamedTuple):
         mate: The weight whose rows this vector belongs to (the weight of a Linear's bias).
         grain: Column slices begin on a multiple of this (blocks of a codec); rows can be cut anywhere.
         uncut: Whether it is in one chunk as a whole: its rule looks at the whole matrix.
+
+    Example:
+        >>> gradfold.workset.Piece("layers.0.weight", (16, 8), bytes=16 * 8 * 12)
     """
 
     name: str
@@ -38,6 +41,9 @@ class Slice(NamedTuple):
         dim: 0 (``axis="out"``) or 1 (``axis="in"``).
         start: First element.
         stop: One past the last element.
+
+    Example:
+        >>> gradfold.workset.Slice("layers.0.weight", dim=0, start=0, stop=8)
     """
 
     name: str
@@ -46,8 +52,11 @@ class Slice(NamedTuple):
     stop: int
 
 
-Chunk = tuple[Slice, ...]  # slices in model order
-Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]  # member of a user's set
+Chunk = tuple[Slice, ...]
+"""What trains together: slices in model order."""
+
+Own = str | tuple[str, slice | None] | tuple[str, tuple[slice, slice]]
+"""A member of a chunk that a user lists: a name, or a name with rows or columns."""
 
 
 def row_count(shape: tuple[int, ...]) -> int:
@@ -63,8 +72,16 @@ def whole(piece: Piece) -> Slice:
 def check_coverage(pieces: Sequence[Piece], chunks: Sequence[Chunk]) -> None:
     """Check that every element of every parameter is in exactly one chunk.
 
+    Args:
+        pieces: Trainable parameters in model order.
+        chunks: What they were cut into.
+
     Raises:
         FoldError: Names the parameter and the elements that are missing, in two chunks, or out of range.
+
+    Example:
+        >>> pieces = [gradfold.workset.Piece("weight", (16, 8), bytes=1536)]
+        >>> gradfold.workset.check_coverage(pieces, gradfold.workset.cut_bytes(pieces, 2))
     """
     by_name = {piece.name: piece for piece in pieces}
     found: dict[str, list[tuple[int, int, int, int]]] = {}  # name: (start, stop, dim, chunk)

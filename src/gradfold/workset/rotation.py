@@ -29,25 +29,46 @@ from .slice_states import SliceStates
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The active chunk, and how long it has been active."""
+    """The active chunk, and how long it has been active.
 
-    chunk: int  # index of the active chunk, from 0
-    chunks: int  # number of chunks
-    step: int  # optimizer steps taken in this turn
-    interval: int  # optimizer steps in a turn
+    Attributes:
+        chunk: Index of the active chunk, from 0.
+        chunks: Number of chunks.
+        step: Optimizer steps taken in this turn.
+        interval: Optimizer steps in a turn.
+
+    Example:
+        >>> fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2, interval=1))
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
+        >>> fold.working_set.chunk
+        1
+    """
+
+    chunk: int
+    chunks: int
+    step: int
+    interval: int
 
 
 class Rotation(SliceStates):
-    """The working set of one fold."""
+    """The working set of one fold: whose turn it is, and the states of the others; ``gradfold.fold`` makes it.
+
+    Args:
+        config: The settings.
+        fold: The fold's state, with all its parameters.
+        rank: Which of the ranks this is that step together; each keeps files of its own. None: there is only one.
+
+    Raises:
+        FoldError: The model cannot be cut so, or weights that rest are asked for on many ranks.
+
+    Example:
+        >>> fold = gradfold.fold(model, optimizer, working_set=gradfold.WorkingSet(chunks=2))
+        >>> fold.working_set  # the turn of its rotation
+        Turn(chunk=0, chunks=2, step=0, interval=4)
+    """
 
     def __init__(self, config: WorkingSet, fold: FoldState, rank: int | None = None):
-        """Cut the model.
-
-        Args:
-            config: the settings.
-            fold: the fold.
-            rank: which of the ranks this is that step together; each keeps files of its own. None: there is only one.
-        """
         if config.rest is not None and rank is not None:
             raise FoldError(
                 f"WorkingSet(rest={config.rest!r}) on many ranks: weights that rest step by what one rank has of their "

@@ -41,6 +41,11 @@ class Schedule:
 
     Raises:
         FoldError: An argument is out of range.
+
+    Example:
+        >>> schedule = gradfold.workset.Schedule(chunks=3, interval=1)
+        >>> schedule.index, schedule.next
+        (0, 1)
     """
 
     index: int

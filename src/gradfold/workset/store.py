@@ -15,6 +15,9 @@ class Store(Protocol):
     """Keeps tensors by key. Values, dtypes and shapes never change.
 
     A counter (a 0-d tensor that came from the host, such as ``step``) stays on the host when it is taken.
+
+    Example:
+        >>> store: gradfold.workset.Store = gradfold.workset.HostStore()
     """
 
     @property
@@ -28,36 +31,66 @@ class Store(Protocol):
         ...
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors and replace those of the key; the caller drops its references."""
+        """Take over the tensors and replace those of the key; the caller drops its references.
+
+        Args:
+            key: Key of the tensors: a parameter's slice.
+            tensors: Tensors by name.
+        """
         ...
 
     def prefetch(self, keys: Sequence[str], device: Device) -> None:
-        """Start copying the keys' tensors to the device; keys that are not there are ignored."""
+        """Start copying the keys' tensors to the device; keys that are not there are ignored.
+
+        Args:
+            keys: Keys that will be taken soon.
+            device: Where they will be needed.
+        """
         ...
 
     def take(self, key: str, device: Device) -> dict[str, Tensor] | None:
-        """Return the key's tensors on the device and forget the key; None if it is not there."""
+        """Return the key's tensors on the device and forget the key; None if it is not there.
+
+        Args:
+            key: Key of the tensors.
+            device: Where they are needed.
+        """
         ...
 
     def peek(self, key: str) -> dict[str, Tensor] | None:
-        """Return the key's tensors to read, wherever they are; None if it is not there."""
+        """Return the key's tensors to read, wherever they are; None if it is not there.
+
+        Args:
+            key: Key of the tensors.
+        """
         ...
 
     def drop(self, key: str) -> None:
-        """Forget the key, if it is there."""
+        """Forget the key, if it is there.
+
+        Args:
+            key: Key of the tensors.
+        """
         ...
 
     def keys(self) -> list[str]:
-        """List the keys."""
+        """Return the keys."""
         ...
 
     def host_tensors(self) -> Iterator[Tensor]:
-        """Yield tensors that a memory meter must not count as device memory, even if the device is the host."""
+        """Return the tensors that a memory meter must not count as device memory, even if the device is the host."""
         ...
 
 
 class ResidentStore:
-    """Leaves states where they are: ``offload=None``."""
+    """Leaves states where they are: ``offload=None``.
+
+    Example:
+        >>> store = gradfold.workset.ResidentStore()
+        >>> store.put("head.weight", {"exp_avg": torch.ones(4)})
+        >>> store.host_bytes
+        0
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, dict[str, Tensor]] = {}
