@@ -12,6 +12,11 @@ from tests.llama import small_llama
 class Names(dict):
     """A namespace that makes each of the names below when it is first read."""
 
+    @classmethod
+    def of_page(cls, page):
+        """The names of one page of docs/."""
+        return cls(OF_PAGE.get(page, dict)())
+
     def __missing__(self, name):
         make = MAKERS.get(name)
         if make is None:
@@ -49,3 +54,17 @@ MAKERS = {
     "F": lambda names: F,
     "gradfold": lambda names: gradfold,
 }
+
+
+def experts():
+    """A mixture of experts in a folder, as transformers saves it."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.moe import mixtral
+
+    mixtral("grouped_mm").save_pretrained("tiny-mixtral")
+    return {"AutoModelForCausalLM": AutoModelForCausalLM, "name": "tiny-mixtral"}
+
+
+OF_PAGE = {"bytes_per_parameter.md": lambda: {"dtype": torch.bfloat16}, "experts.md": experts}
+"""Page -> makes what it takes for granted beside the names above."""
