@@ -32,7 +32,7 @@ WORKERS ?= auto
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format docs clean distclean
+.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -72,9 +72,14 @@ format: setup-dev ## rewrite to the house style
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
+.PHONY: docs
 docs: $(VENV)/.stamp-docs ## build the documentation into site/, strictly, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m docs.tools.links site
+
+$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-torch
+	$(PIP) --editable '.[docs]'
+	@touch $@
 
 setup: $(VENV)/.stamp-demo ## a virtual environment that trains and plots
 setup-dev: $(VENV)/.stamp-dev ## the same with what tests and lint need
@@ -100,10 +105,6 @@ $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	$(PIP) --editable '.[train,plot,dev]'
 	$(PIP) --no-deps $(FRAMEWORKS)
-	@touch $@
-
-$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-torch
-	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch

@@ -20,11 +20,12 @@ OUTSIDE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
 def repository() -> str:
-    """Return the address of the sources, from ``[project.urls]``; empty where there is none."""
+    """Return the address of the sources, from ``[project.urls]``; empty where there is none, or a placeholder."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         urls = tomllib.load(file)["project"].get("urls", {})
     named = {name.lower(): address for name, address in urls.items()}
-    return next((named[name].rstrip("/") for name in ("source", "repository", "homepage") if name in named), "")
+    found = next((named[name].rstrip("/") for name in ("source", "repository", "homepage") if name in named), "")
+    return "" if "/OWNER/" in found else found
 
 
 def on_config(config: Any) -> Any:

@@ -122,6 +122,17 @@ def test_the_notebook_becomes_a_page(tmp_path):
     assert page.startswith('# Title\ntext\n\n```python\nx = 1\nx\n```\n\n```text title="output"\n1\n```')
 
 
+FIGURES = re.compile(r"^<!-- end of \w+ -->|^!\[", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("LOG.md", "what_folds.md")])
+def test_pictures_and_generated_tables_name_command_and_revision(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    if FIGURES.search(text):
+        assert re.search(r"python -m benchmarks\.|gradfold plan", text), "which command makes it?"
+        assert re.search(r"benchmarks/results/\w+\.json|revision\s+[0-9a-f]{7}", text), "of which revision is it?"
+
+
 def test_links_out_of_the_pages_lead_to_the_sources():
     pytest.importorskip("mkdocs")
     from types import SimpleNamespace
