@@ -106,7 +106,9 @@ def t5():
 def moe():
     from tests.moe import MODELS
 
-    return MODELS["qwen3_moe"]("grouped_mm")
+    model = MODELS["qwen3_moe"]("grouped_mm")
+    model.config.use_cache = False
+    return model
 
 
 @pytest.fixture
