@@ -24,8 +24,8 @@ from gradfold.backends.triton import tile_configs
 from .common import RESULTS, fill_table, print_table, write_result
 from .roofline_model import (
     FORGE,
-    GRADIENT_BYTES,
     GPUS,
+    GRADIENT_BYTES,
     SHAPES,
     STEPS_512_MS,
     STORAGE_KINDS,
