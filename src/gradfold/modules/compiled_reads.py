@@ -27,7 +27,6 @@ HANDLES = "_gradfold_handles"  # attribute of a watched module: handles of its w
 
 _TRANSPOSES = (torch.transpose, Tensor.transpose)
 _T = (torch.t, Tensor.t)
-_CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -74,10 +73,6 @@ class RegionReads(TorchFunctionMode):
     def _hand_over(self, func: Any, args: tuple, kwargs: dict) -> Tensor | None:
         if func in _TRANSPOSES or func in _T:
             return self._transpose(func, args, kwargs)
-        if func in _CASTS:  # which give the weight itself where it has the dtype already
-            made = func(*args, **kwargs)
-            same = self._read(args[0], args[0].dim()) is not None and made.dtype == args[0].dtype
-            return args[0] if same and made.device == args[0].device else made
         if func is F.linear:
             x, weight, bias = arguments_of(args, kwargs, "input", "weight", "bias")
             read = self._read(weight, 2)
