@@ -217,6 +217,20 @@ ARCHITECTURES: dict[str, dict[str, tuple[Callable[[], nn.Module], Loss]]] = {
             ),
             _language,
         ),
+        "llama4_text": (
+            _transformers(
+                "Llama4ForCausalLM", "Llama4TextConfig", **_CAUSAL, head_dim=16, num_local_experts=4,
+                num_experts_per_tok=1, interleave_moe_layer_step=1, intermediate_size_mlp=64,
+            ),
+            _language,
+        ),
+        "granitemoe": (_transformers("GraniteMoeForCausalLM", "GraniteMoeConfig", **_CAUSAL, **_MOE), _language),
+        "olmoe": (
+            _transformers(
+                "OlmoeForCausalLM", "OlmoeConfig", **_CAUSAL, num_experts=4, num_experts_per_tok=2
+            ),
+            _language,
+        ),
     },
     "encoders, and encoders with decoders": {
         "bert": (_transformers("BertForMaskedLM", "BertConfig", **_TEXT), _language),

@@ -73,6 +73,10 @@ RULES: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("Adagrad", ()),
     ("NAdam", ()),
     ("RAdam", ()),
+    ("Adadelta", ()),
+    ("Adamax", ()),
+    ("ASGD", ()),
+    ("Rprop", ()),
 )
 DEFAULT = KernelJob(90)
 # AdamW on Hopper, bf16 weights rounded stochastically: most instructions an element after the last loop. Above them the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -130,3 +131,28 @@ def distance_from_masked(task: Task, lr: float = 1e-3) -> float:
 def part(tensor: Tensor, slice_: Any) -> Tensor:
     """Return a view of a slice."""
     return tensor.narrow(slice_.dim, slice_.start, slice_.stop - slice_.start)
+
+
+REFERENCE = "AdamW on everything"
+SET = f"working set, {CHUNKS} chunks x {INTERVAL} steps"
+ROUND: dict[str, Any] = {"schedule": "round"}
+SETS: dict[str, dict[str, Any]] = {
+    SET: {},
+    "working set, by round": ROUND,
+    "working set, by round, sgd at rest": ROUND | {"rest": "sgd"},
+    "working set, by round, sign at rest": ROUND | {"rest": "sign"},
+    "working set, for_quality": ROUND | {"rest": "sgd", "states": "reset"},
+    "working set, bands": {"by": "bands"},
+    "working set, bands by round": ROUND | {"by": "bands"},
+    "working set, kinds of modules by round": ROUND | {"by": "module"},
+    "BREAD's rule on layers": {"by": "layer", "order": "random", "states": "reset", "rest": "sgd"},
+}
+BADAM = f"BAdam, a layer x {INTERVAL} steps"
+METHODS: dict[str, tuple[Callable[..., Method], str | None]] = {
+    REFERENCE: (full, None),
+    **{name: (functools.partial(working_set, **settings), None) for name, settings in SETS.items()},
+    BADAM: (badam, "badam"),
+    "LISA-style sampling": (lisa_style, None),
+    "LoRA, r = 16": (lora, "peft"),
+}
+COLORS: dict[Any, str] = {full: "#444444", None: "#1f77b4", "badam": "#d95f02", "peft": "#7570b3"}

@@ -42,18 +42,7 @@ from gradfold.train.setup import rate_is_held_for
 from .budgets import BUDGETS, Budget, budget_of, joined_batch
 from .common import RESULTS, fill_table, print_table, read_rows, write_result
 from .datasets import Task, characters, shakespeare, smollm2
-from .methods import (
-    CHUNKS,
-    INTERVAL,
-    Method,
-    badam,
-    distance_from_masked,
-    full,
-    lisa_style,
-    lora,
-    trainable_count,
-    working_set,
-)
+from .methods import BADAM, COLORS, METHODS, REFERENCE, Method, distance_from_masked, trainable_count
 
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 1.5e-1)
@@ -73,28 +62,6 @@ class Experiment:
     badam: dict[str, Any]  # which blocks
 
 
-REFERENCE = "AdamW on everything"
-SET = f"working set, {CHUNKS} chunks x {INTERVAL} steps"
-ROUND: dict[str, Any] = {"schedule": "round"}
-SETS: dict[str, dict[str, Any]] = {
-    SET: {},
-    "working set, by round": ROUND,
-    "working set, by round, sgd at rest": ROUND | {"rest": "sgd"},
-    "working set, by round, sign at rest": ROUND | {"rest": "sign"},
-    "working set, for_quality": ROUND | {"rest": "sgd", "states": "reset"},
-    "working set, bands": {"by": "bands"},
-    "working set, bands by round": ROUND | {"by": "bands"},
-    "working set, kinds of modules by round": ROUND | {"by": "module"},
-    "BREAD's rule on layers": {"by": "layer", "order": "random", "states": "reset", "rest": "sgd"},
-}
-BADAM = f"BAdam, a layer x {INTERVAL} steps"
-METHODS: dict[str, tuple[Callable[..., Method], str | None]] = {
-    REFERENCE: (full, None),
-    **{name: (functools.partial(working_set, **settings), None) for name, settings in SETS.items()},
-    BADAM: (badam, "badam"),
-    "LISA-style sampling": (lisa_style, None),
-    "LoRA, r = 16": (lora, "peft"),
-}
 EXPERIMENTS = {
     "scratch": Experiment(
         "a Llama of 6.2 M from random weights, Shakespeare",
@@ -130,7 +97,6 @@ EXPERIMENTS = {
     ),
 }
 SUITES = ("scratch", "finetune")
-COLORS: dict[Any, str] = {full: "#444444", None: "#1f77b4", "badam": "#d95f02", "peft": "#7570b3"}
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ CASES |= {
     "bf16, masters": ([*ALL, "--dtype", "bfloat16", "--optimizer.master", "split8"], LONG),
     "turns": ([*PLAIN, *TURNS], LONG),
     "turns, all": ([*ALL, *TURNS], LONG),
+    "turns, at rest": ([*PLAIN, *TURNS, "--working-set.rest", "sgd"], LONG),
+    "turns, at rest, all": ([*ALL, *TURNS, "--working-set.rest", "sign"], LONG),
     "turns in host memory": ([*PLAIN, *TURNS, "--working-set.offload", "cpu"], LONG),
     "not packed": ([*PLAIN, "--text.no-packing"], LONG),
     "short, not packed": ([*PLAIN, "--text.no-packing"], SHORT),

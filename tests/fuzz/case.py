@@ -36,6 +36,7 @@ STORAGES: dict[str, tuple[dict[str, Any], ...]] = {
         {"states": "int8", "master": "split8"},
     ),
 }
+IN_FP32 = ("ASGD", "Rprop")  # rules that keep their states in fp32, and refuse other ones
 # what a loop may do beside forward, backward and step
 HABITS = (
     "eval_pass",  # a forward under no_grad before the step
@@ -151,7 +152,7 @@ def draw(seed: int, dtypes: tuple[str, ...] = ("float64",) * 4 + ("float32", "bf
     hyper = tuple(({"lr": RULES[row.name][1]["lr"]} | row.plain()).items())
     dtype = rng.choice(dtypes)
     storage = rng.choice(STORAGES[dtype])
-    if row.hyper.get("centered") and storage.get("states") not in (None, "fp32"):
+    if (row.hyper.get("centered") or row.name in IN_FP32) and storage.get("states") not in (None, "fp32"):
         storage = {}
     case = Case(
         seed=seed,

@@ -52,7 +52,7 @@ class Folded:
             settings = dict(self.case.working_set)
             if settings.get("offload") == "disk":
                 settings["folder"] = self.folder
-            options["working_set"] = gradfold.WorkingSet(**settings)
+            options["working_set"] = gradfold.WorkingSet(**({"schedule": "step"} | settings))
         return gradfold.fold(self.model, self.optimizer, **options)
 
     def not_yet(self) -> list[str]:

@@ -39,7 +39,8 @@ def split_groups(case: Case, model: nn.Module) -> list[dict[str, Any]]:
     groups = [group for group in groups if group["params"]]
     if len(groups) > 1:
         groups[1]["lr"] = 0.5 * hyper.get("lr", 1e-2)
-        groups[1]["weight_decay"] = 0.03
+        if case.rule != "Rprop":  # which has none
+            groups[1]["weight_decay"] = 0.03
         if case.group_clip:
             groups[1]["clip_norm"] = 0.02
     return groups

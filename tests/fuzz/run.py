@@ -28,7 +28,10 @@ REFUSALS: dict[str, tuple[str, Callable[[Case], bool]]] = {
         "a reentrant checkpoint with working_set=",
         lambda case: bool(case.working_set) and case.reentrant,
     ),
-    "hook on a folded weight": ("a hook registered on this tensor", lambda case: case.has("folded_hook")),
+    "hook on a folded weight": (
+        "a hook registered on this tensor",
+        lambda case: case.has("folded_hook") or case.has("param_hook"),  # a module that reads its own weight folds too
+    ),
     "second backward": (r"a \w+ backward reached|read again inside", lambda case: case.has("second_backward")),
     "more chunks than the model has rows or layers": (
         "a chunk would have .* bytes|layers to train; at most|nothing to cut|takes turns",

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+import gradfold.planner.working_set as planned
+from gradfold.engine.resting import RestingSlice
 from gradfold.planner.fake_host import FakeHost
 from gradfold.planner.models import find_subject
 from gradfold.planner.predict import predict
@@ -128,6 +130,23 @@ def test_at_rest_the_inputs_above_are_kept_and_no_state(rest):
     assert most[1] == pytest.approx(most[0], rel=0.01)
     # norms are no folded modules: autograd writes the gradient of one of them at a time
     assert with_rest.memory.most_bytes("gradients") <= without.memory.most_bytes("gradients") + 4096
+
+
+def test_only_the_steps_that_are_traced_move_weights_at_rest(monkeypatch):
+    """The steps that change chunks do not: on a large model they took most of a plan's time."""
+    stepped, tracing = [], []
+    record, take = planned.record_step, RestingSlice.take_step
+    monkeypatch.setattr(RestingSlice, "take_step", lambda one, *args: stepped.append(bool(tracing)) or take(one, *args))
+
+    def recorded(*args, **options):
+        tracing.append(True)
+        made = record(*args, **options)
+        tracing.clear()
+        return made
+
+    monkeypatch.setattr(planned, "record_step", recorded)
+    played(WorkingSet(by="layer", interval=1, offload="cpu", rest="sgd"), layers=2)
+    assert stepped and all(stepped)
 
 
 @slow

@@ -19,8 +19,8 @@ from gradfold.train.recipe_groups import (
     OptimizerRecipe,
     ScheduleRecipe,
     TextRecipe,
-    WorkingSetRecipe,
 )
+from gradfold.train.recipe_working_set import WorkingSetRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradfold import _torch
@@ -21,15 +20,15 @@ from gradfold.backends import (
     ExpertsTerm,
     GroupedTerm,
     PiecesTerm,
-    edges_of,
     linear,
     multiply,
     rows,
-    visited,
 )
 from gradfold.engine import Demand, FoldParam, held, is_spread
 from gradfold.nn.grouped_linear import grouped_linear
 
+from . import compiled
+from .grouped_product import grouped_product
 from .routing import Folded, as_autocast, is_plain, not_a_view, routed
 
 Grads = tuple[Tensor | None, ...]
@@ -259,28 +258,6 @@ def _oriented(weight: Tensor, transposed: bool) -> Tensor:
     return weight if transposed else weight.transpose(1, 2)
 
 
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows ``offsets[e - 1]`` to ``offsets[e]`` of ``x`` with ``weight[e]``; the others become zeros.
-
-    Args:
-        x: ``[T, K]``.
-        weight: ``[E, K, N]``.
-        offsets: ``[E]``.
-    """
-    if x.is_cuda and _torch.runs_grouped_mm(x, weight):
-        y = F.grouped_mm(x.contiguous(), weight, offs=offsets.to(torch.int32))
-        inside = torch.arange(x.shape[0], device=x.device) < offsets[-1]
-        return torch.where(inside[:, None], y, 0)  # the kernel leaves the others as they were
-    edges = edges_of(offsets, x.shape[0])
-    y = x.new_empty(x.shape[0], weight.shape[2])
-    for expert in visited(range(weight.shape[0]), x):
-        start, stop = edges[expert], edges[expert + 1]
-        if stop > start:
-            y[start:stop] = multiply(x[start:stop], weight[expert].to(x.dtype))
-    y[edges[-1] :] = 0
-    return y
-
-
 class FoldedGroupedLinear(Folded):
     """``gradfold.nn.GroupedLinear`` whose weight steps in backward."""
 
@@ -288,6 +265,10 @@ class FoldedGroupedLinear(Folded):
         """Multiply each token with its expert's weight, folded where this call can be."""
         param = routed(self)  # type: ignore[arg-type]
         if param is None or not is_plain(x) or param.spread is not None or param.reducer is not None or is_spread(x):
+            if torch.compiler.is_compiling() and compiled.hands_over(self):  # type: ignore[arg-type]
+                offsets = self._offsets(x, offsets, counts)  # type: ignore[attr-defined]
+                y = compiled.grouped_linear(self, x, offsets)  # type: ignore[arg-type]
+                return y if self.bias is None else y + self._biases(x, offsets)  # type: ignore[attr-defined]
             return super().forward(x, offsets, counts=counts)  # type: ignore[misc]
         offsets = self._offsets(x, offsets, counts)  # type: ignore[attr-defined]
         y = FoldedGrouped.apply(_torch.unwrap_if_dead(x), param.leaf, offsets, param, False, grouped_linear)

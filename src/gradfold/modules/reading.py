@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gradfold import _torch
 from gradfold.engine import FoldParam, refuse_ddp
 
+from . import compiled
+from .compiled_reads import HANDLES, RegionReads, handles_of
 from .convolution import always_folds
 from .routing import Folded
 from .weight_reads import WeightReads
@@ -49,9 +51,17 @@ def watchable(module: nn.Module, params: Mapping[int, FoldParam]) -> dict[str, F
 class Watched(Folded):
     """Base of the classes of modules whose forward is watched."""
 
+    _gradfold_handles: Mapping[str, torch.Tensor] = {}  # ``compiled_reads.HANDLES``, set on the modules
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, and fold what it reads of its weights."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or READS not in self.__dict__:
+        if torch.compiler.is_compiling():
+            if not self._gradfold_handles or not torch.is_grad_enabled():
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            compiled.refuse_export()
+            with RegionReads(self):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not torch.is_grad_enabled() or READS not in self.__dict__:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if _torch.tracing_state() is not None or _torch.is_transforming():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -71,6 +81,7 @@ class Watched(Folded):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         constructor, arguments, state = super().__reduce_ex__(protocol)
         state.pop(READS, None)
+        state.pop(HANDLES, None)
         return constructor, arguments, state
 
 
@@ -90,6 +101,7 @@ def watch(module: nn.Module, reads: dict[str, FoldParam]) -> None:
     """Swap the class of a module; whether its parameters fold, a backward tells, unless it is torch's convolution."""
     certain = always_folds(module)
     module.__dict__[READS] = reads
+    module.__dict__[HANDLES] = handles_of(reads)
     module.__class__ = watched_class(type(module))
     for param in reads.values():
         param.folded, param.uncertain = True, param.uncertain or not certain

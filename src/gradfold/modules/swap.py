@@ -19,6 +19,7 @@ from gradfold.errors import FoldError
 from gradfold.nn import GroupedLinear
 
 from .compiled import HANDLE, handle_of
+from .compiled_reads import HANDLES
 from .embedding import FoldedEmbedding
 from .expert_reads import know_transformers
 from .experts import FoldedGroupedLinear
@@ -182,6 +183,7 @@ def restore(modules: list[nn.Module]) -> None:
     for module in modules:
         param = module.__dict__.pop(FOLD_PARAM, None)
         module.__dict__.pop(HANDLE, None)
+        module.__dict__.pop(HANDLES, None)
         for one in (param, *module.__dict__.pop(READS, {}).values()):
             if one is not None:
                 one.folded = one.uncertain = False

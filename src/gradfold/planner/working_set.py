@@ -122,7 +122,13 @@ class _Round:
         if self.rotation.schedule.index != index:
             self.rotation.schedule.next = index
             parts = self.settings.accumulate
-            run_step(self.model, self.optimizer, self.batch, self.fold, loss=_sum_of_awake, micro_batches=parts)
+            run_step(self.model, self.optimizer, self.batch, self.fold, loss=self._sum_of_awake, micro_batches=parts)
+
+    def _sum_of_awake(self, model: nn.Module, batch: Any) -> Tensor:
+        """A loss that reaches all that is awake, and of what rests only the rest of a tensor that is cut."""
+        awake = {id(one.param) for one in self.fold._state.slices() if not one.rests}
+        wanted = [p for p in model.parameters() if p.requires_grad and id(p) in awake]
+        return torch.stack([_here(p).sum() for p in wanted]).sum()
 
     def _awake(self) -> list[Tensor]:
         awake = (one for one in self.fold._state.slices() if not one.rests)  # masters that rest are with the optimizer
@@ -131,11 +137,6 @@ class _Round:
     def _asleep(self) -> list[Tensor]:
         turning = self.rotation.turning
         return [t for member in turning for _, held in self.rotation._sleeping(member) for t in held.values()]
-
-
-def _sum_of_awake(model: nn.Module, batch: Any) -> Tensor:
-    """A loss that reaches all that is awake."""
-    return torch.stack([_here(p).sum() for p in model.parameters() if p.requires_grad]).sum()
 
 
 def _here(param: torch.Tensor) -> torch.Tensor:

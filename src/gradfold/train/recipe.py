@@ -18,8 +18,8 @@ from .recipe_groups import (
     PreferenceRecipe,
     ScheduleRecipe,
     TextRecipe,
-    WorkingSetRecipe,
 )
+from .recipe_working_set import WorkingSetRecipe
 from .validate import conform_fields, refused, require_at_least, require_at_most
 
 if TYPE_CHECKING:
