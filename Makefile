@@ -32,7 +32,7 @@ WORKERS ?= auto
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
+.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint dist-check format clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -67,6 +67,9 @@ lint: setup-dev ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+dist-check: setup-dev ## build wheel and sdist, install the wheel into an empty environment, use it there; DOWNLOAD=1: torch too
+	$(BIN)/python .ci/dist_check.py $(if $(DOWNLOAD),--download --torch '$(TORCH)')
 
 format: setup-dev ## rewrite to the house style
 	$(BIN)/ruff check --fix --select I .
