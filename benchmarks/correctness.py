@@ -3,7 +3,7 @@
 Every method (``peers/``) trains a small model on the CPU as its documentation says. The judge trains a copy: plain
 autograd, gradients stored and summed, clipped with torch's formula, then the method's own unfused rule. A cell shows
 the relative L2 distance of the two total updates of all weights after a few steps. No cell is written by hand. Fills
-docs/correctness.md.
+docs/correctness.md, and the verdicts into the README.
 
     OMP_NUM_THREADS=1 python -m benchmarks.correctness
     OMP_NUM_THREADS=1 python -m benchmarks.correctness --only optimi LOMO        # a quick look, writes nothing
@@ -30,6 +30,7 @@ from .peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
 from .peers.base import LR
 
 PAGE = Path(__file__).parent.parent / "docs" / "correctness.md"
+README = PAGE.parent.parent / "README.md"
 COLUMNS = {
     "accumulation": "accumulation exact?",
     "clipping": "clipping exact?",
@@ -312,6 +313,15 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["", *COLUMNS.values()], lines
 
 
+def short_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the README's table: verdicts without figures, a dash for what is not offered."""
+    words = {"not offered": "–"}
+    lines = [
+        [each["contestant"], *(words.get(each.get(key, "–"), each.get(key, "–")) for key in COLUMNS)] for each in rows
+    ]
+    return ["", *(title.removesuffix("?") for title in COLUMNS.values())], lines
+
+
 def notes(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return the notes of the cells as [contestant, column, note]."""
     lines = []
@@ -347,6 +357,8 @@ def main() -> None:
     if page := args.page or (None if args.only else PAGE):
         fill_table(page, "correctness", header, lines)
         fill_table(page, "notes", ["", "column", "note"], notes(rows))
+        if page == PAGE:
+            fill_table(README, "correctness", *short_table(rows))
     print(f"\nwritten to {written.name}")
 
 

@@ -1,3 +1,3 @@
 """The version, apart from the package that imports everything."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +147,9 @@ def _backend(fold: FoldState) -> str:
 def _steps_of(fold: FoldState) -> str:
     """Return the backend's name, and how it steps parameters that a codec stores, if there are any."""
     name, optimizer = fold.backend.name, fold.optimizer
-    if isinstance(fold.backend, Routed):
-        return f"{name}: {_routes(fold, fold.backend)}"
+    backend: Any = fold.backend
+    if hasattr(backend, "route"):  # isinstance with a protocol does not ask __getattr__ from Python 3.12 on
+        return f"{name}: {_routes(fold, backend)}"
     trainable = [param for param in fold.params.values() if param.param.requires_grad]
     if all(storage_of(param.param, optimizer.rule_of(param.group), param.group).weight is None for param in trainable):
         return name

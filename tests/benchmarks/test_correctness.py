@@ -87,3 +87,11 @@ def test_the_published_table_is_that_of_the_published_figures():
     assert [row["contestant"] for row in rows] == list(correctness.CONTESTANTS)
     page = staged(f"docs/{correctness.PAGE.name}")
     assert [line for line in lines_of(rows) if line not in page] == []
+
+
+def test_the_readme_has_the_verdicts_of_the_published_table():
+    rows = json.loads(staged("benchmarks/results/correctness.json"))["rows"]
+    header, lines = correctness.short_table(rows)
+    found = [f"| {' | '.join(line)} |" for line in [header, *lines]]
+    assert [line for line in found if line not in staged("README.md")] == []
+    assert lines[-1] == ["gradfold", *["yes"] * len(correctness.COLUMNS)]

@@ -168,10 +168,10 @@ def test_the_line_is_complete():
 # 4 ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_of_one_s_own_from_the_readme():
-    """The README's accumulation, pasted: four batches are one of four times the size, as in plain torch."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+def test_a_loop_of_one_s_own_from_the_docs():
+    """The page's accumulation, pasted: four batches are one of four times the size, as in plain torch."""
+    page = (ROOT / "docs" / "in_your_loop.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     (block,) = [block for block in blocks if "accumulate=4" in block]
     torch.manual_seed(0)
     from tests.train.tiny import build_model

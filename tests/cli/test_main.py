@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import gradfold
 from gradfold.cli import train as command
 from gradfold.cli.main import main
 from gradfold.train import report
@@ -31,7 +32,7 @@ def asked(monkeypatch, tmp_path):
 
 def test_version_help_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("gradfold ")
+    assert capsys.readouterr().out == f"gradfold {gradfold.__version__}\n"
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     assert main([]) == 2

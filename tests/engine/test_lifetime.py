@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.backends import Reference, Scratch
 from tests.zoo import Net, batches, distance, no_gradients, ours, same_bits, torchs, twins
 
 CLOSE = 1e-10
@@ -240,6 +241,24 @@ def test_swapped_tensors():
         return
     train(plain, twin)
     assert distance(model, plain) <= CLOSE
+
+
+class Told(Reference):
+    """A backend of somebody's own, which gets from elsewhere what it does not have itself."""
+
+    def __getattr__(self, name):
+        if name == "route":
+            return lambda *given: "a way of its own"
+        raise AttributeError(name)
+
+
+def test_a_backend_whose_route_comes_from_elsewhere_names_it():
+    """On every Python: from 3.12 on, isinstance with a protocol does not ask __getattr__."""
+    model = mlp().double()
+    optimizer = ours(model)
+    fold = gradfold.fold(model, optimizer, backend=Told(Scratch(2**16)))
+    train(model, optimizer)
+    assert "reference: 5 in a way of its own" in str(fold.report())
 
 
 def test_report_tells_routes_and_bytes(capsys):

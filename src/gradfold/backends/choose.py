@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -21,7 +21,7 @@ def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.d
     """Return the backend a user named, or the best one for parameters on these devices.
 
     Args:
-        backend: "auto", "triton", "reference", or a backend object, which is returned as it is.
+        backend: a name of ``BACKENDS``, or a backend object, which is returned as it is.
         scratch_bytes: the most bytes of temporary memory that one parameter's step may take.
         devices: devices of the parameters.
 
@@ -37,18 +37,38 @@ def choose(backend: str | Backend, scratch_bytes: int, devices: Iterable[torch.d
     """
     if not isinstance(backend, str):
         return backend
-    if backend not in ("auto", "reference", "triton"):
-        raise FoldError(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'reference'")
-    if backend == "reference":
-        return Reference(Scratch(scratch_bytes))
-    missing = why_no_triton(devices)
-    if missing is None:
-        from .triton import Triton  # loads triton
+    if backend not in BACKENDS:
+        *others, last = map(repr, BACKENDS)
+        raise FoldError(f"backend={backend!r} is unknown; use {', '.join(others)} or {last}")
+    return BACKENDS[backend](scratch_bytes, list(devices))
 
-        return Triton(Scratch(scratch_bytes), always=backend == "triton")
-    if backend == "triton":
+
+def _auto(scratch_bytes: int, devices: list[torch.device]) -> Backend:
+    return _reference(scratch_bytes, devices) if why_no_triton(devices) else _kernels(scratch_bytes, always=False)
+
+
+def _triton(scratch_bytes: int, devices: list[torch.device]) -> Backend:
+    if missing := why_no_triton(devices):
         raise FoldError(f"backend='triton': {missing}; use backend='auto', which takes the reference backend here")
+    return _kernels(scratch_bytes, always=True)
+
+
+def _reference(scratch_bytes: int, devices: list[torch.device]) -> Backend:
     return Reference(Scratch(scratch_bytes))
+
+
+def _kernels(scratch_bytes: int, always: bool) -> Backend:
+    from .triton import Triton  # loads triton
+
+    return Triton(Scratch(scratch_bytes), always=always)
+
+
+BACKENDS: dict[str, Callable[[int, list[torch.device]], Backend]] = {
+    "auto": _auto,
+    "triton": _triton,
+    "reference": _reference,
+}
+"""Name -> what makes it, from the bytes of its scratch memory and the devices of the parameters."""
 
 
 def why_no_triton(devices: Iterable[torch.device]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -283,7 +283,6 @@ class Backend(ABC):
         return self.prepare(weight, states, rule, group)(terms, StepNumbers(numbers, count), change)
 
 
-@runtime_checkable
 class Routed(Protocol):
     """A backend that has several ways to step a parameter, and can name the one it takes.
 

@@ -14,6 +14,8 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from gradfold._version import __version__
+
 from .say import complain
 
 COMMANDS = {
@@ -74,7 +76,7 @@ def _run(words: list[str]) -> int:
         print(_usage())
         return OK if words else ERROR
     if words[0] == "--version":
-        print(f"gradfold {_version()}")
+        print(f"gradfold {__version__}")
         return OK
     name = words[0]
     if name not in COMMANDS:
@@ -145,17 +147,6 @@ def _no_text(word: str) -> str | None:
     except UnicodeEncodeError:
         return "holds bytes that are not UTF-8, or half a surrogate pair; rename the file, or spell it otherwise"
     return None
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gradfold")
-    except PackageNotFoundError:  # run from a folder of sources
-        import gradfold
-
-        return gradfold.__version__
 
 
 def _fail(message: str, code: int = ERROR) -> int:

@@ -99,10 +99,7 @@ def _calls_super_forward(forward: Any) -> bool:
 
 def in_own_forward(module: nn.Module) -> bool:
     """Return whether a folded module is of a class whose own forward calls the folded one."""
-    return type(module).forward not in _FORWARDS
-
-
-_FORWARDS = (FoldedLinear.forward, FoldedConv1D.forward, FoldedEmbedding.forward, FoldedGroupedLinear.forward)
+    return type(module).forward not in [vars(folded)["forward"] for folded in _table().values()]
 
 
 def _table() -> Mapping[type[nn.Module], type[Folded]]:

@@ -115,7 +115,7 @@ class Plan:
         if not self.baselines:
             raise ValueError("plot() draws plain AdamW above the plan: make it with baselines=True")
         tokens = self.settings.tokens * self.settings.batch
-        title = f"Memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
+        title = f"Predicted memory over one training step: {self.model}, {tokens:,} tokens, {self.dtype}"
         ours = dataclasses.replace(self.memory, label=f"gradfold: {self.memory.label}")
         draw_step_memory(self.baselines[0], ours, path, title=title, budget_bytes=budget_bytes, more=more)
 
