@@ -75,7 +75,7 @@ def test_spellings(spelling, name):
     "name",
     [
         "mistralai/Mistral-7B-v0.1",
-        "llama-2-13b",
+        "llama-2-34b",
         "qwen3-80b",
         "google/gemma-3-4b-it",
         "-instruct",
