@@ -198,6 +198,23 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
+def allocator_peak_bytes(profiled: Any, mark: str) -> int:
+    """Return the most bytes that torch's allocator had handed out since ``record_function(mark)`` began.
+
+    Args:
+        profiled: A finished ``torch.profiler.profile`` with ``profile_memory=True`` that saw every allocation.
+        mark: The name of the part that counts.
+    """
+    events = profiled.profiler.kineto_results.events()
+    begin = min(event.start_ns() for event in events if event.name() == mark)
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        if event.start_ns() >= begin:
+            peak = max(peak, now)
+    return peak
+
+
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:
     """Write rows with machine, command and revision to benchmarks/results/NAME.json.
 

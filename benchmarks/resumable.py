@@ -43,8 +43,12 @@ class ResultFile:
         return tuple(entries.get(name) for name in self.key)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a finished row, in place of one with the same key, and write the file."""
+        """Keep a finished row, in place of one with the same key, and write the file.
+
+        The file is read again before, so that several processes may fill it, each with work of its own.
+        """
         row = row | self.made_by
+        self.rows = read_rows(self.path)
         others = {self.key_of(other): other for other in self.rows}
         self.rows = list((others | {self.key_of(row): row}).values())
         write_result(self.name, self.rows, self.path, **self.more)
