@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -198,8 +198,15 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
-def allocator_peak_bytes(profiled: Any, mark: str) -> int:
-    """Return the most bytes that torch's allocator had handed out since ``record_function(mark)`` began.
+class AllocatorBytes(NamedTuple):
+    """What torch's allocator had handed out."""
+
+    resting: int  # as the part that counts began
+    peak: int  # the most during it
+
+
+def allocator_bytes(profiled: Any, mark: str) -> AllocatorBytes:
+    """Return what torch's allocator had handed out since ``record_function(mark)`` began, by its own events.
 
     Args:
         profiled: A finished ``torch.profiler.profile`` with ``profile_memory=True`` that saw every allocation.
@@ -207,12 +214,14 @@ def allocator_peak_bytes(profiled: Any, mark: str) -> int:
     """
     events = profiled.profiler.kineto_results.events()
     begin = min(event.start_ns() for event in events if event.name() == mark)
-    now = peak = 0
+    now = resting = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         if event.start_ns() >= begin:
             peak = max(peak, now)
-    return peak
+        else:
+            resting = now
+    return AllocatorBytes(resting, peak)
 
 
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:

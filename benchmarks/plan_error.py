@@ -30,7 +30,7 @@ from gradfold.planner.settings import Settings
 from gradfold.planner.step import run_step
 from gradfold.planner.workload import Workload, enable_checkpointing, trainable
 
-from .common import allocator_peak_bytes, llama_config, print_table, write_result
+from .common import allocator_bytes, llama_config, print_table, write_result
 
 MIB = 2**20
 
@@ -184,7 +184,7 @@ def measured_peak_bytes(number: int) -> int:
         with torch.profiler.record_function("measured steps"):
             for _ in range(chunks):
                 run_step(model, optimizer, batch, fold, micro_batches=settings.accumulate)
-    return allocator_peak_bytes(profiled, "measured steps")
+    return allocator_bytes(profiled, "measured steps").peak
 
 
 if __name__ == "__main__":
