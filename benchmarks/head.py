@@ -3,7 +3,7 @@
 Heads of one shape on one thread, each with nn.Linear's weight and a step of AdamW:
 
     plain                transformers' ForCausalLMLoss over logits in memory, torch's fused AdamW
-    torch, chunked       torch.nn.functional.linear_cross_entropy (torch 2.13) with its default options, the same optimizer
+    torch, chunked       torch.nn.functional.linear_cross_entropy (torch 2.13), default options, the same AdamW
     Liger, CCE           LigerFusedLinearCrossEntropyLoss and cut_cross_entropy.linear_cross_entropy, the same; their
                          kernels are Triton's: on a processor their rows say why they did not run
     folded               gradfold.linear_cross_entropy, whose weight steps in backward, with the default keep_bytes;

@@ -4,8 +4,8 @@ For each published size of both families and each way to train it, `gradfold pla
 must have; the table then shows the largest that fits. bf16 weights, int8 states, one sequence of 1,024 or of 4,096
 tokens a step, activations checkpointed, AdamW. Predictions: nothing here ran on a GPU.
 
-A card of N GB is taken to have N GiB (24 GB cards report 23.5 to 24.0). A model fits if the peak of live tensors as the
-caching allocator rounds it, and 0.60 GiB for the CUDA context, leave 3% of that free, as `gradfold plan --budget` asks.
+A card of N GB is taken to have N GiB. A model fits if the peak of live tensors as the caching allocator rounds it, and
+0.60 GiB for the CUDA context, leave 3% of that free, as `gradfold plan --budget` asks.
 Plans are kept in results/largest_models.json as they finish, each with its own command.
 
     python -m benchmarks.largest_models               # about half an hour of one core
