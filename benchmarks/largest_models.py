@@ -169,7 +169,7 @@ WAYS: dict[str, Way] = {
     ),
     "plain AdamW": Way("plain AdamW", 8.0, functools.partial(stored, baseline="plain AdamW"), "", "#444444"),
     "8-bit AdamW": Way("8-bit AdamW", 6.06, functools.partial(stored, baseline="8-bit AdamW"), "", "#d62728"),
-    "BAdam": Way("BAdam", 2.0, functools.partial(stored, baseline="BAdam"), "", "#e0a526"),
+    "BAdam": Way("BAdam (layers only)", 2.0, functools.partial(stored, baseline="BAdam"), "", "#e0a526"),
 }
 
 
