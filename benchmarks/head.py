@@ -11,9 +11,10 @@ Heads of one shape on one thread, each with nn.Linear's weight and a step of Ada
 
 A step is forward, backward to the hidden states and the weight, and optimizer.step(). Times are ratios to the plain
 head within a round, in alternating order. Bytes are what torch's allocator had handed out at the peak of a real step,
-by its own events, beyond the plain head's weights, states and batch; they include the fold's scratch buffer.
+by its own events, beyond the plain head's weights, states and batch; they include the fold's scratch buffer. torch's
+documentation says that its chunks pay where there are at least as many tokens as the head is wide: so it is here.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.head                                                # 2 minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.head                            # about 4 minutes on a quiet machine
     OMP_NUM_THREADS=1 python -m benchmarks.head --only memory
     OMP_NUM_THREADS=1 python -m benchmarks.head --tokens 64 --vocabulary 4096 --width 128       # a quick look
 """
@@ -136,11 +137,11 @@ SHAPE = ("tokens", "vocabulary", "width", "dtype", "tied")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="(default 512)")
+    parser.add_argument("--tokens", type=int, default=2048, help="(default 2,048)")
     parser.add_argument("--vocabulary", type=int, default=32_768, help="(default 32,768)")
     parser.add_argument("--width", type=int, default=1024, help="(default 1,024)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default fp32)")
-    parser.add_argument("--pairs", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--warm-up", type=int, default=1, help="untimed rounds (default 1)")
     parser.add_argument("--tied", action="store_true", help="tie the head to an embedding")
     parser.add_argument("--threads", type=int, default=1)
