@@ -267,7 +267,13 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) -> None:
     """Replace the Markdown table between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    fill_text(
+        page, name, "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    )
+
+
+def fill_text(page: Path, name: str, text: str) -> None:
+    """Replace what is between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
     old = page.read_text(encoding="utf-8")
     between = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
     new, found = re.subn(between, lambda m: m[1] + text + m[2], old, flags=re.DOTALL)

@@ -266,15 +266,34 @@ def largest(rows: Sequence[dict[str, Any]], family: str, card_gib: int, tokens: 
     return max(fitting, key=lambda row: row["parameters"], default=None)
 
 
+def may_be_larger(
+    rows: Sequence[dict[str, Any]], family: str, card_gib: int, tokens: int, way: str, found: dict[str, Any] | None
+) -> bool:
+    """Whether a larger model of the family, which other plans know, may fit the card and has no plan yet."""
+    planned = {row["model"] for row in rows if (row["way"], row["tokens"]) == (way, tokens)}
+    sizes = {row["model"]: row["parameters"] for row in rows if row["model"] in FAMILIES[family]}
+    room = (room_bytes(card_gib) - CONTEXT_BYTES) / WAYS[way].least
+    smallest = found["parameters"] if found else 0
+    return any(smallest < size <= room for model, size in sizes.items() if model not in planned)
+
+
 def table(rows: Sequence[dict[str, Any]], tokens: int) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines: a card each, a way to a column, the largest of each family with what it takes."""
+    """Return header and lines: a card each, a way to a column, the largest of each family with what it takes.
+
+    Where plans of larger models are missing, a cell says "at least".
+    """
     header = ["card", *(way.title for way in WAYS.values())]
     lines = []
     for card in CARDS_GIB:
         cells = []
         for way in WAYS:
-            found = [largest(rows, family, card, tokens, way) for family in FAMILIES]
-            cells.append("; ".join(named(row) for row in found if row) or "-")
+            names = []
+            for family in FAMILIES:
+                found = largest(rows, family, card, tokens, way)
+                more = may_be_larger(rows, family, card, tokens, way, found)
+                name = named(found) if found else f"{family} ?" if more else ""
+                names.append(f"at least {name}" if found and more else name)
+            cells.append("; ".join(filter(None, names)) or "-")
         lines.append([f"{card} GB", *cells])
     return header, lines
 

@@ -30,7 +30,7 @@ import gradfold
 from gradfold.train.recipe_groups import ScheduleRecipe
 from gradfold.train.schedule import make_schedule
 
-from .common import RESULTS, fill_table, fold_plain_head, print_table
+from .common import RESULTS, fill_table, fill_text, fold_plain_head, print_table
 from .datasets import Task, characters
 from .resumable import ResultFile, track
 
@@ -106,6 +106,7 @@ def main() -> None:
     print_table(*table(rows))
     fill_table(args.page, "parity", *table(rows))
     draw(rows, args.picture)
+    fill_text(args.page, "picture", f"![Held-out loss above torch fp32](images/{args.picture.name})")
     print(f"\nwritten to {args.out} and {args.picture}")
 
 

@@ -177,7 +177,9 @@ METHODS: dict[str, Method] = {
         note="an optimizer per parameter",
     ),
     "optimi": Method(released, "torch-optimi", "optimi", note="gradient release"),
-    "flashoptim": Method(flashoptim, "flashoptim", "flashoptim", note="gradient release; eager form, fp32 states"),
+    "flashoptim": Method(
+        flashoptim, "flashoptim", "flashoptim", note="gradient release; eager form, states in the weights' dtype"
+    ),
     "LOMO": Method(lomo, "lomo-optim", "LOMO", note="SGD: no states"),
     "BAdam": Method(badam, "badam", "BAdam", turns=blocks_of, note=ROTATING),
     "GaLore": Method(galore_per_layer, "galore-torch", note=f"per layer, rank {RANK}; between two projections"),

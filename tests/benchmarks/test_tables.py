@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import head, largest_models, parity, peers_methods, peers_table
-from benchmarks.common import allocator_bytes, llama, llama_config
+from benchmarks.common import allocator_bytes, llama, llama_config, read_rows
 from benchmarks.peers import CONTESTANTS, PeerUnavailable
 from benchmarks.resumable import ResultFile
 
@@ -89,7 +89,18 @@ def test_a_cell_names_one_model_of_each_family_with_card_and_host_memory():
     header, lines = largest_models.table(rows, 1024)
     cell = lines[largest_models.CARDS_GIB.index(24)][header.index("gradfold, working set")]
     assert cell == "Llama 8B (16.2 + 15.2 host); Qwen3 8B (17.0)"
-    assert lines[0][1:] == ["-"] * len(largest_models.WAYS)
+    assert lines[0][header.index("gradfold, working set")] == "-"
+
+
+def test_a_cell_says_so_where_a_larger_model_has_no_plan_yet():
+    rows = [plan_row("llama-3.2-1b", 5.0), plan_row("llama-2-13b", 30.0, "BAdam"), plan_row("qwen3-32b", 70.0, "BAdam")]
+    rows = [row | {"parameters": size} for row, size in zip(rows, (10**9, 13 * 10**9, 33 * 10**9), strict=True)]
+    header, lines = largest_models.table(rows, 1024)
+    cells = {line[0]: line[header.index("gradfold, every weight every step")] for line in lines}
+    assert cells["48 GB"] == "Llama 1B (5.0)"  # 13B at 4.06 bytes each takes more
+    assert cells["80 GB"] == "at least Llama 1B (5.0)"
+    complete = [*rows, plan_row("llama-2-13b", 50.0) | {"parameters": 13 * 10**9}]
+    assert largest_models.table(complete, 1024)[1][-1][1] == "Llama 13B (50.0)"
 
 
 def test_what_cannot_fit_the_largest_card_is_not_planned():
@@ -288,7 +299,7 @@ def lines_of(table):
 
 
 def rows_of(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return read_rows(ROOT / "benchmarks" / "results" / f"{name}.json")  # none where it was never run
 
 
 @pytest.mark.parametrize("tokens", largest_models.TOKENS)
