@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -198,6 +198,32 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
+class AllocatorBytes(NamedTuple):
+    """What torch's allocator had handed out."""
+
+    resting: int  # as the part that counts began
+    peak: int  # the most during it
+
+
+def allocator_bytes(profiled: Any, mark: str) -> AllocatorBytes:
+    """Return what torch's allocator had handed out since ``record_function(mark)`` began, by its own events.
+
+    Args:
+        profiled: A finished ``torch.profiler.profile`` with ``profile_memory=True`` that saw every allocation.
+        mark: The name of the part that counts.
+    """
+    events = profiled.profiler.kineto_results.events()
+    begin = min(event.start_ns() for event in events if event.name() == mark)
+    now = resting = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        if event.start_ns() >= begin:
+            peak = max(peak, now)
+        else:
+            resting = now
+    return AllocatorBytes(resting, peak)
+
+
 def write_result(name: str, rows: list[dict[str, Any]], path: Path | None = None, **more: Any) -> Path:
     """Write rows with machine, command and revision to benchmarks/results/NAME.json.
 
@@ -241,7 +267,13 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def fill_table(page: Path, name: str, header: list[str], rows: list[list[str]]) -> None:
     """Replace the Markdown table between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    fill_text(
+        page, name, "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    )
+
+
+def fill_text(page: Path, name: str, text: str) -> None:
+    """Replace what is between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
     old = page.read_text(encoding="utf-8")
     between = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
     new, found = re.subn(between, lambda m: m[1] + text + m[2], old, flags=re.DOTALL)

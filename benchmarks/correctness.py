@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .common import fill_table, print_table, write_result
 from .peers import CONTESTANTS, Contestant, OutOfDate, PeerUnavailable
-from .peers.base import LR
+from .peers.base import LR, message
 
 PAGE = Path(__file__).parent.parent / "docs" / "correctness.md"
 README = PAGE.parent.parent / "README.md"
@@ -261,11 +261,6 @@ def judge(kind: type[Contestant], column: str) -> Verdict:
     if missing is not None:
         return Verdict("not offered", figure, f"{missing}; the figure is what comes of doing without")
     return Verdict("no", figure, note)
-
-
-def message(error: Exception) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 MEASURES: dict[str, Callable[[type[Contestant]], float | None]] = {

@@ -87,8 +87,10 @@ def shakespeare(folder: Path, seed: int, length: int = 256, batch_size: int = 4)
     return _from_random_weights(config, batch, held_out.split(16))
 
 
-def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
-    """A Llama of 1 M parameters that reads Python's own documentation (``pydoc_data``) character by character."""
+def characters(
+    seed: int, length: int = 64, batch_size: int = 8, *, layers: int = 4, hidden: int = 128, intermediate: int = 448
+) -> Task:
+    """A Llama, by default of 1 M parameters, that reads Python's own documentation (``pydoc_data``) by character."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -97,7 +99,9 @@ def characters(seed: int, length: int = 64, batch_size: int = 8) -> Task:
     windows = ids[: len(ids) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held_out, training = windows[order[:256]], windows[order[256:]]
-    config = llama_config(4, hidden=128, intermediate=448, vocabulary=len(alphabet), heads=4, max_positions=length)
+    config = llama_config(
+        layers, hidden=hidden, intermediate=intermediate, vocabulary=len(alphabet), heads=4, max_positions=length
+    )
 
     def batch(step: int) -> dict[str, Tensor]:
         rows = training[torch.arange(step * batch_size, (step + 1) * batch_size) % len(training)]

@@ -30,7 +30,7 @@ from gradfold.planner.settings import Settings
 from gradfold.planner.step import run_step
 from gradfold.planner.workload import Workload, enable_checkpointing, trainable
 
-from .common import llama_config, print_table, write_result
+from .common import allocator_bytes, llama_config, print_table, write_result
 
 MIB = 2**20
 
@@ -130,7 +130,7 @@ def main() -> None:
         one = CONFIGURATIONS[number]
         predicted = predict(one.subject(), one.settings, "cpu").memory.peak_bytes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(allocator_peak_bytes, number).result()
+            measured = pool.submit(measured_peak_bytes, number).result()
         size = f"{one.settings.accumulate} x " if one.settings.accumulate > 1 else ""
         rows.append(
             {
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"written to {write_result('plan_error', rows, args.out)}")
 
 
-def allocator_peak_bytes(number: int) -> int:
+def measured_peak_bytes(number: int) -> int:
     """Train one configuration for real; return the allocator's peak, weights included."""
     torch.set_num_threads(1)
     one = CONFIGURATIONS[number]
@@ -184,14 +184,7 @@ def allocator_peak_bytes(number: int) -> int:
         with torch.profiler.record_function("measured steps"):
             for _ in range(chunks):
                 run_step(model, optimizer, batch, fold, micro_batches=settings.accumulate)
-    events = profiled.profiler.kineto_results.events()
-    begin = min(event.start_ns() for event in events if event.name() == "measured steps")
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, now)
-    return peak
+    return allocator_bytes(profiled, "measured steps").peak
 
 
 if __name__ == "__main__":

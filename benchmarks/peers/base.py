@@ -129,6 +129,11 @@ def clip_as_torch(model: nn.Module, clip_norm: float | None) -> float:
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
+def message(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def no_option(words: Iterable[str], *callables: Callable[..., Any]) -> str:
     """Return a sentence saying that no argument of these callables has one of ``words`` in its name.
 

@@ -10,7 +10,11 @@ pytest.importorskip("transformers")
 # As the safetensors index of each model on the hub counts them, a tied head once.
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
+    "llama-30b": 32_528_943_616,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
@@ -71,7 +75,7 @@ def test_spellings(spelling, name):
     "name",
     [
         "mistralai/Mistral-7B-v0.1",
-        "llama-2-13b",
+        "llama-2-34b",
         "qwen3-80b",
         "google/gemma-3-4b-it",
         "-instruct",

@@ -46,10 +46,15 @@ def _gemma(hub: str, kind: str, width: int, hidden: int, layers: int, heads: int
 
 
 _LONG = {"max_position_embeddings": 131_072}
+_LONG_TIED = _LONG | {"tie_word_embeddings": True}
 
 PRESETS: dict[str, Preset] = {
     "llama-2-7b": _llama("meta-llama/Llama-2-7b-hf", 32_000, 4096, 11_008, 32, 32, 32, max_position_embeddings=4096),
+    "llama-2-13b": _llama("meta-llama/Llama-2-13b-hf", 32_000, 5120, 13_824, 40, 40, 40, max_position_embeddings=4096),
     "llama-2-70b": _llama("meta-llama/Llama-2-70b-hf", 32_000, 8192, 28_672, 80, 64, 8, max_position_embeddings=4096),
+    "llama-30b": _llama("huggyllama/llama-30b", 32_000, 6656, 17_920, 60, 52, 52, max_position_embeddings=2048),
+    "llama-3.2-1b": _llama("meta-llama/Llama-3.2-1B", 128_256, 2048, 8192, 16, 32, 8, **_LONG_TIED),
+    "llama-3.2-3b": _llama("meta-llama/Llama-3.2-3B", 128_256, 3072, 8192, 28, 24, 8, head_dim=128, **_LONG_TIED),
     "llama-3.1-8b": _llama("meta-llama/Llama-3.1-8B", 128_256, 4096, 14_336, 32, 32, 8, **_LONG),
     "llama-3.1-70b": _llama("meta-llama/Llama-3.1-70B", 128_256, 8192, 28_672, 80, 64, 8, **_LONG),
     "qwen3-0.6b": _qwen3("0.6B", 1024, 3072, 28, 16, True),
