@@ -16,6 +16,7 @@ from ._fold_checks import (
     refuse_parameters,
     refuse_parts,
     refuse_several,
+    refuse_stream,
     refuse_working_set,
 )
 from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
@@ -40,6 +41,7 @@ from .modules import restore, swap
 from .optim import RuleOptimizer
 from .optim.accept import accepted
 from .report import Report, report_of
+from .streaming import Stream, Streamer, Traffic
 from .workset import Rotation, Turn, WorkingSet
 
 
@@ -64,6 +66,7 @@ def fold(
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     group: Any = None,
     data: Data = "hook",
+    stream: Stream | None = None,
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
@@ -120,6 +123,8 @@ def fold(
             weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
             "tokens" sends the weight's owners what they need of all ranks' tokens instead, from the second step on;
             "auto" takes, for each weight, which of the two sends less.
+        stream: Keep weights and states in host memory or on disk, with a few blocks of the model on the device at a
+            time: see ``Stream``. Gradients that wait for ``optimizer.step()`` are kept in host memory then.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -170,6 +175,7 @@ def fold(
             ranks,
             replicas,
             data,
+            stream,
         )
 
     if ranks is None:
@@ -216,6 +222,7 @@ def _fold(
     ranks: Ranks | None,
     replicas: Replicas | None,
     data: Data,
+    stream: Stream | None,
 ) -> tuple[Fold, Callable[[], None]]:
     """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     refuse_head(head, head_keep_bytes)
@@ -230,6 +237,9 @@ def _fold(
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip, replicas)
     refuse_parts(mine, working_set, ranks, sharding)
+    refuse_stream(stream, ranks, sharding)
+    if stream is not None:
+        options = dataclasses.replace(options, tape="host")
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -243,6 +253,7 @@ def _fold(
     else:
         state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
+    streamer = None if stream is None else Streamer(stream, state)
     rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
     kept = {param: dict(states) for param, states in mine.state.items()}
     place = mine._rotation
@@ -262,11 +273,12 @@ def _fold(
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
         made._modules = [*changed, *made._modules]
         mine._fold = state
-        if rotation is None:
-            for param in params.values():
-                param.arm()
-        else:
-            rotation.begin()
+        with contextlib.nullcontext() if streamer is None else streamer.moving():
+            if rotation is None:
+                for param in params.values():
+                    param.arm()
+            else:
+                rotation.begin()
         enlist(state)
         watch_clipping(state)
         watch_zero_grad()
@@ -323,6 +335,12 @@ class Fold:
         """The active chunk of the working set, and how long it has been active; None without a working set."""
         turns = self._state.turns
         return turns.turn() if isinstance(turns, Rotation) else None
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What crossed the link between host and device in the last step; None without ``stream=``."""
+        streamer = self._state.streamer
+        return streamer.last if isinstance(streamer, Streamer) else None
 
     def describe_working_set(self) -> str:
         """Return the cut and its settings in one line; empty without a working set."""

@@ -90,7 +90,7 @@ class RestingSlice(ParamSlice):
         states = self.states if keys else {}
         weight, _ = bind(view, storage, states, stream, group, place)
         found = [(self.key(key), states[key]) for key in keys]
-        return self._bound_to(settings, found, self.backend.prepare(weight, [], self.rule, group))
+        return self._bound_to(settings, found, self._prepare(weight, [], self.rule, group))
 
     def _count(self, bound: Any, group: GroupStep, fresh: bool, guarded: bool) -> tuple[StepNumbers, tuple[Any, ...]]:
         """Return the step's numbers; random bits depend on how many steps the working set has taken."""
