@@ -351,8 +351,8 @@ class Streamer:
         free = [slot for slot in self._slots if slot.block is None or slot.block is not self._pinned]
         if not free:
             raise FoldError(
-                f"{block.name}: Stream(blocks={self.config.blocks}) is one too few: this block must run, or step, while "
-                "another one runs"
+                f"{block.name}: Stream(blocks={self.config.blocks}) is one too few: it must run, or step, while "
+                "another block runs"
             )
         return min(free, key=lambda slot: slot.used if slot.block is not None else -1)
 
