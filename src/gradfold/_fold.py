@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .engine import (
 from .errors import FoldError
 from .head import FoldedCausalHead, fold_heads
 from .modules import restore, swap
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
 from .optim.accept import accepted
 from .report import Report, report_of
 from .streaming import Stream, Streamer, Traffic
@@ -240,6 +240,53 @@ def _fold(
     refuse_stream(stream, ranks, sharding)
     if stream is not None:
         options = dataclasses.replace(options, tape="host")
+    with contextlib.ExitStack() as begun:
+        streamer = None
+        if stream is not None:
+            streamer = Streamer(stream, model)
+            begun.callback(streamer.end)
+            streamer.begin()
+        found = _fold_parameters(
+            model,
+            mine,
+            named,
+            in_optimizer,
+            options,
+            working_set,
+            joint,
+            head,
+            head_keep_bytes,
+            backend,
+            scratch_bytes,
+            sharding,
+            ranks,
+            replicas,
+            data,
+            streamer,
+        )
+        begun.pop_all()  # the fold ends it from now on
+    return found
+
+
+def _fold_parameters(
+    model: nn.Module,
+    mine: RuleOptimizer | Several,
+    named: Mapping[str, nn.Parameter],
+    in_optimizer: Collection[int],
+    options: FoldOptions,
+    working_set: WorkingSet | None,
+    joint: bool,
+    head: Head,
+    head_keep_bytes: int | None,
+    backend: str | Backend,
+    scratch_bytes: int,
+    sharding: Sharding | None,
+    ranks: Ranks | None,
+    replicas: Replicas | None,
+    data: Data,
+    streamer: Streamer | None,
+) -> tuple[Fold, Callable[[], None]]:
+    """Fold a model whose arguments have been checked; ``_fold`` says what is returned."""
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -253,7 +300,6 @@ def _fold(
     else:
         state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
     params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    streamer = None if stream is None else Streamer(stream, state)
     rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
     kept = {param: dict(states) for param, states in mine.state.items()}
     place = mine._rotation
@@ -273,7 +319,7 @@ def _fold(
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
         made._modules = [*changed, *made._modules]
         mine._fold = state
-        with contextlib.nullcontext() if streamer is None else streamer.moving():
+        with contextlib.nullcontext() if streamer is None else streamer.moving(state):
             if rotation is None:
                 for param in params.values():
                     param.arm()

@@ -243,12 +243,20 @@ class Streaming(Protocol):
         """Return the stepper of a ``ParamStepper`` whose weight or states come and go."""
         ...
 
+    def values(self, param: Parameter) -> Tensor:
+        """Return a parameter's values, wherever they are."""
+        ...
+
     def bring(self, param: Parameter) -> None:
         """Let a parameter's values be on the device, as it steps."""
         ...
 
     def address(self, param: Tensor) -> int:
         """Return a number that changes where somebody else gives a parameter other memory."""
+        ...
+
+    def at_home(self) -> AbstractContextManager[None]:
+        """Return a context in which all parameters show their values in host memory, between steps."""
         ...
 
     def storages(self) -> set[int]:

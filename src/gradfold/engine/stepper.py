@@ -119,6 +119,14 @@ class ParamStepper:
         return values if self.region is None else self.region.of(values)
 
     @property
+    def values(self) -> Tensor:
+        """The same, wherever they are: ``view`` may be without values where they live elsewhere."""
+        if self.home is None:
+            return self.view
+        values = self.home.values(self.param)
+        return values if self.region is None else self.region.of(values)
+
+    @property
     def held(self) -> Tensor:
         """What this rank holds of the parameter."""
         return self.param if self.shard is None else self.shard.held
@@ -185,7 +193,7 @@ class ParamStepper:
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
         if isinstance(rule, MatrixRule) and (self.region is not None or self.shard is not None):
             raise ValueError(_part_of_matrix(self.shard is not None))
-        storage = allocate(view, states, rule, group, self.lazy, stream, place)
+        storage = allocate(self.values, states, rule, group, self.lazy, stream, place)
         if self.home is not None:
             self.home.keep(self.param, states)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
@@ -250,7 +258,7 @@ class ParamStepper:
     def _rebind(self, group: GroupStep) -> tuple[_Bound, dict[str, Tensor]]:
         """Bind anew, with lazy states moved to the optimizer; also return the states that were moved."""
         states, lazy = self.states, self.lazy
-        allocate(self.view, states, group.rule, group.group, lazy, self.stream, self.place)
+        allocate(self.values, states, group.rule, group.group, lazy, self.stream, self.place)
         new = {name: lazy[name] for name in lazy if name not in states}  # a loaded state_dict may have brought them
         states.update(new)
         lazy.clear()

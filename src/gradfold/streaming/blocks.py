@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -148,8 +147,3 @@ def _users(model: nn.Module) -> dict[int, set[str]]:
             if param is not None:
                 found.setdefault(id(param), set()).add(name)
     return found
-
-
-def devices_of(params: Iterable[Tensor]) -> Iterator[torch.device]:
-    """Yield each device of some tensors once."""
-    yield from dict.fromkeys(param.device for param in params)

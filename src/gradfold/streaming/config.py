@@ -41,6 +41,8 @@ class Stream:
             at most this size (or of one row, or of the states of a rule that needs whole matrices).
         activations: Where the inputs of blocks are kept until backward: "device", or "host", which copies them to
             host memory (of a device that is a CPU they stay where they are).
+        device: Where the model trains, for one that is in host memory because it does not fit: all that does not
+            stream is moved there. None: where it is.
 
     Raises:
         FoldError: An argument is out of range.
@@ -57,6 +59,7 @@ class Stream:
     layers: Sequence[str] | None = None
     tile_bytes: int = TILE_BYTES
     activations: Activations = "device"
+    device: str | torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.offload not in get_args(Offload):

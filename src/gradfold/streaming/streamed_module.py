@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,3 +51,25 @@ def give_class_back(module: nn.Module) -> None:
     kind = vars(type(module)).get("unstreamed_class")
     if kind is not None:
         module.__class__ = kind
+
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # by any other name: by their class
+
+
+def without_caches(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a block that runs twice: it may not write keys and values into a cache both times.
+
+    Transformers leaves the same arguments out of layers that it checkpoints.
+
+    Args:
+        args: the positional arguments.
+        kwargs: the others.
+    """
+    known: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+
+    def without(name: str, value: Any) -> Any:
+        if name == "use_cache":
+            return False
+        return None if name in CACHES or isinstance(value, known) else value
+
+    return [without("", value) for value in args], {name: without(name, value) for name, value in kwargs.items()}

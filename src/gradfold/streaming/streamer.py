@@ -25,12 +25,12 @@ from gradfold.engine import FoldState, ParamStepper
 from gradfold.errors import FoldError
 from gradfold.rules import Group, Rule
 
-from .blocks import Block, blocks_of, devices_of, show_home
+from .blocks import Block, blocks_of, show_home
 from .config import Stream
 from .copies import Copies, Ticket, copies_for
 from .host import giving_memory_back, host_empty, is_mapped
 from .pages import PagedStepper, Pages
-from .streamed_module import give_class_back, stream_class
+from .streamed_module import give_class_back, stream_class, without_caches
 from .traffic import Traffic
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
@@ -51,31 +51,44 @@ class _Slot:
 
 
 class Streamer:
-    """The blocks of one fold, and the copies between them and the device.
+    """The blocks of one model, and the copies between them and the device.
 
     Args:
         config: The settings.
-        fold: The fold, with its parameters, before they have states.
+        model: The model, whose parameters are not in a fold yet.
         ghosts: Let parameters that are away show NaNs without memory, in place of their values in host memory, as they
             do on a GPU: for tests.
 
     Raises:
-        FoldError: The model has no blocks, or lies on several devices.
+        FoldError: The model has no blocks, one of them is compiled, or it lies on several devices.
     """
 
-    def __init__(self, config: Stream, fold: FoldState, ghosts: bool | None = None):
-        self.config, self._fold = config, fold
-        self._model = fold.model
-        self.blocks = blocks_of(fold.model, config.layers)
-        devices = list(devices_of(param.param for param in fold.params.values()))
+    def __init__(self, config: Stream, model: nn.Module, ghosts: bool | None = None):
+        self.config = config
+        self.blocks = blocks_of(model, config.layers)
+        for block in self.blocks:
+            if _torch.is_compiled_module(block.module):
+                raise FoldError(f"stream=: {block.name} is compiled, and its weights move; fold the plain model")
+        tensors = [*model.parameters(), *model.buffers()]
+        devices = list(dict.fromkeys(param.device for param in model.parameters()))
         if len(devices) > 1:
-            raise FoldError(f"stream=: the model lies on {', '.join(map(str, devices))}; put it on one device")
-        self.device = devices[0] if devices else torch.device("cpu")
-        fake = any(hasattr(param.param, "fake_mode") for param in fold.params.values())
-        self._fake = fake
+            raise FoldError(
+                f"stream=: the model lies on {' and '.join(map(str, devices))}; put it on one device, or leave it in "
+                "host memory and name the device it shall train on: Stream(device='cuda')"
+            )
+        self.device = torch.device(config.device or devices[0])
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._fake = any(hasattr(tensor, "fake_mode") for tensor in tensors)
         self._ghosts = self.device.type != "cpu" if ghosts is None else ghosts
-        self._folder = None if config.folder is None or fake else Path(config.folder)
-        self.copies: Copies = copies_for(self.device, fake)
+        self._folder = None if config.folder is None or self._fake else Path(config.folder)
+        self._streams = {id(param) for block in self.blocks for param in block.params.values()}
+        self._outside = [
+            tensor for tensor in tensors if id(tensor) not in self._streams and tensor.device != self.device
+        ]
+        self._was_on = {id(tensor): tensor.device for tensor in tensors}
+        self._fold: FoldState | None = None
+        self.copies: Copies = copies_for(self.device, self._fake)
         self.traffic = Traffic()  # of the open step
         self.last = Traffic()  # of the last one
         self.pages = Pages(self.copies, self.device, self.traffic)
@@ -91,63 +104,72 @@ class Streamer:
         self._task = _torch.NO_TASK
         self._clock = 0
         self._handles: list[Any] = []
-
-    @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """A context in which the fold's parameters get their states: weights are in host memory, and states move there.
-
-        Raises:
-            FoldError: a block is compiled, or there is no room.
-        """
-        self._fold.stream_by(self)
-        with contextlib.nullcontext() if self._folder is None else giving_memory_back():
-            self.begin()
-            yield
+        self._ended = False
 
     # begin and end ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Move the blocks' weights to the host, and let their modules ask for them.
+        """Move the blocks' weights to the host, and all others to the device.
 
         Raises:
-            FoldError: a block is compiled, or there is no room.
+            FoldError: there is no room.
         """
+        with self._giving_back():
+            for tensor in self._outside:
+                tensor.data = tensor.data.to(self.device)
+            for block in self.blocks:
+                for key, param in block.params.items():
+                    block.home[key] = self._moved_home(param)
+                    block.away[key] = self._ghost(param) if self._ghosts else block.home[key]
+                    self._of[id(param)] = block, key
+                    param.data = block.away[key]
+
+    @contextlib.contextmanager
+    def moving(self, fold: FoldState) -> Iterator[None]:
+        """A context in which a fold's parameters get their states, which move to the host one after the other.
+
+        From then on the blocks ask for their weights.
+
+        Args:
+            fold: the fold of the model.
+        """
+        self._fold = fold
+        fold.stream_by(self)
+        for param in fold.params.values():
+            for one in param.slices:
+                one.home = self
         for block in self.blocks:
-            if _torch.is_compiled_module(block.module):
-                raise FoldError(f"stream=: {block.name} is compiled, and its weights move; fold the plain model")
-        for block in self.blocks:
-            for key, param in block.params.items():
-                self._of[id(param)] = block, key
-                block.home[key] = self._moved_home(param)
-                block.away[key] = self._ghost(param) if self._ghosts else block.home[key]
-                param.data = block.away[key]
             stream_class(block.module, self, block)
             if self._ghosts:
                 self._handles += show_home(block)
-        for param in self._fold.params.values():
-            for one in param.slices:
-                one.home = self
+        with self._giving_back():
+            yield
+
+    def _giving_back(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._folder is None else giving_memory_back()
 
     def end(self) -> None:
-        """Give the modules their classes back. Weights and states stay in host memory."""
+        """Give the modules their classes back, and weights and states the device they were on before."""
+        if self._ended:
+            return
         self.rest()
+        self._ended = True
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         for block in self.blocks:
             give_class_back(block.module)
             for key, param in block.params.items():
                 if key in block.home:
-                    param.data = block.home[key]
-        for (number, key), home in self._states.items():
-            member = self._fold.params.get(number)
-            if member is None or number in self._of or member.param.device == home.device:
-                continue
-            states = self._fold.optimizer.state.get(member.param, {})
-            if states.get(key) is home:
-                states[key] = home.to(member.param.device)
-        for param in self._fold.params.values():
-            for one in param.slices:
+                    param.data = block.home[key].to(self._was_on[id(param)])
+        for tensor in self._outside:
+            tensor.data = tensor.data.to(self._was_on[id(tensor)])
+        members = {} if self._fold is None else self._fold.params
+        for member in members.values():
+            states = member.fold.optimizer.optimizer_of(member.param).state.get(member.param, {})
+            for key, state in list(states.items()):
+                if isinstance(state, Tensor) and state.dim():
+                    states[key] = state.to(member.param.device)
+            for one in member.slices:
                 one.release()
                 one.home = None
         self.copies.close()
@@ -172,8 +194,11 @@ class Streamer:
 
     def keep(self, param: Parameter, states: dict[str, Any]) -> None:
         """Move new states of a parameter to the host: those that have elements, not its counters."""
-        if self._fold.turns is not None:
-            return  # a working set keeps those of what sleeps elsewhere, and few are awake
+        if self._fold is not None and self._fold.turns is not None:  # few are awake: these stay on the device
+            for key, tensor in states.items():
+                if isinstance(tensor, Tensor) and tensor.dim() and tensor.device != self.device:
+                    states[key] = tensor.to(self.device)
+            return
         if self._pages_are_stale(param, states):
             self.pages.rest()
             self.copies.settle()
@@ -212,6 +237,31 @@ class Streamer:
             self.config.tile_bytes,
         )
         return made
+
+    def values(self, param: Parameter) -> Tensor:
+        """Return a parameter's values: on the device, if its block is there, else in host memory."""
+        found = self._of.get(id(param))
+        if found is None or any(slot.block is found[0] and slot.shown for slot in self._slots):
+            return param.detach()
+        return found[0].home[found[1]]
+
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """A context in which all parameters show their values in host memory, where they may be changed."""
+        self.rest()
+        for block, key, param in self._members():
+            param.data = block.home[key]
+        try:
+            yield
+        finally:
+            for block, key, param in self._members():
+                if param.data_ptr() == block.home[key].data_ptr():
+                    param.data = block.away[key]
+
+    def _members(self) -> Iterator[tuple[Block, str, Parameter]]:
+        for block in self.blocks:
+            for key, param in block.params.items():
+                yield block, key, param
 
     def bring(self, param: Parameter) -> None:
         """Let a parameter's values be on the device, as it steps."""
@@ -274,7 +324,7 @@ class Streamer:
             return forward(*args, **kwargs)
         if _is_checkpointed(block.module):
             return self._first(block, forward, args, kwargs)
-        kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
+        args, kwargs = without_caches(args, kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
             if _torch.current_graph_task() != _torch.NO_TASK:
@@ -361,7 +411,8 @@ class Streamer:
         self._evict(slot)
         if slot.buffer is None:
             slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
-            self._fold.forget_storages()
+            if self._fold is not None:
+                self._fold.forget_storages()
         slot.block, slot.views = block, block.views(slot.buffer)
         pairs = [(view, block.home[key]) for key, view in slot.views.items()]
         slot.coming = self.copies.start(pairs, [slot.gone, block.gone])
@@ -385,16 +436,6 @@ class Streamer:
                 slot.gone = block.gone = self.copies.start(pairs)
                 self.traffic.weights_to_host += sum(home.numel() * home.element_size() for home, _ in pairs)
         slot.block, slot.shown, slot.coming, slot.views = None, False, None, {}
-
-
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-
-
-def _without_cache(name: str, value: Any) -> Any:
-    """Return an argument of a block that runs twice: it may not write keys and values into a cache both times."""
-    if name == "use_cache":
-        return False
-    return None if name in CACHES else value
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
