@@ -237,7 +237,7 @@ def _fold(
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip, replicas)
     refuse_parts(mine, working_set, ranks, sharding)
-    refuse_stream(stream, ranks, sharding)
+    refuse_stream(stream, mine, ranks, sharding)
     if stream is not None:
         options = dataclasses.replace(options, tape="host")
     with contextlib.ExitStack() as begun:
@@ -526,6 +526,8 @@ class Fold:
             yield
         finally:
             state.paused -= 1
+            if state.streamer is not None:
+                state.streamer.rest()
             take_back(state, zeros)
 
     def remove(self) -> None:

@@ -125,7 +125,9 @@ def refuse_working_set(working_set: object, clip: Clip, replicas: Replicas | Non
         )
 
 
-def refuse_stream(stream: object, ranks: Ranks | None, sharding: Sharding | None) -> None:
+def refuse_stream(
+    stream: object, optimizer: RuleOptimizer | Several, ranks: Ranks | None, sharding: Sharding | None
+) -> None:
     """Raise for ``stream=`` that is none, or together with what moves weights itself."""
     if stream is None:
         return
@@ -135,6 +137,10 @@ def refuse_stream(stream: object, ranks: Ranks | None, sharding: Sharding | None
         raise FoldError(
             "stream= on many ranks: weights that are spread over processes, or copied to them, do not stream; fold on "
             "one process, or leave stream= out"
+        )
+    if any(group.get("capturable") for group in optimizer.groups):
+        raise FoldError(
+            "stream= with capturable=True: a captured CUDA graph would not wait for the copies; leave capturable out"
         )
 
 

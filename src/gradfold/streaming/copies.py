@@ -37,6 +37,10 @@ class Lanes(Protocol):
         """Let the host wait for a mark."""
         ...
 
+    def reached(self, mark: Any) -> bool:
+        """Return whether the host need not wait for a mark any more."""
+        ...
+
 
 class NoLanes:
     """A CPU: when a call returns, its work is done."""
@@ -54,6 +58,10 @@ class NoLanes:
 
     def wait(self, mark: None) -> None:
         """Do nothing: the copies are done."""
+
+    def reached(self, mark: None) -> bool:
+        """Return True."""
+        return True
 
 
 class CudaLanes:
@@ -90,6 +98,10 @@ class CudaLanes:
         """Let the host wait for an event."""
         mark.synchronize()
 
+    def reached(self, mark: torch.cuda.Event) -> bool:
+        """Return whether an event has happened."""
+        return mark.query()
+
 
 class Ticket:
     """Some copies that were asked for."""
@@ -106,10 +118,9 @@ class Ticket:
         """
         return self._future.result()
 
-    @property
-    def done(self) -> bool:
-        """Whether the copying thread is through with them."""
-        return self._future.done()
+    def is_over(self, lanes: Lanes) -> bool:
+        """Return whether the copies have been made, and not failed."""
+        return self._future.done() and self._future.exception() is None and lanes.reached(self._future.result())
 
 
 class Copies:
@@ -134,7 +145,7 @@ class Copies:
             with torch.no_grad():
                 return self.lanes.copy(pairs, [before, *(ticket.mark for ticket in waited)])
 
-        self._open = [ticket for ticket in self._open if not ticket.done]
+        self._open = [ticket for ticket in self._open if not ticket.is_over(self.lanes)]
         ticket = Ticket(self._at_once(copy) if self._pool is None else self._pool.submit(copy))
         self._open.append(ticket)
         return ticket
@@ -145,10 +156,14 @@ class Copies:
             self.lanes.compute_after(ticket.mark)
 
     def settle(self) -> None:
-        """Let the host wait until nothing is under way."""
-        for ticket in self._open:
+        """Let the host wait until nothing is under way.
+
+        Raises:
+            Exception: what one of the copies has raised.
+        """
+        waited, self._open = self._open, []
+        for ticket in waited:
             self.lanes.wait(ticket.mark)
-        self._open = []
 
     def close(self) -> None:
         """Stop the copying thread once it is through."""

@@ -46,7 +46,8 @@ class _Slot:
         self.versions: dict[str, int] = {}
         self.shown = False  # whether the parameters show it
         self.coming: Ticket | None = None
-        self.gone: Ticket | None = None
+        self.gone: Ticket | None = None  # its block's weights on their way home
+        self.unused: Ticket | None = None  # a fetch that nobody waited for
         self.used = 0
 
 
@@ -324,7 +325,8 @@ class Streamer:
             return forward(*args, **kwargs)
         if _is_checkpointed(block.module):
             return self._first(block, forward, args, kwargs)
-        args, kwargs = without_caches(args, kwargs)
+        if not getattr(block.module, "_can_checkpoint_with_cache", False):  # it only reads the cache
+            args, kwargs = without_caches(args, kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
             if _torch.current_graph_task() != _torch.NO_TASK:
@@ -332,7 +334,24 @@ class Streamer:
                 return forward(*args, **kwargs)
             return self._first(block, forward, args, kwargs)
 
-        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+        with self._inputs():
+            return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    def _inputs(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which what a checkpoint saves, a block's inputs, is kept on the host."""
+        apart = self.device.type == "cuda" or self._folder is not None
+        if self.config.activations == "device" or not apart:
+            return contextlib.nullcontext()
+
+        def pack(tensor: Tensor) -> Any:
+            if not tensor.requires_grad:  # masks and positions are the same for all blocks
+                return tensor
+            return self._host(tensor).copy_(tensor.detach(), non_blocking=True), tensor.device
+
+        def unpack(kept: Any) -> Tensor:
+            return kept if isinstance(kept, Tensor) else kept[0].to(kept[1], non_blocking=True)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _first(self, block: Block, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self._acquire(block, FORWARD)
@@ -415,7 +434,7 @@ class Streamer:
                 self._fold.forget_storages()
         slot.block, slot.views = block, block.views(slot.buffer)
         pairs = [(view, block.home[key]) for key, view in slot.views.items()]
-        slot.coming = self.copies.start(pairs, [slot.gone, block.gone])
+        slot.coming = self.copies.start(pairs, [slot.gone, slot.unused, block.gone])
         self.traffic.weights_to_device += block.weight_bytes
 
     def _hide(self, block: Block) -> None:
@@ -435,6 +454,7 @@ class Streamer:
             if pairs:
                 slot.gone = block.gone = self.copies.start(pairs)
                 self.traffic.weights_to_host += sum(home.numel() * home.element_size() for home, _ in pairs)
+        slot.unused = slot.coming
         slot.block, slot.shown, slot.coming, slot.views = None, False, None, {}
 
 
