@@ -58,7 +58,7 @@ def folders(tmp_path):
 
 
 def test_small(tmp_path):
-    """8 MiB of weights and 16 MiB of states, in 22 MB (of which a thread takes 8); killed while it steps and while it saves."""
+    """24 MiB of weights and states in 22 MB, of which a thread takes 8; killed while it steps and while it saves."""
     compared(tmp_path, "small", 22, 6, ["step 3", "saving 4"])
 
 

@@ -259,6 +259,10 @@ class Streaming(Protocol):
         """Return a context in which all parameters show their values in host memory, between steps."""
         ...
 
+    def giving_back(self) -> AbstractContextManager[None]:
+        """Return a context in which tensors pass through memory on their way home, and leave none of it behind."""
+        ...
+
     def storages(self) -> set[int]:
         """Return the keys of the storages in which weights step."""
         ...

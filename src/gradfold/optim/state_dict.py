@@ -148,6 +148,13 @@ class StateDicts(ParamGroups):
                 (``FormatError``). Nothing is changed then.
             FoldError: in the middle of a step; on another rank, one of these was raised.
         """
+        streamer = None if self._fold is None else self._fold.streamer
+        with contextlib.nullcontext() if streamer is None else streamer.giving_back():
+            self._load(state_dict)
+        for hook in _torch.load_post_hooks(self).values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         with self._on_all_ranks("optimizer.load_state_dict()"):
             state_dict, groups, saved, placed, rotation = self._read(state_dict)
         owners = {id(param): group for group in groups for param in group["params"]}
@@ -172,8 +179,6 @@ class StateDicts(ParamGroups):
                 member.allocate()
         self._rotation = rotation if turns is None else None
         self._steppers.clear()
-        for hook in _torch.load_post_hooks(self).values():
-            hook(self)
 
     @contextlib.contextmanager
     def _on_all_ranks(self, what: str) -> Iterator[None]:

@@ -115,7 +115,7 @@ class Streamer:
         Raises:
             FoldError: there is no room.
         """
-        with self._giving_back():
+        with self.giving_back():
             for tensor in self._outside:
                 tensor.data = tensor.data.to(self.device)
             for block in self.blocks:
@@ -143,10 +143,11 @@ class Streamer:
             stream_class(block.module, self, block)
             if self._ghosts:
                 self._handles += show_home(block)
-        with self._giving_back():
+        with self.giving_back():
             yield
 
-    def _giving_back(self) -> contextlib.AbstractContextManager[None]:
+    def giving_back(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which tensors pass through memory on their way to files, and leave none of it behind."""
         return contextlib.nullcontext() if self._folder is None else giving_memory_back()
 
     def end(self) -> None:
