@@ -20,11 +20,12 @@ import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import gradfold
+from gradfold._options import StateFormat
 
 from .common import (
     fold_plain_head,
@@ -43,7 +44,7 @@ WAYS = ("checkpointed", "folded", "streamed, cpu", "streamed, disk")
 
 
 def way(
-    name: str, layers: int, tokens: int, states: str | None, folder: str
+    name: str, layers: int, tokens: int, states: StateFormat | None, folder: str
 ) -> tuple[Callable[[], None], gradfold.Fold]:
     """Return a function that takes one training step of a new model, and its fold."""
     config = llama_config(layers)
@@ -74,7 +75,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="tokens per step (256 1024)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
-    parser.add_argument("--states", help="how states are stored (as torch; or bf16, int8, int4)")
+    parser.add_argument(
+        "--states", choices=get_args(StateFormat), help="how states are stored (as torch; or bf16, int8, int4)"
+    )
     parser.add_argument("--folder", type=Path, help="for the files of what streams from disk")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/stream_time.json)")
     args = parser.parse_args()
