@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama; 12 are 100.7 M parameters")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="tokens per step (256 1024)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
-    parser.add_argument(
-        "--states", choices=get_args(StateFormat), help="how states are stored (as torch; or bf16, int8, int4)"
-    )
+    parser.add_argument("--states", choices=get_args(StateFormat), help="of the optimizer (as torch)")
     parser.add_argument("--folder", type=Path, help="for the files of what streams from disk")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/stream_time.json)")
     args = parser.parse_args()

@@ -92,6 +92,33 @@ def test_evaluation_between_steps(where):
     assert distance(model, plain) == 0
 
 
+def test_inference_mode(where):
+    """Memory that is made inside of it is written to outside."""
+    model, optimizer, fold = folded("llama", Stream())
+    plain, theirs, other = folded("llama")
+    with torch.inference_mode():
+        assert torch.equal(loss_of(model, 9), loss_of(plain, 9))
+    train(model, optimizer, range(2), fold)
+    train(plain, theirs, range(2), other)
+    assert distance(model, plain) == 0
+
+
+def test_another_forward_before_backward(where):
+    """A reference's forward without gradients, and a second one with them, between a forward and its backward."""
+    runs = []
+    for stream in (None, Stream()):
+        model, optimizer, _ = folded("stack", stream)
+        for step in range(3):
+            loss = loss_of(model, step)
+            with torch.no_grad():
+                reference = loss_of(model, step + 10)
+            (loss + reference * loss_of(model, step + 20)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((model, optimizer))
+    same_bits(*runs)
+
+
 def test_a_forward_without_backward(where):
     """A loss that is thrown away leaves nothing behind."""
     model, optimizer, fold = folded("stack", Stream())

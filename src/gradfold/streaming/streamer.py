@@ -1,9 +1,6 @@
-"""A fold's traffic: which blocks are on the device, which comes next, and what goes back.
+"""A fold whose weights stream: where they and their states live, and what modules and the engine ask for.
 
-A few slots of equal size hold blocks' weights. A block that is about to run gets a slot, if it has none, and while it
-runs the next one is fetched into the slot that was used longest ago. Which one is next, is known from the step before,
-and guessed from the order of the modules in the first one. Between steps all blocks are away: whoever looks at the
-model, or changes it, finds its weights in host memory.
+Between steps all blocks are away: whoever looks at the model, or changes it, finds its weights in host memory.
 """
 
 from __future__ import annotations
@@ -27,28 +24,12 @@ from gradfold.rules import Group, Rule
 
 from .blocks import Block, blocks_of, show_home
 from .config import Stream
-from .copies import Copies, Ticket, copies_for
+from .copies import Copies, copies_for
 from .host import giving_memory_back, host_empty, is_mapped
 from .pages import PagedStepper, Pages
+from .slots import BACKWARD, FORWARD, STEP, Slots
 from .streamed_module import give_class_back, stream_class, without_caches
 from .traffic import Traffic
-
-FORWARD, BACKWARD, STEP = "forward", "backward", "step"
-
-
-class _Slot:
-    """Memory of the device that holds one block."""
-
-    def __init__(self) -> None:
-        self.buffer: Tensor | None = None
-        self.block: Block | None = None
-        self.views: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
-        self.shown = False  # whether the parameters show it
-        self.coming: Ticket | None = None
-        self.gone: Ticket | None = None  # its block's weights on their way home
-        self.unused: Ticket | None = None  # a fetch that nobody waited for
-        self.used = 0
 
 
 class Streamer:
@@ -93,17 +74,10 @@ class Streamer:
         self.traffic = Traffic()  # of the open step
         self.last = Traffic()  # of the last one
         self.pages = Pages(self.copies, self.device, self.traffic)
-        self._slots = [_Slot() for _ in range(min(config.blocks, len(self.blocks)))]
-        self._slot_bytes = max(block.size_bytes for block in self.blocks)
+        self.slots = Slots(self.blocks, config.blocks, self.copies, self.device, self.traffic, self._new_memory)
         self._of: dict[int, tuple[Block, str]] = {}
         self._states: dict[tuple[int, str], Tensor] = {}  # homes of states, by the parameter and the state's key
         self._state_ids: dict[int, Tensor] = {}
-        self._follows: dict[tuple[str, int], tuple[str, int]] = {}
-        self._last: tuple[str, int] | None = None
-        self._index = {id(block): index for index, block in enumerate(self.blocks)}
-        self._pinned: Block | None = None  # what runs now
-        self._task = _torch.NO_TASK
-        self._clock = 0
         self._handles: list[Any] = []
         self._ended = False
 
@@ -175,7 +149,6 @@ class Streamer:
                 one.release()
                 one.home = None
         self.copies.close()
-        self._slots = [_Slot() for _ in self._slots]
 
     def _moved_home(self, param: Parameter) -> Tensor:
         """Return a parameter's values in host memory: where they are, if that is a file they were built in."""
@@ -184,6 +157,11 @@ class Streamer:
             return values
         home = self._host(values)
         return home.copy_(values)
+
+    def _new_memory(self) -> None:
+        """Tell the fold that weights will step in other memory."""
+        if self._fold is not None:
+            self._fold.forget_storages()
 
     def _host(self, like: Tensor) -> Tensor:
         return host_empty(like, self._folder, pin=self.device.type == "cuda" and not self._fake)
@@ -243,7 +221,7 @@ class Streamer:
     def values(self, param: Parameter) -> Tensor:
         """Return a parameter's values: on the device, if its block is there, else in host memory."""
         found = self._of.get(id(param))
-        if found is None or any(slot.block is found[0] and slot.shown for slot in self._slots):
+        if found is None or self.slots.shown(found[0]) is not None:
             return param.detach()
         return found[0].home[found[1]]
 
@@ -269,7 +247,7 @@ class Streamer:
         """Let a parameter's values be on the device, as it steps."""
         found = self._of.get(id(param))
         if found is not None:
-            self._acquire(found[0], STEP)
+            self.slots.acquire(found[0], STEP)
 
     def address(self, param: Tensor) -> int:
         """Return a number that changes where somebody else gives a parameter other memory."""
@@ -278,19 +256,17 @@ class Streamer:
         if found is None:
             return where
         block, key = found
-        slot = next((slot for slot in self._slots if slot.block is block and slot.shown), None)
-        expected = block.away[key] if slot is None else slot.views[key]
+        shown = self.slots.shown(block)
+        expected = block.away[key] if shown is None else shown[key]
         return 0 if where == _torch.data_ptr(expected) else where
 
     def storages(self) -> set[int]:
         """Return the keys of the storages in which weights step."""
-        return {_torch.storage_key(slot.buffer) for slot in self._slots if slot.buffer is not None}
+        return {_torch.storage_key(buffer) for buffer in self.slots.tensors()}
 
     def rest(self) -> None:
         """Let all blocks be away, and wait until nothing is under way: the step is over, or given up."""
-        self._pinned, self._last, self._task = None, None, _torch.NO_TASK
-        for slot in self._slots:
-            self._evict(slot)
+        self.slots.rest()
         self.pages.rest()
         before = time.perf_counter()
         self.copies.settle()
@@ -299,11 +275,11 @@ class Streamer:
     def count_step(self) -> None:
         """Begin to count the traffic of the next step."""
         self.last = self.traffic
-        self.traffic = self.pages.traffic = Traffic()
+        self.traffic = self.pages.traffic = self.slots.traffic = Traffic()
 
     def device_tensors(self) -> list[Tensor]:
         """Return the memory of the device that streaming holds: slots and buffers of states."""
-        return [*(slot.buffer for slot in self._slots if slot.buffer is not None), *self.pages.tensors()]
+        return [*self.slots.tensors(), *self.pages.tensors()]
 
     def host_tensors(self) -> list[Tensor]:
         """Return what lives in host memory, or in files that are mapped into it."""
@@ -314,29 +290,35 @@ class Streamer:
     @torch.compiler.disable
     def run(self, block: Block, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run a block's forward with its weights on the device; where its backward will follow, as a checkpoint."""
-        if not torch.is_grad_enabled():  # evaluation, or the first pass of a reentrant checkpoint
-            self._acquire(block, FORWARD)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._pinned = None
-                self._hide(block)
         if _torch.current_graph_task() != _torch.NO_TASK:  # a checkpoint runs it again
-            self._acquire(block, BACKWARD)
+            self.slots.acquire(block, BACKWARD)
             return forward(*args, **kwargs)
+        if not torch.is_grad_enabled():  # evaluation, or the first pass of a reentrant checkpoint
+            try:
+                return self._forward(block, forward, args, kwargs)
+            finally:
+                self.slots.evict(block)
         if _is_checkpointed(block.module):
-            return self._first(block, forward, args, kwargs)
+            return self._forward(block, forward, args, kwargs)
         if not getattr(block.module, "_can_checkpoint_with_cache", False):  # it only reads the cache
             args, kwargs = without_caches(args, kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
             if _torch.current_graph_task() != _torch.NO_TASK:
-                self._acquire(block, BACKWARD)
+                self.slots.acquire(block, BACKWARD)
                 return forward(*args, **kwargs)
-            return self._first(block, forward, args, kwargs)
+            return self._forward(block, forward, args, kwargs)
 
         with self._inputs():
             return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    def _forward(self, block: Block, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run a block's forward for the first time."""
+        self.slots.acquire(block, FORWARD)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.slots.unpin()
 
     def _inputs(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which what a checkpoint saves, a block's inputs, is kept on the host."""
@@ -353,110 +335,6 @@ class Streamer:
             return kept if isinstance(kept, Tensor) else kept[0].to(kept[1], non_blocking=True)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-    def _first(self, block: Block, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        self._acquire(block, FORWARD)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self._pinned = None
-
-    # slots ------------------------------------------------------------------------------------------------------------
-
-    def _acquire(self, block: Block, phase: str) -> None:
-        """Let the block's parameters show values on the device, and fetch the next block ahead."""
-        slot = next((slot for slot in self._slots if slot.block is block), None)
-        if slot is not None and slot.shown and phase == STEP:
-            return
-        if slot is None:
-            slot = self._free(block)
-            self._fetch(block, slot)
-        if slot.coming is not None:
-            before = time.perf_counter()
-            self.copies.wait(slot.coming)
-            self.traffic.seconds_waited += time.perf_counter() - before
-            slot.coming = None
-        if not slot.shown:
-            for key, param in block.params.items():
-                param.data = slot.views[key]
-                slot.versions[key] = _torch.version(param)
-            slot.shown = True
-        self._clock += 1
-        slot.used = self._clock
-        if phase != STEP:
-            self._pin(block)
-        here = (phase, self._index[id(block)])
-        if self._last is not None and self._last != here:
-            self._follows[self._last] = here
-        self._last = here
-        self._fetch_ahead(here, block)
-
-    def _pin(self, block: Block) -> None:
-        self._pinned = block
-        task = _torch.current_graph_task()
-        if task != _torch.NO_TASK and task != self._task:
-            self._task = task
-            _torch.at_task_end(self._unpin)
-
-    def _unpin(self) -> None:
-        self._pinned, self._task = None, _torch.NO_TASK
-
-    def _fetch_ahead(self, here: tuple[str, int], block: Block) -> None:
-        phase, index = here
-        guess = index - 1 if phase == BACKWARD else index + 1
-        following = self._follows.get(here, (phase, guess))[1]
-        if not 0 <= following < len(self.blocks) or self.blocks[following] is block:
-            return
-        wanted = self.blocks[following]
-        if all(slot.block is not wanted for slot in self._slots):
-            slots = [slot for slot in self._slots if slot.block is not block and slot.block is not self._pinned_block]
-            if slots:
-                self._fetch(wanted, min(slots, key=lambda slot: slot.used))
-
-    @property
-    def _pinned_block(self) -> Block | None:
-        return self._pinned
-
-    def _free(self, block: Block) -> _Slot:
-        free = [slot for slot in self._slots if slot.block is None or slot.block is not self._pinned]
-        if not free:
-            raise FoldError(
-                f"{block.name}: Stream(blocks={self.config.blocks}) is one too few: it must run, or step, while "
-                "another block runs"
-            )
-        return min(free, key=lambda slot: slot.used if slot.block is not None else -1)
-
-    def _fetch(self, block: Block, slot: _Slot) -> None:
-        """Start copying a block's weights into a slot."""
-        self._evict(slot)
-        if slot.buffer is None:
-            slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
-            if self._fold is not None:
-                self._fold.forget_storages()
-        slot.block, slot.views = block, block.views(slot.buffer)
-        pairs = [(view, block.home[key]) for key, view in slot.views.items()]
-        slot.coming = self.copies.start(pairs, [slot.gone, slot.unused, block.gone])
-        self.traffic.weights_to_device += block.weight_bytes
-
-    def _hide(self, block: Block) -> None:
-        for slot in self._slots:
-            if slot.block is block:
-                self._evict(slot)
-
-    def _evict(self, slot: _Slot) -> None:
-        """Let a slot's block be away; what has changed in it goes home."""
-        block = slot.block
-        if block is not None and slot.shown:
-            pairs = []
-            for key, param in block.params.items():
-                if _torch.version(param) != slot.versions[key]:
-                    pairs.append((block.home[key], slot.views[key]))
-                param.data = block.away[key]
-            if pairs:
-                slot.gone = block.gone = self.copies.start(pairs)
-                self.traffic.weights_to_host += sum(home.numel() * home.element_size() for home, _ in pairs)
-        slot.unused = slot.coming
-        slot.block, slot.shown, slot.coming, slot.views = None, False, None, {}
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
