@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         muon_groups,
     )
     from .planner import Plan, PlanError, plan
+    from .streaming import Stream
     from .workset import WorkingSet
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "Stream",
     "WorkingSet",
     "compile_layers",
     "export_masters",
@@ -80,7 +82,7 @@ __all__ = [
 ]
 
 _PLANNER = ("Plan", "PlanError", "plan")
-_HOMES = ("._fold", "._fold_stage", ".dist", ".errors", ".head", ".modules", ".optim", ".workset")
+_HOMES = ("._fold", "._fold_stage", ".dist", ".errors", ".head", ".modules", ".optim", ".streaming", ".workset")
 _PACKAGES = (
     "backends",
     "codecs",
@@ -96,6 +98,7 @@ _PACKAGES = (
     "planner",
     "report",
     "rules",
+    "streaming",
     "torchtitan",
     "workset",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ._fold_checks import (
     refuse_parameters,
     refuse_parts,
     refuse_several,
+    refuse_stream,
     refuse_working_set,
 )
 from ._options import Clip, Data, FoldOptions, Head, OnNonfinite, TapePlace, TimingMode
@@ -37,9 +38,10 @@ from .engine import (
 from .errors import FoldError
 from .head import FoldedCausalHead, fold_heads
 from .modules import restore, swap
-from .optim import RuleOptimizer
+from .optim import RuleOptimizer, Several
 from .optim.accept import accepted
 from .report import Report, report_of
+from .streaming import Stream, Streamer, Traffic
 from .workset import Rotation, Turn, WorkingSet
 
 
@@ -64,6 +66,7 @@ def fold(
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     group: Any = None,
     data: Data = "hook",
+    stream: Stream | None = None,
 ) -> Fold:
     """Fold the optimizer step into ``model``'s backward, in place.
 
@@ -120,6 +123,8 @@ def fold(
             weight's gradient a few MiB at a time, and steps the shards at once: no more than that is ever kept.
             "tokens" sends the weight's owners what they need of all ranks' tokens instead, from the second step on;
             "auto" takes, for each weight, which of the two sends less.
+        stream: Keep weights and states in host memory or on disk, with a few blocks of the model on the device at a
+            time: see ``Stream``. Gradients that wait for ``optimizer.step()`` are kept in host memory then.
 
     Returns:
         A ``Fold``: reports, contexts and ``remove()``.
@@ -170,6 +175,7 @@ def fold(
             ranks,
             replicas,
             data,
+            stream,
         )
 
     if ranks is None:
@@ -216,6 +222,7 @@ def _fold(
     ranks: Ranks | None,
     replicas: Replicas | None,
     data: Data,
+    stream: Stream | None,
 ) -> tuple[Fold, Callable[[], None]]:
     """Fold one process's model; also return what undoes it, with the optimizer's states, before the first step."""
     refuse_head(head, head_keep_bytes)
@@ -230,6 +237,56 @@ def _fold(
         sharding.refuse_unmanaged({name: param for name, param in named.items() if id(param) in in_optimizer})
     refuse_working_set(working_set, options.clip, replicas)
     refuse_parts(mine, working_set, ranks, sharding)
+    refuse_stream(stream, mine, ranks, sharding)
+    if stream is not None:
+        options = dataclasses.replace(options, tape="host")
+    with contextlib.ExitStack() as begun:
+        streamer = None
+        if stream is not None:
+            streamer = Streamer(stream, model)
+            begun.callback(streamer.end)
+            streamer.begin()
+        found = _fold_parameters(
+            model,
+            mine,
+            named,
+            in_optimizer,
+            options,
+            working_set,
+            joint,
+            head,
+            head_keep_bytes,
+            backend,
+            scratch_bytes,
+            sharding,
+            ranks,
+            replicas,
+            data,
+            streamer,
+        )
+        begun.pop_all()  # the fold ends it from now on
+    return found
+
+
+def _fold_parameters(
+    model: nn.Module,
+    mine: RuleOptimizer | Several,
+    named: Mapping[str, nn.Parameter],
+    in_optimizer: Collection[int],
+    options: FoldOptions,
+    working_set: WorkingSet | None,
+    joint: bool,
+    head: Head,
+    head_keep_bytes: int | None,
+    backend: str | Backend,
+    scratch_bytes: int,
+    sharding: Sharding | None,
+    ranks: Ranks | None,
+    replicas: Replicas | None,
+    data: Data,
+    streamer: Streamer | None,
+) -> tuple[Fold, Callable[[], None]]:
+    """Fold a model whose arguments have been checked; ``_fold`` says what is returned."""
     devices = {param.device for param in named.values() if id(param) in in_optimizer}
     if any(device.type == "cpu" for device in devices):
         survive_group_norms()
@@ -262,11 +319,12 @@ def _fold(
         changed, made._heads = fold_heads(model, head, head_keep_bytes)
         made._modules = [*changed, *made._modules]
         mine._fold = state
-        if rotation is None:
-            for param in params.values():
-                param.arm()
-        else:
-            rotation.begin()
+        with contextlib.nullcontext() if streamer is None else streamer.moving(state):
+            if rotation is None:
+                for param in params.values():
+                    param.arm()
+            else:
+                rotation.begin()
         enlist(state)
         watch_clipping(state)
         watch_zero_grad()
@@ -323,6 +381,12 @@ class Fold:
         """The active chunk of the working set, and how long it has been active; None without a working set."""
         turns = self._state.turns
         return turns.turn() if isinstance(turns, Rotation) else None
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What crossed the link between host and device in the last step; None without ``stream=``."""
+        streamer = self._state.streamer
+        return streamer.last if isinstance(streamer, Streamer) else None
 
     def describe_working_set(self) -> str:
         """Return the cut and its settings in one line; empty without a working set."""
@@ -462,6 +526,8 @@ class Fold:
             yield
         finally:
             state.paused -= 1
+            if state.streamer is not None:
+                state.streamer.rest()
             take_back(state, zeros)
 
     def remove(self) -> None:

@@ -10,12 +10,13 @@ from torch import nn
 
 from . import _torch
 from ._options import Clip, Data, Head
-from .dist import Replicas
+from .dist import Ranks, Replicas, Sharding
 from .engine import held, outside, refuse_other_model, refuse_owned, refuse_parameter
 from .errors import FoldError
 from .modules import FOLD_PARAM
 from .optim import AdamWScheduleFree, RuleOptimizer, Several
 from .rules import WholeRule
+from .streaming import Stream
 from .workset import WorkingSet
 
 
@@ -121,6 +122,25 @@ def refuse_working_set(working_set: object, clip: Clip, replicas: Replicas | Non
         raise FoldError(
             "working_set= with gradfold.replicate(own_states=True): slices are cut from whole weights, of which each "
             "rank steps its own rows here; leave out one of them"
+        )
+
+
+def refuse_stream(
+    stream: object, optimizer: RuleOptimizer | Several, ranks: Ranks | None, sharding: Sharding | None
+) -> None:
+    """Raise for ``stream=`` that is none, or together with what moves weights itself."""
+    if stream is None:
+        return
+    if not isinstance(stream, Stream):
+        raise FoldError(f"stream={stream!r}: give a gradfold.Stream, e.g. Stream(offload='cpu')")
+    if ranks is not None or sharding is not None:
+        raise FoldError(
+            "stream= on many ranks: weights that are spread over processes, or copied to them, do not stream; fold on "
+            "one process, or leave stream= out"
+        )
+    if any(group.get("capturable") for group in optimizer.groups):
+        raise FoldError(
+            "stream= with capturable=True: a captured CUDA graph would not wait for the copies; leave capturable out"
         )
 
 

@@ -48,6 +48,7 @@ WakingStates = Literal["keep", "reset"]
 RateSchedule = Literal["round", "step"]
 RestBy = Literal["sgd", "sign"]
 Offload = Literal["cpu", "disk"]
+Activations = Literal["device", "host"]
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 """The names of gradfold's optimizers."""
@@ -61,6 +62,8 @@ MAX_BATCH, MAX_TOKENS, MAX_ACCUMULATE = 2**20, 2**24, 2**20
 """Limits of sequences per micro-batch, tokens per sequence, and micro-batches per step: beyond, it is a slip."""
 INTERVAL = 4
 """Steps before the next chunk of a working set wakes."""
+TILE_BYTES = 64 * 2**20
+"""Bytes of states that come to the device at a time, where weights stream."""
 REST_SCALE = 0.1
 """What the learning rate is multiplied by for weights that rest."""
 

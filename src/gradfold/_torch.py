@@ -565,3 +565,8 @@ def uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
     if isinstance(inner, nn.Module):
         return inner, True
     return model, any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Return whether ``nn.Module.compile`` was called of this module."""
+    return module._compiled_call_impl is not None

@@ -13,7 +13,7 @@ from gradfold import _torch
 from gradfold.errors import FoldError
 
 from .param import FoldParam
-from .protocols import Sharding
+from .protocols import Sharding, Streaming
 from .wrappers import refuse_wrappers
 
 
@@ -29,6 +29,7 @@ class Auditor:
         self._outside: list[tuple[str, nn.Parameter]] = []  # parameters of the model that are not in the fold
         self._inside: list[Tensor] = []  # what this rank holds of the fold's parameters
         self._spread = False  # whether some of them are spread over ranks
+        self.streamer: Streaming | None = None  # gives parameters other memory in every step
         self._addresses: list[int] = []  # addresses of these; empty for fake tensors, which have none
 
     def stamps(self, params: Mapping[int, FoldParam]) -> list[int]:
@@ -38,7 +39,7 @@ class Auditor:
             ``len(params)`` versions; then nothing, or twice as many numbers that say where the parameters lie.
         """
         tensors = [param.param for param in params.values()]
-        where = addresses([param.held for param in params.values()]) if self._addresses else ()
+        where = self._places([param.held for param in params.values()]) if self._addresses else ()
         return [*map(_torch.version, tensors), *where]
 
     def refuse_wrappers(self) -> None:
@@ -54,7 +55,7 @@ class Auditor:
         """
         if self._spread:  # a shard may get another tensor, as when FSDP2 moves it
             self._inside = [param.held for param in params.values()]
-        if self._addresses and len(self._inside) == len(params) and addresses(self._inside) == self._addresses:
+        if self._addresses and len(self._inside) == len(params) and self._places(self._inside) == self._addresses:
             return True
         for param in params.values():
             now, (shape, dtype, device) = param.param, param.placement
@@ -66,8 +67,13 @@ class Auditor:
         self._inside = [param.held for param in params.values()]
         self._spread = any(param.shard is not None for param in params.values())
         fake = any(hasattr(param, "fake_mode") for param in self._inside)  # these have no address
-        self._addresses = [] if fake else addresses(self._inside)
+        self._addresses = [] if fake else self._places(self._inside)
         return False
+
+    def _places(self, params: list[Tensor]) -> list[int]:
+        if self.streamer is None:
+            return addresses(params)
+        return [*map(self.streamer.address, params), *map(_torch.implementation, params)]
 
     def audit(self, params: Mapping[int, FoldParam]) -> None:
         """Check that every trainable parameter of the model is in the fold, as it was when it was folded.

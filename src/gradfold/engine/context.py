@@ -14,7 +14,7 @@ from gradfold.backends import Backend
 
 from .backward import Backward
 from .offload import Host
-from .protocols import Optimizer, Ranks, Reducer, Sharding, Turns
+from .protocols import Optimizer, Ranks, Reducer, Sharding, Streaming, Turns
 from .segments import Segment
 from .step import Step
 
@@ -31,6 +31,7 @@ class FoldContext(ABC):
         params: its parameters (``FoldParam``), by id of the Parameter.
         host: copies deferred gradients to host memory, with ``tape="host"``.
         turns: the working set, if there is one.
+        streamer: brings weights and states to the device for their steps, if they live elsewhere.
         ranks: the ranks that step together, if there is more than this one.
         reducer: averages gradients over ranks that have other tokens, if there are any.
         sharding: how parameters are gathered while modules run, if FSDP2 does so.
@@ -63,6 +64,7 @@ class FoldContext(ABC):
         self.params: dict[int, Any] = {}
         self.host = Host() if options.tape == "host" else None
         self.turns: Turns | None = None
+        self.streamer: Streaming | None = None
         self.ranks: Ranks | None = None
         self.reducer: Reducer | None = None
         self.sharding: Sharding | None = None

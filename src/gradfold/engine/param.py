@@ -94,7 +94,7 @@ class FoldParam:
     def slice(self, region: Region | None, draw: str = "", kind: type[ParamSlice] = ParamSlice) -> ParamSlice:
         """Return a new slice of this parameter; ``draw`` names a random stream of its own."""
         made = kind(self.fold, self.param, self.name, region, draw, self.shard)
-        made.owner = self
+        made.owner, made.home = self, self.fold.streamer
         return made
 
     @property

@@ -188,7 +188,7 @@ class ParamSlice(ParamStepper):
         change = group.changes.get(guarded) or step.change(group, guarded)
         if step.biases and (bias := step.biases.pop(self.param, None)) is not None:
             self._step_along(terms, change, *bias)
-        elif self._may_gather and self.backend.gathers(self.view, terms):
+        elif self._may_gather and self.home is None and self.backend.gathers(self.view, terms):
             step.together.append((self, terms, change))
         else:
             power = step.power_sums[self] = self.step(terms, group, change)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from gradfold.backends import GradTerm, Place
-from gradfold.rules import Rule
+from gradfold.backends import GradTerm, Place, Stepper, Stored
+from gradfold.rules import Group, Rule
 
 from .region import Region
 
@@ -229,6 +229,54 @@ class Sharding(Protocol):
 
     def pending(self) -> bool:
         """Return whether gradients of the running backward may still be summed, after autograd's last node."""
+        ...
+
+
+class Streaming(Protocol):
+    """Brings weights and states to the device for their steps, where they live elsewhere (``gradfold.streaming``)."""
+
+    def keep(self, param: Parameter, states: Any) -> None:
+        """Let new states of a parameter, by their keys, live where states live."""
+        ...
+
+    def stepper(self, one: Any, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> Stepper:
+        """Return the stepper of a ``ParamStepper`` whose weight or states come and go."""
+        ...
+
+    def values(self, param: Parameter) -> Tensor:
+        """Return a parameter's values, wherever they are."""
+        ...
+
+    def bring(self, param: Parameter) -> None:
+        """Let a parameter's values be on the device, as it steps."""
+        ...
+
+    def address(self, param: Tensor) -> int:
+        """Return a number that changes where somebody else gives a parameter other memory."""
+        ...
+
+    def at_home(self) -> AbstractContextManager[None]:
+        """Return a context in which all parameters show their values in host memory, between steps."""
+        ...
+
+    def giving_back(self) -> AbstractContextManager[None]:
+        """Return a context in which tensors pass through memory on their way home, and leave none of it behind."""
+        ...
+
+    def storages(self) -> set[int]:
+        """Return the keys of the storages in which weights step."""
+        ...
+
+    def rest(self) -> None:
+        """Let all weights be away, and wait for what is under way: the step is over, or given up."""
+        ...
+
+    def count_step(self) -> None:
+        """Note that a step is over."""
+        ...
+
+    def end(self) -> None:
+        """Leave the model and its states as they are, in host memory."""
         ...
 
 

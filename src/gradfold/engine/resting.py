@@ -86,11 +86,13 @@ class RestingSlice(ParamSlice):
         storage = storage_of(view, self.rule, group, place)
         keys = storage.residuals()
         if keys and any(key not in self.states for key in keys):
-            self.states.update(allocate_residuals(view, storage, stream, group.get("seed", 0), place))
+            self.states.update(allocate_residuals(self.values, storage, stream, group.get("seed", 0), place))
         states = self.states if keys else {}
+        if keys and self.home is not None:
+            self.home.keep(self.param, states)
         weight, _ = bind(view, storage, states, stream, group, place)
         found = [(self.key(key), states[key]) for key in keys]
-        return self._bound_to(settings, found, self.backend.prepare(weight, [], self.rule, group))
+        return self._bound_to(settings, found, self._prepare(weight, [], self.rule, group))
 
     def _count(self, bound: Any, group: GroupStep, fresh: bool, guarded: bool) -> tuple[StepNumbers, tuple[Any, ...]]:
         """Return the step's numbers; random bits depend on how many steps the working set has taken."""

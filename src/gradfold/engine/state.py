@@ -37,7 +37,7 @@ from .owned import given_gradients
 from .param import FoldParam, hook_lost
 from .param_slice import ParamSlice
 from .pipelines import refuse_schedule
-from .protocols import Optimizer, Sharding
+from .protocols import Optimizer, Sharding, Streaming
 from .segments import Segment, nodes_around_backward, on_calling_thread, unreached, watch
 from .shard import held, sum_together
 from .step import Step
@@ -72,11 +72,18 @@ class FoldState(FoldContext):
             self.reducer.adopt(made)
         return made
 
+    def stream_by(self, streamer: Streaming) -> None:
+        """Let weights and states live elsewhere, and come to the device for their steps."""
+        self.streamer = self._auditor.streamer = streamer
+
     def release(self) -> None:
         """Make the optimizer an ordinary one again."""
         if self.turns is not None:
             self.turns.end()
             self.turns = None
+        if self.streamer is not None:
+            self.streamer.end()
+            self.streamer = None
         if self.optimizer._fold is self:
             self.optimizer._fold = None
         self.params.clear()
@@ -86,8 +93,13 @@ class FoldState(FoldContext):
     def weight_storages(self) -> frozenset[int]:
         """The keys of all parameters' storages, whose values change while backward runs."""
         if self._storages is None:
-            self._storages = frozenset(_torch.storage_key(param.held) for param in self.params.values())
+            found = {_torch.storage_key(param.held) for param in self.params.values()}
+            self._storages = frozenset(found if self.streamer is None else found | self.streamer.storages())
         return self._storages
+
+    def forget_storages(self) -> None:
+        """Look anew where the parameters' values are."""
+        self._storages = None
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Return the model's parameters by name, with sharded ones in place of those that are gathered now."""
@@ -511,16 +523,23 @@ class FoldState(FoldContext):
             self.last_step = weakref.ref(step)
             self.new_step()
             self.step.follows = True
+            if self.streamer is not None:
+                self.streamer.count_step()
         if self.turns is not None:
             self.turns.stepped(float(self.grad_norm or 0.0) ** 2)
 
     def new_step(self) -> None:
         """Forget the open step."""
         self._marker.take()
+        if self.streamer is not None:
+            self.streamer.rest()
         if self.segments:
             self.segments = {key: segment for key, segment in self.segments.items() if segment.alive}
         self.step = Step(self.optimizer, self.options, self.parts, self.scale, self.turns)
 
     def companion(self, bias: Tensor) -> FoldParam | None:
         """Return the ``FoldParam`` of a bias that may step in its weight's kernel; None if it may not."""
-        return self.params.get(id(bias)) if self.backend.steps_biases and self.reducer is None else None
+        return self.params.get(id(bias)) if self._steps_biases() else None
+
+    def _steps_biases(self) -> bool:
+        return self.backend.steps_biases and self.reducer is None and self.streamer is None

@@ -19,7 +19,7 @@ from gradfold import _torch
 from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, Job, Place, PowerSum, StepNumbers, Stepper, Stored
 from gradfold.rules import Group, MatrixRule, Rule, WholeRule, number, on_device
 
-from .protocols import HeldPart, Optimizer
+from .protocols import HeldPart, Optimizer, Streaming
 from .region import Region, RegionStates
 from .spread import refuse_split_blocks
 from .storage import (
@@ -108,6 +108,7 @@ class ParamStepper:
         self.region = region
         self.draw = draw  # keeps its random bits apart from those of an earlier turn of the same region
         self.lazy: dict[str, Tensor] = {}  # states that become the optimizer's with the first step
+        self.home: Streaming | None = None  # where its weight and states live, if they are here only to step
         self._bound: _Bound | None = None
         self._device_type = param.device.type
 
@@ -115,6 +116,14 @@ class ParamStepper:
     def view(self) -> Tensor:
         """The parameter's values on this rank, or those of the region."""
         values = self.held.detach()
+        return values if self.region is None else self.region.of(values)
+
+    @property
+    def values(self) -> Tensor:
+        """The same, wherever they are: ``view`` may be without values where they live elsewhere."""
+        if self.home is None:
+            return self.view
+        values = self.home.values(self.param)
         return values if self.region is None else self.region.of(values)
 
     @property
@@ -184,9 +193,11 @@ class ParamStepper:
             refuse_split_blocks(self.param, storage_of(view, rule, group, place).codecs)
         if isinstance(rule, MatrixRule) and (self.region is not None or self.shard is not None):
             raise ValueError(_part_of_matrix(self.shard is not None))
-        storage = allocate(view, states, rule, group, self.lazy, stream, place)
+        storage = allocate(self.values, states, rule, group, self.lazy, stream, place)
+        if self.home is not None:
+            self.home.keep(self.param, states)
         weight, bound = bind(view, storage, {**self.lazy, **states}, stream, group, place)
-        stepper = self.backend.prepare(weight, bound, rule, group)
+        stepper = self._prepare(weight, bound, rule, group)
         counted = list(storage.counters(rule))
         keys = [*counted, *storage.residuals()]
         for spec, codec in zip(storage.specs, storage.codecs, strict=True):
@@ -195,6 +206,11 @@ class ParamStepper:
         counters = [(name, states[name]) for name in counted]
         count = counted.index(STEP) if any(storage.random) else -1
         return self._bound_to(settings, found, stepper, counters, count)
+
+    def _prepare(self, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> Stepper:
+        if self.home is None:
+            return self.backend.prepare(weight, states, rule, group)
+        return self.home.stepper(self, weight, states, rule, group)
 
     def _bound_to(
         self,
@@ -212,7 +228,7 @@ class ParamStepper:
             settings,
             self.optimizer.state.get(self.param),
             [(key, tensor, tensor.data_ptr() if addressed else 0) for key, tensor in found],
-            self.held.data_ptr() if addressed else 0,
+            self.held.data_ptr() if addressed and self.home is None else 0,
             addressed,
             list(counters),
             [_cell(counter) for _, counter in counters],
@@ -228,7 +244,11 @@ class ParamStepper:
         states, addressed = bound.states, bound.addressed
         if self.optimizer.state.get(self.param) is not states:
             return None
-        if addressed and (self.param if self.shard is None else self.shard.held).data_ptr() != bound.address:
+        if (
+            addressed
+            and self.home is None
+            and (self.param if self.shard is None else self.shard.held).data_ptr() != bound.address
+        ):
             return None
         for key, tensor, address in bound.tensors:
             if states.get(key) is not tensor or (addressed and tensor.data_ptr() != address):
@@ -238,7 +258,7 @@ class ParamStepper:
     def _rebind(self, group: GroupStep) -> tuple[_Bound, dict[str, Tensor]]:
         """Bind anew, with lazy states moved to the optimizer; also return the states that were moved."""
         states, lazy = self.states, self.lazy
-        allocate(self.view, states, group.rule, group.group, lazy, self.stream, self.place)
+        allocate(self.values, states, group.rule, group.group, lazy, self.stream, self.place)
         new = {name: lazy[name] for name in lazy if name not in states}  # a loaded state_dict may have brought them
         states.update(new)
         lazy.clear()
@@ -256,6 +276,8 @@ class ParamStepper:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self._device_type):
             with plainly(self._device_type):
                 return self.step(terms, group, change)
+        if self.home is not None:
+            self.home.bring(self.param)
         bound, new = self._current(group.settings), _NONE
         if bound is None:
             bound, new = self._rebind(group)

@@ -45,7 +45,7 @@ def compile_layers(model: nn.Module, *, layers: Sequence[str] | None = None, **o
         )
     named = dict(model.named_modules())
     if layers is None:
-        names = [name for name in _repeated(model) if any(True for _ in named[name].parameters())]
+        names = [name for name in repeated_modules(model) if any(True for _ in named[name].parameters())]
     else:
         names = [name for name in named if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)]
         for pattern in layers:
@@ -70,7 +70,7 @@ def compile_layers(model: nn.Module, *, layers: Sequence[str] | None = None, **o
     return names
 
 
-def _repeated(model: nn.Module, prefix: str = "") -> list[str]:
+def repeated_modules(model: nn.Module, prefix: str = "") -> list[str]:
     """Return the names of the members of the outermost lists of modules."""
     found = []
     for name, child in model.named_children():
@@ -78,5 +78,5 @@ def _repeated(model: nn.Module, prefix: str = "") -> list[str]:
         if isinstance(child, nn.ModuleList):
             found += [f"{whole}.{index}" for index, _ in enumerate(child)]
         else:
-            found += _repeated(child, f"{whole}.")
+            found += repeated_modules(child, f"{whole}.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -200,6 +201,11 @@ class RuleOptimizer(StateDicts):
     def scratch_tensors(self) -> Sequence[Tensor]:
         """Return the scratch memory of ordinary steps; a fold has its own."""
         return () if self._backend is None else self._backend.scratch_tensors()
+
+    def _at_home(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which all weights show their values, also those that stream."""
+        streamer = None if self._fold is None else self._fold.streamer
+        return contextlib.nullcontext() if streamer is None else streamer.at_home()
 
     def _refuse_slices(self, params: Iterable[Parameter]) -> None:
         for param in params:

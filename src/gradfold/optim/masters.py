@@ -34,6 +34,11 @@ def export_masters(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tens
         >>> optimizer = gradfold.AdamW(model.bfloat16().parameters(), lr=1e-5, master="split8")
         >>> torch.save(gradfold.export_masters(model, optimizer), "masters.pt")
     """
+    with optimizer._at_home():
+        return _exported(model, optimizer)
+
+
+def _exported(model: nn.Module, optimizer: RuleOptimizer) -> dict[str, Tensor]:
     masters = {}
     for name, param, split in _splits(model, optimizer):
         masters[name] = master = param.detach().to(torch.float32, copy=True)
@@ -77,7 +82,7 @@ def import_masters(model: nn.Module, optimizer: RuleOptimizer, masters: Mapping[
             raise ValueError(
                 f"masters: {name} has shape {tuple(masters[name].shape)}, the parameter {tuple(param.shape)}"
             )
-    with torch.no_grad():
+    with torch.no_grad(), optimizer._at_home():
         for name, param, split in _splits(model, optimizer):
             master = _here(param, masters[name]).to(param.device)
             if split is None:

@@ -140,8 +140,9 @@ class AdamWScheduleFree(RuleOptimizer):
             self._refuse_slices(param for param, _ in params)
         for param, _ in params:  # what cannot be read raises here, before a weight has changed
             self.slices_of(param)
-        for param, group in params:
-            self._move(param, group, 1 - group["betas"][0] if train else 1 - 1 / group["betas"][0])
+        with self._at_home():
+            for param, group in params:
+                self._move(param, group, 1 - group["betas"][0] if train else 1 - 1 / group["betas"][0])
         for group in groups:
             group["train_mode"] = train
 

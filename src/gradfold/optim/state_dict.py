@@ -148,6 +148,13 @@ class StateDicts(ParamGroups):
                 (``FormatError``). Nothing is changed then.
             FoldError: in the middle of a step; on another rank, one of these was raised.
         """
+        streamer = None if self._fold is None else self._fold.streamer
+        with contextlib.nullcontext() if streamer is None else streamer.giving_back():
+            self._load(state_dict)
+        for hook in _torch.load_post_hooks(self).values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         with self._on_all_ranks("optimizer.load_state_dict()"):
             state_dict, groups, saved, placed, rotation = self._read(state_dict)
         owners = {id(param): group for group in groups for param in group["params"]}
@@ -164,12 +171,14 @@ class StateDicts(ParamGroups):
             self._fold.new_step()
             if turns is not None:
                 turns.load(rotation, lambda p, region: self._placed(p, owners[id(p)], saved, region))
-            for param in self._fold.params.values():
-                param.allocate()
+            streamer = self._fold.streamer
+            for member in self._fold.params.values():
+                if streamer is not None and turns is None and member.param in saved and id(member.param) in owners:
+                    self.state[member.param] = self._placed(member.param, owners[id(member.param)], saved, None)
+                    streamer.keep(member.param, self.state[member.param])
+                member.allocate()
         self._rotation = rotation if turns is None else None
         self._steppers.clear()
-        for hook in _torch.load_post_hooks(self).values():
-            hook(self)
 
     @contextlib.contextmanager
     def _on_all_ranks(self, what: str) -> Iterator[None]:
@@ -183,8 +192,8 @@ class StateDicts(ParamGroups):
 
         Returns:
             The state_dict that hooks have made of it; its groups, with this optimizer's parameters; the saved states by
-            parameter; those in the form their groups ask for, unless a working set asks for them by slice; the place in
-            a rotation.
+            parameter; those in the form their groups ask for, unless a working set asks for them by slice, or they
+            go to where they stream from one by one; the place in a rotation.
         """
         if self._fold is not None:
             self._fold.require_closed("load_state_dict()")
@@ -204,6 +213,7 @@ class StateDicts(ParamGroups):
         regions = {id(p): [None] if turns is None else turns.regions(p) for p in self._params}
         placed: dict[Tensor, dict[str, Any]] = {}
         owners = {id(param): group for group in groups for param in group["params"]}
+        streams = self._fold is not None and self._fold.streamer is not None  # then all of them may be too large
         lost = 0
         for param in self._params:  # all of them before anything changes
             refuse_other_cut(saved.get(param, {}), regions[id(param)])
@@ -211,7 +221,7 @@ class StateDicts(ParamGroups):
             lost += underflowed(saved.get(param, {}), storage_of(param, self.rule_of(owner), owner))
             for region in regions[id(param)]:
                 states = self._placed(param, owners[id(param)], saved, region)
-                if turns is None and param in saved:
+                if turns is None and param in saved and not streams:
                     placed[param] = states
         for what in filter(None, [said, lost_in_fp16(lost) if lost else None]):
             warnings.warn(what, stacklevel=users_level())
