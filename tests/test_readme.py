@@ -238,11 +238,10 @@ def test_the_step_times_are_those_of_the_file(method, storage, said):
 
 
 def test_links_of_the_readme_lead_somewhere():
-    later = {"docs/largest_models.md", "docs/peers.md"}  # pages that benchmarks write
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#[^)]*)?\)", read(page)):
             path = (page.parent / target).resolve()
-            assert path.exists() or str(path.relative_to(ROOT)) in later, f"{page.name}: {target}"
+            assert path.exists(), f"{page.name}: {target}"
 
 
 def test_the_readme_is_short_and_says_what_is_predicted():

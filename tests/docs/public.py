@@ -18,6 +18,7 @@ PACKAGES = (
     "gradfold.planner",
     "gradfold.nn",
     "gradfold.workset",
+    "gradfold.streaming",
     "gradfold.codecs",
     "gradfold.rules",
     "gradfold.backends",
@@ -25,7 +26,7 @@ PACKAGES = (
     "gradfold.lightning",
     "gradfold.torchtitan",
 )
-USED = {"gradfold", "gradfold.nn", "gradfold.hf", "gradfold.lightning", "gradfold.torchtitan"}
+USED = {"gradfold", "gradfold.nn", "gradfold.streaming", "gradfold.hf", "gradfold.lightning", "gradfold.torchtitan"}
 """Packages whose classes are called by users; methods of the others' classes are for those who subclass them."""
 SUBCLASSED = {"Rule", "WholeRule", "MatrixRule", "Codec", "Backend", "GradTerm", "Store", "RuleOptimizer", "Settings"}
 MADE_BY_US = (gradfold.Fold,)

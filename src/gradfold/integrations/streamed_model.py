@@ -41,9 +41,10 @@ def load_streamed(
             converts names as it loads). Nothing is left in the stream's folder then.
 
     Example:
-        >>> stream = gradfold.Stream(offload="disk", folder="/scratch/run")
-        >>> model = gradfold.hf.load_streamed("models/Llama-3.1-70B", stream, dtype=torch.bfloat16)
-        >>> fold = gradfold.fold(model, gradfold.AdamW(model.parameters(), states="int8"), stream=stream)
+        >>> model.save_pretrained("saved")
+        >>> stream = gradfold.Stream(offload="disk", folder="scratch")
+        >>> large = gradfold.hf.load_streamed("saved", stream, dtype=torch.bfloat16)
+        >>> fold = gradfold.fold(large, gradfold.AdamW(large.parameters(), states="int8"), stream=stream)
     """
     import transformers
 

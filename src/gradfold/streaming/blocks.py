@@ -70,7 +70,7 @@ def blocks_of(model: nn.Module, layers: Sequence[str] | None = None) -> list[Blo
         layers: names or patterns of the modules; None: the members of the outermost lists of modules.
 
     Raises:
-        FoldError: there are fewer than two, one is inside of another, or a name matches none.
+        FoldError: there are none, one is inside of another, or a name matches none.
     """
     named = dict(model.named_modules())
     if layers is None:
@@ -83,11 +83,10 @@ def blocks_of(model: nn.Module, layers: Sequence[str] | None = None) -> list[Blo
         inside = [name for name in names if any(name.startswith(f"{other}.") for other in names)]
         if inside:
             raise FoldError(f"Stream(layers={list(layers)!r}): {inside[0]!r} is inside of another one of these")
-    if len(names) < 2:
-        found = f"only {names[0]!r}" if names else "none"
+    if not names:
         raise FoldError(
-            f"stream=: {type(model).__name__} has {found} of the layers that could stream; name two or more modules "
-            "that run one after the other with Stream(layers=[...])"
+            f"stream=: {type(model).__name__} has no nn.ModuleList of layers that could stream; name modules that run "
+            "one after the other with Stream(layers=[...])"
         )
     users = _users(model)
     made = []

@@ -95,9 +95,9 @@ class Stream:
             FoldError: The folder cannot be written to, or has no room.
 
         Example:
-            >>> stream = gradfold.Stream(offload="disk", folder="/scratch/run")
+            >>> stream = gradfold.Stream(offload="disk", folder="scratch")
             >>> with stream.building():
-            ...     model = LlamaForCausalLM(config)
+            ...     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4), num_layers=2)
         """
         if self.offload != "disk":
             yield

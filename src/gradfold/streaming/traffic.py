@@ -16,6 +16,11 @@ class Traffic:
         states_to_device: states that came for their weights' steps.
         states_to_host: states that have changed and went back.
         seconds_waited: how long the host waited for copies.
+
+    Example:
+        >>> fold = gradfold.fold(model, optimizer, stream=gradfold.Stream())
+        >>> fold.traffic.to_device  # bytes, in the last step
+        0
     """
 
     weights_to_device: int = 0
@@ -46,8 +51,11 @@ def streamed_bytes(block_bytes: Sequence[int], state_bytes: int, blocks: int) ->
         state_bytes: bytes of all states that stream.
         blocks: how many blocks the device holds.
 
+    Returns:
+        The bytes; ``seconds_waited`` is 0.
+
     Example:
-        >>> streamed_bytes([100, 100, 100], state_bytes=800, blocks=2).to_device
+        >>> gradfold.streaming.streamed_bytes([100, 100, 100], state_bytes=800, blocks=2).to_device
         1200
     """
     stay = min(blocks, len(block_bytes))
