@@ -249,6 +249,12 @@ class Streamer:
         self.last = self.traffic
         self.traffic = self.pages.traffic = Traffic()
 
+    def reserve(self) -> None:
+        """Take the memory of slots and pages now, not in the first step: plans find it there."""
+        for slot in self._slots:
+            self._fill(slot)
+        self.pages.fill()
+
     def device_tensors(self) -> list[Tensor]:
         """Return the memory of the device that streaming holds: slots and buffers of states."""
         return [*(slot.buffer for slot in self._slots if slot.buffer is not None), *self.pages.tensors()]
@@ -359,13 +365,17 @@ class Streamer:
     def _fetch(self, block: Block, slot: _Slot) -> None:
         """Start copying a block's weights into a slot."""
         self._evict(slot)
-        if slot.buffer is None:
-            slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
-            self._fold.forget_storages()
+        self._fill(slot)
+        assert slot.buffer is not None
         slot.block, slot.views = block, block.views(slot.buffer)
         pairs = [(view, block.home[key]) for key, view in slot.views.items()]
         slot.coming = self.copies.start(pairs, [slot.gone, block.gone])
         self.traffic.weights_to_device += block.weight_bytes
+
+    def _fill(self, slot: _Slot) -> None:
+        if slot.buffer is None:
+            slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
+            self._fold.forget_storages()
 
     def _hide(self, block: Block) -> None:
         for slot in self._slots:
