@@ -114,7 +114,9 @@ class Settings(GradientFields, StorageFields):
             name = given[0]
             raise PlanError(f"{name}={getattr(self, name)!r} with fold=False: only a folded model has one")
         if self.stream is not None and self.ranks > 1:
-            raise PlanError(f"stream={self.stream!r} with ranks={self.ranks}: one process streams; leave one of them out")
+            raise PlanError(
+                f"stream={self.stream!r} with ranks={self.ranks}: one process streams; leave one of them out"
+            )
         try:
             FoldOptions(**self.gradient_options())
         except FoldError as error:

@@ -42,6 +42,11 @@ class StreamMemory:
     waiting_bytes: int
     traffic: Traffic
 
+    def as_dict(self) -> dict[str, int]:
+        """What a plan's JSON holds."""
+        made = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "traffic"}
+        return made | {"to_device_bytes": self.traffic.to_device, "to_host_bytes": self.traffic.to_host}
+
     def deeper(self, other: StreamMemory, more: int) -> StreamMemory:
         """Return that of a model so many periods deeper, where ``other`` is one period deeper."""
 
@@ -160,7 +165,6 @@ def step_of(workload: Workload, model: nn.Module, warm_up: bool = False) -> tupl
     optimizer = settings.make_optimizer(trainable(model))
     fold = settings.make_fold(model, optimizer, None)
     try:
-        watch = StreamWatch(fold, workload.device)
         record = functools.partial(
             record_step,
             model,
@@ -171,8 +175,9 @@ def step_of(workload: Workload, model: nn.Module, warm_up: bool = False) -> tupl
             label=settings.describe(),
             micro_batches=settings.accumulate,
         )
-        if warm_up:
+        if warm_up or fold.waiting_tensors():  # states that go where states live once their parameters have stepped
             record()
+        watch = StreamWatch(fold, workload.device)
 
         def meet(live: LiveBytes) -> None:
             watch.meet(live)

@@ -72,7 +72,9 @@ class _Round:
         kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
         a_chunk = self.state_bytes / self.chunks * kept
         moves = self.host is not None and self.chunks > 1
-        return WorkingSetMemory(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0, self.streamed)
+        return WorkingSetMemory(
+            memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0, self.streamed
+        )
 
     def _turns(self) -> list[int]:
         """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
