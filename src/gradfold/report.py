@@ -75,8 +75,9 @@ class StreamRow:
     def __str__(self) -> str:
         moved = self.traffic
         return (
-            f"streamed: {self.blocks} blocks, {self.held} of them on the device at a time ({_mib(self.slot_bytes)} MiB, and "
-            f"{_mib(self.page_bytes)} MiB for states); weights and states: {_mib(self.host_bytes)} MiB in host memory, "
+            f"streamed: {self.blocks} blocks, {self.held} of them on the device at a time ({_mib(self.slot_bytes)} "
+            f"MiB, and {_mib(self.page_bytes)} MiB for states); weights and states: {_mib(self.host_bytes)} MiB in "
+            "host memory, "
             f"{_mib(self.disk_bytes)} MiB on disk; last step: {_mib(moved.to_device)} MiB to the device, "
             f"{_mib(moved.to_host)} MiB back, {moved.seconds_waited:.3f} s waited for them"
         )

@@ -16,8 +16,8 @@ NOTES = {
         "held-out loss +0.21 above training all weights"
     ),
     "streams": (
-        "streams: weights cross the link twice in each step, and states once each way; a step takes at least that long, "
-        "whatever the card computes (gradfold plan --stream.offload cpu says how long)"
+        "streams: weights cross the link twice in each step, and states once each way; a step takes at least that "
+        "long, whatever the card computes (gradfold plan --stream.offload cpu says how long)"
     ),
     "disk": "states on disk: each turn waits for the disk, of which no step time here knows",
 }

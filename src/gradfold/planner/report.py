@@ -27,7 +27,7 @@ class Plan:
     allocated: Allocated
     baselines: tuple[StepMemory, ...] = ()
     seconds: float = 0.0  # that making it took
-    rates: Rates = Rates()
+    rates: Rates = dataclasses.field(default_factory=Rates)
     subject: Any = dataclasses.field(default=None, repr=False, compare=False)  # the model
 
     @property
@@ -119,9 +119,9 @@ class Plan:
         if not times.hides:
             hides = f"the link decides, and would hide behind {times.tokens:,} tokens a step"
         return (
-            f"streamed: {streamed.blocks} blocks; {' and '.join(homes)}; a step moves {format_bytes(moved.to_device)} to "
-            f"the device and {format_bytes(moved.to_host)} back. At {link} that takes {times.link_s:.3g} s, products at "
-            f"{at.flops / 1e12:.3g} TFLOP/s and steps {times.compute_s:.3g} s: {hides} "
+            f"streamed: {streamed.blocks} blocks; {' and '.join(homes)}; a step moves {format_bytes(moved.to_device)} "
+            f"to the device and {format_bytes(moved.to_host)} back. At {link} that takes {times.link_s:.3g} s, "
+            f"products at {at.flops / 1e12:.3g} TFLOP/s and steps {times.compute_s:.3g} s: {hides} "
             f"(this one has {tokens:,})"
         )
 

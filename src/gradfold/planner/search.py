@@ -49,8 +49,9 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What fits a budget: the fastest ways first, then the most exact one; where none does that holds the model, ways to
-    stream it; then a working set; and what does not.
+    """What fits a budget, and what does not.
+
+    The fastest ways come first, then the most exact one; where none of these does, ways to stream; then a working set.
     """
 
     budget_bytes: int

@@ -245,7 +245,8 @@ class Streamer:
         self.traffic.seconds_waited += time.perf_counter() - before
 
     def forget_traffic(self) -> None:
-        """Begin the count of the open step anew: what an evaluation has moved is no step's."""
+        """Begin the count of the open step anew: what an evaluation has moved, and fetched ahead, is no step's."""
+        self.rest()
         self.traffic = self.pages.traffic = Traffic()
 
     def count_step(self) -> None:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamRecipe:
-    """Streaming: weights and states live in host memory or on disk, and come to the device block by block. Off, unless
-    offload is given.
-    """
+    """Streaming: weights and states off the device, but for a few blocks at a time. Off, unless offload is given."""
 
     GROUP: ClassVar[str] = "stream"
 
