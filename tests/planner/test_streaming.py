@@ -196,7 +196,7 @@ def test_what_is_elsewhere_stays_there_whatever_meets_it():
     assert not live.timeline().live_bytes[-1].any()
 
 
-# how long it takes, and what fits --------------------------------------------------------------------------------------
+# how long it takes, and what fits -------------------------------------------------------------------------------------
 
 
 def test_when_the_link_hides():

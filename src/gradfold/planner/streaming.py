@@ -175,7 +175,10 @@ def step_of(workload: Workload, model: nn.Module, warm_up: bool = False) -> tupl
             label=settings.describe(),
             micro_batches=settings.accumulate,
         )
-        if warm_up or fold.waiting_tensors():  # states that go where states live once their parameters have stepped
+        # States go where states live once their parameters have stepped. Weights that wait for the end of a step leave
+        # scratch memory behind, which the next one's backward finds.
+        waits = settings.clip_norm is not None and settings.clip == "exact"
+        if warm_up or waits or fold.waiting_tensors():
             record()
         watch = StreamWatch(fold, workload.device)
 
