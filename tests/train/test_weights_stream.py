@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+import gradfold
 from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
 from gradfold.train.display import Display
 from gradfold.train.errors import RecipeError
@@ -166,3 +167,28 @@ def test_saving_takes_no_second_copy(tmp_path):
     assert int(done.stdout) > 200 * 10**6
     (folder,) = (tmp_path / "large").iterdir()
     assert sum(path.stat().st_size for path in folder.iterdir()) > 200 * 10**6
+
+
+def test_the_fold_s_report_says_what_streams():
+    from tests.llama import small_llama
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(small_llama(num_hidden_layers=3))
+    optimizer = gradfold.AdamW(model.parameters(), lr=1e-3)
+    fold = gradfold.fold(model, optimizer, stream=gradfold.Stream())
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    report = fold.report()
+    routes = {row.name: row.route for row in report.rows}
+    assert routes["model.layers.0.mlp.up_proj.weight"] == "folded, streamed"
+    assert routes["lm_head.weight"] == "folded"
+    total = sum(4 * p.numel() for p in model.parameters())
+    blocks = sum(4 * p.numel() for p in model.model.layers.parameters())
+    assert (report.streamed.blocks, report.streamed.held, report.streamed.disk_bytes) == (3, 2, 0)
+    assert report.streamed.host_bytes == blocks + 2 * total
+    assert report.streamed.traffic == fold.traffic
+    assert "streamed: 3 blocks, 2 of them on the device at a time" in str(report)
+    fold.remove()
+    plain = gradfold.fold(model, optimizer)
+    assert plain.report().streamed is None and "streamed" not in str(plain.report())

@@ -267,7 +267,7 @@ class _Search:
             return []
         if layers is not None and layers < 2:
             return []
-        streams = [Stream(offload="cpu")]
+        streams = [Stream(offload="cpu")] if self.device != "cpu" else []  # there it is the same memory
         if self.host_bytes is not None:
             streams.append(Stream(offload="disk", folder="runs"))
         return [
