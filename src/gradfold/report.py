@@ -17,6 +17,7 @@ from .head import HeadRow
 from .modules import FOLD_PARAM, READS, why_not_foldable
 from .optim import RuleOptimizer, Several
 from .rules import MatrixRule
+from .streaming import Streamer, Traffic
 from .workset import Rotation
 
 
@@ -28,7 +29,8 @@ class Row:
     shape: tuple[int, ...]
     dtype: torch.dtype
     route: (
-        str  # folded, hooked (a dense gradient is written), frozen; or not in the working set's chunk: asleep, resting
+        str  # folded, hooked (a dense gradient is written), frozen; or not in the working set's chunk: asleep, resting;
+        # "folded, streamed": of a block that comes and goes
     )
     states: str  # how they are stored: "float32", "int8", "bf16 + split8"
     weight_bytes: int  # of a parameter that is spread over ranks: of this rank's part, as all bytes here
@@ -54,6 +56,34 @@ class ChunkRow:
     rate: str = ""  # the learning rate of its last step; "1e-05, 0.0001" where groups differ
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamRow:
+    """What streams: weights and states that come to the device block by block."""
+
+    blocks: int  # that come and go
+    held: int  # how many of them the device holds at a time
+    slot_bytes: int  # memory of the device that they come to
+    page_bytes: int  # memory of the device that states come to
+    host_bytes: int  # weights and states in host memory
+    disk_bytes: int  # ... in mapped files
+    traffic: Traffic  # of the last step
+
+    @property
+    def home_bytes(self) -> int:
+        """Weights and states that live elsewhere."""
+        return self.host_bytes + self.disk_bytes
+
+    def __str__(self) -> str:
+        moved = self.traffic
+        return (
+            f"streamed: {self.blocks} blocks, {self.held} of them on the device at a time ({_mib(self.slot_bytes)} "
+            f"MiB, and {_mib(self.page_bytes)} MiB for states); weights and states: {_mib(self.host_bytes)} MiB in "
+            "host memory, "
+            f"{_mib(self.disk_bytes)} MiB on disk; last step: {_mib(moved.to_device)} MiB to the device, "
+            f"{_mib(moved.to_host)} MiB back, {moved.seconds_waited:.3f} s waited for them"
+        )
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """Every parameter's route and bytes; printed, or at a Python prompt, it is a table."""
@@ -69,6 +99,7 @@ class Report:
     rank: int | None = None  # on many ranks, this one
     ranks: int = 1  # how many step together
     region_bytes: int = 0  # the most that one compiled region has held of its weights' uses, until its backward ended
+    streamed: StreamRow | None = None  # of weights that stream
 
     def __repr__(self) -> str:
         text = [*_table(*self._parameters(), left=6 if self.chunks else 5)]
@@ -84,6 +115,8 @@ class Report:
             )
         text += [f"{row.name}: {row.route}, since {row.why}" for row in self.rows if row.why]
         text += map(str, self.heads)
+        if self.streamed is not None:
+            text.append(str(self.streamed))
         if self.chunks:
             lines = [
                 (str(c.index), c.first, c.last, _mib(c.bytes), c.rate, "awake" if c.awake else "") for c in self.chunks
@@ -118,6 +151,8 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
     made = Report(rows, _backend(fold), scratch_bytes, heads=tuple(heads), region_bytes=fold.region_bytes)
     if fold.ranks is not None:
         made = dataclasses.replace(made, rank=fold.ranks.rank, ranks=fold.ranks.size)
+    if isinstance(fold.streamer, Streamer):
+        made = dataclasses.replace(made, streamed=_streamed(fold.streamer))
     turns = fold.turns
     if not isinstance(turns, Rotation):
         return made
@@ -135,6 +170,24 @@ def report_of(fold: FoldState, heads: Sequence[HeadRow] = ()) -> Report:
         host_bytes=turns.store.host_bytes,
         disk_bytes=turns.store.disk_bytes,
     )
+
+
+def _streamed(streamer: Streamer) -> StreamRow:
+    homes, pages = _bytes_of(streamer.host_tensors()), _bytes_of(streamer.pages.tensors())
+    on_disk = streamer.config.offload == "disk"
+    return StreamRow(
+        blocks=len(streamer.blocks),
+        held=min(streamer.config.blocks, len(streamer.blocks)),
+        slot_bytes=_bytes_of(streamer.device_tensors()) - pages,
+        page_bytes=pages,
+        host_bytes=0 if on_disk else homes,
+        disk_bytes=homes if on_disk else 0,
+        traffic=streamer.last,
+    )
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _backend(fold: FoldState) -> str:
@@ -234,6 +287,8 @@ def _row(
         route = "resting"
     elif member is not None and not (frozen or asleep):
         route, why = _route(member, unfolded, replaced)
+    if isinstance(fold.streamer, Streamer) and fold.streamer.streams(param):
+        route += ", streamed"
     here = held(param)
     return Row(
         name=name,

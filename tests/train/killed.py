@@ -22,7 +22,7 @@ from gradfold.train.display import Display
 from gradfold.workset import Rotation
 from tests.train.tiny import recipe
 
-WHERE = {"save": (loop, "_save"), "switch": (Rotation, "_sleep")}
+WHERE = {"save": (loop, "_save"), "switch": (Rotation, "_sleep"), "step": (loop, "_step")}
 
 
 def die_in(owner, name, call, seconds):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold._options import TILE_BYTES
 from gradfold.errors import FoldError
 from gradfold.train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from gradfold.train.errors import TrainError
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 ROOT = Path(__file__).parents[2]
-LONGEST = {"save": 0.05, "switch": 0.02}  # seconds that they take, about
+LONGEST = {"save": 0.05, "switch": 0.02, "step": 0.05}  # seconds that they take, about
 SETTINGS = {
     "working_set__chunks": 3,
     "working_set__interval": 1,
@@ -97,6 +98,35 @@ def test_killed_again_and_again(tiny, texts, tmp_path, silent, killed, instants,
     train(chosen, tmp_path / "whole", None, silent)
     same(result(tmp_path / "whole"), result(out))
     assert not (out / SLEEPING_STATES).exists() and not list(out.rglob(".*"))
+
+
+@pytest.mark.slow
+@needs_fork
+@pytest.mark.parametrize("instants", [3, 30])
+def test_killed_while_weights_stream(tiny, texts, tmp_path, silent, killed, instants):
+    """Files of weights and states have no names: nothing is left of them, and the last checkpoint goes on."""
+    settings = {name: value for name, value in SETTINGS.items() if not name.startswith("working_set")}
+    settings |= {"stream__offload": "disk", "stream__tile_bytes": 4096, "steps": 3 * instants + 3}
+    out, draw, deaths = tmp_path / "run", random.Random(instants), 0
+    for instant in range(instants):
+        how = ("step", "save")[instant % 2]
+        before = list_checkpoints(out / "checkpoints")
+        if not before and out.exists():
+            shutil.rmtree(out)
+        when = {"how": how, "call": draw.choice([1, 2]), "seconds": draw.uniform(0, LONGEST[how])}
+        deaths += killed(model=tiny, data=texts, settings=settings, out=out, **when)
+        for path in (found := list_checkpoints(out / "checkpoints")):
+            read_checkpoint(path)
+        assert not before or found[-1].name >= before[-1].name
+    assert deaths > instants // 2
+    saved = read_checkpoint(find_checkpoint(out)) if list_checkpoints(out / "checkpoints") else None
+    if saved is None:
+        shutil.rmtree(out, ignore_errors=True)
+    train(recipe(tiny, texts, **settings), out, saved, silent)
+    unstreamed = settings | {"stream__offload": None, "stream__tile_bytes": TILE_BYTES}
+    train(recipe(tiny, texts, **unstreamed), tmp_path / "whole", None, silent)
+    same(result(tmp_path / "whole")[:2], result(out)[:2])
+    assert not list(out.rglob(".*"))
 
 
 @pytest.fixture

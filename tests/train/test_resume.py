@@ -22,7 +22,7 @@ from tests.train.tiny import recipe, save_tiny, sentence, tree_bytes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-TIMES = ("tokens_per_s", "step_ms", "rss_bytes", "peak_rss_bytes")  # the only figures that may differ
+TIMES = ("tokens_per_s", "step_ms", "rss_bytes", "peak_rss_bytes", "link_share")  # the only figures that may differ
 
 
 def interrupt_after(monkeypatch, step, how):

@@ -34,6 +34,7 @@ SEARCHED = {
     "gradient.accumulate": "accumulate",
     "working_set.chunks": "working_set",
     "working_set.by": "working_set",
+    "stream.offload": "stream",
 }
 """Flag -> the setting that a search leaves alone once it is given."""
 ASSUMED = {"batch": "batch_size", "tokens": "sequence_length", "dtype": "dtype"}
@@ -65,9 +66,17 @@ class PlanCommand:
     """Memory of the card, such as 24GiB: also search for settings that fit it, and print the commands to train.
     None: no search."""
     host_budget: str | None = None
-    """Host memory for the states of a working set, such as 64GiB. None: as much as they take."""
+    """Host memory for the states of a working set, or for weights and states that stream, such as 64GiB. None: as much
+    as they take."""
     margin: float = 0.03
     """Part of the budgets that must stay free: predictions are of live tensors, and a card is never quite empty."""
+    link_gbps: float = 25.0
+    """Bandwidth between card and host memory in GB/s each way (PCIe 4.0 x16 reaches about 25, 5.0 about 50), for the
+    time of weights that stream."""
+    disk_gbps: float = 5.0
+    """Bandwidth of the disk in GB/s, both ways together, for weights that stream from there."""
+    tflops: float = 396.0
+    """TFLOP/s that the card reaches in matrix products, for the time beside that: 40% of an H100's data sheet."""
     json: bool = False
     """Print everything as JSON, and no table."""
     plot: str | None = None
@@ -88,6 +97,9 @@ EXTRA = {
     "budget": str | None,
     "host_budget": str | None,
     "margin": float,
+    "link_gbps": float,
+    "disk_gbps": float,
+    "tflops": float,
     "json": bool,
     "plot": str | None,
     "measure": bool,
@@ -142,12 +154,22 @@ def _settings_of(options: PlanCommand) -> Any:
     return dataclasses.replace(options.recipe.plan_settings(), ranks=options.ranks or 1)
 
 
+def _rates(options: PlanCommand) -> Any:
+    """What --link-gbps, --disk-gbps and --tflops say."""
+    from gradfold.planner.speed import Rates
+
+    return Rates(options.tflops * 1e12, options.link_gbps * 1e9, options.disk_gbps * 1e9)
+
+
 def _budgets(options: PlanCommand) -> tuple[int | None, int | None]:
     """The bytes of --budget and --host-budget. Raises PlanError, RecipeError."""
     from gradfold.planner.bytes import parse_budget
 
     if not 0 <= options.margin < 1:
         raise RecipeError(f"--margin {options.margin:g}: give a part of the budget, from 0 to below 1")
+    for name in ("link_gbps", "disk_gbps", "tflops"):
+        if not getattr(options, name) > 0:
+            raise RecipeError(f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number above 0")
     if options.host_budget is not None and options.budget is None:
         raise RecipeError(f"--host-budget {options.host_budget}: goes with --budget, the memory of the card")
     host = None if options.host_budget is None else parse_budget(options.host_budget, "host-budget")
@@ -230,7 +252,7 @@ def _work(
     settings, device = _settings_of(options), device_of(recipe, options.measure)
     found = measured = nothing = None
     with frozen_objects(collect=False):
-        made = plan(subject, settings, device=device, baselines=False, progress=progress)
+        made = plan(subject, settings, device=device, baselines=False, rates=_rates(options), progress=progress)
         if budgets[0] is not None:
             fixed = {SEARCHED[name] for name in chosen.sources if name in SEARCHED}
             more: dict[str, Any] = {"host_budget_bytes": budgets[1], "margin": options.margin, "progress": progress}

@@ -130,4 +130,7 @@ def _flags(settings: Settings) -> str:
     if (turns := settings.working_set) is not None:
         words.append(f"--working-set.chunks {turns.chunks}" if turns.chunks else "--working-set.by layer")
         words += [f"--working-set.offload {turns.offload}"] if isinstance(turns.offload, str) else []
+    if (stream := settings.stream) is not None:
+        words.append(f"--stream.offload {stream.offload}")
+        words += [f"--stream.blocks {stream.blocks}"] if stream.blocks != 2 else []
     return " ".join(words) or "(nothing more)"

@@ -35,6 +35,7 @@ WORKING_SET = (
     *("chunks", "interval", "by", "axis", "order", "always", "states", "offload", "prefetch"),
     *("schedule", "rest", "rest_scale"),
 )
+STREAM = ("offload", "blocks", "tile_bytes", "activations")
 
 
 def recipe_of(recipe: Recipe, settings: Settings) -> Recipe:
@@ -43,6 +44,9 @@ def recipe_of(recipe: Recipe, settings: Settings) -> Recipe:
     if (turns := settings.working_set) is not None:
         fields |= {f"working_set.{name}": getattr(turns, name) for name in WORKING_SET}
         fields["working_set.always"] = tuple(turns.always)
+    if (stream := settings.stream) is not None:
+        fields |= {f"stream.{name}": getattr(stream, name) for name in STREAM}
+        fields["stream.layers"] = tuple(stream.layers or ())
     return unflatten(fields, recipe)
 
 

@@ -88,6 +88,8 @@ def print_plan(
             f"\nworking set: {predicted.chunks} chunks; sleeping states take {host} of host memory and {disk} of disk; "
             f"{moved} move to or from them in a step, on average"
         )
+    if said := plan.describe_stream():
+        console.print(f"\n{said}", highlight=False)
     if plan.device == "cuda":
         console.print(
             f"[dim]\nThe CUDA context is assumed to take {_gib(CONTEXT_BYTES)} GiB. Segments are what the caching "

@@ -15,6 +15,7 @@ from .models import Subject, find_subject
 from .predict import predict, predict_baseline
 from .report import Plan
 from .settings import Settings
+from .speed import Rates
 
 DEVICES = ("cuda", "cpu")
 
@@ -25,6 +26,7 @@ def plan(
     *,
     device: str = "cuda",
     baselines: bool = True,
+    rates: Rates | None = None,
     progress: Callable[[str], None] = lambda what: None,
     **changes: Any,
 ) -> Plan:
@@ -36,6 +38,8 @@ def plan(
         settings: how to train: a ``Settings`` or a recipe; None: the defaults of ``gradfold train``.
         device: "cuda" plans the step as an accelerator runs it, "cpu" as this processor does.
         baselines: also trace the same batch with plain AdamW, AdamW in hooks, 8-bit AdamW and, for Muon, torch's.
+        rates: what the card reaches and what feeds it, for the times of weights that stream; None: an H100 at 40%, and
+            25 GB/s of PCIe each way.
         progress: called with a description of what is being traced.
         **changes: fields of ``settings`` to replace, such as ``batch=1``; they may also be given alone.
 
@@ -81,4 +85,6 @@ def plan(
         allocated=allocated(predicted.memory.timeline),
         baselines=tuple(others),
         seconds=time.perf_counter() - started,
+        rates=rates or Rates(),
+        subject=subject,
     )

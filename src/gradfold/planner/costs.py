@@ -15,6 +15,10 @@ NOTES = {
         "trains 1/n a step: a working set updates each weight in one turn of n. SmolLM2-135M, 64 steps, 8 chunks: "
         "held-out loss +0.21 above training all weights"
     ),
+    "streams": (
+        "streams: weights cross the link twice in each step, and states once each way; a step takes at least that "
+        "long, whatever the card computes (gradfold plan --stream.offload cpu says how long)"
+    ),
     "disk": "states on disk: each turn waits for the disk, of which no step time here knows",
 }
 """Beginning of a cost -> the sentence that explains it."""
@@ -35,6 +39,8 @@ def costs_of(settings: Settings, subject: Subject) -> list[str]:
             found.append(f"trains 1/{chunks or 'n'} a step")
         if turns.offload == "disk":
             found.append("states on disk")
+    if settings.stream is not None:
+        found.append("streams")
     return found
 
 

@@ -15,6 +15,7 @@ from gradfold.workset.store import bytes_of
 from .models import Subject
 from .settings import Settings
 from .step import StepMemory, make_states, record_step
+from .streaming import StreamMemory, trace_stream
 from .working_set import trace_working_set
 from .workload import Workload, trainable
 
@@ -26,12 +27,15 @@ class Predicted:
     memory: StepMemory
     parameters: int
     host_bytes: int = 0
-    """Sleeping states in host memory, once every chunk has had its turn."""
+    """Sleeping states in host memory, once every chunk has had its turn; weights and states that stream from there, and
+    gradients that wait there."""
     disk_bytes: int = 0
     """... on disk."""
     moved_bytes_per_step: float = 0.0
     """Between the device and there, both ways, on average."""
     chunks: int = 0
+    streamed: StreamMemory | None = None
+    """Of weights that stream."""
 
 
 def predict(subject: Subject, settings: Settings, device: str = "cuda") -> Predicted:
@@ -47,7 +51,7 @@ def predict_workload(workload: Workload) -> Predicted:
         with workload.model() as model:
             turns = trace_working_set(workload, model, config)
         away = config.offload is not None
-        return Predicted(
+        asleep = Predicted(
             memory=turns.memory,
             parameters=subject.parameters,
             host_bytes=turns.asleep_bytes if away and config.offload != "disk" else 0,
@@ -55,6 +59,10 @@ def predict_workload(workload: Workload) -> Predicted:
             moved_bytes_per_step=turns.moved_bytes_per_turn / config.interval,
             chunks=turns.chunks,
         )
+        return asleep if turns.streamed is None else _with_stream(asleep, settings, turns.streamed)
+    if settings.stream is not None:
+        memory, streamed = trace_stream(workload)
+        return _with_stream(Predicted(memory, subject.parameters), settings, streamed)
 
     def run(model: nn.Module) -> StepMemory:
         optimizer = settings.make_optimizer(trainable(model))
@@ -70,6 +78,19 @@ def predict_workload(workload: Workload) -> Predicted:
     return Predicted(workload.over_layers(run), subject.parameters)
 
 
+def _with_stream(beside: Predicted, settings: Settings, streamed: StreamMemory) -> Predicted:
+    """Add what streams to what lies and goes elsewhere."""
+    on_disk = settings.stream is not None and settings.stream.offload == "disk"
+    moved = streamed.traffic.to_device + streamed.traffic.to_host
+    return dataclasses.replace(
+        beside,
+        host_bytes=beside.host_bytes + streamed.waiting_bytes + (0 if on_disk else streamed.home_bytes),
+        disk_bytes=beside.disk_bytes + (streamed.home_bytes if on_disk else 0),
+        moved_bytes_per_step=beside.moved_bytes_per_step + moved,
+        streamed=streamed,
+    )
+
+
 def predict_baseline(
     subject: Subject, settings: Settings, make_optimizer: Callable[..., Any], label: str, device: str = "cuda"
 ) -> StepMemory:
@@ -80,7 +101,7 @@ def predict_baseline(
 
 def predict_plain(workload: Workload, make_optimizer: Callable[..., Any], label: str) -> StepMemory:
     """The step of a workload with another optimizer, without a fold and with the model's own whole logits."""
-    workload = dataclasses.replace(workload, settings=dataclasses.replace(workload.settings, head="plain"))
+    workload = dataclasses.replace(workload, settings=dataclasses.replace(workload.settings, head="plain", stream=None))
 
     def run(model: nn.Module) -> StepMemory:
         optimizer = make_optimizer(trainable(model))
@@ -93,13 +114,13 @@ def predict_plain(workload: Workload, make_optimizer: Callable[..., Any], label:
 
 def resting_of(subject: Subject, settings: Settings) -> tuple[int, int]:
     """Bytes of the weights and of the states, without a step."""
-    workload = Workload(subject, settings, "cuda")
+    workload = Workload(subject, dataclasses.replace(settings, stream=None), "cuda")
     found: list[tuple[int, int]] = []
     depths = subject.depths
     for layers in depths[:2] if depths else (None,):
         with workload.model(layers) as model:
             optimizer = settings.make_optimizer(trainable(model))
-            made = settings.make_fold(model, optimizer, None)
+            made = workload.settings.make_fold(model, optimizer, None)
             states = [*(state for held in optimizer.state.values() for state in held.values()), *made.waiting_tensors()]
             weights = [*model.parameters(), *model.buffers()]
             copies = 1 if workload.reference_of(model) is None else 2  # and a frozen one

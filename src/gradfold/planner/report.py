@@ -11,6 +11,7 @@ from .allocator import CONTEXT_BYTES, Allocated
 from .bytes import format_bytes
 from .predict import Predicted
 from .settings import Settings
+from .speed import Rates, StreamTimes, stream_times
 from .step import StepMemory
 
 
@@ -42,6 +43,16 @@ class Plan:
     allocated: Allocated
     baselines: tuple[StepMemory, ...] = ()
     seconds: float = 0.0  # that making it took
+    rates: Rates = dataclasses.field(default_factory=Rates)
+    subject: Any = dataclasses.field(default=None, repr=False, compare=False)  # the model
+
+    @property
+    def stream_times(self) -> StreamTimes | None:
+        """What the link takes beside what is computed; None where nothing streams."""
+        streamed = self.predicted.streamed
+        if streamed is None:
+            return None
+        return stream_times(self.subject, self.predicted.parameters, self.settings, streamed, self.rates)
 
     @property
     def memory(self) -> StepMemory:
@@ -93,9 +104,46 @@ class Plan:
             "disk_bytes": self.predicted.disk_bytes,
             "moved_bytes_per_step": self.predicted.moved_bytes_per_step,
             "chunks": self.predicted.chunks,
+            "streamed": self._streamed(),
             "compared_with": [baseline.as_dict() for baseline in self.baselines],
             "seconds": self.seconds,
         }
+
+    def _streamed(self) -> dict[str, Any] | None:
+        streamed, times = self.predicted.streamed, self.stream_times
+        if streamed is None or times is None:
+            return None
+        rates = {"tflops": self.rates.flops / 1e12, "link_gbps": self.rates.link_bytes / 1e9}
+        return {
+            **streamed.as_dict(),
+            **dataclasses.asdict(times),
+            **rates,
+            "disk_gbps": self.rates.disk_bytes / 1e9,
+        }
+
+    def describe_stream(self) -> str:
+        """What streams, what that moves and how long it takes, in two sentences; empty where nothing streams."""
+        streamed, times = self.predicted.streamed, self.stream_times
+        if streamed is None or times is None:
+            return ""
+        moved, at = streamed.traffic, self.rates
+        homes = [
+            f"{format_bytes(size)} of {where}"
+            for size, where in ((self.predicted.host_bytes, "host memory"), (self.predicted.disk_bytes, "disk"))
+            if size
+        ]
+        link = f"{at.link_bytes / 1e9:g} GB/s each way"
+        link = f"{at.disk_bytes / 1e9:g} GB/s of the disk" if times.by == "disk" else link
+        tokens = self.settings.tokens * self.settings.sequences * self.settings.accumulate
+        hides = f"the link hides, from {times.tokens:,} tokens a step"
+        if not times.hides:
+            hides = f"the link decides, and would hide behind {times.tokens:,} tokens a step"
+        return (
+            f"streamed: {streamed.blocks} blocks; {' and '.join(homes)}; a step moves {format_bytes(moved.to_device)} "
+            f"to the device and {format_bytes(moved.to_host)} back. At {link} that takes {times.link_s:.3g} s, "
+            f"products at {at.flops / 1e12:.3g} TFLOP/s and steps {times.compute_s:.3g} s: {hides} "
+            f"(this one has {tokens:,})"
+        )
 
     def plot(
         self, path: str | PathLike[str], budget_bytes: int | None = None, *, more: Sequence[StepMemory] = ()
@@ -127,6 +175,7 @@ class Plan:
             f"peak {format_bytes(self.peak_bytes)} ({self.moment})",
         ]
         lines += [f"  {name:<12} {format_bytes(size):>9}" for name, size in self.memory.at_peak().items() if size]
+        lines += [said] if (said := self.describe_stream()) else []
         lines += [f"{baseline.label}: peak {format_bytes(baseline.peak_bytes)}" for baseline in self.baselines]
         return "\n".join(lines)
 
@@ -134,8 +183,12 @@ class Plan:
 def settings_dict(settings: Settings) -> dict[str, Any]:
     """Settings as JSON takes them."""
     made = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    turns = settings.working_set
-    return made | {"options": dict(settings.options), "working_set": None if turns is None else _plain(turns)}
+    turns, stream = settings.working_set, settings.stream
+    return made | {
+        "options": dict(settings.options),
+        "working_set": None if turns is None else _plain(turns),
+        "stream": None if stream is None else _plain_stream(stream),
+    }
 
 
 def _plain(turns: Any) -> dict[str, Any]:
@@ -144,4 +197,11 @@ def _plain(turns: Any) -> dict[str, Any]:
     made["folder"] = None if turns.folder is None else str(turns.folder)
     made["always"] = list(turns.always)
     made["by"] = turns.by if isinstance(turns.by, str) else "by hand"
+    return made
+
+
+def _plain_stream(stream: Any) -> dict[str, Any]:
+    made = dataclasses.asdict(stream)
+    made["folder"] = None if stream.folder is None else str(stream.folder)
+    made["layers"] = None if stream.layers is None else list(stream.layers)
     return made

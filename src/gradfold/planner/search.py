@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from gradfold.errors import FoldError
+from gradfold.streaming import Stream
 from gradfold.workset import WorkingSet
 
 from .allocator import CONTEXT_BYTES, allocated
@@ -29,7 +30,7 @@ MARGIN = 0.03
 """Part of a budget that `gradfold plan` leaves free."""
 EXACT = (("fp32", "split16"), ("fp32", "split8"), ("fp32", None), (None, "split8"))
 """States and masters that are more exact than 16-bit weights' own dtype, the most exact first."""
-FASTEST = 3  # that are shown
+FASTEST, STREAMED = 3, 2  # that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,15 @@ class Choice:
     expected_s: float
     """Of one step, for ordering only."""
     why: str
-    """"fastest", "most exact", "working set" or "least memory"."""
+    """"fastest", "most exact", "streamed", "working set" or "least memory"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What fits a budget: the fastest ways first, then the most exact one, then a working set; and what does not."""
+    """What fits a budget, and what does not.
+
+    The fastest ways come first, then the most exact one; where none of these does, ways to stream; then a working set.
+    """
 
     budget_bytes: int
     choices: tuple[Choice, ...]
@@ -147,21 +151,37 @@ class _Search:
         self._predicted: dict[Settings, Predicted] = {}
 
     def run(self) -> SearchResult:
-        self._refuse_hopeless()
+        streaming = self._streaming()
+        if self._is_hopeless():
+            return self._of_streaming(streaming)
         whole = self._whole()
         turning = self._turning()
         choices = self._pick(sorted(whole, key=self._expected_s), "fastest", FASTEST)
         choices += self._pick(self._exact(), "most exact", 1, beside=choices)
+        if not choices:
+            choices = self._pick(streaming, "streamed", STREAMED)
         choices += self._largest_chunks(turning)
         every = list(dict.fromkeys([*whole, *turning]))
         if choices:
             return self._result(choices, every)
-        every = list(dict.fromkeys([*every, *self._split(turning)]))
+        every = list(dict.fromkeys([*every, *self._split(turning), *streaming]))
         least = self._least(every)
         if self._fits(least):
             return self._result([least], every)
         nearest = dataclasses.replace(self._result([], every), nearest=least)
         raise NothingFits(self._too_small(least), nearest)
+
+    def _of_streaming(self, streaming: list[Settings]) -> SearchResult:
+        """What fits where the weights alone do not."""
+        if not streaming:
+            raise PlanError(self._hopeless())
+        choices = self._pick(streaming, "streamed", STREAMED)
+        if choices:
+            return self._result(choices, streaming)
+        least = self._least(streaming)
+        if self._fits(least):
+            return self._result([least], streaming)
+        raise NothingFits(self._too_small(least), dataclasses.replace(self._result([], streaming), nearest=least))
 
     def _result(self, choices: list[Choice], every: list[Settings]) -> SearchResult:
         sizes = sorted(((self._guess(one), n) for n, one in enumerate(every)))
@@ -185,6 +205,8 @@ class _Search:
     def _host_of(self, one: Settings) -> int:
         """By about how many bytes the states asleep in host memory go over its budget; 0: they do not."""
         turns = one.working_set
+        if self.host_bytes is not None and one.stream is not None and one.stream.offload == "cpu":
+            return max(0, self.weight_bytes + self._state_bytes(one) - self.host_bytes)
         if self.host_bytes is None or turns is None or turns.offload in (None, "disk"):
             return 0
         chunks = turns.chunks or self.subject.layers or 1
@@ -231,11 +253,29 @@ class _Search:
         """Working sets, the largest chunks first: they train the most weights a step."""
         base = self.settings
         sets = [base.working_set] if base.working_set is not None else []
-        if not sets and "working_set" not in self.fixed:
+        if not sets and "working_set" not in self.fixed and base.stream is None:
             sets = [WorkingSet(chunks=chunks, offload="cpu") for chunks in CHUNKS]
             if self.host_bytes is not None:
                 sets += [WorkingSet(chunks=chunks, offload="disk", folder="runs") for chunks in CHUNKS]
         return [one for turns in sets for one in self._with_chunks(turns)]
+
+    def _streaming(self) -> list[Settings]:
+        """Ways to stream, the most exact states first; none for settings that stream, or hold all, by themselves."""
+        base = self.settings
+        layers = self.subject.layers
+        if base.stream is not None or "stream" in self.fixed or base.working_set is not None or base.ranks > 1:
+            return []
+        if layers is not None and layers < 2:
+            return []
+        streams = [Stream(offload="cpu")] if self.device != "cpu" else []  # there it is the same memory
+        if self.host_bytes is not None:
+            streams.append(Stream(offload="disk", folder="runs"))
+        return [
+            dataclasses.replace(base, stream=stream, states=states, batch=batch, accumulate=accumulate)
+            for stream in streams
+            for states in self._free("states", TRIED_STATES)
+            for batch, accumulate in dict.fromkeys((self._splits()[0], self._splits()[-1]))
+        ]
 
     def _with_chunks(self, turns: WorkingSet) -> list[Settings]:
         return [
@@ -272,12 +312,15 @@ class _Search:
             states = self._state_bytes(one)
             if (turns := one.working_set) is not None and turns.chunks:
                 states = (1 + turns.prefetch) * states // turns.chunks if turns.offload is not None else states
+            if one.stream is not None:  # that step has streamed, and its states are elsewhere
+                self._guesses[one] = step.peak_bytes + self.context_bytes
+                return self._guesses[one]
             moving = step.peak_bytes - step.resting_bytes
             self._guesses[one] = self.weight_bytes + states + moving + self.context_bytes
         return self._guesses[one]
 
     def _step_of(self, one: Settings) -> StepMemory:
-        key = (one.checkpointing, one.head, one.batch, one.accumulate)
+        key = (one.checkpointing, one.head, one.batch, one.accumulate, one.stream and one.stream.blocks)
         if key not in self._steps:
             plain = dataclasses.replace(one, working_set=None, states=self.settings.states, master=self.settings.master)
             self.progress(f"tracing: {plain.describe()}")
@@ -287,7 +330,7 @@ class _Search:
     def _state_bytes(self, one: Settings) -> int:
         key = (one.states, one.master)
         if key not in self._states:
-            _, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None))
+            _, self._states[key] = resting_of(self.subject, dataclasses.replace(one, working_set=None, stream=None))
         return self._states[key]
 
     def _predict(self, one: Settings) -> Predicted:
@@ -303,7 +346,8 @@ class _Search:
         try:
             predicted = self._predict(one)
         except FoldError:
-            if one.working_set is None or one.working_set is self.settings.working_set:
+            asked = one.working_set is self.settings.working_set and one.stream is self.settings.stream
+            if asked or (one.working_set is None and one.stream is None):
                 raise
             return None
         size = predicted.memory.peak_bytes
@@ -344,16 +388,18 @@ class _Search:
 
     # nothing fits -----------------------------------------------------------------------------------------------------
 
-    def _refuse_hopeless(self) -> None:
-        """Raise PlanError where not even the weights fit, of which no settings can take anything away."""
-        if self.weight_bytes + self.context_bytes > self.budget_bytes:
-            dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
-            frozen = "and of its frozen copy " if self.settings.preference == "frozen" else ""
-            context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
-            raise PlanError(
-                f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} {frozen}alone are "
-                f"{format_bytes(self.weight_bytes)} in {dtype}{context}; give more, or take a smaller model"
-            )
+    def _is_hopeless(self) -> bool:
+        """Whether not even the weights fit, of which no settings can take anything away but to stream them."""
+        return self.settings.stream is None and self.weight_bytes + self.context_bytes > self.budget_bytes
+
+    def _hopeless(self) -> str:
+        dtype = str(self.settings.torch_dtype(self.subject.dtype)).removeprefix("torch.")
+        frozen = "and of its frozen copy " if self.settings.preference == "frozen" else ""
+        context = f", and a CUDA context about {format_bytes(self.context_bytes)}" if self.context_bytes else ""
+        return (
+            f"budget {format_bytes(self.budget_bytes)}: the weights of {self.subject.name} {frozen}alone are "
+            f"{format_bytes(self.weight_bytes)} in {dtype}{context}; give more, or take a smaller model"
+        )
 
     def _too_small(self, least: Choice) -> str:
         budget = f"budget {format_bytes(self.budget_bytes)}"

@@ -27,6 +27,7 @@ from gradfold._options import (
 )
 from gradfold.errors import FoldError
 from gradfold.optim import RuleOptimizer
+from gradfold.streaming import Stream
 from gradfold.workset import WorkingSet
 
 from .errors import PlanError
@@ -72,6 +73,8 @@ class Settings(GradientFields, StorageFields):
     head_keep_bytes: int | None = None
     """How much of the softmax a folded head keeps instead of computing it twice; None: its own default."""
     working_set: WorkingSet | None = dataclasses.field(default=None, hash=False)  # may hold lists
+    stream: Stream | None = dataclasses.field(default=None, hash=False)
+    """Weights and states in host memory or on disk, a few blocks at a time on the device."""
     packing: bool = False
     """Whether several rows share a sequence, as `gradfold train` packs them: attention then needs a mask."""
     preference: PreferenceReference | None = None
@@ -112,9 +115,15 @@ class Settings(GradientFields, StorageFields):
             raise PlanError(f"parallel={self.parallel!r}: one of {', '.join(map(repr, get_args(Parallel)))}, or None")
         if self.batch % self.shares:
             raise PlanError(f"batch={self.batch}: {self.ranks} ranks share it; give a multiple of {self.ranks}")
-        if not self.fold and (self.working_set is not None or self.clip != "exact"):
-            name = "working_set" if self.working_set is not None else "clip"
+        given = [name for name in ("working_set", "stream") if getattr(self, name) is not None]
+        given += ["clip"] if self.clip != "exact" else []
+        if not self.fold and given:
+            name = given[0]
             raise PlanError(f"{name}={getattr(self, name)!r} with fold=False: only a folded model has one")
+        if self.stream is not None and self.ranks > 1:
+            raise PlanError(
+                f"stream={self.stream!r} with ranks={self.ranks}: one process streams; leave one of them out"
+            )
         try:
             FoldOptions(**self.gradient_options())
         except FoldError as error:
@@ -191,6 +200,7 @@ class Settings(GradientFields, StorageFields):
             head=self.head,
             head_keep_bytes=self.head_keep_bytes if self.head == "fold" else None,
             backend=backend,
+            stream=self.stream,
         )
 
     def describe_batches(self) -> str:
@@ -211,6 +221,9 @@ class Settings(GradientFields, StorageFields):
             where = {None: "on the device", "cpu": "in host memory", "disk": "on disk"}.get(turns.offload, "elsewhere")  # type: ignore[arg-type]
             rest = "" if turns.rest is None else f", {turns.rest} at rest"
             words.append(f"working set of {cut}, sleeping states {where}, prefetch {turns.prefetch}{rest}")
+        if (stream := self.stream) is not None:
+            where = {"cpu": "host memory", "disk": "disk"}[stream.offload]
+            words.append(f"streamed from {where}, {stream.blocks} blocks on the device")
         if self.ranks > 1:
             words.append(f"one of {self.ranks} ranks ({self.parallel})")
         if self.preference is not None:

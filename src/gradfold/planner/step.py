@@ -226,11 +226,16 @@ def record_step(
     label: str = "",
     micro_batches: int = 1,
     meet: Callable[[LiveBytes], None] = lambda live: None,
+    elsewhere: Iterable[torch.Tensor] = (),
 ) -> StepMemory:
-    """Run one step and count its live bytes. `meet` is given the meter before it, to tell it what it cannot see."""
+    """Run one step and count its live bytes. `meet` is given the meter before it, to tell it what it cannot see.
+
+    `elsewhere`: tensors in another memory, which are not counted whatever meets them.
+    """
     gc.collect()  # what only the cycle collector frees would otherwise go at some chance moment of the step
     place = ModuleTracker(model)
     with LiveBytes(place=place) as live:
+        live.leave(*elsewhere)
         live.moment("weights")
         live.track(model)
         live.moment("states")

@@ -10,6 +10,7 @@ fragmentation. It never keeps a tensor alive.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from array import array
@@ -39,10 +40,11 @@ class _Block:
     Its number in the timeline says what the bytes are for; it gets another one when that changes.
     """
 
-    __slots__ = ("aside", "index", "nbytes", "ref")
+    __slots__ = ("aside", "elsewhere_bytes", "index", "nbytes", "ref")
 
     def __init__(self, index: int):
         self.aside = False
+        self.elsewhere_bytes: int | None = None  # of one in another memory
         self.index = index
         self.nbytes = 0
         self.ref: _StorageRef | None = None
@@ -139,6 +141,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self.peak_moment = ""
         self.peak_op = ""
+        self.elsewhere_bytes = self.peak_elsewhere_bytes = 0  # in another memory
+        self._born_elsewhere = False
         self._blocks: dict[int, _Block] = {}  # address of the live StorageImpl -> block
         self._categories: list[int] | None = [] if timeline else None  # by block index; outlives the block
         self._lock = threading.RLock()  # autograd runs one thread per device; a weakref callback may interrupt us
@@ -188,6 +192,8 @@ class LiveBytes(TorchDispatchMode):
                 block = self._blocks.get(storage_address(storage))
                 if block is None or self._categories is None:
                     self._see_storage(storage, index)
+                elif block.elsewhere_bytes is not None:
+                    continue
                 elif self._categories[block.index] != index:
                     self._categories.append(index)
                     fresh = len(self._categories) - 1
@@ -202,6 +208,24 @@ class LiveBytes(TorchDispatchMode):
                 if (block := self._blocks.get(storage_address(storage))) is not None:
                     block.aside = True
                     self._resize(block, 0)
+
+    def leave(self, *tensors: torch.Tensor) -> None:
+        """Count tensors as in another memory for the rest of their lives, whatever operator meets them there."""
+        with self._lock:
+            for storage in (storage for tensor in tensors for storage in _storages(tensor)):
+                block = self._blocks.get(storage_address(storage)) or self._born(storage, _TEMPORARY)
+                if block.nbytes:
+                    self._resize(block, 0)
+                self._put_elsewhere(block, storage)
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """A context in which new tensors are in another memory."""
+        before, self._born_elsewhere = self._born_elsewhere, True
+        try:
+            yield
+        finally:
+            self._born_elsewhere = before
 
     def moment(self, label: str) -> None:
         """Mark that a new phase begins here."""
@@ -294,8 +318,12 @@ class LiveBytes(TorchDispatchMode):
             block = self._blocks.get(storage_address(storage))
             if block is None:
                 block = self._born(storage, category)
+                if self._born_elsewhere:
+                    self._put_elsewhere(block, storage)
             elif relabel and self._categories is not None:
                 self._categories[block.index] = category
+            if block.elsewhere_bytes is not None:
+                return
             block.aside = False
             nbytes = storage.nbytes()
             if nbytes != block.nbytes:
@@ -312,6 +340,11 @@ class LiveBytes(TorchDispatchMode):
         block.ref = ref
         self._blocks[ref.key] = block
         return block
+
+    def _put_elsewhere(self, block: _Block, storage: torch.UntypedStorage) -> None:
+        self.elsewhere_bytes += storage.nbytes() - (block.elsewhere_bytes or 0)
+        block.elsewhere_bytes = storage.nbytes()
+        self.peak_elsewhere_bytes = max(self.peak_elsewhere_bytes, self.elsewhere_bytes)
 
     def _resize(self, block: _Block, nbytes: int) -> None:
         delta = nbytes - block.nbytes
@@ -334,7 +367,8 @@ class LiveBytes(TorchDispatchMode):
         with self._lock:
             for block in list(self._blocks.values()):
                 storage = block.ref() if block.ref is not None else None
-                if storage is not None and not block.aside and storage.nbytes() != block.nbytes:
+                moved = block.aside or block.elsewhere_bytes is not None
+                if storage is not None and not moved and storage.nbytes() != block.nbytes:
                     self._resize(block, storage.nbytes())
 
     def _free(self, ref: _StorageRef) -> None:
@@ -344,6 +378,7 @@ class LiveBytes(TorchDispatchMode):
                 del self._blocks[ref.key]
                 if block.nbytes:
                     self._resize(block, 0)
+                self.elsewhere_bytes -= block.elsewhere_bytes or 0
 
 
 def _category_index(category: str) -> int:

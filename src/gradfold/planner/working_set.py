@@ -19,6 +19,7 @@ from gradfold.workset.store import bytes_of
 
 from .fake_host import FakeHost
 from .step import StepMemory, record_step, run_step
+from .streaming import StreamMemory, StreamWatch
 from .trace import LiveBytes
 from .workload import Workload, trainable
 
@@ -33,6 +34,7 @@ class WorkingSetMemory:
     chunks: int
     asleep_bytes: int  # states of sleeping chunks, once all have had a turn
     moved_bytes_per_turn: float  # in and out; nothing moves where it sleeps on the device
+    streamed: StreamMemory | None = None  # of weights that stream
 
 
 def trace_working_set(workload: Workload, model: nn.Module, config: WorkingSet) -> WorkingSetMemory:
@@ -50,6 +52,8 @@ class _Round:
         watched = dataclasses.replace(config, interval=1, order="forward", offload=self.host, folder=None)
         self.optimizer = self.settings.make_optimizer(trainable(model))
         self.fold = self.settings.make_fold(model, self.optimizer, watched)
+        self.watch = None if self.settings.stream is None else StreamWatch(self.fold, workload.device)
+        self.streamed: StreamMemory | None = None
         rotation = self.fold._state.turns
         assert isinstance(rotation, Rotation)
         self.rotation = rotation
@@ -68,7 +72,9 @@ class _Round:
         kept = max(share for _, share in steps)  # of a chunk's states: none but masters with states="reset"
         a_chunk = self.state_bytes / self.chunks * kept
         moves = self.host is not None and self.chunks > 1
-        return WorkingSetMemory(memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0)
+        return WorkingSetMemory(
+            memory, self.chunks, int(a_chunk * (self.chunks - 1)), 2 * a_chunk if moves else 0.0, self.streamed
+        )
 
     def _turns(self) -> list[int]:
         """All of a few; of many those in which the embedding, the first layer and the head begin, and the last."""
@@ -91,6 +97,8 @@ class _Round:
 
         def meet(live: LiveBytes) -> None:
             self.beside(self.model, live)
+            if self.watch is not None:
+                self.watch.meet(live)
             asleep = self._asleep()
             if self.host is not None:
                 self.host.meter = live
@@ -111,7 +119,12 @@ class _Round:
             label=self.settings.describe(),
             micro_batches=self.settings.accumulate,
             meet=meet,
+            elsewhere=[] if self.watch is None else self.watch.elsewhere(),
         )
+        if self.watch is not None:
+            found = self.watch.measured()
+            if self.streamed is None or found.waiting_bytes > self.streamed.waiting_bytes:
+                self.streamed = found
         if self.host is None:
             return step, 1.0 if self.config.states == "keep" else 0.0
         self.host.meter = None

@@ -133,16 +133,33 @@ class Workload:
             self._messages[model] = messages
             live.track(messages, category="scratch")
 
+    def depths(self, least: int = 1) -> tuple[int, int, int, int] | None:
+        """Two depths whose steps tell that of the whole model, the period of its layers, and how many periods are left.
+
+        Args:
+            least: layers that the shallower one must have.
+
+        Returns:
+            None where the whole model must run.
+        """
+        depths, whole = self.subject.depths, self.subject.layers
+        if depths is None or whole is None:
+            return None
+        first, _, period = depths
+        first += max(0, -(-(least - first) // period)) * period
+        more = (whole - first) // period
+        return (first, first + period, period, more) if more > 1 else None
+
     def over_layers(self, run: Callable[[nn.Module], StepMemory]) -> StepMemory:
         """A step of the whole model; of two shallow ones, where its layers are alike."""
-        depths, whole = self.subject.depths, self.subject.layers
-        if depths is not None and whole is not None:
-            first, second, period = depths
+        depths = self.depths()
+        if depths is not None:
+            first, second, period, more = depths
             found = []
             for layers in (first, second):
                 with self.model(layers) as model:
                     found.append(run(model))
-            timeline = repeated(found[0].timeline, found[1].timeline, (whole - first) // period, period)
+            timeline = repeated(found[0].timeline, found[1].timeline, more, period)
             if timeline is not None:
                 return StepMemory.of(found[0].label, timeline)
         with self.model() as model:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.backends import UNCHANGED, Backend, Change, GradTerm, PendingSum, PowerSum, StepNumbers, Stepper, Stored
+from gradfold.backends import (
+    UNCHANGED,
+    Backend,
+    Change,
+    GradTerm,
+    PendingSum,
+    PowerSum,
+    StepNumbers,
+    Stepper,
+    Stored,
+    visited,
+)
 from gradfold.engine import Region
 from gradfold.rules import Group, MatrixRule, Rule, WholeRule
 
@@ -93,6 +104,12 @@ class Pages:
         """Make room for a tile of this size."""
         self._size_bytes = max(self._size_bytes, tile.buffer_bytes)
 
+    def fill(self) -> None:
+        """Make the buffers."""
+        for page in self._pages:
+            if page.buffer is None and self._size_bytes:
+                page.buffer = torch.empty(self._size_bytes, dtype=torch.uint8, device=self.device)
+
     def take(self, tile: Tile) -> tuple[int, dict[tuple[int, str], Tensor]]:
         """Return the number of the buffer that holds a tile's states now, and the states in it."""
         page = next((page for page in self._pages if page.tile is tile), None)
@@ -116,6 +133,12 @@ class Pages:
         if moved:
             pairs = [(tile.homes[key], view) for key, view in page.views.items()]
             page.gone = self.copies.start(pairs)
+            self.traffic.states_to_host += tile.state_bytes
+
+    def count(self, tiles: Iterable[Tile]) -> None:
+        """Count tiles that come and go, and that nothing is computed of: fake ones between others that are alike."""
+        for tile in tiles:
+            self.traffic.states_to_device += tile.state_bytes
             self.traffic.states_to_host += tile.state_bytes
 
     def forget_order(self) -> None:
@@ -206,7 +229,10 @@ class PagedStepper:
                 return math.nan
             change = change._replace(guarded=False)
         powers = []
-        for index, tile in enumerate(self.tiles):
+        seen = visited(range(len(self.tiles)), weight)
+        self._pages.count(tile for index, tile in enumerate(self.tiles) if index not in seen)
+        for index in seen:
+            tile = self.tiles[index]
             assert tile.region is not None
             rows = [tile.region.of_term(term) for term in terms]
             powers.append(self._step_tile(index, weight, rows, numbers, change))

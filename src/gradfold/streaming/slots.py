@@ -74,6 +74,11 @@ class Slots:
         """Return the memory of the slots."""
         return [slot.buffer for slot in self._slots if slot.buffer is not None]
 
+    def fill(self) -> None:
+        """Take the memory of all slots now, not when they are first used."""
+        for slot in self._slots:
+            self._memory(slot)
+
     def shown(self, block: Block) -> dict[str, Tensor] | None:
         """Return the values on the device that a block's parameters show; None if it is away."""
         slot = self._slot_of(block)
@@ -164,13 +169,16 @@ class Slots:
     def _fetch(self, block: Block, slot: _Slot) -> None:
         """Start copying a block's weights into a slot."""
         self._evict(slot)
-        if slot.buffer is None:
-            slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
-            self._new_memory()
-        slot.block, slot.views = block, block.views(slot.buffer)
+        slot.block, slot.views = block, block.views(self._memory(slot))
         pairs = [(view, block.home[key]) for key, view in slot.views.items()]
         slot.coming = self.copies.start(pairs, [slot.gone, slot.unused, block.gone])
         self.traffic.weights_to_device += block.weight_bytes
+
+    def _memory(self, slot: _Slot) -> Tensor:
+        if slot.buffer is None:
+            slot.buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device)
+            self._new_memory()
+        return slot.buffer
 
     def _evict(self, slot: _Slot) -> None:
         block = slot.block

@@ -272,10 +272,24 @@ class Streamer:
         self.copies.settle()
         self.traffic.seconds_waited += time.perf_counter() - before
 
+    def forget_traffic(self) -> None:
+        """Begin the count of the open step anew: what an evaluation has moved, and fetched ahead, is no step's."""
+        self.rest()
+        self.traffic = self.pages.traffic = Traffic()
+
     def count_step(self) -> None:
         """Begin to count the traffic of the next step."""
         self.last = self.traffic
         self.traffic = self.pages.traffic = self.slots.traffic = Traffic()
+
+    def streams(self, param: Parameter) -> bool:
+        """Return whether a parameter's values come and go."""
+        return id(param) in self._of
+
+    def reserve(self) -> None:
+        """Take the memory of slots and pages now, not in the first step: plans find it there."""
+        self.slots.fill()
+        self.pages.fill()
 
     def device_tensors(self) -> list[Tensor]:
         """Return the memory of the device that streaming holds: slots and buffers of states."""

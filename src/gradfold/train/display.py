@@ -75,6 +75,8 @@ class Display:
             grid.add_row("gradients", clipping)
         if run.fold is not None and (working_set := run.fold.describe_working_set()):
             grid.add_row("working set", working_set)
+        if recipe.stream.used and run.fold is not None:
+            grid.add_row("streamed", _streamed(run))
         grid.add_row("results", escape(str(run.out)))
         self.console.print(grid)
         held = getattr(data, "held_out_tokens", None)
@@ -164,6 +166,9 @@ class Bar:
             self._display.note(f"step {record['step']}: a gradient is not finite; what has one does not step")
         chunk = f"  chunk {record['chunk'] + 1}/{record['chunks']}" if "chunk" in record else ""
         figures = f"loss {record['loss']:.4f}{norm}{chunk}  {speed}  lr {record['lr']:.2e}  peak {format_bytes(peak)}"
+        if "link_share" in record:
+            moved = record["link_to_device_bytes"] + record["link_to_host_bytes"]
+            figures += f"  link {record['link_share']:.0%} of the step, {format_bytes(moved)}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record["step"], figures=figures)
         elif record["step"] % self._every == 0:
@@ -228,6 +233,15 @@ def _trained(run: Run, parameters: int) -> str:
         return f"{counts} M of {parameters / 1e6:.1f} M parameters trained in each of {len(per_turn)} turns"
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters trained"
+
+
+def _streamed(run: Run) -> str:
+    """Where weights and states live, and how many blocks come and go."""
+    stream = run.recipe.stream
+    where = "in host memory" if stream.offload == "cpu" else f"in files of {stream.folder or run.out}"
+    streamed = run.fold.report().streamed
+    size = f"{format_bytes(streamed.home_bytes)} "
+    return escape(f"{size}of weights and states {where}, {stream.blocks} blocks at a time on the device")
 
 
 def _figure(value: float | None) -> str:

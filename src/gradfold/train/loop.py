@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from gradfold._io import remove_leftovers, write_file
+from gradfold.streaming import Streamer
 
 from .checkpoint import NAME, RECIPE, Progress, Saved, save_checkpoint
 from .display import Display
@@ -114,7 +115,7 @@ def _steps(run: Run, saved: Saved | None, metrics: MetricsLog, display: Display,
     """All steps that are left. Returns the last checkpoint."""
     recipe, progress = run.recipe, run.progress
     checkpoint = saved.path if saved is not None and saved.is_of(run.out) else None
-    meter = MemoryMeter(run.device, mapped=recipe.working_set.offload == "disk")
+    meter = MemoryMeter(run.device, mapped="disk" in (recipe.working_set.offload, recipe.stream.offload))
     meter.reset()
     with meter.watching(), display.progress(run) as bar:
         while progress.step < run.steps and not _stopped(run, stop) and not stopped_early(run):
@@ -148,6 +149,8 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
     """One optimizer step; returns its metrics."""
     started = time.perf_counter()
     batches = run.data.batches(progress.step)
+    if run.fold is not None and isinstance(run.fold._state.streamer, Streamer):
+        run.fold._state.streamer.forget_traffic()
     lr = run.optimizer.param_groups[0]["lr"]
     turn = None if run.fold is None else run.fold.working_set  # before the step, which may wake the next chunk
     loss, norm = step_weights(run, batches)
@@ -175,6 +178,19 @@ def _step(run: Run, progress: Progress, meter: MemoryMeter) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
         **memory,
+        **_over_the_link(run, seconds),
+    }
+
+
+def _over_the_link(run: Run, seconds: float) -> dict[str, Any]:
+    """What a step has moved between host and device, and which part of it waited for that."""
+    traffic = None if run.fold is None else run.fold.traffic
+    if traffic is None:
+        return {}
+    return {
+        "link_to_device_bytes": traffic.to_device,
+        "link_to_host_bytes": traffic.to_host,
+        "link_share": min(1.0, traffic.seconds_waited / seconds),
     }
 
 

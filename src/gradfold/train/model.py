@@ -96,6 +96,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> torch.nn.Module:
     """Load a causal language model in the recipe's dtype, on `device`, in training mode.
 
+    One whose weights stream stays in host memory: its fold moves the rest.
+
     Raises:
         ModelError: it cannot be loaded, or the files lack some of its weights (transformers would make them up).
     """
@@ -129,7 +131,7 @@ def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> tor
     _mend_generation_config(model)
     if recipe.gradient_checkpointing and not enable_checkpointing(model):
         raise ModelError(f"model {source.name}: has no gradient checkpointing; set gradient_checkpointing to false")
-    return model.to(device).train()
+    return (model if recipe.stream.used else model.to(device)).train()
 
 
 def check_length(model: Any, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from .recipe_groups import (
     ScheduleRecipe,
     TextRecipe,
 )
+from .recipe_stream import StreamRecipe
 from .recipe_working_set import WorkingSetRecipe
 from .validate import conform_fields, refused, require_at_least, require_at_most
 
@@ -81,6 +82,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     gradient: GradientRecipe = field(default_factory=GradientRecipe)
     working_set: WorkingSetRecipe = field(default_factory=WorkingSetRecipe)
+    stream: StreamRecipe = field(default_factory=StreamRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -147,6 +149,14 @@ class Recipe:
             raise RecipeError(
                 "working_set with fold = False: only a folded model has one; leave working_set out, or fold"
             )
+        if self.stream.used and not self.fold:
+            raise RecipeError(
+                "stream.offload with fold = False: only a folded model streams; leave stream.offload out, or fold"
+            )
+        if self.stream.used and self.parallel is not None:
+            raise RecipeError(
+                f"stream.offload with parallel = {self.parallel!r}: one process streams; leave one of them out"
+            )
         if not self.fold and self.head != "fold":
             raise refused(
                 self, "head", "does nothing with fold = False, where every head is plain; leave one of them out"
@@ -175,6 +185,7 @@ class Recipe:
             checkpointing=self.gradient_checkpointing,
             head=self.head,
             working_set=self.working_set.build(folder=self.out or "runs"),
+            stream=self.stream.build(folder=self.out or "runs"),
             packing=self.text.packing,
             parallel=self.parallel,
             preference=self.preference.reference if paired else None,

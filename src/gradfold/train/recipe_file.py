@@ -30,6 +30,12 @@ MAY_CHANGE_ON_RESUME = (
     "report_to",
     "push_to_hub",
     "parallel",
+    "stream.offload",
+    "stream.blocks",
+    "stream.folder",
+    "stream.layers",
+    "stream.tile_bytes",
+    "stream.activations",
 )
 """Fields that may differ from the recipe a checkpoint was made with."""
 

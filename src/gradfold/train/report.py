@@ -26,11 +26,13 @@ SUMMARY, LOSS_PLOT, MEMORY_PLOT = "summary.json", "loss.png", "memory.png"
 
 def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, stop: StopRequest) -> dict[str, Any]:
     """Measure, draw and save the summary; returns it. Raises Interrupted; a resume then starts again from here."""
-    if run.fold is not None:
-        run.fold.remove()
     recipe, progress = run.recipe, run.progress
+    if run.fold is not None and not recipe.stream.used:
+        run.fold.remove()
     with display.waiting("measuring the held-out loss after training"):
         loss, sample = evaluate(run, asked(run, stop))
+    if run.fold is not None and recipe.stream.used:  # without it the device may not hold the model
+        run.fold.remove()
     if bool(stop) if run.ranks is None else run.ranks.any(bool(stop)):
         raise Interrupted(f"stopped after the last step; finish with --resume {quote(str(run.out))}", checkpoint)
     if not run.main:
@@ -42,6 +44,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
     before = progress.before
     records = read_metrics(metrics.path)
     losses = [record["loss"] for record in records if "loss" in record]
+    on_disk = "disk" in (recipe.working_set.offload, recipe.stream.offload)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     summary = {
         "model": recipe.model,
@@ -60,7 +63,7 @@ def finish(run: Run, checkpoint: Path, metrics: MetricsLog, display: Display, st
         if run.data.paired
         else _pair(_perplexity(before.get("held_out_loss")), _perplexity(loss)),
         "peak_rss_bytes": progress.peak_rss_bytes,
-        "peak_rss_is_of": "anonymous memory" if recipe.working_set.offload == "disk" else "all memory",
+        "peak_rss_is_of": "anonymous memory" if on_disk else "all memory",
         "peak_cuda_bytes": progress.peak_cuda_bytes or None,
         "step_memory": {
             name: {**step.as_dict(), "most_gradient_bytes": step.most_bytes("gradients")}

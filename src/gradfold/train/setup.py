@@ -109,7 +109,7 @@ def assemble(recipe: Recipe, out: Path, saved: Saved | None, display: Display, r
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {one_line(error)}") from error
     objective = make_objective(recipe, data, model, device, saved, progress, display)
-    fold = make_fold(recipe, model, optimizer, own_folder(out, ranks)) if recipe.fold else None
+    fold = make_fold(recipe, model, optimizer, own_folder(out, ranks), device) if recipe.fold else None
     try:
         scheduler = make_schedule(recipe.schedule, optimizer, steps, lambda: rate_is_held_for(fold))
         seed_all(recipe.seed)
@@ -241,18 +241,30 @@ def _digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path) -> Any:
-    """The fold that a recipe asks for. Raises RecipeError for a working set that this model cannot have."""
+def make_fold(recipe: Recipe, model: Any, optimizer: Any, out: Path, device: torch.device) -> Any:
+    """The fold that a recipe asks for.
+
+    Raises RecipeError for a working set that this model cannot have, or blocks that it has not.
+    """
+    elsewhere = {} if device.type == "cpu" else {"device": device}  # to where the rest of the model goes
+    stream = recipe.stream.build(folder=out, **elsewhere)
     working_set = recipe.working_set.build(folder=out / SLEEPING_STATES, seed=recipe.seed)
     made = missing_folders(out / SLEEPING_STATES)
     try:
         return gradfold.fold(
-            model, optimizer, working_set=working_set, head=recipe.head, **recipe.gradient.fold_options()
+            model,
+            optimizer,
+            working_set=working_set,
+            head=recipe.head,
+            stream=stream,
+            **recipe.gradient.fold_options(),
         )
     except BaseException as error:
         remove_empty(made)
         if not isinstance(error, gradfold.FoldError):
             raise
+        if stream is not None and re.match(r"Stream\(|stream=|folder=", str(error)):
+            raise RecipeError(f"stream: {one_line(error)}") from None
         if working_set is None:
             raise
         raise RecipeError(_by_option(str(error))) from None
