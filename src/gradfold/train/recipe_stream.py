@@ -69,7 +69,7 @@ class StreamRecipe:
             return None
         from gradfold.streaming import Stream
 
-        options = dataclasses.asdict(self) | {"layers": list(self.layers) or None} | changes
+        options: dict[str, Any] = dataclasses.asdict(self) | {"layers": list(self.layers) or None} | changes
         options["folder"] = (self.folder or folder) if options["offload"] == "disk" else None
         try:
             return Stream(**options)
