@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 
 import gradfold
