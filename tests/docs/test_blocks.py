@@ -1,7 +1,7 @@
 """The Python blocks of docs/: those of a page run in order, in one namespace with the names of ``tests/docs/names.py``.
 
 An HTML comment before a block says that it cannot run here, and why; it is compiled. ``tests/test_loops.py`` runs those
-of ``docs/loops.md``, against torch.
+of ``docs/loops.md``, against torch, ``tests/test_readme.py`` those of ``docs/in_your_loop.md``.
 """
 
 import re
@@ -25,7 +25,7 @@ def pages():
     for path in sorted(DOCS.rglob("*.md")):
         name = str(path.relative_to(DOCS))
         found = blocks(path.read_text(encoding="utf-8"))
-        if found and name != "loops.md" and "tools" not in path.parts:
+        if found and name not in ("loops.md", "in_your_loop.md") and "tools" not in path.parts:
             yield pytest.param(name, False, id=name)
             if any(said == "slow" for said, _ in found):
                 yield pytest.param(name, True, id=f"{name}-slow", marks=pytest.mark.slow)

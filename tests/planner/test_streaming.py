@@ -116,11 +116,6 @@ def test_refused(changes, said):
         dataclasses.replace(SHORT, **changes)
 
 
-def test_one_layer_is_refused():
-    with pytest.raises(gradfold.FoldError, match="stream=: .* has only 'model.layers.0'"):
-        planned(1)
-
-
 # against real runs ----------------------------------------------------------------------------------------------------
 
 

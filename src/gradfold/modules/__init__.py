@@ -1,6 +1,6 @@
 """Foldable modules: each hands its (dY, X) to its weight's place in the fold instead of writing a gradient."""
 
-from .compile_layers import compile_layers, repeated_modules
+from .compile_layers import compile_layers, matching_modules, repeated_modules
 from .reading import READS
 from .routing import FOLD_PARAM, Folded
 from .swap import foldable, restore, swap, why_not_foldable
@@ -11,6 +11,7 @@ __all__ = [
     "Folded",
     "compile_layers",
     "foldable",
+    "matching_modules",
     "repeated_modules",
     "restore",
     "swap",

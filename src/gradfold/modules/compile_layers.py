@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,10 +47,7 @@ def compile_layers(model: nn.Module, *, layers: Sequence[str] | None = None, **o
     if layers is None:
         names = [name for name in repeated_modules(model) if any(True for _ in named[name].parameters())]
     else:
-        names = [name for name in named if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)]
-        for pattern in layers:
-            if not fnmatch.filter(named, pattern):
-                raise FoldError(f"compile_layers(layers={list(layers)!r}): no module of the model matches {pattern!r}")
+        names = matching_modules(named, layers, "compile_layers(layers=")
         inside = [name for name in names if any(name.startswith(f"{other}.") for other in names)]
         if inside:
             raise FoldError(f"compile_layers(layers={list(layers)!r}): {inside[0]!r} is inside of another one of these")
@@ -68,6 +65,27 @@ def compile_layers(model: nn.Module, *, layers: Sequence[str] | None = None, **o
     for name in names:
         named[name].compile(**options)
     return names
+
+
+def matching_modules(named: Collection[str], layers: Sequence[str], who: str) -> list[str]:
+    """Return the names that match one of these patterns, of which a ``*`` stands for one part between dots.
+
+    Args:
+        named: the names of a model's modules.
+        layers: names, or patterns such as "model.layers.*".
+        who: the call and the argument, for the message.
+
+    Raises:
+        FoldError: one of them matches nothing.
+    """
+
+    def matches(name: str, pattern: str) -> bool:
+        return name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern)
+
+    for pattern in layers:
+        if not any(matches(name, pattern) for name in named):
+            raise FoldError(f"{who}{list(layers)!r}): no module of the model matches {pattern!r}")
+    return [name for name in named if name and any(matches(name, pattern) for pattern in layers)]
 
 
 def repeated_modules(model: nn.Module, prefix: str = "") -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.nn import Parameter
 
 from gradfold import _torch
 from gradfold.errors import FoldError
-from gradfold.modules import repeated_modules
+from gradfold.modules import matching_modules, repeated_modules
 
 from .copies import Ticket
 
@@ -76,10 +75,7 @@ def blocks_of(model: nn.Module, layers: Sequence[str] | None = None) -> list[Blo
     if layers is None:
         names = [name for name in repeated_modules(model) if any(True for _ in named[name].parameters())]
     else:
-        for pattern in layers:
-            if not fnmatch.filter(named, pattern):
-                raise FoldError(f"Stream(layers={list(layers)!r}): no module of the model matches {pattern!r}")
-        names = [name for name in named if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)]
+        names = matching_modules(named, layers, "Stream(layers=")
         inside = [name for name in names if any(name.startswith(f"{other}.") for other in names)]
         if inside:
             raise FoldError(f"Stream(layers={list(layers)!r}): {inside[0]!r} is inside of another one of these")

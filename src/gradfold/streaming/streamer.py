@@ -301,7 +301,6 @@ class Streamer:
 
     # what blocks ask --------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def run(self, block: Block, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run a block's forward with its weights on the device; where its backward will follow, as a checkpoint."""
         if _torch.current_graph_task() != _torch.NO_TASK:  # a checkpoint runs it again
