@@ -5,7 +5,7 @@ Example:
 """
 
 from .integrations.accelerate_loop import prepare
-from .integrations.streamed_model import load_streamed
 from .integrations.trainer import FoldMixin, fold_trainer, working_set
+from .train.streamed_model import load_streamed
 
 __all__ = ["FoldMixin", "fold_trainer", "load_streamed", "prepare", "working_set"]

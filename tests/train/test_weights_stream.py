@@ -12,6 +12,7 @@ import transformers
 from rich.console import Console
 
 import gradfold
+from gradfold.train import model
 from gradfold.train.checkpoint import find_checkpoint, read_checkpoint
 from gradfold.train.display import Display
 from gradfold.train.errors import RecipeError
@@ -54,6 +55,20 @@ def test_it_trains_as_without(tiny, texts, tmp_path, no_pictures, kind):
     assert sum("  link " in line and "of the step, " in line for line in text.getvalue().splitlines()) == 3
     left = {path.name for path in (tmp_path / "streamed").iterdir()}
     assert left == {path.name for path in (tmp_path / "plain").iterdir()}
+
+
+def test_a_folder_is_loaded_into_files(tiny, texts, tmp_path, no_pictures, monkeypatch):
+    """With stream.folder, a model in safetensors goes into files a tensor at a time, and trains alike."""
+    made = []
+    load = model.load_streamed
+    monkeypatch.setattr(model, "load_streamed", lambda *args, **options: made.append(load(*args, **options)) or made[0])
+    settings = {"steps": 2, "text__packing": False}
+    folder = {"stream__offload": "disk", "stream__folder": str(tmp_path / "scratch")}
+    train(recipe(tiny, texts, **settings, **folder), tmp_path / "streamed", None, shown()[0])
+    train(recipe(tiny, texts, **settings), tmp_path / "plain", None, shown()[0])
+    assert len(made) == 1
+    assert losses(tmp_path / "streamed") == losses(tmp_path / "plain")
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_resumed_it_is_the_run_that_was_not_stopped(tiny, texts, tmp_path, no_pictures):

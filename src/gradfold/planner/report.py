@@ -28,6 +28,8 @@ class Plan:
         allocated: What torch's caching allocator makes of the same events, simulated.
         baselines: The same step of plain AdamW, and of others that were asked for.
         seconds: Time that making the plan took.
+        rates: What the device computes and the link moves per second, for the times of weights that stream.
+        subject: The model that was planned.
 
     Example:
         >>> plan = gradfold.plan(model, batch=1, tokens=16, states="int8")
@@ -122,7 +124,11 @@ class Plan:
         }
 
     def describe_stream(self) -> str:
-        """What streams, what that moves and how long it takes, in two sentences; empty where nothing streams."""
+        """Say what streams, what that moves and how long it takes.
+
+        Returns:
+            Two sentences; an empty string where nothing streams.
+        """
         streamed, times = self.predicted.streamed, self.stream_times
         if streamed is None or times is None:
             return ""

@@ -22,6 +22,7 @@ from gradfold.planner.workload import enable_checkpointing
 from .data import Data
 from .errors import ModelError, one_line
 from .recipe import Recipe
+from .streamed_model import is_checkpoint, load_streamed
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> torch.nn.Module:
     """Load a causal language model in the recipe's dtype, on `device`, in training mode.
 
-    One whose weights stream stays in host memory: its fold moves the rest.
+    One whose weights stream stays in host memory, or in files of `stream.folder` if it is a folder of safetensors: its
+    fold moves the rest.
 
     Raises:
         ModelError: it cannot be loaded, or the files lack some of its weights (transformers would make them up).
@@ -116,7 +118,10 @@ def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> tor
             "trust_remote_code": False,
             **source.options(),
         }
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, **options)
+        if (stream := recipe.stream).offload == "disk" and stream.folder and is_checkpoint(source.location):
+            loaded: Any = load_streamed(source.location, stream.build(), dtype=options["dtype"]), {"missing_keys": ()}
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(source.location, **options)
         model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"model {source.name}: its files lack {len(missing)} weights, the first being {missing[0]}")

@@ -62,6 +62,12 @@ def load_streamed(
     return model.eval()
 
 
+def is_checkpoint(location: str) -> bool:
+    """Return whether this is a folder that ``load_streamed`` can read."""
+    folder = Path(location)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
 def _files(source: Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint, by its name there."""
     from safetensors import safe_open
