@@ -167,6 +167,13 @@ WAYS: dict[str, Way] = {
         f"{WORKING_SET} --no-compare",
         "#1f77b4",
     ),
+    "streamed": Way(
+        "gradfold, streamed",
+        0.0,
+        functools.partial(folded, stream=gradfold.Stream()),
+        "--stream.offload cpu --no-compare",
+        "#9467bd",
+    ),
     "plain AdamW": Way("plain AdamW", 8.0, functools.partial(stored, baseline="plain AdamW"), "", "#444444"),
     "8-bit AdamW": Way("8-bit AdamW", 6.06, functools.partial(stored, baseline="8-bit AdamW"), "", "#d62728"),
     "BAdam": Way("BAdam (layers only)", 2.0, functools.partial(stored, baseline="BAdam"), "", "#e0a526"),
