@@ -275,11 +275,14 @@ class Streamer:
     def forget_traffic(self) -> None:
         """Begin the count of the open step anew: what an evaluation has moved, and fetched ahead, is no step's."""
         self.rest()
-        self.traffic = self.pages.traffic = Traffic()
+        self._count_anew()
 
     def count_step(self) -> None:
         """Begin to count the traffic of the next step."""
         self.last = self.traffic
+        self._count_anew()
+
+    def _count_anew(self) -> None:
         self.traffic = self.pages.traffic = self.slots.traffic = Traffic()
 
     def streams(self, param: Parameter) -> bool:
