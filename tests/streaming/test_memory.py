@@ -11,7 +11,7 @@ from gradfold import Stream
 from gradfold.streaming import streamed_bytes
 from tests.llama import small_llama
 
-from .scenes import folded, llama, train
+from .scenes import folded, llama, loss_of, train
 
 H, T = 64, 256
 RANDOM_BYTES = torch.get_rng_state().nbytes  # which a checkpoint keeps
@@ -104,6 +104,19 @@ def test_traffic_is_the_formula(blocks, tile_bytes):
         assert found.seconds_waited >= 0
         found.seconds_waited = 0.0
         assert found == expected
+
+
+def test_an_evaluation_is_no_step_s_traffic():
+    """forget_traffic() begins to count anew, and the step after is the formula's again."""
+    model, optimizer, fold = folded("llama", Stream())
+    train(model, optimizer, range(2), fold)
+    expected = fold.traffic
+    with torch.no_grad():
+        loss_of(model, 5)
+    fold._state.streamer.forget_traffic()
+    train(model, optimizer, range(2, 3), fold)
+    expected.seconds_waited = fold.traffic.seconds_waited
+    assert fold.traffic == expected
 
 
 def test_only_what_changed_goes_home():
