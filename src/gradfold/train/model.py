@@ -118,8 +118,9 @@ def load_model(source: ModelSource, recipe: Recipe, device: torch.device) -> tor
             "trust_remote_code": False,
             **source.options(),
         }
-        if (stream := recipe.stream).offload == "disk" and stream.folder and is_checkpoint(source.location):
-            loaded: Any = load_streamed(source.location, stream.build(), dtype=options["dtype"]), {"missing_keys": ()}
+        stream = recipe.stream.build() if recipe.stream.folder else None
+        if stream is not None and is_checkpoint(source.location):
+            loaded: Any = load_streamed(source.location, stream, dtype=options["dtype"]), {"missing_keys": ()}
         else:
             loaded = AutoModelForCausalLM.from_pretrained(source.location, **options)
         model, report = loaded
