@@ -279,7 +279,8 @@ def may_be_larger(
     """Whether a larger model of the family, which other plans know, may fit the card and has no plan yet."""
     planned = {row["model"] for row in rows if (row["way"], row["tokens"]) == (way, tokens)}
     sizes = {row["model"]: row["parameters"] for row in rows if row["model"] in FAMILIES[family]}
-    room = (room_bytes(card_gib) - CONTEXT_BYTES) / WAYS[way].least
+    least = WAYS[way].least or 1e-3  # what streams needs next to nothing on the card
+    room = (room_bytes(card_gib) - CONTEXT_BYTES) / least
     smallest = found["parameters"] if found else 0
     return any(smallest < size <= room for model, size in sizes.items() if model not in planned)
 
