@@ -350,8 +350,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(CARDS_GIB)), [f"{card} GB" for card in CARDS_GIB])
         axis.set_title(f"1 x {tokens:,} tokens", fontsize=10, loc="left")
         axis.set_yscale("log")
-        axis.set_ylim(0.4, 50)
-        axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5B", "1B", "2B", "4B", "8B", "16B", "32B"])
+        axis.set_ylim(0.4, 100)
+        axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["0.5B", "1B", "2B", "4B", "8B", "16B", "32B", "64B"])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
@@ -359,7 +359,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.suptitle(
         "Largest published Llama or Qwen3 that one card trains: predicted, bf16, int8 states, checkpointed", fontsize=11
     )
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS), frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=-(-len(WAYS) // 2), frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
