@@ -181,7 +181,10 @@ def test_guard_of_tiles(where):
     train(model, optimizer, range(1), fold)
     hook.remove()
     after = model.state_dict()
-    assert torch.equal(after["layers.0.0.weight"], before["layers.0.0.weight"])
+    for name in ("layers.0.0.weight", "first.weight"):  # one that streams, one that stays
+        assert torch.equal(after[name], before[name])
+        states = optimizer.state[model.get_parameter(name)]
+        assert not any(states[key].any() for key in ("exp_avg", "exp_avg_sq"))
     assert not torch.equal(after["layers.1.0.weight"], before["layers.1.0.weight"])
 
 
