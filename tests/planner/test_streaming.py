@@ -211,6 +211,7 @@ def test_when_the_link_hides():
     assert (from_disk.by, from_disk.link_s) == ("disk", (moved.to_device + moved.to_host) / 1e8)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_weights_is_met_by_streaming():
     subject = find_subject(llama(12, hidden_size=128, intermediate_size=320, vocab_size=64, dtype="float32"))
     settings = Settings(tokens=8, batch=1, dtype="float32")
