@@ -185,7 +185,8 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
     module = spec.name.removesuffix(".__main__") if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     words = [f"OMP_NUM_THREADS={threads}"] if threads else []
-    return " ".join([*words, "python", "-m", module, *map(shlex.quote, sys.argv[1:])])
+    told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no path of a machine
+    return " ".join([*words, "python", "-m", module, *map(shlex.quote, told)])
 
 
 def revision() -> str | None:

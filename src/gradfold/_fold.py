@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .engine import (
 from .errors import FoldError
 from .head import FoldedCausalHead, fold_heads
 from .modules import restore, swap
-from .optim import RuleOptimizer, Several
+from .optim import RuleOptimizer
 from .optim.accept import accepted
 from .report import Report, report_of
 from .streaming import Stream, Streamer, Traffic
@@ -246,93 +246,53 @@ def _fold(
             streamer = Streamer(stream, model)
             begun.callback(streamer.end)
             streamer.begin()
-        found = _fold_parameters(
-            model,
-            mine,
-            named,
-            in_optimizer,
-            options,
-            working_set,
-            joint,
-            head,
-            head_keep_bytes,
-            backend,
-            scratch_bytes,
-            sharding,
-            ranks,
-            replicas,
-            data,
-            streamer,
-        )
+        devices = {param.device for param in named.values() if id(param) in in_optimizer}
+        if any(device.type == "cpu" for device in devices):
+            survive_group_norms()
+        chosen = choose(backend, scratch_bytes, devices)
+        if sharding is not None and data == "hook" and isinstance(chosen, Reference):
+            # FSDP2 brings gradients that are there; only to scale them they are copied
+            chosen.ahead = options.clip_norm is not None or options.clip_value is not None
+        state = FoldState(model, mine, chosen, options, joint, sharding)
+        if replicas is not None and ranks is not None and data == "hook":
+            state.reducer = replicas.reducer(state, ranks)
+        else:
+            state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
+        params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
+        rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
+        kept = {param: dict(states) for param, states in mine.state.items()}
+        place = mine._rotation
+        made = Fold(state, [])
+
+        def undo() -> None:
+            with contextlib.suppress(FoldError):  # of a store that has already failed
+                made.remove()
+            if rotation is not None:
+                rotation.close()
+            mine.state.clear()
+            mine.state.update(kept)
+            mine._rotation = place
+
+        try:
+            made._modules = swap(model, params)
+            changed, made._heads = fold_heads(model, head, head_keep_bytes)
+            made._modules = [*changed, *made._modules]
+            mine._fold = state
+            with contextlib.nullcontext() if streamer is None else streamer.moving(state):
+                if rotation is None:
+                    for param in params.values():
+                        param.arm()
+                else:
+                    rotation.begin()
+            enlist(state)
+            watch_clipping(state)
+            watch_zero_grad()
+        except BaseException as error:  # out of memory, too: what is half folded would step without being seen
+            undo()
+            if isinstance(error, ValueError):
+                raise FoldError(f"working_set=: {error}") from None
+            raise
         begun.pop_all()  # the fold ends it from now on
-    return found
-
-
-def _fold_parameters(
-    model: nn.Module,
-    mine: RuleOptimizer | Several,
-    named: Mapping[str, nn.Parameter],
-    in_optimizer: Collection[int],
-    options: FoldOptions,
-    working_set: WorkingSet | None,
-    joint: bool,
-    head: Head,
-    head_keep_bytes: int | None,
-    backend: str | Backend,
-    scratch_bytes: int,
-    sharding: Sharding | None,
-    ranks: Ranks | None,
-    replicas: Replicas | None,
-    data: Data,
-    streamer: Streamer | None,
-) -> tuple[Fold, Callable[[], None]]:
-    """Fold a model whose arguments have been checked; ``_fold`` says what is returned."""
-    devices = {param.device for param in named.values() if id(param) in in_optimizer}
-    if any(device.type == "cpu" for device in devices):
-        survive_group_norms()
-    chosen = choose(backend, scratch_bytes, devices)
-    if sharding is not None and data == "hook" and isinstance(chosen, Reference):
-        # FSDP2 brings gradients that are there; only to scale them they are copied
-        chosen.ahead = options.clip_norm is not None or options.clip_value is not None
-    state = FoldState(model, mine, chosen, options, joint, sharding)
-    if replicas is not None and ranks is not None and data == "hook":
-        state.reducer = replicas.reducer(state, ranks)
-    else:
-        state.reducer = shard_reducer(state, ranks, data, scratch_bytes, working_set is not None)
-    params = {id(param): state.claim(name, param) for name, param in named.items() if id(param) in in_optimizer}
-    rotation = None if working_set is None else Rotation(working_set, state, None if ranks is None else ranks.rank)
-    kept = {param: dict(states) for param, states in mine.state.items()}
-    place = mine._rotation
-    made = Fold(state, [])
-
-    def undo() -> None:
-        with contextlib.suppress(FoldError):  # of a store that has already failed
-            made.remove()
-        if rotation is not None:
-            rotation.close()
-        mine.state.clear()
-        mine.state.update(kept)
-        mine._rotation = place
-
-    try:
-        made._modules = swap(model, params)
-        changed, made._heads = fold_heads(model, head, head_keep_bytes)
-        made._modules = [*changed, *made._modules]
-        mine._fold = state
-        with contextlib.nullcontext() if streamer is None else streamer.moving(state):
-            if rotation is None:
-                for param in params.values():
-                    param.arm()
-            else:
-                rotation.begin()
-        enlist(state)
-        watch_clipping(state)
-        watch_zero_grad()
-    except BaseException as error:  # out of memory, too: what is half folded would step without being seen
-        undo()
-        if isinstance(error, ValueError):
-            raise FoldError(f"working_set=: {error}") from None
-        raise
     return made, undo
 
 
