@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,12 +288,13 @@ def test_no_gradient_in_the_graph():
     assert not {(V, 5), (7, 5), (5, 7), (11, 7), (7, 11)} & set(made)
 
 
+ROOT = Path(__file__).parents[2]
 WIDE, ROWS, LAYERS = 512, 64, 10
 
 MEASURE = f"""
-import gc, sys, torch, gradfold
+import sys, torch, gradfold
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from tests.allocator import peak_bytes
 
 backend = sys.argv[1]
 torch.manual_seed(0)
@@ -310,7 +312,7 @@ class Tower(nn.Module):
 
 x = torch.randn({ROWS}, {WIDE})
 
-def peak_bytes(how):
+def measured(how):
     model = Tower()
     optimizer = gradfold.AdamW(model.parameters())
     gradfold.fold(model, optimizer)
@@ -328,23 +330,17 @@ def peak_bytes(how):
 
     for _ in range(3):
         step()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_bytes(step)
 
-print(*map(peak_bytes, ("eager", "whole", "layers")))
+print(*map(measured, ("eager", "whole", "layers")))
 """
 
 
 def peaks_bytes(backend):
     """Peak of the allocator over a step, eager, compiled as a whole, by layers; in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, backend], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, backend], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()[-3:]]
 

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,12 +154,13 @@ def test_export_is_refused_while_it_trains():
 
 # memory ---------------------------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parents[2]
 WIDE, ROWS, LAYERS, MANY = 256, 64, 10, 8
 
 MEASURE = f"""
-import gc, sys, torch, gradfold
+import sys, torch, gradfold
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from tests.allocator import peak_bytes
 
 torch.manual_seed(0)
 counts = torch.tensor([0, 20, 1, 11, 8, 24, 0, 0])
@@ -175,7 +177,7 @@ class Tower(nn.Module):
 
 x = torch.randn({ROWS}, {WIDE})
 
-def peak_bytes(how):
+def measured(how):
     model = Tower()
     optimizer = gradfold.AdamW(model.parameters())
     gradfold.fold(model, optimizer)
@@ -192,24 +194,16 @@ def peak_bytes(how):
 
     for _ in range(3):
         step()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_bytes(step)
 
-print(*map(peak_bytes, ("eager", "whole", "layers")))
+print(*map(measured, ("eager", "whole", "layers")))
 """
 
 
 @pytest.mark.slow
 def test_memory_of_a_step():
     """All gradients are 20 MiB; the uses of a region, two tensors of 64 KiB each."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     eager, whole, layers = (int(word) for word in done.stdout.split()[-3:])
     use = 2 * ROWS * WIDE * 4

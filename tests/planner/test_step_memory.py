@@ -1,15 +1,14 @@
 """A step's memory: fake against real, both against the allocator's own events, and by hand on one Linear."""
 
 import copy
-import gc
 
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from gradfold.planner.step import measure_step, step_memory
 from gradfold.planner.trace import CATEGORIES
+from tests.allocator import peak_bytes
 from tests.llama import small_llama
 
 transformers = pytest.importorskip("transformers")
@@ -46,19 +45,6 @@ class SteppedInHooks:
     def step(self): ...
 
     def zero_grad(self): ...
-
-
-def allocator_peak_bytes(step):
-    """Peak above the start, from the CPU allocator's own events."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 # The first is all activations at its peak (start of backward), the second all gradients (its end).
@@ -98,7 +84,7 @@ def test_fake_equals_real_equals_the_allocator(case):
         optimizer.zero_grad()
 
     step()
-    above = allocator_peak_bytes(step)
+    above = peak_bytes(step)
     assert measured.peak_bytes - measured.resting_bytes == pytest.approx(above, rel=0.01)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import gradfold
+from benchmarks.common import allocator_bytes
 from gradfold import Stream
 from gradfold.planner.allocator import CONTEXT_BYTES
 from gradfold.planner.errors import NothingFits, PlanError
@@ -134,14 +135,7 @@ def allocator_peak_bytes(subject, settings, steps=2):
                 with torch.profiler.record_function("measured steps"):
                     pass
             run_step(model, optimizer, batch, fold, micro_batches=settings.accumulate)
-    events = profiled.profiler.kineto_results.events()
-    begin = min(event.start_ns() for event in events if event.name() == "measured steps")
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, now)
-    return peak, fold.traffic
+    return allocator_bytes(profiled, "measured steps").peak, fold.traffic
 
 
 @pytest.mark.parametrize(

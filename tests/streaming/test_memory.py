@@ -1,14 +1,12 @@
 """What streaming holds on the device, and what crosses the link."""
 
-import gc
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import gradfold
 from gradfold import Stream
 from gradfold.streaming import streamed_bytes
+from tests.allocator import peak_bytes
 from tests.llama import small_llama
 
 from .scenes import folded, llama, loss_of, train
@@ -22,19 +20,6 @@ def model_of(layers):
 
     torch.manual_seed(0)
     return LlamaForCausalLM(small_llama(256, hidden_size=H, num_hidden_layers=layers)).train()
-
-
-def peak_bytes(step):
-    """Peak above the start, from the CPU allocator's own events."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def measured(layers, stream=None, states=None):

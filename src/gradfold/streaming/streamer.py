@@ -64,10 +64,8 @@ class Streamer:
         self._fake = any(hasattr(tensor, "fake_mode") for tensor in tensors)
         self._ghosts = self.device.type != "cpu" if ghosts is None else ghosts
         self._folder = None if config.folder is None or self._fake else Path(config.folder)
-        self._streams = {id(param) for block in self.blocks for param in block.params.values()}
-        self._outside = [
-            tensor for tensor in tensors if id(tensor) not in self._streams and tensor.device != self.device
-        ]
+        streams = {id(param) for block in self.blocks for param in block.params.values()}
+        self._outside = [one for one in tensors if id(one) not in streams and one.device != self.device]
         self._was_on = {id(tensor): tensor.device for tensor in tensors}
         self._fold: FoldState | None = None
         self.copies: Copies = copies_for(self.device, self._fake)
@@ -204,7 +202,7 @@ class Streamer:
     def stepper(self, one: ParamStepper, weight: Stored, states: Sequence[Stored], rule: Rule, group: Group) -> Stepper:
         """Return the stepper of a parameter whose weight or states come and go."""
         self.pages.forget_order()
-        made = PagedStepper(
+        return PagedStepper(
             self.pages,
             one.param,
             one.region,
@@ -216,7 +214,6 @@ class Streamer:
             self._state_ids,
             self.config.tile_bytes,
         )
-        return made
 
     def values(self, param: Parameter) -> Tensor:
         """Return a parameter's values: on the device, if its block is there, else in host memory."""
